@@ -1,0 +1,185 @@
+"""The one autograd Function: a linear layer whose weight is `L R` and whose input is kept compressed for backward.
+
+Glossary (shapes after flattening the leading dimensions of the input into `rows`):
+
+====== ==================================== ====================
+x      input                                (rows, in)
+y, dY  output and its gradient              (rows, out)
+L, R   weight factors                       (out, K), (K, in)
+h      `x R^T`, the K-wide intermediate     (rows, K)
+Z      compressed rows, `x ~ Z U^T`         (rows, r)
+U      feature basis of the input           (in, r)
+G      gradient of the loss wrt `L R`       `left @ right`, never formed
+====== ==================================== ====================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .linalg import tangent_gradient
+from .tucker import Tucker, expand_rows
+
+ProductGradientSink = Callable[[Tensor, Tensor], None]
+
+
+def product_gradient(dY: Tensor, x: Tensor | None, compressed: Tucker | None) -> tuple[Tensor, Tensor]:
+    """Gradient of the loss with respect to the product `L R`, as two factors: `G = dY^T X = left @ right`.
+
+    **Shape**
+        - dY: (rows, out); x: (rows, in), used where `compressed` is None
+        - returns left (out, q), right (q, in): q = rows, or the rank of the compressed input
+    """
+    if compressed is None:
+        assert x is not None
+        return dY.T, x
+    return dY.T @ expand_rows(compressed), compressed.feature.T
+
+
+def compressed_factor_gradients(
+    dY: Tensor, hidden_grad: Tensor, compressed: Tucker, R: Tensor, L: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Euclidean gradients of both factors from a compressed input, contracted in the cheaper order.
+
+    `gL = G R^T`, `gR = L^T G` with `G = dY^T Z U^T` (METHOD: P = dY^T Z). For r below K it is cheaper to form P
+    (out x r) first; otherwise to go through the K-wide rows.
+
+    **Shape**
+        - dY: (rows, out); hidden_grad: `dY L`, (rows, K); R: (K, in); L: (out, K)
+        - returns (out, K), (K, in)
+    """
+    Z = expand_rows(compressed)  # (rows, r)
+    U = compressed.feature  # (in, r)
+    projected = R @ U  # (K, r)
+    rows, out_features = dY.shape
+    rank, width = projected.shape
+    through_product = rows * out_features * width + 2 * out_features * width * rank
+    through_rows = rows * rank * (2 * width + out_features)
+    if through_product <= through_rows:
+        P = dY.T @ Z  # (out, r)
+        return P @ projected.T, (L.T @ P) @ U.T
+    return dY.T @ (Z @ projected.T), (hidden_grad.T @ Z) @ U.T
+
+
+class FactoredLinear(torch.autograd.Function):
+    """`y = (x R^T) L^T + b`, saving for backward only what the requested gradients need.
+
+    What is saved of the input: nothing when no factor needs a gradient; `h` when only L does (exact, K wide); the
+    compressed form when one is given; the input itself otherwise.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        L: Tensor,
+        R: Tensor,
+        bias: Tensor | None,
+        tangent: bool,
+        sink: ProductGradientSink | None,
+        core: Tensor | None,
+        feature: Tensor | None,
+        token: Tensor | None,
+        batch: Tensor | None,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        h = rows @ R.T.to(x.dtype)
+        L_compute = L.to(x.dtype)
+        y = h @ L_compute.T if bias is None else torch.addmm(bias.to(x.dtype), h, L_compute.T)
+
+        ctx.tangent, ctx.sink = tangent, sink
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        needs_x, needs_L, needs_R = ctx.needs_input_grad[:3]
+        needs_product = sink is not None and (needs_L or needs_R)
+        kept: tuple[Tensor | None, ...] = (None, None, None, None)
+        ctx.kept = "nothing"
+        if needs_R or needs_product:
+            ctx.kept = "input" if core is None else "compressed"
+            kept = (x, None, None, None) if core is None else (core, feature, token, batch)
+        elif needs_L:
+            ctx.kept, kept = "hidden", (h, None, None, None)
+        needs_factors = needs_x or needs_L or needs_R
+        ctx.save_for_backward(L if needs_factors else None, R if needs_factors else None, *kept)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        L, R, first, feature, token, batch = ctx.saved_tensors
+        needs_x, needs_L, needs_R, needs_bias = ctx.needs_input_grad[:4]
+        dY = dY.reshape(-1, dY.shape[-1])
+        grad_x = grad_L = grad_R = grad_bias = None
+        if needs_bias:
+            grad_bias = dY.sum(0, dtype=ctx.bias_dtype)
+        if not (needs_x or needs_L or needs_R):
+            return None, None, None, grad_bias, *[None] * 6
+
+        L_compute, R_compute = L.to(ctx.dtype), R.to(ctx.dtype)
+        hidden_grad = dY @ L_compute  # (rows, K)
+        if needs_x:
+            grad_x = (hidden_grad @ R_compute).reshape(ctx.shape)
+        if ctx.kept == "hidden":
+            grad_L = (dY.T @ first).to(L.dtype)
+        elif ctx.kept != "nothing":
+            x = first.reshape(-1, first.shape[-1]) if ctx.kept == "input" else None
+            compressed = Tucker(first, feature, token, batch) if ctx.kept == "compressed" else None
+            if ctx.sink is not None:
+                ctx.sink(*product_gradient(dY, x, compressed))
+            if compressed is None:
+                assert x is not None
+                grad_L = dY.T @ (x @ R_compute.T) if needs_L else None
+                grad_R = hidden_grad.T @ x
+            else:
+                grad_L, grad_R = compressed_factor_gradients(dY, hidden_grad, compressed, R_compute, L_compute)
+            grad_R = grad_R.to(R.dtype)
+            if needs_L:
+                grad_L = grad_L.to(L.dtype)
+                if ctx.tangent:
+                    grad_L = _tangent(L, R, grad_L, grad_R)
+            grad_R = grad_R if needs_R else None
+        return grad_x, grad_L if needs_L else None, grad_R, grad_bias, *[None] * 6
+
+
+def _tangent(L: Tensor, R: Tensor, grad_L: Tensor, grad_R: Tensor) -> Tensor:
+    """:func:`linalg.tangent_gradient` in at least float32, where autocast must not lower it again."""
+    with torch.autocast(device_type=L.device.type, enabled=False):
+        if L.dtype in (torch.float32, torch.float64):
+            return tangent_gradient(L, R, grad_L, grad_R)
+        return tangent_gradient(L.float(), R.float(), grad_L.float(), grad_R.float()).to(L.dtype)
+
+
+def factored_linear(
+    x: Tensor,
+    L: Tensor,
+    R: Tensor,
+    bias: Tensor | None = None,
+    compressed: Tucker | None = None,
+    tangent: bool = True,
+    sink: ProductGradientSink | None = None,
+) -> Tensor:
+    """Linear layer with weight `L R`.
+
+    **Shape**
+        - x: (..., in); L: (out, K); R: (K, in); bias: (out,); returns (..., out)
+
+    Args:
+        x: Input. Computation runs in its dtype; gradients of the factors come back in the factors' dtype.
+        L: Factor with orthonormal columns (required for `tangent`).
+        R: The other factor.
+        bias: Optional bias.
+        compressed: Compressed form of `x`, kept instead of it. The factors' gradients are then those of the
+            reconstructed input; the gradient of `x` is always exact.
+        tangent: Return the tangent-space gradient for L (:func:`linalg.tangent_gradient`) instead of the Euclidean one.
+        sink: Called in backward with the two factors of the product gradient (:func:`product_gradient`).
+
+    Returns:
+        `(x R^T) L^T + b`. Not differentiable twice.
+    """
+    parts = compressed if compressed is not None else (None, None, None, None)
+    return FactoredLinear.apply(x, L, R, bias, tangent, sink, *parts)

@@ -1,0 +1,230 @@
+"""Configuration of the WASI tuner."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+from ._registration import PEFT_TYPE, WASI_IMPORT_NOTE
+from .tucker import MODES, CompressionRule
+
+UPDATES = ("subspace", "factor", "frozen_basis")
+BASE_WEIGHTS = ("release", "cpu", "keep")
+BIASES = ("none", "all", "wasi_only")
+
+
+def _check_threshold(name: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}.")
+
+
+def _check_rank(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def _check_choice(name: str, value: Any, options: tuple[str, ...]) -> None:
+    if value not in options:
+        listed = ", ".join(repr(option) for option in options)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}.")
+
+
+@dataclass
+class WasiConfig(PeftConfig):
+    """Configuration of a WASI model: every targeted Linear becomes two thin factors `W ~ L R` (arXiv 2510.09160).
+
+    Args:
+        explained_variance_threshold (`float`, default 0.95):
+            Share of energy that each layer keeps, in (0, 1]; the rank is the smallest one that reaches it. The energy is
+            that of the layer's output after [`preprocess_wasi`], that of its weight without. 1 keeps the full rank.
+        weight_rank (`Optional[int]`):
+            One fixed rank for every layer instead of the threshold.
+        rank_pattern (`dict[str, int]`):
+            Ranks by layer name or regular expression (matched as in LoRA, against the end of the name); they override
+            `weight_rank` and the threshold.
+        target_modules (`Optional[Union[list[str], str]]`):
+            Names or a regular expression of the modules to replace. By default all Linear and Conv1D layers inside the
+            transformer blocks of any architecture, never the head. 'all-linear' takes those outside the blocks too.
+        exclude_modules (`Optional[Union[list[str], str]]`):
+            Names or a regular expression of modules to leave dense.
+        modules_to_save (`Optional[list[str]]`):
+            Modules that are trained and saved whole, such as a new classifier head.
+        layers_to_transform (`Optional[Union[list[int], int]]`):
+            Indices of the only blocks to transform. Not together with a string in `target_modules`.
+        layers_pattern (`Optional[Union[list[str], str]]`):
+            Name of the module list that `layers_to_transform` counts, for instance 'layers'.
+        bias (`str`, default 'wasi_only'):
+            Which biases train: 'none', 'wasi_only' (those of the targeted layers, stored with each adapter) or 'all'.
+        train_vectors (`bool`, default True):
+            Also train and save what costs next to nothing: norms, layer scales, position and class tokens.
+        activation_threshold (`Optional[float]`, default 0.95):
+            Share of the input's energy that is kept for the backward pass, in (0, 1]; the rank is chosen on the first
+            training batch. None, with `activation_ranks` None too, keeps the exact input.
+        activation_ranks (`Optional[Union[int, dict[str, int]]]`):
+            Fixed ranks instead, by mode ({'feature': 48, 'token': 12}); an integer is the rank of the feature mode.
+        activation_modes (`list[str]`, default ['feature']):
+            Modes of the input [batch, token, feature] that are compressed. 'feature' is always one of them; 'token' pays
+            while every batch has the same number of tokens.
+        update (`str`, default 'subspace'):
+            'subspace': tangent-space gradients and, after each optimizer step, a retraction, which together are the
+            paper's subspace iteration to first order. 'factor': plain gradients of both factors. 'frozen_basis': only L
+            trains, R keeps its initial row space.
+        base_weight (`str`, default 'release'):
+            What happens to the dense weight: 'release' frees it, 'cpu' parks it in main memory, 'keep' leaves it in
+            place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or 'keep'.
+        init_weights (`bool`, default True):
+            Compute the factors from the dense weights. False builds empty factors that must be loaded before use;
+            saved adapters are loaded that way.
+        ranks (`Optional[dict[str, int]]`):
+            Rank of every targeted layer by full module name. Filled in at injection and saved with the adapter, so that
+            loading needs no decomposition.
+    """
+
+    explained_variance_threshold: float = field(
+        default=0.95, metadata={"help": "Share of energy that each layer keeps, in (0, 1]; decides its rank."}
+    )
+    weight_rank: int | None = field(
+        default=None, metadata={"help": "One fixed rank for every layer instead of the threshold."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Ranks by layer name or regular expression; override the default."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Modules to replace; by default all Linear/Conv1D of the transformer blocks, not the head."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regular expression of modules to leave dense."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved whole, such as a classifier head."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the only blocks to transform."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts."}
+    )
+    bias: Literal["none", "all", "wasi_only"] = field(
+        default="wasi_only", metadata={"help": "Which biases train: 'none', 'wasi_only' or 'all'."}
+    )
+    train_vectors: bool = field(
+        default=True, metadata={"help": "Also train norms, layer scales, position and class tokens."}
+    )
+    activation_threshold: float | None = field(
+        default=0.95, metadata={"help": "Share of the input's energy kept for backward; None: the exact input."}
+    )
+    activation_ranks: int | dict[str, int] | None = field(
+        default=None, metadata={"help": "Fixed activation ranks by mode, or an integer for the feature mode."}
+    )
+    activation_modes: list[str] = field(
+        default_factory=lambda: ["feature"],
+        metadata={"help": "Modes of the input that are compressed: 'feature', 'token', 'batch'."},
+    )
+    update: Literal["subspace", "factor", "frozen_basis"] = field(
+        default="subspace", metadata={"help": "How the factors move: 'subspace', 'factor' or 'frozen_basis'."}
+    )
+    base_weight: Literal["release", "cpu", "keep"] = field(
+        default="release", metadata={"help": "What happens to the dense weight: 'release', 'cpu' or 'keep'."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Compute the factors from the dense weights; False: they will be loaded."}
+    )
+    ranks: dict[str, int] | None = field(
+        default=None, metadata={"help": "Resolved rank of every targeted layer, filled in at injection."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        self._validate()
+
+    def _validate(self) -> None:
+        _check_threshold("explained_variance_threshold", self.explained_variance_threshold)
+        if self.weight_rank is not None:
+            _check_rank("weight_rank", self.weight_rank)
+        for name in ("rank_pattern", "ranks"):
+            for pattern, rank in (getattr(self, name) or {}).items():
+                _check_rank(f"{name}[{pattern!r}]", rank)
+        if self.activation_threshold is not None:
+            _check_threshold("activation_threshold", self.activation_threshold)
+        _check_choice("bias", self.bias, BIASES)
+        _check_choice("update", self.update, UPDATES)
+        _check_choice("base_weight", self.base_weight, BASE_WEIGHTS)
+        modes = self.activation_modes
+        if isinstance(modes, str) or "feature" not in modes or not set(modes) <= set(MODES):
+            raise ValueError(
+                f"activation_modes must be a list with 'feature' and any of {list(MODES[1:])}, got {modes!r}."
+            )
+        for mode, rank in (self._mode_ranks() or {}).items():
+            if mode not in modes:
+                raise ValueError(f"activation_ranks names the mode {mode!r}, which is not in activation_modes={modes!r}.")
+            _check_rank(f"activation_ranks[{mode!r}]", rank)
+        if self.activation_ranks is not None and self.activation_threshold is None:
+            missing = sorted(set(modes) - set(self._mode_ranks() or {}))
+            if missing:
+                raise ValueError(
+                    f"activation_ranks must name every mode in activation_modes when activation_threshold is None; "
+                    f"missing {missing}, got {self.activation_ranks!r}."
+                )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform cannot be used when target_modules is a string (a regular expression or "
+                f"'all-linear'), got target_modules={self.target_modules!r}."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern needs layers_to_transform, got layers_pattern={self.layers_pattern!r} alone."
+            )
+
+    def _mode_ranks(self) -> dict[str, int] | None:
+        if self.activation_ranks is None or isinstance(self.activation_ranks, dict):
+            return self.activation_ranks
+        return {"feature": self.activation_ranks}
+
+    def compression_rule(self) -> CompressionRule | None:
+        """The rule for compressing inputs, or None where the exact input is kept."""
+        if self.activation_threshold is None and self.activation_ranks is None:
+            return None
+        return CompressionRule.from_options(
+            tuple(self.activation_modes), self.activation_threshold, self._mode_ranks()
+        )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration; loading it builds the factors' shapes from `ranks` and decomposes nothing.
+
+        Where the directory holds a model card, the card is told that loading needs `import wasi_peft`.
+        """
+        saved = copy.copy(self)
+        if saved.ranks is not None:
+            saved.init_weights = False
+        PeftConfig.save_pretrained(saved, save_directory, **kwargs)
+        _note_import_in_card(os.path.join(save_directory, "README.md"))
+
+
+def _note_import_in_card(path: str) -> None:
+    """Insert the import that loading needs behind the front matter of a model card, once."""
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        card = file.read()
+    if WASI_IMPORT_NOTE in card:
+        return
+    head, separator, body = "", "", card
+    if card.startswith("---\n") and "\n---\n" in card[4:]:
+        head, separator, body = card[4:].partition("\n---\n")
+        head = "---\n" + head
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(f"{head}{separator}\n{WASI_IMPORT_NOTE}\n{body}")
+    os.replace(temporary, path)

@@ -1,0 +1,418 @@
+"""The tuner layer: two thin factors in place of a dense weight, compressed inputs for backward."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.pytorch_utils import Conv1D
+
+from .autograd import ProductGradientSink, factored_linear
+from .config import WasiConfig
+from .linalg import retract
+from .released import FactoredWeight, ReleasedLinear, build_dense
+from .tucker import Bases, CompressionRule, Tucker, canonical, compress
+
+RELEASED = (
+    "The dense weights were released when the WASI adapter was injected, so {action} is not possible. "
+    "Create the adapter with WasiConfig(base_weight='keep') or 'cpu', or reload the base model."
+)
+
+_live_layers: weakref.WeakSet[WasiLayer] = weakref.WeakSet()
+
+
+@dataclass
+class InitialFactors:
+    """What injection gives a layer: its factors, and its bias corrected for the mean input that the factors drop.
+
+    **Shape**
+        - L: (out, K), orthonormal columns; R: (K, in); bias: (out,) or None
+    """
+
+    L: Tensor
+    R: Tensor
+    bias: Tensor | None
+
+
+class _SharedInput:
+    """What the layers that read one input tensor share: its cast and its compressed form."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.casts: dict[torch.dtype, Tensor] = {}
+        self.compressed: dict[CompressionRule, Tucker | None] = {}
+
+
+# keyed by identity and weakly: an entry lives exactly as long as the input tensor it describes
+_shared_inputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _shared(x: Tensor) -> _SharedInput:
+    entry = _shared_inputs.get(x)
+    if entry is None or entry.version != x._version:
+        entry = _shared_inputs[x] = _SharedInput(x._version)
+    return entry
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight of a Linear or Conv1D in Linear layout, (out, in), detached."""
+    weight = layer.weight.detach()
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
+class WasiLayer(BaseTunerLayer):
+    """Mixin with the factors and everything PEFT needs of a layer. Exactly one adapter is active at a time."""
+
+    adapter_layer_names: tuple[str, ...] = ("wasi_L", "wasi_R", "wasi_bias")
+    other_param_names: tuple[str, ...] = ("wasi_update", "wasi_rule", "wasi_bases", "wasi_basis_due")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        weight = dense_weight(base_layer)
+        self.base_layer = base_layer
+        self.out_features, self.in_features = weight.shape
+        self.wasi_L = nn.ParameterDict()
+        self.wasi_R = nn.ParameterDict()
+        self.wasi_bias = nn.ParameterDict()
+        self.wasi_update: dict[str, str] = {}
+        self.wasi_rule: dict[str, CompressionRule | None] = {}
+        self.wasi_bases: dict[str, Bases] = {}
+        self.wasi_basis_due: dict[str, bool] = {}
+        self.frozen_peft_weight_names = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._unmerged_base: list[nn.Module] = []
+        self._awaiting: set[str] = set()  # adapters whose factors have not been loaded yet
+        self._release_to: str | None = None
+        self._dense_device, self._dense_dtype = weight.device, weight.dtype
+        self._product_sink: ProductGradientSink | None = None
+        _live_layers.add(self)
+
+    # ---------------------------------------------------------------- factors
+
+    def update_layer(self, adapter_name: str, config: WasiConfig, rank: int, initial: InitialFactors | None) -> None:
+        """Add an adapter: its factors, or empty (NaN) factors of the right shape that are to be loaded.
+
+        Args:
+            adapter_name: Name of the new adapter.
+            config: Its configuration.
+            rank: K.
+            initial: Factors to start from; None leaves them to be loaded, the layer refuses to run before.
+        """
+        device, dtype = self._dense_device, self._dense_dtype
+        if initial is None:
+            nan = {"fill_value": float("nan"), "device": device, "dtype": dtype}
+            L = torch.full((self.out_features, rank), **nan)
+            R = torch.full((rank, self.in_features), **nan)
+            bias = None if self.bias is None else torch.full((self.out_features,), **nan)
+            self._awaiting.add(adapter_name)
+        else:
+            L, R, bias = initial.L, initial.R, initial.bias
+        self.wasi_L[adapter_name] = nn.Parameter(L.to(device, dtype).contiguous())
+        self.wasi_R[adapter_name] = nn.Parameter(R.to(device, dtype).contiguous())
+        if bias is not None:
+            self.wasi_bias[adapter_name] = nn.Parameter(bias.to(device, dtype).clone())
+        frozen = ("wasi_R",) if config.update == "frozen_basis" else ()
+        self.frozen_peft_weight_names[adapter_name] = frozen + (("wasi_bias",) if config.bias == "none" else ())
+        self.wasi_update[adapter_name] = config.update
+        self.wasi_rule[adapter_name] = config.compression_rule()
+        self.wasi_bases[adapter_name] = Bases()
+        self.wasi_basis_due[adapter_name] = True
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def release_base(self, mode: str) -> None:
+        """Give up the dense weight as `base_weight` says; waits until factors that are to be loaded have arrived."""
+        if mode == "keep" or isinstance(self.base_layer, ReleasedLinear):
+            return
+        if self._awaiting:
+            self._release_to = mode
+            return
+        dense, self._release_to = self.base_layer, None
+        parked = None
+        if mode == "cpu":
+            bias = dense.bias
+            parked = (dense.weight.detach().cpu(), None if bias is None else bias.detach().cpu())
+        self._modules.pop("base_layer")
+        self.base_layer = ReleasedLinear(self, dense, parked)
+        # the injection loop still holds the old module: free its weight, not only our reference to it
+        dense._parameters["weight"] = None
+
+    def _settle(self) -> None:
+        """Check whether awaited factors have been loaded; then the dense weight may go."""
+        for name in list(self._awaiting):
+            L, R = self.wasi_L[name], self.wasi_R[name]
+            if not (L.is_meta or R.is_meta or bool(L[0, 0].isnan()) or bool(R[0, 0].isnan())):
+                self._awaiting.discard(name)
+        if self._release_to is not None and not self._awaiting:
+            self.release_base(self._release_to)
+
+    @property
+    def active_name(self) -> str | None:
+        """Name of the active adapter, None where this layer has none."""
+        name = self.active_adapters[0] if self.active_adapters else None
+        return name if name in self.wasi_L else None
+
+    @property
+    def base_is_released(self) -> bool:
+        """Whether the original dense weight no longer exists."""
+        base = self._unmerged_base[0] if self._unmerged_base else self.base_layer
+        return isinstance(base, ReleasedLinear) and base.parked is None
+
+    def factored_weight(self) -> FactoredWeight:
+        """Stand-in for the dense weight of the active adapter, in the layout of the original layer."""
+        name = self.active_name
+        assert name is not None
+        L = self.wasi_L[name]
+        transposed = issubclass(self._dense_class(), Conv1D)
+        shape = (self.out_features, self.in_features)
+        return FactoredWeight(shape[::-1] if transposed else shape, L.dtype, L.device, lambda: self._multiply_out(name))
+
+    def _dense_class(self) -> type[nn.Module]:
+        base = self._unmerged_base[0] if self._unmerged_base else self.base_layer
+        return base._dense_class if isinstance(base, ReleasedLinear) else type(base)
+
+    def _multiply_out(self, name: str) -> Tensor:
+        weight = self.wasi_L[name] @ self.wasi_R[name]
+        return weight.T if issubclass(self._dense_class(), Conv1D) else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of the active adapter, of the base layer where there is none."""
+        name = self.active_name
+        if name is not None and name in self.wasi_bias:
+            return self.wasi_bias[name]
+        return None if isinstance(self.base_layer, ReleasedLinear) else self.base_layer.bias
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        name = self.active_name
+        if name is None or self.wasi_L[name].is_meta:
+            return self._dense_device, self._dense_dtype
+        return self.wasi_L[name].device, self.wasi_L[name].dtype
+
+    # ---------------------------------------------------------------- adapters
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise ValueError(f"WASI factors replace the weight, so only one adapter can be active, got {names}.")
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.base_is_released:
+            raise ValueError(RELEASED.format(action="disabling the adapter"))
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if self.base_is_released and set(self.wasi_L) == {adapter_name}:
+            raise ValueError(RELEASED.format(action=f"deleting the only adapter ({adapter_name!r})"))
+        super().delete_adapter(adapter_name)
+        self._awaiting.discard(adapter_name)
+
+    # ---------------------------------------------------------------- merging
+
+    def _base_weight(self) -> Tensor:
+        """The original dense weight, in Linear layout."""
+        if isinstance(self.base_layer, ReleasedLinear):
+            assert self.base_layer.parked is not None
+            weight = self.base_layer.parked[0]
+            return weight.T if issubclass(self._dense_class(), Conv1D) else weight
+        return dense_weight(self.base_layer)
+
+    def _base_bias(self) -> Tensor | None:
+        """The original bias, None where the dense layer has none."""
+        if isinstance(self.base_layer, ReleasedLinear):
+            assert self.base_layer.parked is not None
+            return self.base_layer.parked[1]
+        return self.base_layer.bias
+
+    def get_dense_layer(self, adapter_name: str, safe_merge: bool = False) -> nn.Module:
+        """A dense layer that computes what the adapter computes.
+
+        Raises:
+            ValueError: If `safe_merge` and the product has NaN or Inf.
+        """
+        self._require_loaded(adapter_name)
+        with torch.no_grad():
+            weight = self._multiply_out(adapter_name).contiguous()
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+            bias = self.wasi_bias[adapter_name].detach().clone() if adapter_name in self.wasi_bias else None
+        return build_dense(self._dense_class(), weight, bias)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Multiply the factors out into a dense base layer; the factors stay, for :meth:`unmerge`."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.wasi_L]
+        if not names:
+            return
+        if len(names) > 1 or self.merged:
+            raise ValueError(
+                f"WASI factors replace the weight, so only one adapter can be merged at a time, got {names} with "
+                f"{self.merged_adapters} merged already."
+            )
+        merged = self.get_dense_layer(names[0], safe_merge)
+        self._unmerged_base = [self.base_layer]
+        self.base_layer = merged
+        self.merged_adapters.append(names[0])
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge` exactly: the base layer of before comes back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        self.base_layer = self._unmerged_base.pop()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The dense layer that takes this layer's place: merged, or the original one where it was kept."""
+        if merge:
+            if not self.merged:
+                self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            if self.merged:
+                return self.base_layer
+        if self.merged:
+            self.unmerge()
+        if self.base_is_released:
+            raise ValueError(RELEASED.format(action="unloading without merging"))
+        if isinstance(self.base_layer, ReleasedLinear):
+            device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+            return self.base_layer.restore(device, dtype)
+        return self.base_layer
+
+    def _require_loaded(self, name: str) -> None:
+        if name in self._awaiting:
+            self._settle()
+        if name in self._awaiting:
+            raise RuntimeError(
+                f"The factors of the WASI adapter {name!r} were never loaded. A configuration read from a saved adapter "
+                "has init_weights=False: load the adapter with PeftModel.from_pretrained(model, path), or set "
+                "init_weights=True and ranks=None to compute new factors."
+            )
+
+
+class Linear(nn.Module, WasiLayer):
+    """`y = (x R^T) L^T + b` in place of an `nn.Linear` or a transformers `Conv1D`."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: WasiConfig, rank: int, initial: InitialFactors | None
+    ) -> None:
+        super().__init__()
+        WasiLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, rank, initial)
+        self.register_load_state_dict_post_hook(_settle_after_load)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _live_layers.add(self)  # a copy retracts after its own optimizer's steps
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        name = self.active_name
+        if self.disable_adapters or self.merged or name is None:
+            return self.base_layer(x, *args, **kwargs)
+        if self._awaiting:
+            self._require_loaded(name)
+        if self._release_to is not None:
+            self._settle()
+
+        L, R = self.wasi_L[name], self.wasi_R[name]
+        bias = self.wasi_bias[name] if name in self.wasi_bias else None
+        trains = torch.is_grad_enabled() and (L.requires_grad or R.requires_grad)
+        compute_dtype = L.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            compute_dtype = torch.get_autocast_dtype(x.device.type)
+        if not trains:
+            x = x.to(compute_dtype)
+            hidden = F.linear(x, R.to(compute_dtype))
+            return F.linear(hidden, L.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
+
+        compressed = None
+        if torch.compiler.is_compiling():
+            rows = x.to(compute_dtype)
+        else:
+            rows = self._cast(x, compute_dtype)
+        if R.requires_grad and self.wasi_rule[name] is not None:
+            compressed = self._compress(x, rows, name)
+        tangent = self.wasi_update[name] == "subspace"
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return factored_linear(rows, L, R, bias, compressed, tangent, self._product_sink)
+
+    @staticmethod
+    def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x` in the compute dtype; layers that read the same tensor get the same cast."""
+        if x.dtype == dtype:
+            return x
+        casts = _shared(x).casts
+        if dtype not in casts:
+            casts[dtype] = x.to(dtype)
+        return casts[dtype]
+
+    @torch.compiler.disable
+    def _compress(self, x: Tensor, rows: Tensor, name: str) -> Tucker | None:
+        """The compressed form of the input, shared with the other layers that read the same tensor.
+
+        The basis takes one iteration per optimizer step, in the first forward pass that trains: a block that is
+        recomputed, or a further micro-batch, meets the same basis again.
+        """
+        rule = self.wasi_rule[name]
+        assert rule is not None
+        shared = _shared(x).compressed
+        if rule not in shared:
+            with torch.no_grad(), torch.autocast(device_type=x.device.type, enabled=False):
+                result = compress(canonical(rows.detach()), rule, self.wasi_bases[name], self.wasi_basis_due[name])
+            if result is not None:
+                self.wasi_bases[name] = result[1]
+                self.wasi_basis_due[name] = False
+            shared[rule] = None if result is None else result[0]
+        return shared[rule]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "wasi." + super().__repr__()
+
+
+def _settle_after_load(layer: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(layer, WasiLayer)
+    layer._settle()
+
+
+def wasi_layers(module: nn.Module) -> Iterator[tuple[str, WasiLayer]]:
+    """Names and layers of all WASI layers inside a module."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, WasiLayer):
+            yield name, layer
+
+
+@torch.no_grad()
+def after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Hook that torch runs once after every step of every optimizer: retract the factors that it moved.
+
+    Only layers whose factors are parameters of that optimizer are touched, so gradient accumulation, evaluation and
+    recomputation never trigger it. It also marks the activation bases as due for their next iteration.
+    """
+    layers = list(_live_layers)
+    if not layers:
+        return
+    retracts = getattr(optimizer, "retracts", False)
+    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer in layers:
+        for name, L in layer.wasi_L.items():
+            R = layer.wasi_R[name]
+            if id(L) in moved or id(R) in moved:
+                layer.wasi_basis_due[name] = True
+            if id(L) in moved and layer.wasi_update[name] == "subspace" and L.requires_grad and not retracts:
+                new_L, new_R = retract(L, R)
+                L.copy_(new_L)
+                R.copy_(new_R)

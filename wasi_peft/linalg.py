@@ -1,0 +1,276 @@
+"""Low-rank linear algebra on plain tensors: rank rule, factors of a weight, subspace iteration, retraction.
+
+Symbols (docs/method.md): `W` dense weight, out x in; `L` out x K with orthonormal columns and `R` K x in with
+`W ~ L R`; `C` second moment (or covariance) of the layer's input, in x in; `G` gradient of the loss with respect to the
+product `L R`, always held as two thin factors `G = left @ right`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class WeightFactors(NamedTuple):
+    """Factors of one weight and the spectrum they were cut from.
+
+    **Shape**
+        - L: (out, K), orthonormal columns
+        - R: (K, in)
+        - energies: (min(out, in),), squared singular values in descending order, float64
+    """
+
+    L: Tensor
+    R: Tensor
+    energies: Tensor
+
+
+def rank_for_threshold(energies: Tensor, threshold: float) -> int:
+    """Smallest K whose leading energies sum to at least `threshold` of the total.
+
+    `K = min{k : sum_{i<=k} s_i^2 >= eps * sum_i s_i^2}` (arXiv 2510.09160, section 3). A threshold of 1 keeps every
+    direction, so that it always reproduces the dense layer.
+
+    **Shape**
+        - energies: (n,), non-negative, descending
+
+    Args:
+        energies: Squared singular values.
+        threshold: Share to keep, in (0, 1].
+
+    Returns:
+        A rank in [1, n].
+
+    Raises:
+        ValueError: If the threshold is outside (0, 1] or there are no energies.
+
+    Example:
+        >>> rank_for_threshold(torch.tensor([8.0, 1.0, 1.0]), 0.8)
+        1
+        >>> rank_for_threshold(torch.tensor([8.0, 1.0, 1.0]), 0.81)
+        2
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be in (0, 1], got {threshold!r}.")
+    if energies.numel() == 0:
+        raise ValueError("energies must hold at least one value, got an empty tensor.")
+    if threshold == 1:
+        return energies.numel()
+    cumulative = energies.double().clamp_min(0).cumsum(0)
+    reached = cumulative >= threshold * cumulative[-1]
+    # argmax of a boolean tensor: the first True; the last entry is always True, so the rank never exceeds n
+    return int(reached.int().argmax()) + 1
+
+
+def _symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (descending, clamped at 0) and eigenvectors of a positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def factorize_weight(
+    weight: Tensor, select_rank: Callable[[Tensor], int], second_moment: Tensor | None = None
+) -> WeightFactors:
+    """Best rank-K factors of a weight, plain or weighted by what the layer's input looks like.
+
+    With `C = T T^T` and `W T = U S V^T`, the factors `L = U_K`, `R = S_K V_K^T T^-1` minimise `||(W - L R) T||_F`,
+    which is the root mean square error of the layer's output (SVD-LLM, arXiv 2403.07378). Because `S_K V_K^T T^-1`
+    equals `U_K^T W`, neither `T^-1` nor a full SVD is needed: `U_K` are eigenvectors of `W C W^T`. Without `C` this is
+    the truncated SVD.
+
+    **Shape**
+        - weight: (out, in)
+        - second_moment: (in, in), positive semi-definite, or None
+        - returns L (out, K), R (K, in) in the dtype of `weight`
+
+    Args:
+        weight: Dense weight in `torch.nn.Linear` layout.
+        select_rank: Called with the energies (descending, float64); returns K.
+        second_moment: `E[x x^T]` of the input, or its covariance if the mean is corrected elsewhere.
+
+    Returns:
+        The factors and the energies; with `C`, energies are mean squared outputs per direction.
+
+    Example:
+        >>> weight = torch.eye(3)
+        >>> factorize_weight(weight, lambda energies: 3).L.shape
+        torch.Size([3, 3])
+    """
+    out_features, in_features = weight.shape
+    work = weight.double()
+    moment = None if second_moment is None else second_moment.double()
+    if out_features <= in_features:
+        gram = work @ work.T if moment is None else work @ moment @ work.T
+        energies, vectors = _symmetric_eigen(gram)
+        rank = select_rank(energies)
+        left = vectors[:, :rank]
+    else:
+        # the in x in side is the smaller one: eigenvectors V of T^T W^T W T, then the range of W T V_K
+        scaled = work
+        if moment is not None:
+            values, vectors = _symmetric_eigen(moment)
+            scaled = work @ (vectors * values.sqrt())
+        energies, vectors = _symmetric_eigen(scaled.T @ scaled)
+        rank = select_rank(energies)
+        if rank == in_features:
+            scaled = work  # full rank: the range of W itself, also where T is singular
+        left = torch.linalg.qr(scaled @ vectors[:, :rank]).Q
+    right = left.T @ work
+    return WeightFactors(left.to(weight.dtype), right.to(weight.dtype), energies)
+
+
+def orthonormalize(matrix: Tensor) -> Tensor:
+    """Orthonormal basis of the columns of a tall matrix, by Cholesky QR twice, Householder QR where that fails.
+
+    Two rounds of `Q = A chol(A^T A)^-T` reach the orthogonality of Householder QR while the condition number of `A`
+    is below about 1/sqrt(machine epsilon), with matrix products only (Yamamoto et al. 2015, CholeskyQR2).
+
+    **Shape**
+        - matrix: (n, r), n >= r
+        - returns (n, r) with orthonormal columns, in the dtype of `matrix` (computed in at least float32)
+
+    Example:
+        >>> basis = orthonormalize(torch.tensor([[3.0], [4.0]]))
+        >>> [round(value, 4) for value in basis.flatten().tolist()]
+        [0.6, 0.8]
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        raise ValueError(f"orthonormalize needs at least as many rows as columns, got {tuple(matrix.shape)}.")
+    work = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
+    basis = work
+    for _ in range(2):
+        factor, info = torch.linalg.cholesky_ex(basis.T @ basis)
+        if int(info) != 0:
+            return torch.linalg.qr(work).Q.to(matrix.dtype)
+        basis = torch.linalg.solve_triangular(factor.T, basis, upper=True, left=False)
+    gram = basis.T @ basis
+    gram.diagonal().sub_(1)
+    tolerance = 100 * torch.finfo(work.dtype).eps * max(1, matrix.shape[1]) ** 0.5
+    if not bool(gram.abs().max() <= tolerance):
+        basis = torch.linalg.qr(work).Q
+    return basis.to(matrix.dtype)
+
+
+def leading_subspace(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies and right singular vectors of a matrix, from the eigen-decomposition of its smaller Gram matrix.
+
+    **Shape**
+        - matrix: (m, n)
+        - returns energies (min(m, n),) descending and basis (n, min(m, n)), orthonormal columns
+
+    Example:
+        >>> energies, basis = leading_subspace(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+        >>> energies.tolist(), basis.abs().tolist()
+        ([4.0, 1.0], [[1.0, 0.0], [0.0, 1.0]])
+    """
+    work = matrix.double() if matrix.device.type != "mps" else matrix.float()
+    rows, columns = work.shape
+    if columns <= rows:
+        energies, basis = _symmetric_eigen(work.T @ work)
+    else:
+        energies, vectors = _symmetric_eigen(work @ work.T)
+        basis = torch.linalg.qr(work.T @ vectors).Q
+    return energies, basis.to(matrix.dtype)
+
+
+def subspace_iteration(matrix: Tensor, basis: Tensor) -> Tensor:
+    """One warm-started power iteration on the right singular subspace: `U <- orth(A^T (A U))`.
+
+    Source: PowerSGD (Vogels et al. 2019), WASI algorithm 1.
+
+    **Shape**
+        - matrix: (m, n)
+        - basis: (n, r), r <= n
+        - returns (n, r), orthonormal columns
+    """
+    return orthonormalize(matrix.T @ (matrix @ basis))
+
+
+def retract(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """Restore the orthonormal columns of L without changing the product `L R`.
+
+    Polar decomposition `L = L' H` with `H = (L^T L)^(1/2)`, then `R' = H R`. Unlike QR it has no sign ambiguity and
+    `L'` is the orthonormal matrix nearest to `L`, so optimizer moments of the old factors stay aligned with the new
+    ones. While `E = L^T L - I` is small, as after any sensible step, `H` and its inverse are four terms of their power
+    series (matrix products only); otherwise they come from an eigen-decomposition.
+
+    **Shape**
+        - L: (out, K), R: (K, in)
+        - returns the same shapes and dtypes
+
+    Example:
+        >>> L, R = retract(torch.tensor([[2.0], [0.0]]), torch.tensor([[1.0, 1.0]]))
+        >>> L.tolist(), R.tolist()
+        ([[1.0], [0.0]], [[2.0, 2.0]])
+    """
+    work = L if L.dtype in (torch.float32, torch.float64) else L.float()
+    gram = work.T @ work
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    error = gram - identity
+    size = float(torch.linalg.matrix_norm(error))
+    if not size < float("inf"):
+        return L, R  # diverged: leave the NaN or Inf where the user can see it
+    if size <= 0.02:  # the first dropped term is below 5/128 * 0.02**4 ~ 6e-9
+        squared = error @ error
+        cubed = squared @ error
+        root = identity + error / 2 - squared / 8 + cubed / 16
+        inverse_root = identity - error / 2 + squared * (3 / 8) - cubed * (5 / 16)
+    else:
+        values, vectors = torch.linalg.eigh(gram.double() if gram.device.type != "mps" else gram)
+        if float(values[0]) <= torch.finfo(gram.dtype).eps * float(values[-1]):
+            # a column was lost: no polar factor exists, any orthonormal basis of the range serves
+            basis = torch.linalg.qr(work).Q
+            return basis.to(L.dtype), ((basis.T @ work) @ R.to(work.dtype)).to(R.dtype)
+        root = ((vectors * values.sqrt()) @ vectors.T).to(gram.dtype)
+        inverse_root = ((vectors * values.rsqrt()) @ vectors.T).to(gram.dtype)
+    return (work @ inverse_root).to(L.dtype), (root @ R.to(work.dtype)).to(R.dtype)
+
+
+def tangent_gradient(L: Tensor, R: Tensor, grad_L: Tensor, grad_R: Tensor) -> Tensor:
+    """Gradient of L along the manifold of rank-K matrices, from the Euclidean gradients of both factors.
+
+    `gL = (I - L L^T) G R^T (R R^T)^-1`, computed as `(grad_L - L (grad_R R^T)) (R R^T)^-1` because
+    `L^T grad_L = L^T G R^T = grad_R R^T` for orthonormal L. Together with `gR = grad_R = L^T G`, a gradient step on both
+    factors followed by :func:`retract` moves the product like `W - lr G` followed by one subspace iteration, up to
+    O(lr^2) (docs/method.md).
+
+    **Shape**
+        - L, grad_L: (out, K); R, grad_R: (K, in)
+        - returns (out, K)
+    """
+    if L.shape[0] == L.shape[1]:
+        return torch.zeros_like(grad_L)  # L spans everything: the complement is empty, anything left is rounding
+    normal = grad_L - L @ (grad_R @ R.T)
+    gram = R @ R.T
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if int(info) != 0:
+        # rank-deficient R: the pseudo-inverse moves nothing along directions that R does not have
+        return normal @ torch.linalg.pinv(gram, hermitian=True, rtol=1e-6)
+    return torch.cholesky_solve(normal.T, factor).T
+
+
+def paper_step(L: Tensor, R: Tensor, left: Tensor, right: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+    """The paper's weight update, without an out x in matrix: SGD on the product, then one subspace iteration.
+
+    Dense form (arXiv 2510.09160, algorithm 1): `W' = L R - lr G`, `L' = orth(W' (W'^T L))`, `R' = L'^T W'`. With
+    `G = left @ right` of rank q it costs O((out + in) K (K + q)).
+
+    **Shape**
+        - L: (out, K), R: (K, in), left: (out, q), right: (q, in)
+        - returns L' (out, K), R' (K, in)
+
+    Args:
+        L: Factor with orthonormal columns.
+        R: The other factor.
+        left: `dY^T Z`, gradient factor on the output side.
+        right: `U_f^T`, gradient factor on the input side.
+        lr: Learning rate.
+    """
+    Q = R.T - lr * (right.T @ (left.T @ L))  # W'^T L
+    moved = L @ (R @ Q) - lr * (left @ (right @ Q))  # W' Q
+    new_L = orthonormalize(moved)
+    new_R = (new_L.T @ L) @ R - lr * ((new_L.T @ left) @ right)
+    return new_L, new_R

@@ -1,0 +1,264 @@
+"""The tuner: injects the layers, decides what trains, translates the adapter's state dict."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from .config import WasiConfig
+from .layer import RELEASED, InitialFactors, Linear, WasiLayer, dense_weight, wasi_layers
+from .linalg import WeightFactors, factorize_weight, rank_for_threshold
+from .summary import WasiSummary, wasi_summary
+from .targets import (
+    asked_rank,
+    check_targets,
+    fixed_rank,
+    resolve_targets,
+    selected_modules,
+    vector_parameter_names,
+)
+
+logger = logging.getLogger(__name__)
+
+INITIAL_FACTORS = "_wasi_initial_factors"  # attribute by which preprocess_wasi leaves its result on a target module
+
+PLAIN_SVD_WARNING = (
+    "The initial factors come from a plain truncated SVD of the weights. On pretrained models this usually destroys what "
+    "the model knows at any rank that saves something (see docs/benchmarks.md for a measured case). Run "
+    "wasi_peft.preprocess_wasi(model, config, dataloader) first, or load an adapter."
+)
+
+
+@dataclass(frozen=True)
+class PreparedFactors:
+    """Factors that calibration leaves on a target module, and the rank or threshold they were cut for."""
+
+    initial: InitialFactors
+    asked: int | float
+
+
+def factors_for(asked: int | float, weight: torch.Tensor, second_moment: torch.Tensor | None = None) -> WeightFactors:
+    """Factors of a weight at a rank (int) or threshold (float), weighted by the input's second moment if given."""
+
+    def select(energies: torch.Tensor) -> int:
+        return asked if isinstance(asked, int) else rank_for_threshold(energies, asked)
+
+    return factorize_weight(weight, select, second_moment)
+
+
+class WasiModel(BaseTuner):
+    """Weight-activation subspace iteration (arXiv 2510.09160) with weights that really are gone.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `torch.nn.Module`): The model to be adapted.
+        config ([`WasiConfig`]): The configuration.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`): Create empty adapter weights on meta device.
+
+    Example:
+
+        ```py
+        >>> import wasi_peft
+        >>> from peft import get_peft_model
+        >>> from transformers import ViTConfig, ViTForImageClassification
+
+        >>> vit_config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        >>> model = ViTForImageClassification(vit_config)
+        >>> model = get_peft_model(model, wasi_peft.WasiConfig(weight_rank=4))
+        >>> len(model.wasi_summary().layers)
+        6
+
+        ```
+    """
+
+    prefix: str = "wasi_"
+    tuner_layer_cls = WasiLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def wasi_summary(self, adapter_name: str | None = None) -> WasiSummary:
+        """Layers, ranks and share of weights kept of an adapter (the active one by default)."""
+        return wasi_summary(self.model, adapter_name or self.active_adapters[0])
+
+    # ---------------------------------------------------------------- injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Replace the target modules; afterwards one log line says what it amounts to."""
+        self._used_plain_svd = False
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self._used_plain_svd:
+            warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
+        summary = wasi_summary(model, adapter_name)
+        logger.log(logging.WARNING if summary.past_break_even else logging.INFO, summary.headline())
+
+    def _prepare_adapter_config(self, peft_config: WasiConfig, model_config: dict[str, Any]) -> WasiConfig:
+        resolve_targets(self.model, peft_config)
+        return peft_config
+
+    def _prepare_model(self, peft_config: WasiConfig, model: nn.Module) -> None:
+        """Everything that can be wrong is found here, before the first layer is replaced."""
+        check_targets(model, peft_config)
+        if not peft_config.init_weights:
+            return
+        for name, module in selected_modules(model, peft_config):
+            prepared = module.__dict__.get(INITIAL_FACTORS)
+            asked = asked_rank(name, peft_config)
+            if prepared is not None and prepared.asked != asked:
+                raise ValueError(
+                    f"{name}: preprocess_wasi prepared it for rank or threshold {prepared.asked}, the configuration now "
+                    f"asks for {asked}. Run preprocess_wasi again with this configuration."
+                )
+        peft_config.ranks = {}
+
+    def _check_new_adapter_config(self, config: WasiConfig) -> None:
+        others = [other for other in self.peft_config.values() if other is not config]
+        for name in ("train_vectors", "bias"):
+            shared = {"train_vectors": True, "bias": "all"}[name]
+            values = [getattr(other, name) for other in [*others, config]]
+            if others and shared in values:
+                raise ValueError(
+                    f"Only one adapter can have {name}={shared!r}, because it trains parameters of the base model that "
+                    f"all adapters share; got {values} for {len(values)} adapters."
+                )
+
+    def _create_and_replace(
+        self,
+        peft_config: WasiConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        is_wasi = isinstance(target, WasiLayer)
+        initial = None
+        if peft_config.init_weights:
+            initial, rank = self._initial_factors(peft_config, target, current_key)
+            assert peft_config.ranks is not None
+            peft_config.ranks[current_key] = rank
+        else:
+            rank = fixed_rank(current_key, peft_config)
+            if rank is None:
+                raise ValueError(
+                    f"{current_key}: with init_weights=False the rank must be given by ranks, rank_pattern or "
+                    "weight_rank; a threshold alone needs the weights."
+                )
+        if is_wasi:
+            target.update_layer(adapter_name, peft_config, rank, initial)
+            return
+        layer = Linear(target, adapter_name, peft_config, rank, initial)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+        # another adapter that does not target this layer still needs it dense
+        layer.release_base("keep" if len(self.peft_config) > 1 else peft_config.base_weight)
+
+    def _initial_factors(self, config: WasiConfig, target: nn.Module, name: str) -> tuple[InitialFactors, int]:
+        if isinstance(target, WasiLayer):
+            weight, bias, prepared = target._base_weight(), target._base_bias(), None
+        else:
+            weight, bias = dense_weight(target), target.bias
+            prepared = target.__dict__.pop(INITIAL_FACTORS, None)
+        if prepared is not None:
+            return prepared.initial, prepared.initial.L.shape[1]
+        factors = factors_for(asked_rank(name, config), weight)
+        rank = factors.L.shape[1]
+        self._used_plain_svd |= rank < min(weight.shape)
+        return InitialFactors(factors.L, factors.R, None if bias is None else bias.detach()), rank
+
+    # ---------------------------------------------------------------- what trains
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The factors are the weight: they keep the dtype of the model, whatever `autocast_adapter_dtype` says."""
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for _, layer in wasi_layers(model):
+            for parameter in layer.base_layer.parameters():
+                parameter.requires_grad = False  # bias="all" means the adapter's bias, not the unused one below it
+        configs = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
+        if any(config.train_vectors and not config.inference_mode for config in configs):
+            parameters = dict(model.named_parameters())
+            for name in vector_parameter_names(model):
+                parameters[name].requires_grad = True
+
+    # ---------------------------------------------------------------- base model
+
+    def _require_base(self, action: str) -> None:
+        for name, layer in wasi_layers(self.model):
+            if layer.base_is_released:
+                raise ValueError(f"{name}: {RELEASED.format(action=action)}")
+
+    def disable_adapter_layers(self) -> None:
+        """Switch to the base model's weights; needs `base_weight="keep"` or "cpu"."""
+        self._require_base("disabling the adapter")
+        if any(self.peft_config[name].train_vectors for name in self.active_adapters):
+            warnings.warn(
+                "Disabling a WASI adapter with train_vectors=True leaves the trained norms, layer scales and tokens in "
+                "place, so the output is not that of the base model once they were trained.",
+                stacklevel=2,
+            )
+        self._enable_adapter_layers(enabled=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; the last one only where the dense weights were kept."""
+        if set(self.peft_config) == {adapter_name}:
+            self._require_base(f"deleting the only adapter ({adapter_name!r})")
+        super().delete_adapter(adapter_name)
+
+    def unload(self) -> nn.Module:
+        """The base model with its original weights; needs `base_weight="keep"` or "cpu"."""
+        self._require_base("unloading without merging")
+        return super().unload()
+
+    # ---------------------------------------------------------------- state dict
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: WasiConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        selected = {key: value for key, value in selected.items() if ".base_layer." not in key}
+        if config.train_vectors:
+            selected.update({name: state_dict[name] for name in vector_parameter_names(model) if name in state_dict})
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: WasiConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        cls._check_loadable(model, adapter_name, remapped)
+        return remapped
+
+    @staticmethod
+    def _check_loadable(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+        """Refuse, before anything is copied, a state dict that lacks a factor, has another shape, or holds NaN."""
+        own = model.state_dict()
+        for module_name, layer in wasi_layers(model):
+            for part in layer.adapter_layer_names:
+                if adapter_name not in getattr(layer, part):
+                    continue
+                key = f"{module_name}.{part}.{adapter_name}"
+                value = state_dict.get(key)
+                if value is None:
+                    raise ValueError(f"{module_name}: the adapter holds no {part}; it is incomplete or of another model.")
+                if value.shape != own[key].shape:
+                    raise ValueError(
+                        f"{module_name}: {part} must have shape {tuple(own[key].shape)}, got {tuple(value.shape)}. "
+                        "The adapter belongs to another model or has other ranks."
+                    )
+        for key, value in state_dict.items():
+            if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{key}: the adapter file holds NaN or Inf.")
