@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linalg import tangent_gradient
+from .linalg import factor_gradients
 from .tucker import Tucker, expand_rows
 
 ProductGradientSink = Callable[[Tensor, Tensor], None]
@@ -39,31 +39,6 @@ def product_gradient(dY: Tensor, x: Tensor | None, compressed: Tucker | None) ->
         assert x is not None
         return dY.T, x
     return dY.T @ expand_rows(compressed), compressed.feature.T
-
-
-def compressed_factor_gradients(
-    dY: Tensor, hidden_grad: Tensor, compressed: Tucker, R: Tensor, L: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Euclidean gradients of both factors from a compressed input, contracted in the cheaper order.
-
-    `gL = G R^T`, `gR = L^T G` with `G = dY^T Z U^T` (METHOD: P = dY^T Z). For r below K it is cheaper to form P
-    (out x r) first; otherwise to go through the K-wide rows.
-
-    **Shape**
-        - dY: (rows, out); hidden_grad: `dY L`, (rows, K); R: (K, in); L: (out, K)
-        - returns (out, K), (K, in)
-    """
-    Z = expand_rows(compressed)  # (rows, r)
-    U = compressed.feature  # (in, r)
-    projected = R @ U  # (K, r)
-    rows, out_features = dY.shape
-    rank, width = projected.shape
-    through_product = rows * out_features * width + 2 * out_features * width * rank
-    through_rows = rows * rank * (2 * width + out_features)
-    if through_product <= through_rows:
-        P = dY.T @ Z  # (out, r)
-        return P @ projected.T, (L.T @ P) @ U.T
-    return dY.T @ (Z @ projected.T), (hidden_grad.T @ Z) @ U.T
 
 
 class FactoredLinear(torch.autograd.Function):
@@ -110,7 +85,7 @@ class FactoredLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         L, R, first, feature, token, batch = ctx.saved_tensors
         needs_x, needs_L, needs_R, needs_bias = ctx.needs_input_grad[:4]
         dY = dY.reshape(-1, dY.shape[-1])
@@ -129,29 +104,28 @@ class FactoredLinear(torch.autograd.Function):
         elif ctx.kept != "nothing":
             x = first.reshape(-1, first.shape[-1]) if ctx.kept == "input" else None
             compressed = Tucker(first, feature, token, batch) if ctx.kept == "compressed" else None
+            left, right = product_gradient(dY, x, compressed)
             if ctx.sink is not None:
-                ctx.sink(*product_gradient(dY, x, compressed))
-            if compressed is None:
-                assert x is not None
-                grad_L = dY.T @ (x @ R_compute.T) if needs_L else None
-                grad_R = hidden_grad.T @ x
-            else:
-                grad_L, grad_R = compressed_factor_gradients(dY, hidden_grad, compressed, R_compute, L_compute)
-            grad_R = grad_R.to(R.dtype)
-            if needs_L:
-                grad_L = grad_L.to(L.dtype)
-                if ctx.tangent:
-                    grad_L = _tangent(L, R, grad_L, grad_R)
+                ctx.sink(left, right)
+            in_basis = hidden_grad.T if compressed is None else None
+            grad_L, grad_R = _factor_gradients(L, R, left, right, ctx.tangent and needs_L, in_basis)
             grad_R = grad_R if needs_R else None
         return grad_x, grad_L if needs_L else None, grad_R, grad_bias, *[None] * 6
 
 
-def _tangent(L: Tensor, R: Tensor, grad_L: Tensor, grad_R: Tensor) -> Tensor:
-    """:func:`linalg.tangent_gradient` in at least float32, where autocast must not lower it again."""
+def _factor_gradients(
+    L: Tensor, R: Tensor, left: Tensor, right: Tensor, tangent: bool, left_in_basis: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`linalg.factor_gradients` in the factors' dtype, and the tangent gradient in at least float32.
+
+    Autocast, active where `backward` is called inside it, must not lower the precision again.
+    """
+    full = L.dtype in (torch.float32, torch.float64)
+    work = L.dtype if full or not tangent else torch.float32
+    in_basis = None if left_in_basis is None else left_in_basis.to(work)
     with torch.autocast(device_type=L.device.type, enabled=False):
-        if L.dtype in (torch.float32, torch.float64):
-            return tangent_gradient(L, R, grad_L, grad_R)
-        return tangent_gradient(L.float(), R.float(), grad_L.float(), grad_R.float()).to(L.dtype)
+        grad_L, grad_R = factor_gradients(L.to(work), R.to(work), left.to(work), right.to(work), tangent, in_basis)
+    return grad_L.to(L.dtype), grad_R.to(R.dtype)
 
 
 def factored_linear(
@@ -175,7 +149,7 @@ def factored_linear(
         bias: Optional bias.
         compressed: Compressed form of `x`, kept instead of it. The factors' gradients are then those of the
             reconstructed input; the gradient of `x` is always exact.
-        tangent: Return the tangent-space gradient for L (:func:`linalg.tangent_gradient`) instead of the Euclidean one.
+        tangent: Return the tangent gradient for L instead of the Euclidean one (:func:`linalg.factor_gradients`).
         sink: Called in backward with the two factors of the product gradient (:func:`product_gradient`).
 
     Returns:

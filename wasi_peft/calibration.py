@@ -12,10 +12,10 @@ import json
 import os
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import WasiConfig
-from .layer import InitialFactors, WasiLayer, dense_weight
+from .layer import InitialFactors, WasiLayer, dense_bias, dense_weight
 from .model import INITIAL_FACTORS, PreparedFactors, factors_for
 from .targets import asked_rank, check_targets, resolve_targets, selected_modules
 
 RunModel = Callable[[], Any]
-CalibrationData = Union[Iterable[Any], RunModel]
+CalibrationData = Iterable[Any] | RunModel
 
 _LABEL_KEYS = ("labels", "label", "label_ids")
 _FORMAT = 1
@@ -61,7 +61,9 @@ class InputStatistics:
         return self.second_moment.double() / self.rows, self.total.double() / self.rows
 
 
-def calibrated_factors(weight: Tensor, bias: Tensor | None, statistics: InputStatistics, asked: int | float) -> InitialFactors:
+def calibrated_factors(
+    weight: Tensor, bias: Tensor | None, statistics: InputStatistics, asked: int | float
+) -> InitialFactors:
     """Initial factors of one layer from the statistics of its input.
 
     With a bias, the mean of the input is taken out first: `L R` approximates `W` on `x - E[x]`, and the bias becomes
@@ -95,22 +97,22 @@ def preprocess_wasi(
     """Prepare data-aware initial factors; the next `get_peft_model(model, config)` uses them.
 
     Args:
-        model: The dense model. Its weights are not changed; the prepared factors are attached to the target modules and
-            consumed by the injection.
+        model: The dense model. Its weights are not changed; the prepared factors are attached to the target modules
+            and consumed by the injection.
         config: The configuration that will be injected: it decides targets and ranks.
         data: Calibration batches without labels (a few hundred samples do): a DataLoader or list of dicts, tensors, or
-            tuples whose first element is the input; or a function without arguments that runs the model on them. It may
-            be iterated more than once. None reads the statistics from `statistics_dir` instead.
+            tuples whose first element is the input; or a function without arguments that runs the model on them. It
+            may be iterated more than once. None reads the statistics from `statistics_dir` instead.
         statistics_dir: Folder to save the statistics in (with `data`), or to load them from (without), so that other
             ranks need no new calibration.
         max_batches: Stop after that many batches.
-        max_memory_bytes: Bound on the memory for statistics at any time, bytes; at least one layer is always collected.
+        max_memory_bytes: Bound on the memory for statistics at any time, bytes; one layer is always collected.
         progress_bar: Show progress bars.
 
     Raises:
-        ValueError: If the data are empty, not finite, can be iterated only once, or do not reach a target; if the saved
-            statistics belong to another model; and whatever :func:`targets.check_targets` finds. Nothing is attached
-            then.
+        ValueError: If the data are empty, not finite, can be iterated only once, or do not reach a target; if the
+            saved statistics belong to another model; and whatever :func:`targets.check_targets` finds. Nothing is
+            attached then.
 
     References:
         SVD-LLM (arXiv 2403.07378) for the weighting by the input's second moment.
@@ -136,7 +138,7 @@ def preprocess_wasi(
         for statistics in collected:
             for name in statistics.modules:
                 module, asked = targets[name], asked_rank(name, resolved)
-                initial = calibrated_factors(dense_weight(module), module.bias, statistics, asked)
+                initial = calibrated_factors(dense_weight(module), dense_bias(module), statistics, asked)
                 prepared[name] = PreparedFactors(initial, asked)
                 bar.update()
     for name, factors in prepared.items():
@@ -178,8 +180,8 @@ class _Collector:
         size = x.shape[-1]
         if self.collected and self.bytes_held + 4 * size * (size + 1) > self.max_memory_bytes:
             return None  # left for the next pass
-        dense = {"dtype": torch.float32, "device": x.device}
-        statistics = InputStatistics(torch.zeros(size, size, **dense), torch.zeros(size, **dense), modules=[name])
+        second_moment = torch.zeros(size, size, dtype=torch.float32, device=x.device)
+        statistics = InputStatistics(second_moment, torch.zeros_like(second_moment[0]), modules=[name])
         statistics.update(x)
         self.collected.append(statistics)
         self.leaders[name] = statistics
@@ -211,7 +213,7 @@ def _collect(
 ) -> Iterator[InputStatistics]:
     """Statistics of every distinct input, in as many passes over the data as the memory bound needs."""
     if not callable(data) and iter(data) is data:
-        raise ValueError("calibration data must allow more than one iteration (a DataLoader, a list), got an iterator.")
+        raise ValueError("calibration data must allow several iterations (a DataLoader, a list), got an iterator.")
     pending = dict(targets)
     while pending:
         collector = _Collector(pending, max_memory_bytes)
@@ -248,7 +250,7 @@ def _run(model: nn.Module, data: CalibrationData, max_batches: int | None, descr
     if callable(data):
         data()
         return
-    total = len(data) if hasattr(data, "__len__") else None
+    total = len(data) if isinstance(data, Sized) else None
     if max_batches is not None:
         total = max_batches if total is None else min(total, max_batches)
     device = next(model.parameters()).device
@@ -285,7 +287,7 @@ def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
 def _checksum(module: nn.Module) -> int:
     """CRC-32 of a weight's bytes: tells whether statistics belong to this very model."""
     weight = dense_weight(module).cpu().contiguous()
-    return zlib.crc32(weight.view(torch.uint8).numpy())
+    return zlib.crc32(weight.view(torch.uint8).numpy().tobytes())
 
 
 def _saving(

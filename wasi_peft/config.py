@@ -41,8 +41,8 @@ class WasiConfig(PeftConfig):
 
     Args:
         explained_variance_threshold (`float`, default 0.95):
-            Share of energy that each layer keeps, in (0, 1]; the rank is the smallest one that reaches it. The energy is
-            that of the layer's output after [`preprocess_wasi`], that of its weight without. 1 keeps the full rank.
+            Share of energy that each layer keeps, in (0, 1]; the rank is the smallest one that reaches it. The energy
+            is that of the layer's output after [`preprocess_wasi`], that of its weight without. 1 keeps the full rank.
         weight_rank (`Optional[int]`):
             One fixed rank for every layer instead of the threshold.
         rank_pattern (`dict[str, int]`):
@@ -69,12 +69,15 @@ class WasiConfig(PeftConfig):
         activation_ranks (`Optional[Union[int, dict[str, int]]]`):
             Fixed ranks instead, by mode ({'feature': 48, 'token': 12}); an integer is the rank of the feature mode.
         activation_modes (`list[str]`, default ['feature']):
-            Modes of the input [batch, token, feature] that are compressed. 'feature' is always one of them; 'token' pays
-            while every batch has the same number of tokens.
+            Modes of the input [batch, token, feature] that are compressed. 'feature' is always one of them; 'token'
+            pays while every batch has the same number of tokens.
+        activation_interval (`int`, default 8):
+            Optimizer steps from one subspace iteration of the activation bases to the next. 1 is the paper's choice;
+            the bases move slowly, and an iteration costs twice as much as the compression itself.
         update (`str`, default 'subspace'):
             'subspace': tangent-space gradients and, after each optimizer step, a retraction, which together are the
-            paper's subspace iteration to first order. 'factor': plain gradients of both factors. 'frozen_basis': only L
-            trains, R keeps its initial row space.
+            paper's subspace iteration to first order. 'factor': plain gradients of both factors. 'frozen_basis': only
+            L trains, R keeps its initial row space.
         base_weight (`str`, default 'release'):
             What happens to the dense weight: 'release' frees it, 'cpu' parks it in main memory, 'keep' leaves it in
             place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or 'keep'.
@@ -82,8 +85,8 @@ class WasiConfig(PeftConfig):
             Compute the factors from the dense weights. False builds empty factors that must be loaded before use;
             saved adapters are loaded that way.
         ranks (`Optional[dict[str, int]]`):
-            Rank of every targeted layer by full module name. Filled in at injection and saved with the adapter, so that
-            loading needs no decomposition.
+            Rank of every targeted layer by full module name. Filled in at injection and saved with the adapter, so
+            that loading needs no decomposition.
     """
 
     explained_variance_threshold: float = field(
@@ -95,11 +98,11 @@ class WasiConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Ranks by layer name or regular expression; override the default."}
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: set[str] | list[str] | str | None = field(
         default=None,
         metadata={"help": "Modules to replace; by default all Linear/Conv1D of the transformer blocks, not the head."},
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: set[str] | list[str] | str | None = field(
         default=None, metadata={"help": "Names or regular expression of modules to leave dense."}
     )
     modules_to_save: list[str] | None = field(
@@ -126,6 +129,9 @@ class WasiConfig(PeftConfig):
     activation_modes: list[str] = field(
         default_factory=lambda: ["feature"],
         metadata={"help": "Modes of the input that are compressed: 'feature', 'token', 'batch'."},
+    )
+    activation_interval: int = field(
+        default=8, metadata={"help": "Optimizer steps between two iterations of the activation bases."}
     )
     update: Literal["subspace", "factor", "frozen_basis"] = field(
         default="subspace", metadata={"help": "How the factors move: 'subspace', 'factor' or 'frozen_basis'."}
@@ -158,6 +164,7 @@ class WasiConfig(PeftConfig):
                 _check_rank(f"{name}[{pattern!r}]", rank)
         if self.activation_threshold is not None:
             _check_threshold("activation_threshold", self.activation_threshold)
+        _check_rank("activation_interval", self.activation_interval)
         _check_choice("bias", self.bias, BIASES)
         _check_choice("update", self.update, UPDATES)
         _check_choice("base_weight", self.base_weight, BASE_WEIGHTS)
@@ -168,7 +175,7 @@ class WasiConfig(PeftConfig):
             )
         for mode, rank in (self._mode_ranks() or {}).items():
             if mode not in modes:
-                raise ValueError(f"activation_ranks names the mode {mode!r}, which is not in activation_modes={modes!r}.")
+                raise ValueError(f"activation_ranks names the mode {mode!r}, not in activation_modes={modes!r}.")
             _check_rank(f"activation_ranks[{mode!r}]", rank)
         if self.activation_ranks is not None and self.activation_threshold is None:
             missing = sorted(set(modes) - set(self._mode_ranks() or {}))

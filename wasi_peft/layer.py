@@ -64,15 +64,28 @@ def _shared(x: Tensor) -> _SharedInput:
 
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight of a Linear or Conv1D in Linear layout, (out, in), detached."""
+    assert isinstance(layer.weight, Tensor)
     weight = layer.weight.detach()
     return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def dense_bias(layer: nn.Module) -> Tensor | None:
+    """The bias of a Linear or Conv1D, detached, or None."""
+    bias = layer.bias
+    return bias.detach() if isinstance(bias, Tensor) else None
 
 
 class WasiLayer(BaseTunerLayer):
     """Mixin with the factors and everything PEFT needs of a layer. Exactly one adapter is active at a time."""
 
     adapter_layer_names: tuple[str, ...] = ("wasi_L", "wasi_R", "wasi_bias")
-    other_param_names: tuple[str, ...] = ("wasi_update", "wasi_rule", "wasi_bases", "wasi_basis_due")
+    other_param_names: tuple[str, ...] = (
+        "wasi_update",
+        "wasi_rule",
+        "wasi_bases",
+        "wasi_basis_age",
+        "wasi_basis_interval",
+    )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         weight = dense_weight(base_layer)
@@ -84,10 +97,11 @@ class WasiLayer(BaseTunerLayer):
         self.wasi_update: dict[str, str] = {}
         self.wasi_rule: dict[str, CompressionRule | None] = {}
         self.wasi_bases: dict[str, Bases] = {}
-        self.wasi_basis_due: dict[str, bool] = {}
-        self.frozen_peft_weight_names = {}
+        self.wasi_basis_age: dict[str, int] = {}  # optimizer steps since the bases last moved
+        self.wasi_basis_interval: dict[str, int] = {}
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         self._unmerged_base: list[nn.Module] = []
         self._awaiting: set[str] = set()  # adapters whose factors have not been loaded yet
         self._release_to: str | None = None
@@ -108,10 +122,9 @@ class WasiLayer(BaseTunerLayer):
         """
         device, dtype = self._dense_device, self._dense_dtype
         if initial is None:
-            nan = {"fill_value": float("nan"), "device": device, "dtype": dtype}
-            L = torch.full((self.out_features, rank), **nan)
-            R = torch.full((rank, self.in_features), **nan)
-            bias = None if self.bias is None else torch.full((self.out_features,), **nan)
+            L = torch.full((self.out_features, rank), torch.nan, device=device, dtype=dtype)
+            R = torch.full((rank, self.in_features), torch.nan, device=device, dtype=dtype)
+            bias = None if self.bias is None else torch.full_like(L[:, 0], torch.nan)
             self._awaiting.add(adapter_name)
         else:
             L, R, bias = initial.L, initial.R, initial.bias
@@ -124,7 +137,8 @@ class WasiLayer(BaseTunerLayer):
         self.wasi_update[adapter_name] = config.update
         self.wasi_rule[adapter_name] = config.compression_rule()
         self.wasi_bases[adapter_name] = Bases()
-        self.wasi_basis_due[adapter_name] = True
+        self.wasi_basis_age[adapter_name] = 0
+        self.wasi_basis_interval[adapter_name] = config.activation_interval
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def release_base(self, mode: str) -> None:
@@ -137,8 +151,9 @@ class WasiLayer(BaseTunerLayer):
         dense, self._release_to = self.base_layer, None
         parked = None
         if mode == "cpu":
-            bias = dense.bias
-            parked = (dense.weight.detach().cpu(), None if bias is None else bias.detach().cpu())
+            weight, bias = dense.weight, dense_bias(dense)
+            assert isinstance(weight, Tensor)
+            parked = (weight.detach().cpu(), None if bias is None else bias.cpu())
         self._modules.pop("base_layer")
         self.base_layer = ReleasedLinear(self, dense, parked)
         # the injection loop still holds the old module: free its weight, not only our reference to it
@@ -156,8 +171,8 @@ class WasiLayer(BaseTunerLayer):
     @property
     def active_name(self) -> str | None:
         """Name of the active adapter, None where this layer has none."""
-        name = self.active_adapters[0] if self.active_adapters else None
-        return name if name in self.wasi_L else None
+        names = self.active_adapters
+        return names[0] if names and names[0] in self.wasi_L else None
 
     @property
     def base_is_released(self) -> bool:
@@ -172,7 +187,8 @@ class WasiLayer(BaseTunerLayer):
         L = self.wasi_L[name]
         transposed = issubclass(self._dense_class(), Conv1D)
         shape = (self.out_features, self.in_features)
-        return FactoredWeight(shape[::-1] if transposed else shape, L.dtype, L.device, lambda: self._multiply_out(name))
+        shape = shape[::-1] if transposed else shape
+        return FactoredWeight(shape, L.dtype, L.device, lambda: self._multiply_out(name))
 
     def _dense_class(self) -> type[nn.Module]:
         base = self._unmerged_base[0] if self._unmerged_base else self.base_layer
@@ -188,7 +204,7 @@ class WasiLayer(BaseTunerLayer):
         name = self.active_name
         if name is not None and name in self.wasi_bias:
             return self.wasi_bias[name]
-        return None if isinstance(self.base_layer, ReleasedLinear) else self.base_layer.bias
+        return None if isinstance(self.base_layer, ReleasedLinear) else dense_bias(self.base_layer)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         name = self.active_name
@@ -230,7 +246,7 @@ class WasiLayer(BaseTunerLayer):
         if isinstance(self.base_layer, ReleasedLinear):
             assert self.base_layer.parked is not None
             return self.base_layer.parked[1]
-        return self.base_layer.bias
+        return dense_bias(self.base_layer)
 
     def get_dense_layer(self, adapter_name: str, safe_merge: bool = False) -> nn.Module:
         """A dense layer that computes what the adapter computes.
@@ -292,8 +308,8 @@ class WasiLayer(BaseTunerLayer):
             self._settle()
         if name in self._awaiting:
             raise RuntimeError(
-                f"The factors of the WASI adapter {name!r} were never loaded. A configuration read from a saved adapter "
-                "has init_weights=False: load the adapter with PeftModel.from_pretrained(model, path), or set "
+                f"The factors of the WASI adapter {name!r} were never loaded. A configuration read from a saved "
+                "adapter has init_weights=False: load the adapter with PeftModel.from_pretrained(model, path), or set "
                 "init_weights=True and ranks=None to compute new factors."
             )
 
@@ -361,18 +377,19 @@ class Linear(nn.Module, WasiLayer):
     def _compress(self, x: Tensor, rows: Tensor, name: str) -> Tucker | None:
         """The compressed form of the input, shared with the other layers that read the same tensor.
 
-        The basis takes one iteration per optimizer step, in the first forward pass that trains: a block that is
-        recomputed, or a further micro-batch, meets the same basis again.
+        The basis takes one iteration every `activation_interval` optimizer steps, in the first forward pass that
+        trains: a block that is recomputed, or a further micro-batch, meets the same basis again.
         """
         rule = self.wasi_rule[name]
         assert rule is not None
         shared = _shared(x).compressed
         if rule not in shared:
+            advance = self.wasi_basis_age[name] >= self.wasi_basis_interval[name]
             with torch.no_grad(), torch.autocast(device_type=x.device.type, enabled=False):
-                result = compress(canonical(rows.detach()), rule, self.wasi_bases[name], self.wasi_basis_due[name])
+                result = compress(canonical(rows.detach()), rule, self.wasi_bases[name], advance)
             if result is not None:
                 self.wasi_bases[name] = result[1]
-                self.wasi_basis_due[name] = False
+                self.wasi_basis_age[name] = 0 if advance else self.wasi_basis_age[name]
             shared[rule] = None if result is None else result[0]
         return shared[rule]
 
@@ -400,7 +417,7 @@ def after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Hook that torch runs once after every step of every optimizer: retract the factors that it moved.
 
     Only layers whose factors are parameters of that optimizer are touched, so gradient accumulation, evaluation and
-    recomputation never trigger it. It also marks the activation bases as due for their next iteration.
+    recomputation never trigger it. It also counts the steps since the activation bases last moved.
     """
     layers = list(_live_layers)
     if not layers:
@@ -411,7 +428,7 @@ def after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for name, L in layer.wasi_L.items():
             R = layer.wasi_R[name]
             if id(L) in moved or id(R) in moved:
-                layer.wasi_basis_due[name] = True
+                layer.wasi_basis_age[name] += 1
             if id(L) in moved and layer.wasi_update[name] == "subspace" and L.requires_grad and not retracts:
                 new_L, new_R = retract(L, R)
                 L.copy_(new_L)

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .config import WasiConfig
-from .layer import RELEASED, InitialFactors, Linear, WasiLayer, dense_weight, wasi_layers
+from .layer import RELEASED, InitialFactors, Linear, WasiLayer, dense_bias, dense_weight, wasi_layers
 from .linalg import WeightFactors, factorize_weight, rank_for_threshold
 from .summary import WasiSummary, wasi_summary
 from .targets import (
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 INITIAL_FACTORS = "_wasi_initial_factors"  # attribute by which preprocess_wasi leaves its result on a target module
 
 PLAIN_SVD_WARNING = (
-    "The initial factors come from a plain truncated SVD of the weights. On pretrained models this usually destroys what "
-    "the model knows at any rank that saves something (see docs/benchmarks.md for a measured case). Run "
+    "The initial factors come from a plain truncated SVD of the weights. On pretrained models this usually destroys "
+    "what the model knows at any rank that saves something (docs/benchmarks has a measured case). Run "
     "wasi_peft.preprocess_wasi(model, config, dataloader) first, or load an adapter."
 )
 
@@ -62,7 +62,6 @@ class WasiModel(BaseTuner):
         low_cpu_mem_usage (`bool`, `optional`, defaults to `False`): Create empty adapter weights on meta device.
 
     Example:
-
         ```py
         >>> import wasi_peft
         >>> from peft import get_peft_model
@@ -110,8 +109,8 @@ class WasiModel(BaseTuner):
             asked = asked_rank(name, peft_config)
             if prepared is not None and prepared.asked != asked:
                 raise ValueError(
-                    f"{name}: preprocess_wasi prepared it for rank or threshold {prepared.asked}, the configuration now "
-                    f"asks for {asked}. Run preprocess_wasi again with this configuration."
+                    f"{name}: preprocess_wasi prepared it for rank or threshold {prepared.asked}, the configuration "
+                    f"now asks for {asked}. Run preprocess_wasi again with this configuration."
                 )
         peft_config.ranks = {}
 
@@ -122,8 +121,8 @@ class WasiModel(BaseTuner):
             values = [getattr(other, name) for other in [*others, config]]
             if others and shared in values:
                 raise ValueError(
-                    f"Only one adapter can have {name}={shared!r}, because it trains parameters of the base model that "
-                    f"all adapters share; got {values} for {len(values)} adapters."
+                    f"Only one adapter can have {name}={shared!r}, because it trains parameters of the base model "
+                    f"that all adapters share; got {values} for {len(values)} adapters."
                 )
 
     def _create_and_replace(
@@ -136,20 +135,20 @@ class WasiModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        is_wasi = isinstance(target, WasiLayer)
         initial = None
         if peft_config.init_weights:
             initial, rank = self._initial_factors(peft_config, target, current_key)
             assert peft_config.ranks is not None
             peft_config.ranks[current_key] = rank
         else:
-            rank = fixed_rank(current_key, peft_config)
-            if rank is None:
+            given = fixed_rank(current_key, peft_config)
+            if given is None:
                 raise ValueError(
                     f"{current_key}: with init_weights=False the rank must be given by ranks, rank_pattern or "
                     "weight_rank; a threshold alone needs the weights."
                 )
-        if is_wasi:
+            rank = given
+        if isinstance(target, WasiLayer):
             target.update_layer(adapter_name, peft_config, rank, initial)
             return
         layer = Linear(target, adapter_name, peft_config, rank, initial)
@@ -163,14 +162,14 @@ class WasiModel(BaseTuner):
         if isinstance(target, WasiLayer):
             weight, bias, prepared = target._base_weight(), target._base_bias(), None
         else:
-            weight, bias = dense_weight(target), target.bias
+            weight, bias = dense_weight(target), dense_bias(target)
             prepared = target.__dict__.pop(INITIAL_FACTORS, None)
         if prepared is not None:
             return prepared.initial, prepared.initial.L.shape[1]
         factors = factors_for(asked_rank(name, config), weight)
         rank = factors.L.shape[1]
         self._used_plain_svd |= rank < min(weight.shape)
-        return InitialFactors(factors.L, factors.R, None if bias is None else bias.detach()), rank
+        return InitialFactors(factors.L, factors.R, bias), rank
 
     # ---------------------------------------------------------------- what trains
 
@@ -200,8 +199,8 @@ class WasiModel(BaseTuner):
         self._require_base("disabling the adapter")
         if any(self.peft_config[name].train_vectors for name in self.active_adapters):
             warnings.warn(
-                "Disabling a WASI adapter with train_vectors=True leaves the trained norms, layer scales and tokens in "
-                "place, so the output is not that of the base model once they were trained.",
+                "Disabling a WASI adapter with train_vectors=True leaves the trained norms, layer scales and tokens "
+                "in place, so the output is not that of the base model once they were trained.",
                 stacklevel=2,
             )
         self._enable_adapter_layers(enabled=False)
@@ -253,7 +252,7 @@ class WasiModel(BaseTuner):
                 key = f"{module_name}.{part}.{adapter_name}"
                 value = state_dict.get(key)
                 if value is None:
-                    raise ValueError(f"{module_name}: the adapter holds no {part}; it is incomplete or of another model.")
+                    raise ValueError(f"{module_name}: the adapter lacks {part}; it is incomplete or of another model.")
                 if value.shape != own[key].shape:
                     raise ValueError(
                         f"{module_name}: {part} must have shape {tuple(own[key].shape)}, got {tuple(value.shape)}. "

@@ -18,6 +18,11 @@ def _check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive, got {value!r}.")
 
 
+def _check_weight_decay(value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"weight_decay must not be negative, got {value!r}.")
+
+
 def create_wasi_optimizer(
     model: nn.Module,
     optimizer_cls: type[torch.optim.Optimizer],
@@ -50,16 +55,16 @@ def create_wasi_optimizer(
     Raises:
         ValueError: If the model has no trainable WASI factor, or a rate is not positive.
     """
-    for name, value in (("lr", lr), ("basis_lr_ratio", basis_lr_ratio), ("head_lr", lr if head_lr is None else head_lr)):
-        _check_positive(name, value)
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay!r}.")
     head_lr = lr if head_lr is None else head_lr
+    for name, value in (("lr", lr), ("basis_lr_ratio", basis_lr_ratio), ("head_lr", head_lr)):
+        _check_positive(name, value)
+    _check_weight_decay(weight_decay)
     basis, factors, vectors, head, head_vectors = _split_parameters(model)
     if not basis and not factors:
         raise ValueError("create_wasi_optimizer needs a model with trainable WASI factors, got none.")
+    basis_decay = weight_decay if decay_basis else 0.0
     groups = [
-        {"name": "basis", "params": basis, "lr": lr * basis_lr_ratio, "weight_decay": weight_decay if decay_basis else 0.0},
+        {"name": "basis", "params": basis, "lr": lr * basis_lr_ratio, "weight_decay": basis_decay},
         {"name": "factors", "params": factors, "lr": lr, "weight_decay": weight_decay},
         {"name": "vectors", "params": vectors, "lr": lr, "weight_decay": 0.0},
         {"name": "head", "params": head, "lr": head_lr, "weight_decay": weight_decay},
@@ -70,7 +75,11 @@ def create_wasi_optimizer(
 
 def _split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
     """Trainable parameters as (L, R, vectors, head matrices, head vectors)."""
-    basis, factors, vectors, head, head_vectors = [], [], [], [], []
+    basis: list[nn.Parameter] = []
+    factors: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    head: list[nn.Parameter] = []
+    head_vectors: list[nn.Parameter] = []
     kinds: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, WasiLayer):
@@ -117,11 +126,11 @@ class _ProductGradient:
 
 
 class SubspaceSGD(torch.optim.Optimizer):
-    """The paper's update exactly: SGD on the product `L R`, then one subspace iteration (arXiv 2510.09160, algorithm 1).
+    """The paper's update exactly: SGD on the product `L R`, then one subspace iteration (arXiv 2510.09160).
 
     Low-rank throughout: the gradient of the product stays in two factors. Parameters that are not WASI factors take a
-    plain SGD step. The layers must use `update="subspace"`. No momentum, as in the paper's recipe (lr 0.05, weight decay
-    1e-4, clip 2.0).
+    plain SGD step. The layers must use `update="subspace"`. No momentum, as in the paper's recipe (lr 0.05, weight
+    decay 1e-4, clip 2.0).
 
     Args:
         model: A model with a WASI adapter.
@@ -137,8 +146,7 @@ class SubspaceSGD(torch.optim.Optimizer):
         self, model: nn.Module, lr: float = 0.05, weight_decay: float = 0.0, max_grad_norm: float | None = None
     ) -> None:
         _check_positive("lr", lr)
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {weight_decay!r}.")
+        _check_weight_decay(weight_decay)
         if max_grad_norm is not None:
             _check_positive("max_grad_norm", max_grad_norm)
         self._layers: list[tuple[nn.Parameter, nn.Parameter, _ProductGradient]] = []

