@@ -16,7 +16,7 @@ from peft import get_peft_model
 from strategies import normal, orthonormal, orthonormality_error, relative_error
 from torch import Tensor, nn
 
-from wasi_peft import WasiConfig, WasiLayer, preprocess_wasi
+from wasi_peft import WasiConfig, WasiLayer, calibration, preprocess_wasi
 from wasi_peft.calibration import InputStatistics, calibrated_factors
 from wasi_peft.layer import InitialFactors, wasi_layers
 from wasi_peft.model import INITIAL_FACTORS
@@ -88,7 +88,7 @@ def inputs_of(net: nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
     return {name: torch.cat(rows).double() for name, rows in seen.items()}
 
 
-def output_error(x: Tensor, linear: nn.Linear, L: Tensor, R: Tensor, bias: Tensor | None) -> float:
+def output_error(x: Tensor, linear: nn.Module, L: Tensor, R: Tensor, bias: Tensor | None) -> float:
     """Mean squared error of the factored layer's output."""
     dense = torch.from_numpy(reference.linear_forward(x.numpy(), linear.weight.detach().double().numpy(), None))
     factored = x @ (L.double() @ R.double()).T
@@ -116,7 +116,7 @@ def test_factors_are_those_of_the_reference_whitening(out_features: int, in_feat
         assert relative_error(initial.L @ initial.R, L @ R) < 1e-4
         assert orthonormality_error(initial.L) < 1e-10
         assert initial.bias is not None
-        assert float((initial.bias - (bias + (weight - L @ R) @ center)).norm()) < 1e-3
+        assert relative_error(initial.bias, bias + (weight - L @ R) @ center) < 1e-4
 
         plain = calibrated_factors(weight, None, statistics_of(x), rank)
         L, R, _ = reference.whitened_svd(weight, second_moment, rank)
@@ -134,7 +134,7 @@ def test_the_mean_corrected_bias_is_the_best_one() -> None:
     residual = x @ (weight - initial.L @ initial.R).T + bias - initial.bias
     assert float(residual.mean(0).norm()) < 1e-4 * float(residual.norm(dim=1).mean())
 
-    best = output_error(x, linear, *initial)
+    best = output_error(x, linear, initial.L, initial.R, initial.bias)
     second_moment = x.T @ x / x.shape[0]
     whitened = reference.whitened_svd(weight, second_moment, 4)[:2]
     plain = reference.truncated_svd(weight, 4)
@@ -181,7 +181,7 @@ def test_every_layer_gets_the_reference_factors(bias: bool) -> None:
         moment = (x - center).T @ (x - center) / x.shape[0]
         weight = linear.weight.detach().double()
         L, R, energies = reference.whitened_svd(weight, moment, 3, jitter=1e-9)
-        error, dropped = output_error(x, linear, *initial), float(energies[3:].sum())
+        error, dropped = output_error(x, linear, initial.L, initial.R, initial.bias), float(energies[3:].sum())
         assert error == pytest.approx(dropped, rel=1e-2, abs=1e-6 * float(energies.sum()))
         assert relative_error(initial.L.double() @ initial.R.double(), L @ R) < 1e-2
         plain = output_error(x, linear, *reference.truncated_svd(weight, 3), linear.bias)
@@ -224,10 +224,10 @@ def test_the_threshold_is_the_kept_share_of_the_outputs_energy(threshold: float)
         linear = net.get_submodule(name)
         x = recorded[name] - recorded[name].mean(0)
         total = float((x @ linear.weight.detach().double().T).square().sum() / x.shape[0])
-        assert output_error(recorded[name], linear, *initial) <= (1 - threshold) * total * (1 + 1e-3)
+        assert output_error(recorded[name], linear, initial.L, initial.R, initial.bias) <= (1 - threshold) * total * (1 + 1e-3)
         if initial.L.shape[1] > 1:
             smaller = calibrated_factors(linear.weight, linear.bias, statistics_of(recorded[name]), initial.L.shape[1] - 1)
-            assert output_error(recorded[name], linear, *smaller) > (1 - threshold) * total * (1 - 1e-3)
+            assert output_error(recorded[name], linear, smaller.L, smaller.R, smaller.bias) > (1 - threshold) * total * (1 - 1e-3)
 
 
 @pytest.mark.parametrize("kind", ["tensors", "tuples", "dicts", "loader", "function", "max_batches"])
@@ -263,8 +263,8 @@ class CountedData:
         self.data, self.passes = data, 0
 
     def __iter__(self) -> Iterator[Tensor]:
-        self.passes += 1
-        return iter(self.data)
+        self.passes += 1  # at the first batch, not where an iterator is only asked for
+        yield from self.data
 
 
 # with 8 features an accumulator takes 4 * 8 * 9 = 288 bytes, with 12 features 624
@@ -363,18 +363,14 @@ def test_an_interrupted_save_leaves_the_old_folder_valid(
         raise Interrupted
 
     def data() -> None:
-        nonlocal calls
-        calls += 1
-        if moment == "data" and calls == 3:
-            raise Interrupted
         for x in batches(seed=40):
             crashed(x)
 
+    if moment == "data":
+        data = crash_at_the_third(data)
     with monkeypatch.context() as patch:
         if moment == "file":
-            import wasi_peft.calibration
-
-            patch.setattr("wasi_peft.calibration.save_file", crash_at_the_third(wasi_peft.calibration.save_file))
+            patch.setattr("wasi_peft.calibration.save_file", crash_at_the_third(calibration.save_file))
         elif moment == "index":
             patch.setattr("wasi_peft.calibration.json.dump", crash)
         elif moment == "replace":
@@ -438,8 +434,8 @@ def with_nan(data: list[Tensor]) -> list[Tensor]:
 
 BAD_DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "empty": (lambda: [], "at least one batch, got none"),
-    "iterator": (lambda: iter(batches()), "more than one iteration.*got an iterator"),
-    "generator": (lambda: (x for x in batches()), "more than one iteration.*got an iterator"),
+    "iterator": (lambda: iter(batches()), "got an iterator"),
+    "generator": (lambda: (x for x in batches()), "got an iterator"),
     "nan": (lambda: with_nan(batches()), "NaN or Inf on the calibration data"),
     "inf": (lambda: [torch.full((1, 5, 8), float("inf"))], "NaN or Inf on the calibration data"),
     "function that does nothing": (lambda: lambda: None, "never reached this layer"),
