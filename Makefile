@@ -1,4 +1,4 @@
-# Needs only make and Python >= 3.10 with its venv module. `make help` lists the targets. Settings (make test NAME=value):
+# Needs only make and Python >= 3.10 with its venv module; `make help` lists the targets. Settings (make test NAME=...):
 #
 #   PYTHON         interpreter for the environment (default: the first of PYTHONS that works)
 #   VENV           where the environment is

@@ -292,6 +292,29 @@ def test_layers_that_read_one_tensor_share_an_accumulator(tmp_path: Path) -> Non
     assert len(list(tmp_path.glob("*.safetensors"))) == INPUTS
 
 
+class ChangesItsInput(nn.Module):
+    """Two layers read the same tensor, which is changed in place between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        first = self.first(x)
+        return first + self.second(x.relu_())
+
+
+def test_a_tensor_changed_in_place_is_another_input() -> None:
+    net, data = ChangesItsInput(), batches()
+    run(net, WasiConfig(weight_rank=3, target_modules=["first", "second"]), data)
+    rows = torch.cat(data).reshape(-1, 8)
+    for name, x in (("first", rows), ("second", rows.relu())):
+        linear, initial = net.get_submodule(name), prepared(net)[name]
+        expected = calibrated_factors(linear.weight.detach(), linear.bias, statistics_of(x), 3)
+        assert relative_error(initial.L @ initial.R, expected.L @ expected.R) < 1e-4
+
+
 def test_bias_correction_is_off_for_layers_without_bias() -> None:
     """A layer keeps the structure that its architecture says."""
     net, data = reference.tiny_net(7, bias=False), batches()
@@ -380,6 +403,23 @@ def test_an_interrupted_save_leaves_the_old_folder_valid(
     assert prepared(crashed) == {}
     run(loaded, WasiConfig(weight_rank=3), statistics_dir=tmp_path)
     assert_same_factors(prepared(old), prepared(loaded))
+
+
+@pytest.mark.parametrize("moment", ["json.dump", "os.replace"])
+def test_leftovers_of_an_interrupted_save_are_removed_by_the_next(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = reference.tiny_net(27)
+
+    def crash(*_: Any, **__: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"wasi_peft.calibration.{moment}", crash)
+        with pytest.raises(Interrupted):
+            run(net, WasiConfig(weight_rank=3), batches(), statistics_dir=tmp_path)
+    run(net, WasiConfig(weight_rank=3), batches(), statistics_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == INPUTS + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

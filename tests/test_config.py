@@ -37,6 +37,7 @@ VARIED: dict[str, Any] = {
     "activation_threshold": 0.8,
     "activation_ranks": {"feature": 4},
     "activation_modes": ["feature", "token"],
+    "activation_interval": 3,
     "update": "factor",
     "base_weight": "cpu",
     "init_weights": False,

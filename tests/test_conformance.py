@@ -216,7 +216,7 @@ def test_adding_and_deleting_adapters(kind: type[nn.Module], target: str) -> Non
     with pytest.raises(ValueError, match="does not exist"):
         model.delete_adapter("two")
     model.delete_adapter("one")
-    assert torch.equal(model(inputs()), original)
+    assert torch.equal(model.base_model(inputs()), original)  # PeftModel itself needs an adapter to run
     assert not any(".wasi_" in name for name in model.state_dict())
     model.add_adapter("four", config(target))
     model.set_adapter("four")

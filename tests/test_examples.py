@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -139,14 +140,22 @@ def test_finetuned_adapter_is_a_wasi_adapter(finetuned: tuple[Path, str], model_
         torch.testing.assert_close(L.T @ L, torch.eye(8), rtol=0, atol=1e-5)
 
 
-def test_finetune_on_the_shipped_images(model_folder: Path, tmp_path: Path) -> None:
-    """WASI alone, with the options that change how it trains."""
-    text = run_script(
-        "finetune.py", "--methods", "wasi", "--model", model_folder, "--train", "40", "--test", "20", "--epochs", "1",
-        "--batch-size", "16", "--calibration-images", "16", "--rounds", "1", "--update", "factor", "--activation-rank",
-        "4", "--explained-variance-threshold", "0.7", "--schedule", "linear", folder=tmp_path,
-    )  # fmt: skip
-    assert "40 training and 20 test images, 10 classes" in text
+def test_finetune_on_the_shipped_images(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """WASI alone, called from Python, with the options that change how it trains."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    finetune = importlib.import_module("finetune")
+    results = finetune.main(
+        [
+            *("--methods", "wasi", "--model", str(model_folder), "--train", "40", "--test", "20", "--epochs", "1"),
+            *("--batch-size", "16", "--calibration-images", "16", "--rounds", "1", "--update", "factor"),
+            *("--activation-rank", "4", "--explained-variance-threshold", "0.7", "--schedule", "linear"),
+        ]
+    )
+    assert list(results) == ["wasi"] and results["wasi"].kept_share < 1
+    assert "40 training and 20 test images, 10 classes" in capsys.readouterr().out
     config = json.loads((tmp_path / "outputs" / "wasi" / "adapter_config.json").read_text())
     assert (config["update"], config["activation_ranks"]) == ("factor", 4)
     assert config["explained_variance_threshold"] == 0.7

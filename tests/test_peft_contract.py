@@ -31,6 +31,10 @@ from wasi_peft.released import FactoredWeight
 
 LOW = {"weight_rank": 5}
 
+# where the second axis of a test matters more: biases and vectors, Conv1D, a model that reads `weight`
+FEW = ["vit", "gpt2", "t5"]
+few = pytest.mark.parametrize("architecture", FEW, indirect=True)
+
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
@@ -64,6 +68,23 @@ def forbidden(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Iterato
 
 
 # ------------------------------------------------------------------ output and training
+
+TRAINING = [(name, "subspace", 0.95) for name in ARCHITECTURES]
+TRAINING += [
+    (name, update, activation)
+    for name in FEW
+    for update in ("subspace", "factor", "frozen_basis")
+    for activation in (None, 0.95)
+    if (update, activation) != ("subspace", 0.95)
+]
+TRAINS = [  # every pair of values of the three options
+    (True, "wasi_only", "subspace"),
+    (True, "all", "factor"),
+    (True, "none", "frozen_basis"),
+    (False, "none", "subspace"),
+    (False, "wasi_only", "factor"),
+    (False, "all", "frozen_basis"),
+]
 
 
 @pytest.mark.parametrize("base_weight", ["release", "cpu", "keep"])
@@ -106,8 +127,7 @@ def test_one_step_reaches_every_trainable_parameter(architecture: Architecture) 
     assert changed == names
 
 
-@pytest.mark.parametrize("activation", [None, 0.95], ids=["exact", "compressed"])
-@pytest.mark.parametrize("update", ["subspace", "factor", "frozen_basis"])
+@pytest.mark.parametrize(("architecture", "update", "activation"), TRAINING, indirect=["architecture"])
 def test_training_at_low_rank_lowers_the_loss(
     architecture: Architecture, update: str, activation: float | None
 ) -> None:
@@ -124,12 +144,8 @@ def test_training_at_low_rank_lowers_the_loss(
             close(end[name].T @ end[name], torch.eye(5))
 
 
-@pytest.mark.parametrize("update", ["subspace", "factor", "frozen_basis"])
-@pytest.mark.parametrize("bias", ["none", "wasi_only", "all"])
-@pytest.mark.parametrize("vectors", [True, False], ids=["vectors", "no-vectors"])
-def test_exactly_the_right_parameters_train(
-    architecture: Architecture, vectors: bool, bias: str, update: str
-) -> None:
+@pytest.mark.parametrize(("vectors", "bias", "update"), TRAINS)
+def test_exactly_the_right_parameters_train(architecture: Architecture, vectors: bool, bias: str, update: str) -> None:
     model = architecture.model()
     targets = architecture.targets(model)
     outside = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in targets]
@@ -176,8 +192,7 @@ def test_the_released_model_is_smaller(architecture: Architecture) -> None:
 # ------------------------------------------------------------------ saving and loading
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("base_weight", ["release", "keep"])
+@pytest.mark.parametrize(("low_cpu_mem_usage", "base_weight"), [(False, "keep"), (True, "release")])
 def test_save_and_load(
     architecture: Architecture,
     tmp_path: Path,
@@ -218,11 +233,13 @@ def test_the_file_holds_what_trains_and_nothing_else(architecture: Architecture,
         assert torch.equal(value, state[name])
 
 
+@few
 def test_loading_for_inference_freezes(architecture: Architecture, tmp_path: Path) -> None:
     trained(architecture).save_pretrained(tmp_path)
     assert trainable(PeftModel.from_pretrained(architecture.model(), tmp_path)) == set()
 
 
+@few
 def test_released_layers_give_up_the_dense_weight_right_after_loading(
     architecture: Architecture, tmp_path: Path
 ) -> None:
@@ -232,16 +249,16 @@ def test_released_layers_give_up_the_dense_weight_right_after_loading(
     assert not any(".base_layer." in name for name in names)
 
 
+@few
 @pytest.mark.parametrize("options", [{"bias": "none"}, {"bias": "all"}, {"train_vectors": False}], ids=str)
-def test_save_and_load_with_other_options(
-    architecture: Architecture, tmp_path: Path, options: dict[str, Any]
-) -> None:
+def test_save_and_load_with_other_options(architecture: Architecture, tmp_path: Path, options: dict[str, Any]) -> None:
     model, batch = trained(architecture, **options), architecture.batch()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(architecture.model(), tmp_path)
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
+@few
 def test_thresholds_load_without_decomposition_too(
     architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +306,7 @@ def test_auto_model(architecture: Architecture, tmp_path: Path) -> None:
     close(logits(loaded, batch), logits(model, batch), 1e-6)
 
 
+@few
 def test_model_card_names_the_import_once(architecture: Architecture, tmp_path: Path) -> None:
     model = wasi_model(architecture.model(), **LOW)
     model.save_pretrained(tmp_path)
@@ -307,7 +325,7 @@ def test_a_loaded_configuration_alone_does_not_run(architecture: Architecture, t
     weights = {name: base.get_submodule(name).weight.clone() for name in architecture.targets(base)}
     model = get_peft_model(base, PeftConfig.from_pretrained(tmp_path))
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="'default' were never loaded.*PeftModel.from_pretrained"):
+        with pytest.raises(RuntimeError, match=r"'default' were never loaded.*PeftModel\.from_pretrained"):
             model(**architecture.batch())
     with pytest.raises(RuntimeError, match="never loaded"):
         model.merge_and_unload()
@@ -324,6 +342,7 @@ def test_state_dict_round_trip(architecture: Architecture) -> None:
     assert torch.equal(logits(other, batch), logits(model, batch))
 
 
+@few
 @pytest.mark.parametrize("base_weight", ["release", "cpu", "keep"])
 def test_deepcopy_is_independent(architecture: Architecture, base_weight: str) -> None:
     model, batch = trained(architecture, base_weight=base_weight), architecture.batch()
@@ -341,6 +360,7 @@ def test_deepcopy_is_independent(architecture: Architecture, base_weight: str) -
             close(value.T @ value, torch.eye(5))
 
 
+@few
 @pytest.mark.parametrize("base_weight", ["release", "cpu", "keep"])
 def test_torch_save_of_the_whole_model(architecture: Architecture, base_weight: str) -> None:
     options = {"base_weight": base_weight, "activation_threshold": 0.9}
@@ -357,7 +377,7 @@ def test_torch_save_of_the_whole_model(architecture: Architecture, base_weight: 
 # ------------------------------------------------------------------ merging, disabling, unloading
 
 
-@pytest.mark.parametrize("base_weight", ["release", "cpu", "keep"])
+@pytest.mark.parametrize("base_weight", ["release", "keep"])
 def test_merge_and_unload(architecture: Architecture, tmp_path: Path, base_weight: str) -> None:
     model, batch = trained(architecture, base_weight=base_weight), architecture.batch()
     expected = logits(model, batch)
@@ -375,7 +395,7 @@ def test_merge_and_unload(architecture: Architecture, tmp_path: Path, base_weigh
     close(logits(again, batch), expected)
 
 
-@pytest.mark.parametrize("base_weight", ["release", "cpu", "keep"])
+@pytest.mark.parametrize("base_weight", ["release", "keep"])
 def test_merge_and_unmerge_adapter(architecture: Architecture, base_weight: str) -> None:
     model, batch = trained(architecture, base_weight=base_weight), architecture.batch()
     expected, state = logits(model, batch), copy.deepcopy(model.state_dict())
@@ -390,6 +410,7 @@ def test_merge_and_unmerge_adapter(architecture: Architecture, base_weight: str)
     assert all(torch.equal(after[name], value) for name, value in state.items())
 
 
+@few
 @pytest.mark.parametrize("base_weight", ["cpu", "keep"])
 def test_disable_adapter_gives_the_original(architecture: Architecture, base_weight: str) -> None:
     batch = architecture.batch()
@@ -408,6 +429,7 @@ def test_disable_adapter_gives_the_original(architecture: Architecture, base_wei
         assert torch.equal(logits(model, batch), original)
 
 
+@few
 @pytest.mark.parametrize("base_weight", ["cpu", "keep"])
 def test_unload_gives_the_original(architecture: Architecture, base_weight: str) -> None:
     batch = architecture.batch()
@@ -438,6 +460,7 @@ RELEASED_ACTIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@few
 @pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
 @pytest.mark.parametrize("action", RELEASED_ACTIONS.values(), ids=RELEASED_ACTIONS.keys())
 def test_released_refuses_and_changes_nothing(
@@ -447,7 +470,7 @@ def test_released_refuses_and_changes_nothing(
     if merged:
         model.merge_adapter()
     expected, names, state = logits(model, batch), trainable(model), model.state_dict()
-    with pytest.raises(ValueError, match="released" if not merged or "delete" not in action.__name__ else ""):
+    with pytest.raises(ValueError, match="released"):
         action(model)
     assert torch.equal(logits(model, batch), expected)
     assert trainable(model) == names
@@ -473,8 +496,10 @@ def two_saved(architecture: Architecture, folder: Path, **options: Any) -> tuple
     return paths, outputs
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("base_weight", ["release", "cpu", "keep"])
+@few
+@pytest.mark.parametrize(
+    ("low_cpu_mem_usage", "base_weight"), [(False, "release"), (True, "release"), (False, "cpu"), (True, "keep")]
+)
 def test_two_loaded_adapters(
     architecture: Architecture, tmp_path: Path, base_weight: str, low_cpu_mem_usage: bool
 ) -> None:
@@ -498,6 +523,7 @@ def test_two_loaded_adapters(
     assert all(layer.base_is_released == (base_weight == "release") for _, layer in wasi_layers(model))
 
 
+@few
 def test_saving_two_adapters_writes_two_folders(architecture: Architecture, tmp_path: Path) -> None:
     paths, outputs = two_saved(architecture, tmp_path / "in")
     model = PeftModel.from_pretrained(architecture.model(), paths[0], adapter_name="one")
@@ -508,6 +534,7 @@ def test_saving_two_adapters_writes_two_folders(architecture: Architecture, tmp_
         assert torch.equal(logits(loaded, architecture.batch()), expected)
 
 
+@few
 def test_a_second_fresh_adapter_on_a_kept_base(architecture: Architecture) -> None:
     batch = architecture.batch()
     dense = logits(architecture.model(), batch)
@@ -526,8 +553,13 @@ def test_a_second_fresh_adapter_on_a_kept_base(architecture: Architecture) -> No
 
 # ------------------------------------------------------------------ transformers' own adapter methods
 
+NATIVE = [(name, {}) for name in ARCHITECTURES]
+NATIVE += [
+    (name, options) for name in FEW for options in ({"bias": "all"}, {"train_vectors": False}, {"bias": "none"})
+]
 
-@pytest.mark.parametrize("options", [{}, {"bias": "all"}, {"train_vectors": False}, {"bias": "none"}], ids=str)
+
+@pytest.mark.parametrize(("architecture", "options"), NATIVE, indirect=["architecture"], ids=str)
 def test_native_add_save_load(
     architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
@@ -549,11 +581,12 @@ def test_native_add_save_load(
     with forbidden(monkeypatch, wasi_peft.model, "factorize_weight"):
         loaded.load_adapter(str(tmp_path))
     assert torch.equal(logits(loaded, batch), expected)
-    assert trainable(loaded) == set()
+    assert not any(".wasi_" in parameter for parameter in trainable(loaded))
     through_peft = PeftModel.from_pretrained(architecture.model(), tmp_path)
     assert torch.equal(logits(through_peft, batch), expected)
 
 
+@few
 @pytest.mark.parametrize("options", [{}, {"bias": "all"}], ids=str)
 def test_native_load_of_an_adapter_saved_by_peft(
     architecture: Architecture, tmp_path: Path, options: dict[str, Any]
@@ -565,8 +598,10 @@ def test_native_load_of_an_adapter_saved_by_peft(
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
-def test_native_load_for_training(architecture: Architecture, tmp_path: Path) -> None:
-    model, batch = trained(architecture), architecture.batch()
+@few
+@pytest.mark.parametrize("options", [{}, {"bias": "none"}, {"update": "frozen_basis"}], ids=str)
+def test_native_load_for_training(architecture: Architecture, tmp_path: Path, options: dict[str, Any]) -> None:
+    model, batch = trained(architecture, **options), architecture.batch()
     model.save_pretrained(tmp_path)
     loaded = architecture.model()
     loaded.load_adapter(str(tmp_path), is_trainable=True)
@@ -574,6 +609,7 @@ def test_native_load_for_training(architecture: Architecture, tmp_path: Path) ->
     assert train(loaded, batch, 3) == pytest.approx(train(model, batch, 3), rel=1e-4)
 
 
+@few
 def test_native_switching_and_deleting(architecture: Architecture, tmp_path: Path) -> None:
     batch = architecture.batch()
     paths, outputs = two_saved(architecture, tmp_path)
@@ -589,6 +625,7 @@ def test_native_switching_and_deleting(architecture: Architecture, tmp_path: Pat
     assert torch.equal(logits(model, batch), outputs[0])
 
 
+@few
 def test_native_disable_and_delete_on_a_kept_base(architecture: Architecture) -> None:
     batch = architecture.batch()
     model = architecture.model()
@@ -604,6 +641,7 @@ def test_native_disable_and_delete_on_a_kept_base(architecture: Architecture) ->
     assert torch.equal(logits(model, batch), original)
 
 
+@few
 def test_native_disable_and_delete_on_a_released_base(architecture: Architecture) -> None:
     batch = architecture.batch()
     model = architecture.model()
@@ -685,53 +723,62 @@ class Shapes(TorchDispatchMode):
         return result
 
 
-def alive() -> set[tuple[int, ...]]:
+@pytest.fixture
+def young_objects() -> Iterator[None]:
+    """Hide what existed before the test from `gc.get_objects`, which is then quick."""
     gc.collect()
-    found = set()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for thing in gc.get_objects():
-            if isinstance(thing, Tensor) and thing.is_floating_point():
-                found.add(tuple(thing.shape))
-    return found
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
-@pytest.mark.parametrize("update", ["subspace", "factor", "frozen_basis"])
-@pytest.mark.parametrize("activation", [None, 0.95], ids=["exact", "compressed"])
-def test_no_dense_matrix_exists_after_injection(
-    architecture: Architecture, activation: float | None, update: str
-) -> None:
+def alive() -> set[tuple[int, ...]]:
+    """Shapes of all floating point tensors that exist."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return {tuple(tensor.shape) for tensor in tensors if tensor.is_floating_point()}
+
+
+# exact inputs, or compressed to rank 3: no threshold, whose ranks could give a basis the size of a weight
+DENSE_CASES = [(name, 3, "subspace") for name in ARCHITECTURES]
+DENSE_CASES += [("bert", None, "subspace"), ("gpt2", None, "factor"), ("t5", 3, "factor")]
+DENSE_CASES += [("vit", None, "frozen_basis"), ("vit", 3, "frozen_basis"), ("llama", None, "subspace")]
+
+
+@pytest.mark.usefixtures("young_objects")
+@pytest.mark.parametrize(("name", "activation", "update"), DENSE_CASES)
+def test_no_dense_matrix_exists_after_injection(name: str, activation: int | None, update: str) -> None:
     """Not alive between steps, not saved for backward, not the result of any operation of a training step.
 
     With compressed inputs the first step chooses bases from Gram matrices of size in x in, which equals the size of a
     square weight: square sizes count from the second step on.
     """
-    torch.manual_seed(0)
-    original = architecture.model()
-    dense = {tuple(original.get_submodule(name).weight.shape) for name in architecture.targets(original)}
-    # tables and heads of other layers, and the batch, must not have these sizes
-    exempt = {name for name in architecture.dense}
-    others = {
-        tuple(p.shape)
-        for name, p in original.named_parameters()
-        if name.rpartition(".")[0] not in architecture.targets(original) | exempt
+    architecture = ARCHITECTURES[name]
+    model = architecture.model()
+    targets = architecture.targets(model)
+    outside = {
+        shape
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in targets
+        for shape in (tuple(parameter.shape), tuple(parameter.shape)[::-1])
     }
-    assert not others & (dense | {shape[::-1] for shape in dense})
-    heads = {tuple(original.get_submodule(name).weight.shape) for name in exempt}
-    heads |= {shape[::-1] for shape in heads}
     batch = architecture.batch(samples=5)
-    with Shapes() as recorded:
-        logits(original, batch)  # the activations of a dense forward pass, and transposed weights
-    del original
-
-    model = wasi_model(architecture.model(), **LOW, update=update, activation_threshold=activation)
-    forbidden_shapes = dense_shapes(model, square=True) - heads
-    assert len(forbidden_shapes) >= 2 and recorded.seen & forbidden_shapes
-    assert not alive() & forbidden_shapes
+    with Shapes() as recorded:  # sizes that occur as activations, or in the head, say nothing
+        outputs = model(**batch, output_hidden_states=True)
+        outside |= {tuple(x.shape) for x in (outputs.logits, *(outputs.get("hidden_states") or ()))}
+    del outputs
+    existing = alive()
+    wasi_model(model, **LOW, update=update, activation_ranks=activation)
+    model.train()
+    all_sizes = dense_shapes(model, square=True) - outside
+    assert len(all_sizes) >= 2
+    assert {max(shape, shape[::-1]) for shape in all_sizes} <= {max(shape, shape[::-1]) for shape in existing}
+    with Shapes() as recorded:  # a product would be seen
+        next(layer for _, layer in wasi_layers(model)).weight.float()
+    assert recorded.seen & (dense_shapes(model, square=True))
+    assert not alive() & all_sizes
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model.train()
-    for step in range(3):
+    for step in range(2):
         saved: set[tuple[int, ...]] = set()
 
         def pack(tensor: Tensor, saved: set[tuple[int, ...]] = saved) -> Tensor:
@@ -746,12 +793,16 @@ def test_no_dense_matrix_exists_after_injection(
             optimizer.step()
             optimizer.zero_grad()
         del loss
-        bad = dense_shapes(model, square=step > 0 or activation is None) - heads
-        assert saved and not saved & bad
+        bad = dense_shapes(model, square=step > 0 or activation is None) - outside
+        assert bad and saved and recorded.seen
+        assert not saved & bad
         assert not recorded.seen & bad
-        assert not held & bad and not alive() & bad
+        assert not held & bad
+    assert not alive() & all_sizes
 
 
+@few
+@pytest.mark.usefixtures("young_objects")
 def test_no_dense_matrix_exists_after_loading(architecture: Architecture, tmp_path: Path) -> None:
     trained(architecture).save_pretrained(tmp_path)
     base = architecture.model()
@@ -764,68 +815,109 @@ def test_no_dense_matrix_exists_after_loading(architecture: Architecture, tmp_pa
 # ------------------------------------------------------------------ other users of a layer
 
 
-def test_multihead_attention_reads_the_weight_of_its_projection() -> None:
-    """`nn.MultiheadAttention` passes `out_proj.weight` to a torch function instead of calling the layer."""
-    torch.manual_seed(0)
+class Attention(nn.Module):
+    """`nn.MultiheadAttention` passes `out_proj.weight` and `.bias` to a torch function and never calls the layer."""
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        nn.init.normal_(self.attention.out_proj.bias)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.attention(x, x, x)[0]
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
 
-    dense = Model()
-    nn.init.normal_(dense.attention.out_proj.bias)
+
+@pytest.mark.parametrize("rank", [3, 8])
+@pytest.mark.parametrize("base_weight", ["release", "cpu", "keep"])
+def test_multihead_attention_reads_the_product(base_weight: str, rank: int) -> None:
+    dense = Attention()
     x = torch.randn(2, 5, 8)
-    for base_weight in ("release", "cpu", "keep"):
-        exact = wasi_model(copy.deepcopy(dense), target_modules=["out_proj"], base_weight=base_weight)
-        close(exact(x), dense(x))
-        model = wasi_model(
-            copy.deepcopy(dense), target_modules=["out_proj"], weight_rank=3, base_weight=base_weight
-        )
-        layer = model.get_base_model().attention.out_proj
-        product = copy.deepcopy(dense)
-        with torch.no_grad():
-            product.attention.out_proj.weight.copy_(layer.wasi_L["default"] @ layer.wasi_R["default"])
+    options = {"target_modules": ["out_proj"], "weight_rank": rank, "base_weight": base_weight}
+    model = wasi_model(copy.deepcopy(dense), **options)
+    layer = model.get_base_model().attention.out_proj
+    product = copy.deepcopy(dense)
+    with torch.no_grad():
+        layer.wasi_bias["default"].add_(1.0)
+        product.attention.out_proj.bias.add_(1.0)
+        product.attention.out_proj.weight.copy_(layer.wasi_L["default"] @ layer.wasi_R["default"])
+    model(x).square().sum().backward()
+    assert layer.wasi_L["default"].grad is not None and layer.wasi_L["default"].grad.abs().sum() > 0
+    close(model(x), product(x))
+    model.eval(), product.eval()
+    with torch.no_grad():  # the fast path
         close(model(x), product(x))
-        model.eval(), product.eval()
-        with torch.no_grad():
-            close(model(x), product(x))
-        model.train()
-        model(x).square().sum().backward()
-        assert layer.wasi_L["default"].grad.abs().sum() > 0
+        if base_weight != "release":
+            with model.disable_adapter():
+                close(model(x), dense.eval()(x))
+        close(model.merge_and_unload()(x), product(x))
 
 
-@pytest.mark.parametrize("activation", [None, 0.9], ids=["exact", "compressed"])
-@pytest.mark.parametrize("name", ["vit", "gpt2", "t5"])
-def test_compile_equals_eager(name: str, activation: float | None) -> None:
-    architecture = ARCHITECTURES[name]
-    batch = architecture.batch()
+class Small(nn.Module):
+    """Two layers of either kind and a loss, quick to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), Conv1D(6, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def check_compiled(backend: str, build: Callable[[], Any], loss: Callable[[Any], Tensor]) -> None:
+    """Output, gradients and parameters after two steps are those of the eager model."""
     torch._dynamo.reset()
-    eager = wasi_model(architecture.model(), **LOW, activation_threshold=activation)
-    model = wasi_model(architecture.model(), **LOW, activation_threshold=activation)
-    compiled = torch.compile(model, backend="aot_eager")
-    close(logits(compiled, batch), logits(eager, batch), 1e-5)
+    eager, model = build(), build()
+    compiled = torch.compile(model, backend=backend)
+    eager.eval(), model.eval()
+    with torch.no_grad():
+        close(loss(compiled), loss(eager), 1e-5)
     eager.train(), model.train()
     for _ in range(2):
-        losses = []
-        for runs in (eager, compiled):
-            loss = runs(**batch).loss
-            loss.backward()
-            losses.append(loss.item())
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-        expected = dict(eager.named_parameters())
-        for parameter_name, parameter in model.named_parameters():
+        expected, actual = loss(eager), loss(compiled)
+        expected.backward(), actual.backward()
+        close(actual, expected, 1e-5)
+        reference = dict(eager.named_parameters())
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                close(parameter.grad, expected[parameter_name].grad)
+                close(parameter.grad, reference[name].grad)
         for used in (eager, model):
-            torch.optim.AdamW([p for p in used.parameters() if p.requires_grad], lr=1e-2).step()
+            torch.optim.SGD([p for p in used.parameters() if p.requires_grad], lr=1e-2).step()
             used.zero_grad()
+    for name, parameter in model.named_parameters():
+        close(parameter, reference[name])
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(("update", "activation"), [("subspace", None), ("subspace", 0.9), ("frozen_basis", 0.9)])
+def test_compile_equals_eager(update: str, activation: float | None) -> None:
+    def build() -> Any:
+        torch.manual_seed(0)
+        options = {"update": update, "activation_threshold": activation, "weight_rank": 3}
+        return wasi_model(Small(), target_modules=["up", "down"], **options)
+
+    x = torch.randn(5, 7, 8)
+    check_compiled("aot_eager", build, lambda model: model(x).square().mean())
+
+
+@pytest.mark.slow
+def test_compile_with_inductor() -> None:
+    def build() -> Any:
+        torch.manual_seed(0)
+        return wasi_model(Small(), target_modules=["up", "down"], weight_rank=3, activation_threshold=0.9)
+
+    x = torch.randn(5, 7, 8)
+    check_compiled("inductor", build, lambda model: model(x).square().mean())
+
+
+@pytest.mark.slow
+def test_compile_a_transformer() -> None:
+    architecture = ARCHITECTURES["vit"]
+    batch = architecture.batch()
+    options = {**LOW, "activation_threshold": 0.9}
+    check_compiled("aot_eager", lambda: wasi_model(architecture.model(), **options), lambda model: model(**batch).loss)
+
+
+@few
 @pytest.mark.parametrize("activation", [None, 0.9], ids=["exact", "compressed"])
 def test_autocast(architecture: Architecture, activation: float | None) -> None:
     model, batch = wasi_model(architecture.model(), **LOW, activation_threshold=activation), architecture.batch()
@@ -838,7 +930,7 @@ def test_autocast(architecture: Architecture, activation: float | None) -> None:
     assert output.loss.item() == pytest.approx(reference(**batch).loss.item(), abs=0.1)
     close(inference.float(), logits(reference, batch), 0.3)
     expected = dict(reference.named_parameters())
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             assert parameter.dtype == parameter.grad.dtype == torch.float32
             assert torch.isfinite(parameter.grad).all()
@@ -847,6 +939,7 @@ def test_autocast(architecture: Architecture, activation: float | None) -> None:
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.95
 
 
+@few
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_a_bfloat16_model_keeps_its_dtype(architecture: Architecture, autocast_adapter_dtype: bool) -> None:
     base = architecture.model().to(torch.bfloat16)
@@ -862,6 +955,7 @@ def test_a_bfloat16_model_keeps_its_dtype(architecture: Architecture, autocast_a
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
 
 
+@few
 def test_moving_the_model_moves_the_factors(architecture: Architecture) -> None:
     model = trained(architecture).to(torch.float64)
     assert {p.dtype for p in model.parameters()} == {torch.float64}

@@ -11,12 +11,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import wasi_peft
 from models import ARCHITECTURES, logits, train, wasi_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file, save_file
 
+import wasi_peft
 from wasi_peft import WasiConfig
 from wasi_peft._registration import PEFT_TYPE, _enum_member, register
 from wasi_peft.model import WasiModel

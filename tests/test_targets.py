@@ -99,9 +99,7 @@ def test_layers_to_transform(architecture: Architecture, layers: Any, explicit: 
         options["target_modules"] = [architecture.example]
         expected = {name for name in expected if name.endswith("." + architecture.example)}
     assert 0 < len(expected) < architecture.target_count
-    peft_model = wasi_model(
-        model, layers_to_transform=layers, layers_pattern=architecture.layers_pattern, **options
-    )
+    peft_model = wasi_model(model, layers_to_transform=layers, layers_pattern=architecture.layers_pattern, **options)
     assert replaced(peft_model) == expected
 
 

@@ -48,11 +48,26 @@ class _SharedInput:
     def __init__(self, version: int) -> None:
         self.version = version
         self.casts: dict[torch.dtype, Tensor] = {}
-        self.compressed: dict[CompressionRule, Tucker | None] = {}
+        self.compressed: dict[tuple[CompressionRule, torch.dtype], Tucker | None] = {}
 
 
-# keyed by identity and weakly: an entry lives exactly as long as the input tensor it describes
+# Keyed by identity and weakly: an entry lives as long as the input tensor it describes, at most until the next
+# optimizer step.
 _shared_inputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+# L of a layer -> weak reference to the recorder of its product gradient, owned by the optimizer that wants it
+_product_sinks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def record_product_gradient(L: Tensor, sink: ProductGradientSink) -> None:
+    """Have backward hand the product gradient of the layer with this L to `sink`, for as long as `sink` lives."""
+    _product_sinks[L] = weakref.ref(sink)
+
+
+def product_gradient_sink(L: Tensor) -> ProductGradientSink | None:
+    """The live recorder for the layer with this L, if there is one."""
+    reference = _product_sinks.get(L) if len(_product_sinks) else None
+    return None if reference is None else reference()
 
 
 def _shared(x: Tensor) -> _SharedInput:
@@ -106,7 +121,6 @@ class WasiLayer(BaseTunerLayer):
         self._awaiting: set[str] = set()  # adapters whose factors have not been loaded yet
         self._release_to: str | None = None
         self._dense_device, self._dense_dtype = weight.device, weight.dtype
-        self._product_sink: ProductGradientSink | None = None
         _live_layers.add(self)
 
     # ---------------------------------------------------------------- factors
@@ -360,14 +374,17 @@ class Linear(nn.Module, WasiLayer):
         if R.requires_grad and self.wasi_rule[name] is not None:
             compressed = self._compress(x, rows, name)
         tangent = self.wasi_update[name] == "subspace"
+        sink = None if torch.compiler.is_compiling() else product_gradient_sink(L)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            return factored_linear(rows, L, R, bias, compressed, tangent, self._product_sink)
+            return factored_linear(rows, L, R, bias, compressed, tangent, sink)
 
     @staticmethod
     def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
         """`x` in the compute dtype; layers that read the same tensor get the same cast."""
         if x.dtype == dtype:
             return x
+        if x.is_leaf and x.requires_grad:
+            return x.to(dtype)  # its graph would hold the leaf, so the entry would never go
         casts = _shared(x).casts
         if dtype not in casts:
             casts[dtype] = x.to(dtype)
@@ -382,16 +399,16 @@ class Linear(nn.Module, WasiLayer):
         """
         rule = self.wasi_rule[name]
         assert rule is not None
-        shared = _shared(x).compressed
-        if rule not in shared:
+        shared, key = _shared(x).compressed, (rule, rows.dtype)
+        if key not in shared:
             advance = self.wasi_basis_age[name] >= self.wasi_basis_interval[name]
             with torch.no_grad(), torch.autocast(device_type=x.device.type, enabled=False):
                 result = compress(canonical(rows.detach()), rule, self.wasi_bases[name], advance)
             if result is not None:
                 self.wasi_bases[name] = result[1]
                 self.wasi_basis_age[name] = 0 if advance else self.wasi_basis_age[name]
-            shared[rule] = None if result is None else result[0]
-        return shared[rule]
+            shared[key] = None if result is None else result[0]
+        return shared[key]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
@@ -417,11 +434,14 @@ def after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Hook that torch runs once after every step of every optimizer: retract the factors that it moved.
 
     Only layers whose factors are parameters of that optimizer are touched, so gradient accumulation, evaluation and
-    recomputation never trigger it. It also counts the steps since the activation bases last moved.
+    recomputation never trigger it, nor does a step that a gradient scaler skipped inside the optimizer. It also counts
+    the steps since the activation bases last moved, and forgets what layers shared of inputs that are still alive.
     """
     layers = list(_live_layers)
-    if not layers:
+    found_inf = getattr(optimizer, "found_inf", None)  # set by torch.amp.GradScaler for fused optimizers
+    if not layers or (found_inf is not None and bool(found_inf)):
         return
+    _shared_inputs.clear()
     retracts = getattr(optimizer, "retracts", False)
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in layers:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .layer import WasiLayer, wasi_layers
+from .layer import WasiLayer, product_gradient_sink, record_product_gradient, wasi_layers
 from .linalg import paper_step
 
 
@@ -105,39 +105,56 @@ def _split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
 
 
 class _ProductGradient:
-    """Collects the factors of one layer's product gradient over the backward passes of a step."""
+    """Collects the factors of one layer's product gradient over the backward passes of a step.
 
-    def __init__(self) -> None:
+    It starts afresh whenever a new backward pass finds that L has no gradient yet, so whatever cleared the gradients
+    (`optimizer.zero_grad`, `model.zero_grad`, a skipped step) has cleared it too.
+    """
+
+    def __init__(self, L: nn.Parameter) -> None:
+        self._L = L
+        self._pass = -1
         self.left: list[Tensor] = []
         self.right: list[Tensor] = []
 
     def __call__(self, left: Tensor, right: Tensor) -> None:
-        self.left.append(left)
-        self.right.append(right)
+        current = torch._C._current_graph_task_id()
+        if current != self._pass and (self._L.grad is None or not bool(self._L.grad.any())):
+            self.clear()
+        self._pass = current
+        # copies: autograd may hand dY on as a gradient that is added to, and inputs may be buffers that are refilled
+        self.left.append(left.clone())
+        self.right.append(right.clone())
 
     def clear(self) -> None:
         self.left.clear()
         self.right.clear()
 
-    def squared_norm(self) -> Tensor:
-        """`||G||_F^2` from the factors: `sum (left^T left) * (right right^T)`."""
-        left, right = torch.cat(self.left, 1).float(), torch.cat(self.right, 0).float()
-        return ((left.T @ left) * (right @ right.T)).sum()
+    def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both factors of the whole step, (out, q) and (q, in)."""
+        return torch.cat(self.left, 1).to(dtype), torch.cat(self.right, 0).to(dtype)
 
 
 class SubspaceSGD(torch.optim.Optimizer):
     """The paper's update exactly: SGD on the product `L R`, then one subspace iteration (arXiv 2510.09160).
 
     Low-rank throughout: the gradient of the product stays in two factors. Parameters that are not WASI factors take a
-    plain SGD step. The layers must use `update="subspace"`. No momentum, as in the paper's recipe (lr 0.05, weight
-    decay 1e-4, clip 2.0).
+    plain SGD step. No momentum, as in the paper's recipe (lr 0.05, weight decay 1e-4, clip 2.0).
+
+    Whatever rescaled the gradients between backward and step (a gradient scaler, `clip_grad_norm_`) is read off the
+    gradient of R and applied to the product's gradient as well. One process only: product gradients are not reduced
+    over processes.
 
     Args:
-        model: A model with a WASI adapter.
+        model: A model with a WASI adapter whose layers use `update="subspace"`.
         lr: Learning rate.
         weight_decay: `W <- (1 - lr * weight_decay) W` before the step.
-        max_grad_norm: Clip the norm of all gradients together, those of the products included. The gradients that
-            `clip_grad_norm_` sees are those of the factors, so clip here instead.
+        max_grad_norm: Clip the norm of all gradients together, those of the products themselves included
+            (`clip_grad_norm_` knows only the gradients of the factors).
+
+    Raises:
+        ValueError: If the model has no trainable factors, or uses another update; or a value is out of range.
+        RuntimeError: In a distributed run, or in `step` after another SubspaceSGD took the layers over.
     """
 
     retracts = True  # the step itself returns orthonormal factors
@@ -149,6 +166,7 @@ class SubspaceSGD(torch.optim.Optimizer):
         _check_weight_decay(weight_decay)
         if max_grad_norm is not None:
             _check_positive("max_grad_norm", max_grad_norm)
+        _check_single_process()
         self._layers: list[tuple[nn.Parameter, nn.Parameter, _ProductGradient]] = []
         for name, layer in wasi_layers(model):
             active = layer.active_name
@@ -156,11 +174,12 @@ class SubspaceSGD(torch.optim.Optimizer):
                 continue
             if layer.wasi_update[active] != "subspace":
                 raise ValueError(f"{name}: SubspaceSGD needs update='subspace', got {layer.wasi_update[active]!r}.")
-            gradient = _ProductGradient()
-            layer._product_sink = gradient
-            self._layers.append((layer.wasi_L[active], layer.wasi_R[active], gradient))
+            L, R = layer.wasi_L[active], layer.wasi_R[active]
+            self._layers.append((L, R, _ProductGradient(L)))
         if not self._layers:
             raise ValueError("SubspaceSGD needs a model with trainable WASI factors, got none.")
+        for L, _, gradient in self._layers:
+            record_product_gradient(L, gradient)
         self.max_grad_norm = max_grad_norm
         parameters: Iterable[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
@@ -172,33 +191,50 @@ class SubspaceSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        _check_single_process()
         rates = {id(p): (g["lr"], g["weight_decay"]) for g in self.param_groups for p in g["params"]}
         factors = {id(p) for L, R, _ in self._layers for p in (L, R)}
         others = [p for g in self.param_groups for p in g["params"] if id(p) not in factors and p.grad is not None]
-        active = [(L, R, gradient) for L, R, gradient in self._layers if gradient.left]
-        scale = self._clip_scale(others, active)
+        products = [(L, R, *self._product(L, R, gradient)) for L, R, gradient in self._layers if R.grad is not None]
+        scale = self._clip_scale(others, products)
         for parameter in others:
             lr, decay = rates[id(parameter)]
             parameter.mul_(1 - lr * decay).add_(parameter.grad, alpha=-lr * scale)
-        for L, R, gradient in active:
+        for L, R, left, right in products:
             lr, decay = rates[id(L)]
-            left, right = torch.cat(gradient.left, 1).to(L.dtype), torch.cat(gradient.right, 0).to(R.dtype)
             new_L, new_R = paper_step(L, R * (1 - lr * decay), left, right, lr * scale)
             L.copy_(new_L)
             R.copy_(new_R)
+        for _, _, gradient in self._layers:
             gradient.clear()
         return loss
 
-    def _clip_scale(self, others: list[Tensor], active: list[Any]) -> float:
+    @staticmethod
+    def _product(L: Tensor, R: Tensor, gradient: _ProductGradient) -> tuple[Tensor, Tensor]:
+        """The product's gradient as two factors, rescaled as R's gradient was since backward."""
+        if not gradient.left or product_gradient_sink(L) is not gradient:
+            raise RuntimeError("another SubspaceSGD was created for this model; only the newest one can step.")
+        left, right = gradient.joined(L.dtype)
+        recorded = (L.T @ left) @ right  # R's gradient as backward computed it
+        size = recorded.square().sum()
+        assert R.grad is not None
+        ratio = (recorded * R.grad).sum() / size if float(size) > 0 else size.new_ones(())
+        return left * ratio, right
+
+    def _clip_scale(self, others: list[Tensor], products: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> float:
         if self.max_grad_norm is None:
             return 1.0
-        squares = [p.grad.float().square().sum() for p in others if p.grad is not None]
-        squares += [gradient.squared_norm() for _, _, gradient in active]
-        norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        squares = [p.grad.square().sum() for p in others if p.grad is not None]
+        # ||left right||_F^2 from the thin sides
+        squares += [((left.T @ left) * (right @ right.T)).sum() for _, _, left, right in products]
+        norm = float(torch.stack([square.double() for square in squares]).sum().sqrt()) if squares else 0.0
         return min(1.0, self.max_grad_norm / (norm + 1e-6))
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, those of the products included."""
-        super().zero_grad(set_to_none)
-        for _, _, gradient in self._layers:
-            gradient.clear()
+
+def _check_single_process() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "SubspaceSGD does not reduce product gradients over processes; use another optimizer with "
+            f"update='subspace' in a distributed run, got {distributed.get_world_size()} processes."
+        )

@@ -74,8 +74,8 @@ def canonical(x: Tensor) -> Tensor:
         (torch.Size([5, 16, 8]), torch.Size([1, 7, 8]))
     """
     if x.dim() <= 2:
-        return x.reshape(1, -1, x.shape[-1])
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+        return x.reshape(1, x.shape[:-1].numel(), x.shape[-1])
+    return x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
 
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
@@ -88,21 +88,36 @@ def mode_dot(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     return torch.tensordot(tensor, matrix, dims=([mode], [1])).movedim(-1, mode)
 
 
-def _basis(unfolded: Tensor, previous: Tensor | None, mode: str, rule: CompressionRule, advance: bool) -> Tensor:
-    """Basis of one mode: warm-started where the previous one still fits, from the spectrum otherwise."""
-    rows, size = unfolded.shape
-    fits = (
-        previous is not None
-        and previous.shape[0] == size
-        and previous.dtype == unfolded.dtype
-        and previous.device == unfolded.device
-    )
-    if fits:
-        assert previous is not None
-        # fewer rows than directions would leave part of the new basis undefined
-        return subspace_iteration(unfolded, previous) if advance and rows >= previous.shape[1] else previous
-    energies, vectors = leading_subspace(unfolded)
-    return vectors[:, : rule.rank(mode, energies)].contiguous()
+def _fits(unfolded: Tensor, previous: Tensor | None, mode: str, rule: CompressionRule) -> bool:
+    """Whether a basis can be continued: same size, dtype and device, and no narrower than a fixed rank asks for."""
+    if previous is None or previous.shape[0] != unfolded.shape[1]:
+        return False
+    asked = dict(rule.ranks).get(mode, 0)
+    wide_enough = previous.shape[1] >= min(asked, *unfolded.shape)
+    return wide_enough and previous.dtype == unfolded.dtype and previous.device == unfolded.device
+
+
+def _basis(
+    unfolded: Tensor, previous: Tensor | None, mode: str, rule: CompressionRule, advance: bool
+) -> Tensor | None:
+    """Basis of one mode: warm-started where the previous one still fits, from the spectrum otherwise.
+
+    None where the input has no usable subspace: it is zero, or holds NaN or Inf.
+    """
+    fits = _fits(unfolded, previous, mode, rule)
+    # fewer rows than directions would leave part of the new basis undefined
+    if fits and not (advance and previous is not None and unfolded.shape[0] >= previous.shape[1]):
+        return previous
+    # products of three factors leave the range of float16
+    work = unfolded if unfolded.dtype in (torch.float32, torch.float64) else unfolded.float()
+    if not bool(torch.isfinite(work.square().sum())):
+        return None
+    if fits and previous is not None:
+        return subspace_iteration(work, previous.to(work.dtype)).to(unfolded.dtype)
+    energies, vectors = leading_subspace(work)
+    if float(energies[0]) == 0:
+        return None
+    return vectors[:, : rule.rank(mode, energies)].to(unfolded.dtype).contiguous()
 
 
 def compress(x: Tensor, rule: CompressionRule, bases: Bases, advance: bool = True) -> tuple[Tucker, Bases] | None:
@@ -120,17 +135,21 @@ def compress(x: Tensor, rule: CompressionRule, bases: Bases, advance: bool = Tru
         advance: Whether warm bases take one iteration towards this input, or are used as they are.
 
     Returns:
-        None where the compressed form would not be smaller than the input.
+        None where the compressed form would not be smaller than the input, or the input is empty, zero or not finite.
     """
+    if x.numel() == 0:
+        return None
     feature = _basis(unfold(x, 2), bases.feature, "feature", rule, advance)
+    if feature is None:
+        return None
     core = x @ feature  # (B, N, r_f)
     token = batch = None
     if "token" in rule.modes and x.shape[1] > 1:
         token = _basis(unfold(core, 1), bases.token, "token", rule, advance)
-        core = mode_dot(core, token.T, 1)
+        core = core if token is None else mode_dot(core, token.T, 1)
     if "batch" in rule.modes and x.shape[0] > 1:
         batch = _basis(unfold(core, 0), None, "batch", rule, advance)
-        core = mode_dot(core, batch.T, 0)
+        core = core if batch is None else mode_dot(core, batch.T, 0)
     kept = sum(part.numel() for part in (core, feature, token, batch) if part is not None)
     if kept >= x.numel():
         return None
