@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------------------ weights
+# -------------------------------------------------------------------------------- weights
 
 
 def smallest_rank(energies: list[float], threshold: float) -> int:
@@ -29,7 +29,9 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return U[:, :rank], S[:rank, None] * Vh[:rank]
 
 
-def whitened_svd(weight: Tensor, second_moment: Tensor, rank: int, jitter: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def whitened_svd(
+    weight: Tensor, second_moment: Tensor, rank: int, jitter: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """METHOD section 1 to the letter: `C = T T^T`, `W T = U S V^T`, `L = U_K`, `R = S_K V_K^T T^-1`, and `S^2`."""
     identity = torch.eye(weight.shape[1], dtype=weight.dtype)
     T = torch.linalg.cholesky(second_moment + jitter * identity)
@@ -67,7 +69,7 @@ def tangent_gradient(L: Tensor, R: Tensor, G: Tensor) -> Tensor:
     return complement @ G @ R.T @ torch.linalg.pinv(R @ R.T, hermitian=True, rtol=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------ linear layer
+# -------------------------------------------------------------------------------- linear layer
 
 
 def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
@@ -82,7 +84,7 @@ def linear_backward(x: np.ndarray, weight: np.ndarray, dY: np.ndarray) -> tuple[
     return np.einsum("...o,oi->...i", dY, weight), np.einsum("no,ni->oi", grads, rows), grads.sum(0)
 
 
-# ------------------------------------------------------------------------------------------------ tensors
+# -------------------------------------------------------------------------------- tensors
 
 AXES = {"feature": 2, "token": 1, "batch": 0}
 
@@ -144,7 +146,7 @@ def tucker_reconstruct(core: np.ndarray, bases: dict[str, np.ndarray | None]) ->
     return result
 
 
-# ------------------------------------------------------------------------------------------------ a dense model
+# -------------------------------------------------------------------------------- a dense model
 
 
 class TinyBlock(nn.Module):

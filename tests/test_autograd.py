@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 
 import numpy as np
@@ -51,7 +50,7 @@ def full_factors(linear: nn.Linear) -> tuple[Tensor, Tensor]:
     return leaf(L), leaf(R)
 
 
-# ------------------------------------------------------------------------------------------------ compressed inputs
+# -------------------------------------------------------------------------------- compressed inputs
 
 
 @QUICK
@@ -62,8 +61,8 @@ def test_compressed_gradients_are_those_of_the_reconstructed_input(
     """At any ranks: the factors see the reconstruction, the input gets its exact gradient."""
     rank = data.draw(st.integers(1, min(out_features, sizes.features)), label="K")
     form = random_form(sizes, seed)
-    numpy_bases = {mode: None if b is None else b.numpy() for mode, b in zip(Tucker._fields[1:], form[1:], strict=True)}
-    reconstructed = torch.from_numpy(reference.tucker_reconstruct(form.core.numpy(), numpy_bases))
+    bases = {mode: getattr(form, mode).numpy() for mode in sizes.ranks}
+    reconstructed = torch.from_numpy(reference.tucker_reconstruct(form.core.numpy(), bases))
     x = normal(*reconstructed.shape, seed=seed + 2)  # need not resemble the form
     dY = normal(*x.shape[:-1], out_features, seed=seed + 3)
     L0, R0 = factors(out_features, sizes.features, rank, seed + 4)
@@ -127,7 +126,7 @@ def test_product_gradient_and_sink(compress_input: bool) -> None:
     assert relative_error(direct[0] @ direct[1], G) < 1e-12
 
 
-# ------------------------------------------------------------------------------------------------ parity with nn.Linear
+# -------------------------------------------------------------------------------- parity with nn.Linear
 
 WIDTHS = [(7, 13), (13, 7), (9, 9), (1, 5), (5, 1), (33, 17)]
 LEADING = [(6,), (3, 5), (2, 3, 4), (1, 1, 1), (1,), ()]
@@ -197,7 +196,9 @@ def test_strided_inputs_and_gradients(kind: str) -> None:
     """`y.sum()` sends back a gradient without memory of its own; inputs may be views."""
     L0, R0 = factors(5, 6, 3, seed=11)
     base = normal(4, 6, 8, seed=12)
-    x0 = {"expanded": base[:, :, 0].expand(3, 4, 6), "transposed": base.transpose(1, 2), "sliced": base[:, ::2, 1:7]}[kind]
+    x0 = {"expanded": base[:, :, 0].expand(3, 4, 6), "transposed": base.transpose(1, 2), "sliced": base[:, ::2, 1:7]}[
+        kind
+    ]
     weight = leaf(L0 @ R0)
     x, dense_x = x0.detach().requires_grad_(), leaf(x0)
     L, R = leaf(L0), leaf(R0)
@@ -222,7 +223,7 @@ def test_input_without_rows(tangent: bool) -> None:
         assert not bool(tensor.grad.abs().any())
 
 
-# ------------------------------------------------------------------------------------------------ what is kept
+# -------------------------------------------------------------------------------- what is kept
 
 PATTERNS = [pattern for pattern in itertools.product([False, True], repeat=4) if any(pattern)]
 SHAPE = (4, 6, 20)
@@ -271,7 +272,9 @@ def test_gradients_and_saved_bytes_for_each_requires_grad_pattern(
     y.backward(dY)
     seen = x0 if form is None or not needs_R else expand(form)  # only L trains: its gradient is exact
     _, G, bias_grad = reference.linear_backward(seen.double().numpy(), np.zeros((OUT, SHAPE[-1])), dY.double().numpy())
-    x_grad, _, _ = reference.linear_backward(x0.double().numpy(), (L0.double() @ R0.double()).numpy(), dY.double().numpy())
+    x_grad, _, _ = reference.linear_backward(
+        x0.double().numpy(), (L0.double() @ R0.double()).numpy(), dY.double().numpy()
+    )
     weight_grad = torch.from_numpy(G)
     expected_grads = (
         torch.from_numpy(x_grad),
@@ -289,7 +292,9 @@ def test_gradients_and_saved_bytes_for_each_requires_grad_pattern(
 def test_nothing_is_kept_without_gradients() -> None:
     saved: list[Tensor] = []
     L, R = factors(5, 6, 3, seed=21)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
         y = factored_linear(normal(4, 6, seed=22), L, R)
         with torch.no_grad():
             factored_linear(normal(4, 6, seed=22), leaf(L), leaf(R))
@@ -306,7 +311,7 @@ def test_only_L_trains_and_its_gradient_is_exact_with_a_compressed_input() -> No
     assert relative_error(L.grad, torch.einsum("bno,bni->oi", dY, x) @ R0.T) < 1e-12
 
 
-# ------------------------------------------------------------------------------------------------ autograd's own checks
+# -------------------------------------------------------------------------------- autograd's own checks
 
 
 @pytest.mark.parametrize("leading", [(4,), (2, 3), (2, 1, 3)])

@@ -94,11 +94,11 @@ def output_error(x: Tensor, linear: nn.Module, L: Tensor, R: Tensor, bias: Tenso
     factored = x @ (L.double() @ R.double()).T
     if linear.bias is not None:
         assert bias is not None
-        dense, factored = dense + linear.bias.detach().double(), factored + bias.double()
-    return float((dense - factored).square().sum() / x.shape[0])
+        dense, factored = dense + linear.bias.detach().double(), factored + bias.detach().double()
+    return float((dense - factored).detach().square().sum() / x.shape[0])
 
 
-# ------------------------------------------------------------------------------------------------ one layer
+# -------------------------------------------------------------------------------- one layer
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(10, 14), (14, 10), (12, 12)])
@@ -164,7 +164,7 @@ def test_low_precision_inputs_are_summed_in_float32() -> None:
     assert second_moment.tolist() == [[1.0, 1.0], [1.0, 1.0]] and mean.tolist() == [1.0, 1.0]
 
 
-# ------------------------------------------------------------------------------------------------ a model
+# -------------------------------------------------------------------------------- a model
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -224,10 +224,16 @@ def test_the_threshold_is_the_kept_share_of_the_outputs_energy(threshold: float)
         linear = net.get_submodule(name)
         x = recorded[name] - recorded[name].mean(0)
         total = float((x @ linear.weight.detach().double().T).square().sum() / x.shape[0])
-        assert output_error(recorded[name], linear, initial.L, initial.R, initial.bias) <= (1 - threshold) * total * (1 + 1e-3)
+        assert output_error(recorded[name], linear, initial.L, initial.R, initial.bias) <= (1 - threshold) * total * (
+            1 + 1e-3
+        )
         if initial.L.shape[1] > 1:
-            smaller = calibrated_factors(linear.weight, linear.bias, statistics_of(recorded[name]), initial.L.shape[1] - 1)
-            assert output_error(recorded[name], linear, smaller.L, smaller.R, smaller.bias) > (1 - threshold) * total * (1 - 1e-3)
+            smaller = calibrated_factors(
+                linear.weight, linear.bias, statistics_of(recorded[name]), initial.L.shape[1] - 1
+            )
+            assert output_error(recorded[name], linear, smaller.L, smaller.R, smaller.bias) > (
+                1 - threshold
+            ) * total * (1 - 1e-3)
 
 
 @pytest.mark.parametrize("kind", ["tensors", "tuples", "dicts", "loader", "function", "max_batches"])
@@ -324,7 +330,7 @@ def test_bias_correction_is_off_for_layers_without_bias() -> None:
     assert not [name for name, _ in model.named_parameters() if "wasi_bias" in name]
 
 
-# ------------------------------------------------------------------------------------------------ saving
+# -------------------------------------------------------------------------------- saving
 
 
 def test_saved_statistics_give_the_same_factors_at_any_rank(tmp_path: Path) -> None:
@@ -432,7 +438,7 @@ def test_other_dtypes_save_and_load(dtype: torch.dtype, tmp_path: Path) -> None:
     assert prepared(net)["blocks.0.q"].L.dtype == dtype
 
 
-# ------------------------------------------------------------------------------------------------ errors
+# -------------------------------------------------------------------------------- errors
 
 
 class Untouched:

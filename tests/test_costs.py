@@ -63,7 +63,6 @@ def test_bytes_are_those_the_allocator_hands_out(out_features: int, in_features:
 
     assert measure_peak_memory(allocate).left_bytes == 4 * factored_elements(out_features, in_features, rank)
     kept.clear()
-    assert (
-        measure_peak_memory(lambda: kept.append(torch.empty(out_features, in_features))).left_bytes
-        == 4 * dense_elements(out_features, in_features)
-    )
+    assert measure_peak_memory(
+        lambda: kept.append(torch.empty(out_features, in_features))
+    ).left_bytes == 4 * dense_elements(out_features, in_features)

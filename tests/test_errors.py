@@ -32,7 +32,7 @@ def test_thresholds(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", [None])
 def test_the_weight_threshold_cannot_be_none(value: Any) -> None:
-    with pytest.raises(ValueError, match="explained_variance_threshold must be a number.*None"):
+    with pytest.raises(ValueError, match=r"explained_variance_threshold must be a number.*None"):
         WasiConfig(explained_variance_threshold=value)
 
 
@@ -67,7 +67,7 @@ def test_activation_modes(modes: Any) -> None:
 
 
 def test_activation_ranks_and_modes_must_agree() -> None:
-    with pytest.raises(ValueError, match="mode .token., (which is )?not in activation_modes=\\['feature'\\]"):
+    with pytest.raises(ValueError, match=r"mode .token., (which is )?not in activation_modes=\['feature'\]"):
         WasiConfig(activation_ranks={"feature": 3, "token": 2})
     with pytest.raises(ValueError, match="missing \\['token'\\]"):
         WasiConfig(activation_ranks=3, activation_modes=["feature", "token"], activation_threshold=None)
@@ -83,7 +83,7 @@ def test_layers_to_transform_with_a_string(target: str) -> None:
 
 
 def test_layers_pattern_alone() -> None:
-    with pytest.raises(ValueError, match="layers_pattern needs layers_to_transform.*'layers'"):
+    with pytest.raises(ValueError, match=r"layers_pattern needs layers_to_transform.*'layers'"):
         WasiConfig(layers_pattern="layers")
 
 
@@ -258,7 +258,7 @@ def test_safe_merge_refuses_nan(how: str) -> None:
     model = wasi_model(VIT.model(), **LOW)
     with torch.no_grad():
         next(layer for _, layer in wasi_layers(model)).wasi_L["default"][0, 0] = math.nan
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights.* The adapter default"):
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights.* The adapter default"):
         getattr(model, how)(safe_merge=True)
 
 

@@ -57,7 +57,9 @@ def test_imports_go_one_way(module: str) -> None:
 
 
 def test_the_check_sees_every_kind_of_import() -> None:
-    source = "from .a import x\ndef f():\n    from . import b\n    from .c.d import y\nimport torch\nfrom torch import z"
+    source = (
+        "from .a import x\ndef f():\n    from . import b\n    from .c.d import y\nimport torch\nfrom torch import z"
+    )
     assert imported_modules(source) == {"a", "b", "c"}
     for absolute in ("import wasi_peft.linalg", "from wasi_peft.linalg import retract", "from ..other import x"):
         with pytest.raises(AssertionError):

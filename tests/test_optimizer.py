@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import wasi_peft
 from wasi_peft import SubspaceSGD, WasiLayer, create_wasi_optimizer
 from wasi_peft.layer import after_optimizer_step, wasi_layers
+from wasi_peft.linalg import paper_step
 
 RANK = 3
 LAYERS = 12  # two blocks of q, k, v, o, fc1, fc2
@@ -66,7 +68,7 @@ def retracted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-# ------------------------------------------------------------------------------------------------ retraction
+# -------------------------------------------------------------------------------- retraction
 
 OPTIMIZERS: list[Callable[[Any], torch.optim.Optimizer]] = [
     lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
@@ -210,7 +212,7 @@ def test_a_deep_copy_retracts_its_own_factors(retracted: list[int]) -> None:
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------ SubspaceSGD
+# -------------------------------------------------------------------------------- SubspaceSGD
 
 
 class DenseTwin:
@@ -228,7 +230,9 @@ class DenseTwin:
         train = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
         for name, parameter in self.net.named_parameters():
             module, _, kind = name.rpartition(".")
-            own = module in names and (f"{module}.wasi_L.default" if kind == "weight" else f"{module}.wasi_bias.default")
+            own = module in names and (
+                f"{module}.wasi_L.default" if kind == "weight" else f"{module}.wasi_bias.default"
+            )
             parameter.requires_grad = (own or name) in train
 
     def step(self, lr: float, weight_decay: float, max_grad_norm: float | None) -> float:
@@ -283,35 +287,52 @@ def test_subspace_sgd_is_the_dense_paper_step(
             (loss_of(twin.net, x) / accumulate).backward()
         norm = twin.step(0.1, weight_decay, max_grad_norm)
         optimizer.step()
-        optimizer.zero_grad()
+        (model if step % 2 else optimizer).zero_grad()
         if max_grad_norm is not None:
             assert (norm > max_grad_norm) == (max_grad_norm < 1)  # the test does clip where it says so
         # the clipping norm is summed in float32
         twin.assert_equals(model, 1e-9 if max_grad_norm is None else 1e-6)
     assert largest_orthonormality_error(model) < 1e-12
-    moved = [relative_error(factors_of(layer)[0], old) for (_, layer), old in zip(wasi_layers(model), start, strict=True)]
+    moved = [
+        relative_error(factors_of(layer)[0], old) for (_, layer), old in zip(wasi_layers(model), start, strict=True)
+    ]
     assert max(moved) > 1e-4
 
 
-def test_subspace_sgd_from_compressed_inputs() -> None:
-    """The same step with the gradient of the reconstructed input, taken from the collected factors."""
+def test_subspace_sgd_accumulates_at_full_rank() -> None:
+    """There L may be square, and its tangent gradient is zero whatever the product's is."""
+    model = adapted(weight_rank=8)
+    twin = DenseTwin(model)
+    optimizer = SubspaceSGD(model, lr=0.1)
+    for micro_batch in range(2):
+        x = batch(60 + micro_batch)
+        (loss_of(model, x) / 2).backward()
+        (loss_of(twin.net, x) / 2).backward()
+    twin.step(0.1, 0.0, None)
+    optimizer.step()
+    twin.assert_equals(model, 1e-9)
+
+
+def test_subspace_sgd_from_compressed_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same step, from a thin gradient of the product that agrees with that of R."""
     model = adapted(activation_ranks=3)
     optimizer = SubspaceSGD(model, lr=0.1)
     loss_of(model, batch(50, samples=8)).backward()
-    expected = []
-    for _, layer in wasi_layers(model):
-        L, R = (factor.detach().clone() for factor in factors_of(layer))
-        sink: Any = layer._product_sink
-        assert sink.left[0].shape[1] == 3  # not the 40 rows
-        G = torch.cat(sink.left, 1) @ torch.cat(sink.right, 0)
-        assert factors_of(layer)[1].grad is not None
-        assert relative_error(factors_of(layer)[1].grad, L.T @ G) < 1e-10
-        expected_L, expected_R = reference.dense_paper_step(L, R, G, 0.1)
-        expected.append(expected_L @ expected_R)
+    gradients = [factors_of(layer)[1].grad for _, layer in wasi_layers(model)]
+    steps = []
+
+    def spy(L: Tensor, R: Tensor, left: Tensor, right: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        steps.append((left, right, *reference.dense_paper_step(L, R, left @ right, lr)))
+        assert relative_error(L.T @ left @ right, gradients[len(steps) - 1]) < 1e-10
+        return paper_step(L, R, left, right, lr)
+
+    monkeypatch.setattr("wasi_peft.optimizer.paper_step", spy)
     optimizer.step()
-    for product, (_, layer) in zip(expected, wasi_layers(model), strict=True):
+    assert len(steps) == LAYERS
+    for (left, right, expected_L, expected_R), (_, layer) in zip(steps, wasi_layers(model), strict=True):
+        assert left.shape[1] == right.shape[0] == 3  # not the 40 rows
         L, R = factors_of(layer)
-        assert relative_error(L @ R, product) < 1e-9
+        assert relative_error(L @ R, expected_L @ expected_R) < 1e-9
 
 
 def test_subspace_sgd_is_not_retracted_again(retracted: list[int]) -> None:
@@ -401,31 +422,56 @@ def test_collected_gradients_do_not_share_memory_with_a_parameters_gradient() ->
     assert relative_error(new_L @ new_R, expected_L @ expected_R) < 1e-10
 
 
+def live_elements() -> int:
+    """Elements of all tensors that exist."""
+    gc.collect()
+    return sum(thing.numel() for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter))
+
+
 def test_a_replaced_subspace_sgd_stops_collecting() -> None:
     """Trying another optimizer on the same model must not pile up the gradients of every step."""
     model = adapted()
     optimizer: torch.optim.Optimizer = SubspaceSGD(model)
     del optimizer
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-3)
+    sizes = []
     for step in range(3):
         loss_of(model, batch(step)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    sinks: list[Any] = [layer._product_sink for _, layer in wasi_layers(model)]
-    assert all(sink is None or not sink.left for sink in sinks)
+        if step != 1:
+            sizes.append(live_elements())
+    assert sizes[0] == sizes[1]
 
 
 def test_a_copied_model_does_not_collect_for_the_originals_optimizer() -> None:
     model = adapted()
     optimizer = SubspaceSGD(model)
     twin = copy.deepcopy(model)
-    for step in range(2):
+    sizes = []
+    for step in range(3):
         loss_of(twin, batch(step)).backward()
-    sinks: list[Any] = [layer._product_sink for _, layer in wasi_layers(twin)]
-    assert all(sink is None or not sink.left for sink in sinks)
+        if step != 1:
+            sizes.append(live_elements())
+    assert sizes[0] == sizes[1]  # .grad is there after the first, and nothing else gets larger
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_only_the_newest_subspace_sgd_of_a_model_can_step() -> None:
+    """Or the old one does; but never a step with half of the gradients."""
+    model, clean = adapted(), adapted()
+    old, new = SubspaceSGD(model), SubspaceSGD(model)
+    clean_optimizer = SubspaceSGD(clean)
+    loss_of(model, batch(17)).backward()
+    loss_of(clean, batch(17)).backward()
+    with pytest.raises(RuntimeError, match="another SubspaceSGD"):
+        old.step()
+    new.step()
+    clean_optimizer.step()
+    for own, other in zip(model.parameters(), clean.parameters(), strict=True):
+        assert relative_error(own, other) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -439,10 +485,8 @@ def test_a_copied_model_does_not_collect_for_the_originals_optimizer() -> None:
     ],
 )
 def test_subspace_sgd_rejects_bad_arguments(arguments: dict[str, float], message: str) -> None:
-    model = adapted()
     with pytest.raises(ValueError, match=message):
-        SubspaceSGD(model, **arguments)
-    assert all(layer._product_sink is None for _, layer in wasi_layers(model))
+        SubspaceSGD(adapted(), **arguments)
 
 
 @pytest.mark.parametrize("update", ["factor", "frozen_basis"])
@@ -457,7 +501,7 @@ def test_subspace_sgd_needs_trainable_factors(model: Callable[[], nn.Module]) ->
         SubspaceSGD(model())
 
 
-# ------------------------------------------------------------------------------------------------ parameter groups
+# -------------------------------------------------------------------------------- parameter groups
 
 
 def groups_of(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:

@@ -195,7 +195,7 @@ def retract(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     Polar decomposition `L = L' H` with `H = (L^T L)^(1/2)`, then `R' = H R`. Unlike QR it has no sign ambiguity and
     `L'` is the orthonormal matrix nearest to `L`, so optimizer moments of the old factors stay aligned with the new
     ones. While `E = L^T L - I` is small, as after any sensible step, `H` and its inverse are four terms of their power
-    series (matrix products only); otherwise they come from an eigen-decomposition.
+    series (matrix products only); otherwise they come from an SVD of L, which also completes a lost column.
 
     **Shape**
         - L: (out, K), R: (K, in)
@@ -214,20 +214,19 @@ def retract(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     if not size < float("inf"):
         return L, R  # diverged: leave the NaN or Inf where the user can see it
     if size <= 0.02:  # the first dropped term is below 35/128 * 0.02**4 ~ 4e-8
-        squared = error @ error
-        cubed = squared @ error
-        change = error / 2 - squared / 8 + cubed / 16  # H - I
-        inverse_change = squared * (3 / 8) - error / 2 - cubed * (5 / 16)  # H^-1 - I
-        return (work + work @ inverse_change).to(L.dtype), (right + change @ right).to(R.dtype)
-    error.diagonal().add_(1)
-    values, vectors = torch.linalg.eigh(error.double() if error.device.type != "mps" else error)
-    if float(values[0]) <= torch.finfo(work.dtype).eps * float(values[-1]):
-        # a column was lost: no polar factor exists, any orthonormal basis of the range serves
-        basis = torch.linalg.qr(work).Q
-        return basis.to(L.dtype), ((basis.T @ work) @ right).to(R.dtype)
-    root = ((vectors * values.sqrt()) @ vectors.T).to(work.dtype)
-    inverse_root = ((vectors * values.rsqrt()) @ vectors.T).to(work.dtype)
-    return (work @ inverse_root).to(L.dtype), (root @ right).to(R.dtype)
+        change, inverse_change = _root_series(error)
+        return (work @ inverse_change).add_(work).to(L.dtype), (change @ right).add_(right).to(R.dtype)
+    U, S, Vh = torch.linalg.svd(work.double() if work.device.type != "mps" else work, full_matrices=False)
+    root = (Vh.T * S) @ Vh
+    return (U @ Vh).to(L.dtype), (root @ right.to(root.dtype)).to(R.dtype)
+
+
+def _root_series(error: Tensor) -> tuple[Tensor, Tensor]:
+    """`(I + E)^(1/2) - I` and `(I + E)^(-1/2) - I` up to E^3, by Horner's rule on fused multiply-adds."""
+    inner = torch.addmm(error, error, error, beta=-1 / 8, alpha=1 / 16)  # E (-1/8 + E/16)
+    inverse_inner = torch.addmm(error, error, error, beta=3 / 8, alpha=-5 / 16)
+    change = torch.addmm(error, error, inner, beta=1 / 2)
+    return change, torch.addmm(error, error, inverse_inner, beta=-1 / 2)
 
 
 def factor_gradients(
@@ -260,19 +259,21 @@ def factor_gradients(
         return left @ projected, grad_R
     if L.shape[0] == L.shape[1]:
         return torch.zeros_like(L), grad_R  # L spans everything: what is left of the complement is rounding
-    inverse = _gram_inverse(R)
     if left.shape[1] <= L.shape[1]:
-        return (left - L @ left_in_basis) @ (projected @ inverse), grad_R
-    return (left @ projected - L @ (grad_R @ R.T)) @ inverse, grad_R
+        normal = torch.addmm(left, L, left_in_basis, alpha=-1)
+        return normal @ _divide_by_gram(projected, R), grad_R
+    normal = torch.addmm(left @ projected, L, grad_R @ R.T, alpha=-1)
+    return _divide_by_gram(normal, R), grad_R
 
 
-def _gram_inverse(R: Tensor) -> Tensor:
-    """`(R R^T)^-1`, (K, K); the pseudo-inverse where rows of R depend on each other."""
+def _divide_by_gram(rows: Tensor, R: Tensor) -> Tensor:
+    """`rows (R R^T)^-1`, (n, K); with the pseudo-inverse where rows of R depend on each other."""
     gram = R @ R.T
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info) != 0:
-        return torch.linalg.pinv(gram, hermitian=True, rtol=1e-6)
-    return torch.cholesky_inverse(factor)
+        return rows @ torch.linalg.pinv(gram, hermitian=True, rtol=1e-6)
+    half = torch.linalg.solve_triangular(factor.T, rows, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
 
 
 def paper_step(L: Tensor, R: Tensor, left: Tensor, right: Tensor, lr: float) -> tuple[Tensor, Tensor]:
