@@ -279,7 +279,7 @@ def test_readers_of_one_input_keep_one_compressed_copy() -> None:
 
 
 # distinct inputs of one forward pass: q/k/v (gate/up) read one, all cross-attentions of T5 read the encoder's output
-DISTINCT_INPUTS = {"vit": 8, "bert": 8, "gpt2": 8, "llama": 8, "t5": 21}
+DISTINCT_INPUTS = {"vit": 8, "bert": 8, "gpt2": 8, "llama": 8, "t5": 15}
 
 
 @pytest.mark.parametrize("name", DISTINCT_INPUTS)

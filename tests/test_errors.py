@@ -404,9 +404,15 @@ def test_damaged_files(saved: Path, damage: Any, match: str, low_cpu_mem_usage: 
     nothing_lost(base, state)
 
 
-@pytest.mark.parametrize(("damage", "match"), FILES.values(), ids=FILES.keys())
+NATIVE_FILES = {name: damage for name, damage in FILES.items() if name not in ("missing vector", "NaN in vector")}
+
+
+@pytest.mark.parametrize(("damage", "match"), NATIVE_FILES.values(), ids=NATIVE_FILES.keys())
 def test_damaged_files_with_the_native_loader(saved: Path, damage: Any, match: str) -> None:
-    """transformers calls none of the tuner's checks: at the latest the first forward pass must raise."""
+    """transformers calls none of the tuner's checks: at the latest the first forward pass must raise.
+
+    Vectors belong to the base model, so a layer cannot know that the file lacked one; docs/usage.md says so.
+    """
     damage(saved)
     base = VIT.model()
     names = VIT.targets(base)

@@ -460,18 +460,56 @@ def test_a_copied_model_does_not_collect_for_the_originals_optimizer() -> None:
 
 
 def test_only_the_newest_subspace_sgd_of_a_model_can_step() -> None:
-    """Or the old one does; but never a step with half of the gradients."""
+    """An older one missed gradients; a step with part of them would be silently wrong."""
     model, clean = adapted(), adapted()
-    old, new = SubspaceSGD(model), SubspaceSGD(model)
-    clean_optimizer = SubspaceSGD(clean)
+    old = SubspaceSGD(model)
     loss_of(model, batch(17)).backward()
-    loss_of(clean, batch(17)).backward()
+    new = SubspaceSGD(model)
+    model.zero_grad()
+    clean_optimizer = SubspaceSGD(clean)
+    loss_of(model, batch(18)).backward()
+    loss_of(clean, batch(18)).backward()
     with pytest.raises(RuntimeError, match="another SubspaceSGD"):
         old.step()
     new.step()
     clean_optimizer.step()
     for own, other in zip(model.parameters(), clean.parameters(), strict=True):
         assert relative_error(own, other) < 1e-12
+
+
+class AppliedTwice(nn.Module):
+    """One layer that runs twice in every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.tanh(self.linear(x)))
+
+
+@pytest.mark.parametrize("refill", [False, True])
+def test_subspace_sgd_of_a_layer_that_runs_twice(refill: bool) -> None:
+    """All calls of all micro-batches count, also where the input is a buffer that is filled again."""
+    net = AppliedTwice().double()
+    with torch.no_grad():
+        net.linear.weight.copy_(normal(6, 6, seed=20))
+    model = get_peft_model(net, exact_config(target_modules=["linear"], weight_rank=2))
+    ((_, layer),) = wasi_layers(model)
+    L, R = (factor.detach().clone() for factor in factors_of(layer))
+    weight = (L @ R).requires_grad_()
+    optimizer = SubspaceSGD(model, lr=0.1)
+    buffer = torch.empty(4, 6, dtype=torch.float64)
+    for micro_batch in range(2):
+        x = normal(4, 6, seed=21 + micro_batch)
+        model(buffer.copy_(x) if refill else x).square().sum().backward()
+        (torch.tanh(x @ weight.T) @ weight.T).square().sum().backward()
+    buffer.zero_()
+    optimizer.step()
+    assert weight.grad is not None
+    expected_L, expected_R = reference.dense_paper_step(L, R, weight.grad, 0.1)
+    new_L, new_R = factors_of(layer)
+    assert relative_error(new_L @ new_R, expected_L @ expected_R) < 1e-9
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ class WasiLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged_base: list[nn.Module] = []
         self._awaiting: set[str] = set()  # adapters whose factors have not been loaded yet
+        self._loading_group: dict[str, WasiLayer] = {}  # all layers of an adapter that is being loaded, by name
         self._release_to: str | None = None
         self._dense_device, self._dense_dtype = weight.device, weight.dtype
         _live_layers.add(self)
@@ -173,14 +174,25 @@ class WasiLayer(BaseTunerLayer):
         # the injection loop still holds the old module: free its weight, not only our reference to it
         dense._parameters["weight"] = None
 
+    def await_loading(self, group: dict[str, WasiLayer], name: str) -> None:
+        """Join the layers whose factors are loaded together: none gives up its dense weight before all have them."""
+        group[name] = self
+        self._loading_group = group
+
     def _settle(self) -> None:
-        """Check whether awaited factors have been loaded; then the dense weight may go."""
+        """Check whether awaited factors have arrived; once all layers have theirs, the dense weights may go."""
         for name in list(self._awaiting):
-            L, R = self.wasi_L[name], self.wasi_R[name]
-            if not (L.is_meta or R.is_meta or bool(L[0, 0].isnan()) or bool(R[0, 0].isnan())):
+            parts = [part[name] for part in (self.wasi_L, self.wasi_R, self.wasi_bias) if name in part]
+            if not any(part.is_meta for part in parts) and all(bool(torch.isfinite(part).all()) for part in parts):
                 self._awaiting.discard(name)
-        if self._release_to is not None and not self._awaiting:
-            self.release_base(self._release_to)
+                self._freeze_non_trainable_peft_weights(name)  # a loader may have replaced the parameters
+        group = self._loading_group
+        if self._awaiting or any(layer._awaiting for layer in group.values()):
+            return
+        for layer in list(group.values()):
+            layer._loading_group = {}
+            if layer._release_to is not None:
+                layer.release_base(layer._release_to)
 
     @property
     def active_name(self) -> str | None:
@@ -213,12 +225,26 @@ class WasiLayer(BaseTunerLayer):
         return weight.T if issubclass(self._dense_class(), Conv1D) else weight
 
     @property
+    def _uses_base(self) -> bool:
+        """Whether the base layer answers: the adapter is merged into it, disabled, or not on this layer."""
+        return self.disable_adapters or self.merged or self.active_name is None
+
+    @property
+    def weight(self) -> Any:
+        """What the layer multiplies by: a stand-in for `L R`, or the base layer's weight where that is in use."""
+        return self.base_layer.weight if self._uses_base else self.factored_weight()
+
+    @property
     def bias(self) -> Tensor | None:
-        """Bias of the active adapter, of the base layer where there is none."""
+        """Bias of the active adapter, or of the base layer where that is in use."""
+        if self._uses_base:
+            return self.base_layer.bias  # type: ignore[return-value]
+        return self.factored_bias()
+
+    def factored_bias(self) -> Tensor | None:
+        """Bias of the active adapter."""
         name = self.active_name
-        if name is not None and name in self.wasi_bias:
-            return self.wasi_bias[name]
-        return None if isinstance(self.base_layer, ReleasedLinear) else dense_bias(self.base_layer)
+        return self.wasi_bias[name] if name is not None and name in self.wasi_bias else None
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         name = self.active_name
@@ -314,15 +340,20 @@ class WasiLayer(BaseTunerLayer):
             raise ValueError(RELEASED.format(action="unloading without merging"))
         if isinstance(self.base_layer, ReleasedLinear):
             device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
-            return self.base_layer.restore(device, dtype)
+            self.base_layer = self.base_layer.restore(device, dtype)  # PEFT reads the weight of what it takes out
         return self.base_layer
 
     def _require_loaded(self, name: str) -> None:
-        if name in self._awaiting:
-            self._settle()
-        if name in self._awaiting:
+        if not self._awaiting and not self._loading_group:
+            return
+        group = self._loading_group or {"this layer": self}
+        for layer in list(group.values()):
+            layer._settle()
+        missing = [key for key, layer in group.items() if name in layer._awaiting]
+        if missing:
             raise RuntimeError(
-                f"The factors of the WASI adapter {name!r} were never loaded. A configuration read from a saved "
+                f"{missing[0]}: the factors of the WASI adapter {name!r} were never loaded, or hold NaN or Inf "
+                f"({len(missing)} layers in all). A configuration read from a saved "
                 "adapter has init_weights=False: load the adapter with PeftModel.from_pretrained(model, path), or set "
                 "init_weights=True and ranks=None to compute new factors."
             )
@@ -348,12 +379,10 @@ class Linear(nn.Module, WasiLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         name = self.active_name
-        if self.disable_adapters or self.merged or name is None:
+        if self._uses_base or name is None:
             return self.base_layer(x, *args, **kwargs)
-        if self._awaiting:
+        if self._awaiting or self._loading_group:
             self._require_loaded(name)
-        if self._release_to is not None:
-            self._settle()
 
         L, R = self.wasi_L[name], self.wasi_R[name]
         bias = self.wasi_bias[name] if name in self.wasi_bias else None

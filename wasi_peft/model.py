@@ -89,6 +89,7 @@ class WasiModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the target modules; afterwards one log line says what it amounts to."""
         self._used_plain_svd = False
+        self._loading_group: dict[str, WasiLayer] = {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self._used_plain_svd:
             warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
@@ -150,8 +151,12 @@ class WasiModel(BaseTuner):
             rank = given
         if isinstance(target, WasiLayer):
             target.update_layer(adapter_name, peft_config, rank, initial)
+            if initial is None:
+                target.await_loading(self._loading_group, current_key)
             return
         layer = Linear(target, adapter_name, peft_config, rank, initial)
+        if initial is None:
+            layer.await_loading(self._loading_group, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -181,6 +186,9 @@ class WasiModel(BaseTuner):
         for _, layer in wasi_layers(model):
             for parameter in layer.base_layer.parameters():
                 parameter.requires_grad = False  # bias="all" means the adapter's bias, not the unused one below it
+            for name, parameter in layer.wasi_bias.items():
+                if self.peft_config[name].inference_mode:
+                    parameter.requires_grad = False
         configs = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
         if any(config.train_vectors and not config.inference_mode for config in configs):
             parameters = dict(model.named_parameters())
@@ -238,11 +246,13 @@ class WasiModel(BaseTuner):
         cls, model: nn.Module, config: WasiConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        cls._check_loadable(model, adapter_name, remapped)
+        cls._check_loadable(model, config, adapter_name, remapped)
         return remapped
 
     @staticmethod
-    def _check_loadable(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    def _check_loadable(
+        model: nn.Module, config: WasiConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> None:
         """Refuse, before anything is copied, a state dict that lacks a factor, has another shape, or holds NaN."""
         own = model.state_dict()
         for module_name, layer in wasi_layers(model):
@@ -258,6 +268,10 @@ class WasiModel(BaseTuner):
                         f"{module_name}: {part} must have shape {tuple(own[key].shape)}, got {tuple(value.shape)}. "
                         "The adapter belongs to another model or has other ranks."
                     )
+        vectors = vector_parameter_names(model) if config.train_vectors else ()
+        for key in vectors:
+            if key not in state_dict and f"base_model.model.{key}" not in state_dict:
+                raise ValueError(f"{key}: the adapter lacks this vector; it is incomplete or of another model.")
         for key, value in state_dict.items():
             if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{key}: the adapter file holds NaN or Inf.")

@@ -55,8 +55,8 @@ class FactoredWeight:
 class ReleasedLinear(nn.Module):
     """Base layer whose dense weight was released (or parked on the CPU): it owns no parameter.
 
-    `weight` and `bias` answer for the adapter that is active in the owning layer. The owner is held in a list so that
-    it is no submodule of its own base layer.
+    `weight` and `bias` are the parked ones, or answer for the adapter that is active in the owning layer. The owner is
+    held in a list so that it is no submodule of its own base layer.
 
     Args:
         owner: The tuner layer.
@@ -74,11 +74,15 @@ class ReleasedLinear(nn.Module):
 
     @property
     def weight(self) -> Any:
+        if self.parked is not None:
+            return self.parked[0]
         return self._owner[0].factored_weight()
 
     @property
     def bias(self) -> Tensor | None:
-        return self._owner[0].bias
+        if self.parked is not None:
+            return self.parked[1]
+        return self._owner[0].factored_bias()
 
     def restore(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The dense layer with its original weight. Only where it was parked."""
