@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linalg import factor_gradients
+from .linalg import factor_gradients, tangent_gradient
 from .tucker import Tucker, expand_rows
 
 ProductGradientSink = Callable[[Tensor, Tensor], None]
@@ -71,10 +71,9 @@ class FactoredLinear(torch.autograd.Function):
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         needs_x, needs_L, needs_R = ctx.needs_input_grad[:3]
-        needs_product = sink is not None and (needs_L or needs_R)
         kept: tuple[Tensor | None, ...] = (None, None, None, None)
         ctx.kept = "nothing"
-        if needs_R or needs_product:
+        if needs_R:
             ctx.kept = "input" if core is None else "compressed"
             kept = (x, None, None, None) if core is None else (core, feature, token, batch)
         elif needs_L:
@@ -86,6 +85,12 @@ class FactoredLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+        # where `backward` is called inside autocast, that would lower what was saved in float32
+        with torch.autocast(device_type=dY.device.type, enabled=False):
+            return FactoredLinear._backward(ctx, dY)
+
+    @staticmethod
+    def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         L, R, first, feature, token, batch = ctx.saved_tensors
         needs_x, needs_L, needs_R, needs_bias = ctx.needs_input_grad[:4]
         dY = dY.reshape(-1, dY.shape[-1])
@@ -116,15 +121,19 @@ class FactoredLinear(torch.autograd.Function):
 def _factor_gradients(
     L: Tensor, R: Tensor, left: Tensor, right: Tensor, tangent: bool, left_in_basis: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`linalg.factor_gradients` in the factors' dtype, and the tangent gradient in at least float32.
+    """:func:`linalg.factor_gradients`; products over all rows in the compute dtype, the rest in at least float32.
 
-    Autocast, active where `backward` is called inside it, must not lower the precision again.
+    `left_in_basis` is given where `left` and `right` span all rows.
     """
-    full = L.dtype in (torch.float32, torch.float64)
-    work = L.dtype if full or not tangent else torch.float32
-    in_basis = None if left_in_basis is None else left_in_basis.to(work)
-    with torch.autocast(device_type=L.device.type, enabled=False):
-        grad_L, grad_R = factor_gradients(L.to(work), R.to(work), left.to(work), right.to(work), tangent, in_basis)
+    work = L.dtype if L.dtype in (torch.float32, torch.float64) else torch.float32
+    if left_in_basis is None or left.dtype == work:
+        parts = [part.to(work) for part in (L, R, left, right)]
+        grad_L, grad_R = factor_gradients(parts[0], parts[1], parts[2], parts[3], tangent, left_in_basis)
+    else:
+        compute = left.dtype
+        grad_L, grad_R = factor_gradients(L.to(compute), R.to(compute), left, right, False, left_in_basis)
+        if tangent:
+            grad_L = tangent_gradient(L.to(work), R.to(work), grad_L.to(work), grad_R.to(work))
     return grad_L.to(L.dtype), grad_R.to(R.dtype)
 
 

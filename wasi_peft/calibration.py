@@ -158,6 +158,7 @@ class _Collector:
         self.leaders: dict[str, InputStatistics] = {}  # module that feeds an accumulator
         self.seen: set[str] = set()
         self._last_input: Callable[[], Tensor | None] = lambda: None
+        self._last_version = 0
         self._last_statistics: InputStatistics | None = None
 
     @property
@@ -170,11 +171,12 @@ class _Collector:
             self.leaders[name].update(x)
         elif name not in self.seen:
             self.seen.add(name)
-            if self._last_input() is x:
+            if self._last_input() is x and self._last_version == x._version:
                 if self._last_statistics is not None:
                     self._last_statistics.modules.append(name)
                 return
-            self._last_input, self._last_statistics = weakref.ref(x), self._start(name, x)
+            self._last_input, self._last_version = weakref.ref(x), x._version
+            self._last_statistics = self._start(name, x)
 
     def _start(self, name: str, x: Tensor) -> InputStatistics | None:
         size = x.shape[-1]
@@ -212,7 +214,7 @@ def _collect(
     progress_bar: bool,
 ) -> Iterator[InputStatistics]:
     """Statistics of every distinct input, in as many passes over the data as the memory bound needs."""
-    if not callable(data) and iter(data) is data:
+    if isinstance(data, Iterator):
         raise ValueError("calibration data must allow several iterations (a DataLoader, a list), got an iterator.")
     pending = dict(targets)
     while pending:
@@ -220,7 +222,8 @@ def _collect(
         description = f"WASI calibration ({len(pending)} layers)"
         with collector.attached(), _evaluating(model):
             _run(model, data, max_batches, description if progress_bar else None)
-        missed = [name for name in pending if name not in collector.seen]
+        empty = {name for statistics in collector.collected if not statistics.rows for name in statistics.modules}
+        missed = [name for name in pending if name not in collector.seen or name in empty]
         if missed:
             raise ValueError(f"{missed[0]}: the calibration data never reached this layer ({len(missed)} in all).")
         for statistics in collector.collected:
@@ -311,7 +314,7 @@ def _saving(
     os.replace(temporary, os.path.join(directory, "index.json"))
     current = {entry["file"] for entry in entries}
     for name in os.listdir(directory):
-        if name.endswith(".safetensors") and name not in current:
+        if (name.endswith(".safetensors") and name not in current) or name.startswith("index.json."):
             os.remove(os.path.join(directory, name))
 
 

@@ -263,13 +263,23 @@ def factor_gradients(
     projected = right @ R.T  # (q, K)
     if not tangent:
         return left @ projected, grad_R
+    if left.shape[1] > L.shape[1] or L.shape[0] == L.shape[1]:
+        return tangent_gradient(L, R, left @ projected, grad_R), grad_R
+    normal = torch.addmm(left, L, left_in_basis, alpha=-1)
+    return normal @ _divide_by_gram(projected, R), grad_R
+
+
+def tangent_gradient(L: Tensor, R: Tensor, grad_L: Tensor, grad_R: Tensor) -> Tensor:
+    """Tangent gradient of L from the Euclidean gradients of both factors.
+
+    `(gL - L (gR R^T)) (R R^T)^-1`, because `L^T gL = L^T G R^T = gR R^T`. See :func:`factor_gradients`.
+
+    **Shape**
+        - L, grad_L: (out, K); R, grad_R: (K, in); returns (out, K)
+    """
     if L.shape[0] == L.shape[1]:
-        return torch.zeros_like(L), grad_R  # L spans everything: what is left of the complement is rounding
-    if left.shape[1] <= L.shape[1]:
-        normal = torch.addmm(left, L, left_in_basis, alpha=-1)
-        return normal @ _divide_by_gram(projected, R), grad_R
-    normal = torch.addmm(left @ projected, L, grad_R @ R.T, alpha=-1)
-    return _divide_by_gram(normal, R), grad_R
+        return torch.zeros_like(L)  # L spans everything: what is left of the complement is rounding
+    return _divide_by_gram(torch.addmm(grad_L, L, grad_R @ R.T, alpha=-1), R)
 
 
 def _divide_by_gram(rows: Tensor, R: Tensor) -> Tensor:

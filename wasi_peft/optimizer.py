@@ -107,19 +107,19 @@ def _split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
 class _ProductGradient:
     """Collects the factors of one layer's product gradient over the backward passes of a step.
 
-    It starts afresh whenever a new backward pass finds that L has no gradient yet, so whatever cleared the gradients
-    (`optimizer.zero_grad`, `model.zero_grad`, a skipped step) has cleared it too.
+    It starts afresh whenever a new backward pass finds that R has no gradient yet, so whatever cleared the gradients
+    (`optimizer.zero_grad`, `model.zero_grad`, a skipped step) has cleared it too. R, since a square L has none at all.
     """
 
-    def __init__(self, L: nn.Parameter) -> None:
-        self._L = L
+    def __init__(self, R: nn.Parameter) -> None:
+        self._R = R
         self._pass = -1
         self.left: list[Tensor] = []
         self.right: list[Tensor] = []
 
     def __call__(self, left: Tensor, right: Tensor) -> None:
         current = torch._C._current_graph_task_id()
-        if current != self._pass and (self._L.grad is None or not bool(self._L.grad.any())):
+        if current != self._pass and (self._R.grad is None or not bool(self._R.grad.any())):
             self.clear()
         self._pass = current
         # copies: autograd may hand dY on as a gradient that is added to, and inputs may be buffers that are refilled
@@ -174,8 +174,10 @@ class SubspaceSGD(torch.optim.Optimizer):
                 continue
             if layer.wasi_update[active] != "subspace":
                 raise ValueError(f"{name}: SubspaceSGD needs update='subspace', got {layer.wasi_update[active]!r}.")
+            if not layer.wasi_R[active].requires_grad:
+                raise ValueError(f"{name}: SubspaceSGD needs both factors to train, but R is frozen.")
             L, R = layer.wasi_L[active], layer.wasi_R[active]
-            self._layers.append((L, R, _ProductGradient(L)))
+            self._layers.append((L, R, _ProductGradient(R)))
         if not self._layers:
             raise ValueError("SubspaceSGD needs a model with trainable WASI factors, got none.")
         for L, _, gradient in self._layers:

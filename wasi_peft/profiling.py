@@ -14,8 +14,8 @@ import torch
 class PeakMemory:
     """Tracked allocator memory of a call, relative to what existed when it started.
 
-    `peak_bytes` is the most that was held on top at any moment, `left_bytes` what is still held afterwards (negative
-    where the call freed older tensors).
+    `peak_bytes` is the most that was held on top at any moment, `left_bytes` what is still held afterwards. Tensors
+    from before the call that it frees may go unnoticed on the CPU: let the function create what it measures.
     """
 
     peak_bytes: int
