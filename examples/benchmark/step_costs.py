@@ -64,7 +64,10 @@ def count(model: nn.Module, batch: Batch) -> dict[str, Any]:
         gradient_bytes = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         optimizer.step()
     state_bytes = sum(
-        value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
     )
     return {
         "linear_training_flops": linear_flops(counter),
