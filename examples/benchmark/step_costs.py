@@ -2,7 +2,8 @@
 
 Deterministic: FLOPs by torch's flop counter, bytes of gradients and optimizer state, and the tracked peak of whole
 steps. The model has the geometry of ViT-B/32 and random weights, since none of these depends on their values but the
-ranks of the activations: those are fixed at a quarter of the features here. Results: docs/benchmarks/step_costs.json.
+ranks of the activations: those are fixed here, at the same share of the features. Results:
+docs/benchmarks/step_costs.json.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--share", type=float, default=0.15, help="rank over min(out, in)")
-    parser.add_argument("--activation-share", type=float, default=0.25, help="activation rank over hidden size")
+    parser.add_argument("--activation-share", type=float, default=0.15, help="activation rank over hidden size")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
 

@@ -20,6 +20,8 @@ from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from assets import load_images, load_vit
+from finetune import build, build_optimizer
+
 from benchmark.common import (
     environment,
     inference,
@@ -30,7 +32,6 @@ from benchmark.common import (
     training_step,
     write_json,
 )
-from finetune import build, build_optimizer
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "step_time.json"
 COMPRESSED: dict[str, Any] = {"activation_threshold": None, "activation_ranks": 48}
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--target-share", type=float, default=0.36)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="full must be there")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
@@ -56,7 +58,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     images, _ = load_images(train=512, test=32)
     batch = default_collate(images.__getitems__(range(args.batch_size)))
     models: dict[str, nn.Module] = {}
-    for name, (method, options) in VARIANTS.items():
+    for name in args.variants:
+        method, options = VARIANTS[name]
         share = args.target_share if method == "wasi" else None
         models[name] = build(method, load_vit(), images, options, share)
 
@@ -67,7 +70,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         name: copy.deepcopy(model).merge_and_unload() if VARIANTS[name][0] == "lora" else model
         for name, model in models.items()
     }
-    results: dict[str, dict[str, Any]] = {name: {} for name in VARIANTS}
+    results: dict[str, dict[str, Any]] = {name: {} for name in args.variants}
     for name, model in models.items():
         results[name]["training_peak_bytes"] = step_peak_bytes(model, functools.partial(optimizer_of, name), batch)
         results[name]["inference_peak_bytes"] = inference_peak_bytes(deployed[name], batch)
@@ -81,7 +84,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     for kind, tasks in (("inference", inferences), ("step", steps)):
         seconds = interleaved_seconds(tasks, args.rounds, description=f"Timing {kind}")
-        for name in VARIANTS:
+        for name in args.variants:
             results[name][f"{kind}_seconds"] = seconds[name]
             results[name][f"{kind}_speedup"] = median_ratio(seconds, name, "full")
 
