@@ -58,13 +58,13 @@ def largest_orthonormality_error(model: nn.Module) -> float:
 def retracted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Ids of the L that were retracted, in order."""
     calls: list[int] = []
-    original = wasi_peft.layer.retract
+    original = wasi_peft.layer.retraction
 
     def spy(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(id(L))
         return original(L, R)
 
-    monkeypatch.setattr("wasi_peft.layer.retract", spy)
+    monkeypatch.setattr("wasi_peft.layer.retraction", spy)
     return calls
 
 

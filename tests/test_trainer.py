@@ -152,13 +152,13 @@ def quick_garbage_collection() -> Iterator[None]:
 def retractions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """The L of every retraction."""
     calls: list[Tensor] = []
-    original = layer_module.retract
+    original = layer_module.retraction
 
     def counted(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(L)
         return original(L, R)
 
-    monkeypatch.setattr(layer_module, "retract", counted)
+    monkeypatch.setattr(layer_module, "retraction", counted)
     yield calls
 
 

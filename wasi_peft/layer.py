@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .autograd import ProductGradientSink, factored_linear
 from .config import WasiConfig
-from .linalg import retract
+from .linalg import retraction
 from .released import FactoredWeight, ReleasedLinear, build_dense
 from .tucker import Bases, CompressionRule, Tucker, canonical, compress
 
@@ -479,6 +479,6 @@ def after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             if id(L) in moved or id(R) in moved:
                 layer.wasi_basis_age[name] += 1
             if id(L) in moved and layer.wasi_update[name] == "subspace" and L.requires_grad and not retracts:
-                new_L, new_R = retract(L, R)
-                L.copy_(new_L)
-                R.copy_(new_R)
+                change_L, change_R = retraction(L, R)
+                L.add_(change_L)
+                R.add_(change_R)

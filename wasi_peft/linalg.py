@@ -194,8 +194,7 @@ def retract(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
 
     Polar decomposition `L = L' H` with `H = (L^T L)^(1/2)`, then `R' = H R`. Unlike QR it has no sign ambiguity and
     `L'` is the orthonormal matrix nearest to `L`, so optimizer moments of the old factors stay aligned with the new
-    ones. While `E = L^T L - I` is small, as after any sensible step, `H` and its inverse are four terms of their power
-    series (matrix products only); otherwise they come from an SVD of L, which also completes a lost column.
+    ones.
 
     **Shape**
         - L: (out, K), R: (K, in)
@@ -206,19 +205,32 @@ def retract(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         >>> L.tolist(), R.tolist()
         ([[1.0], [0.0]], [[2.0, 2.0]])
     """
+    change_L, change_R = retraction(L, R)
+    return (L + change_L).to(L.dtype), (R + change_R).to(R.dtype)
+
+
+def retraction(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`retract` adds to both factors, in at least float32.
+
+    While `E = L^T L - I` is small, as after any sensible step, H and its inverse are a few terms of their power series
+    (matrix products only); otherwise they come from an SVD of L, which also completes a lost column.
+
+    **Shape**
+        - L: (out, K), R: (K, in); returns the same shapes
+    """
     work = L if L.dtype in (torch.float32, torch.float64) else L.float()
     right = R.to(work.dtype)
     error = work.T @ work
     error.diagonal().sub_(1)
     size = float(torch.linalg.matrix_norm(error))
     if not size < float("inf"):
-        return L, R  # diverged: leave the NaN or Inf where the user can see it
+        return torch.zeros_like(L), torch.zeros_like(R)  # diverged: leave the NaN or Inf where the user can see it
     if size <= 0.02:  # the first dropped term is below 35/128 * 0.02**4 ~ 4e-8
         change, inverse_change = _root_series(error, size)
-        return (work @ inverse_change).add_(work).to(L.dtype), (change @ right).add_(right).to(R.dtype)
+        return work @ inverse_change, change @ right
     U, S, Vh = torch.linalg.svd(work.double() if work.device.type != "mps" else work, full_matrices=False)
     root = (Vh.T * S) @ Vh
-    return (U @ Vh).to(L.dtype), (root @ right.to(root.dtype)).to(R.dtype)
+    return (U @ Vh - work).to(work.dtype), (root @ right.to(root.dtype) - right).to(work.dtype)
 
 
 def _root_series(error: Tensor, size: float) -> tuple[Tensor, Tensor]:
