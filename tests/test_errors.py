@@ -180,6 +180,16 @@ def test_without_ranks_nothing_can_be_loaded() -> None:
     refused(VIT.model(), ValueError, "with init_weights=False the rank must be given", init_weights=False)
 
 
+def test_a_rank_that_only_the_last_layers_lack_is_found_before_the_first_is_replaced() -> None:
+    refused(
+        VIT.model(),
+        ValueError,
+        r"layers\.1\.mlp\.fc2: with init_weights=False the rank must be given",
+        init_weights=False,
+        rank_pattern={r".*(attention\.\w+|fc1|layers\.0\.mlp\.fc2)": 3},
+    )
+
+
 # ------------------------------------------------------------------ further adapters
 
 

@@ -143,11 +143,7 @@ class WasiModel(BaseTuner):
             peft_config.ranks[current_key] = rank
         else:
             given = fixed_rank(current_key, peft_config)
-            if given is None:
-                raise ValueError(
-                    f"{current_key}: with init_weights=False the rank must be given by ranks, rank_pattern or "
-                    "weight_rank; a threshold alone needs the weights."
-                )
+            assert given is not None  # check_targets saw to it
             rank = given
         if isinstance(target, WasiLayer):
             target.update_layer(adapter_name, peft_config, rank, initial)

@@ -59,8 +59,7 @@ def default_target_names(model: nn.Module, config: WasiConfig) -> set[str]:
     output_embedding = getattr(model, "get_output_embeddings", lambda: None)()
     names = set()
     for name, module in model.named_modules():
-        inner = module.get_base_layer() if isinstance(module, WasiLayer) else module
-        if not (isinstance(inner, (nn.Linear, Conv1D)) or isinstance(module, WasiLayer)) or module is output_embedding:
+        if not isinstance(module, (nn.Linear, Conv1D, WasiLayer)) or module is output_embedding:
             continue
         if ".base_layer" in name or not _inside_blocks(name) or _is_patch_merging(model, name):
             continue
@@ -102,10 +101,10 @@ def check_targets(model: nn.Module, config: WasiConfig) -> None:
     """
     shared = _shared_weights(model)
     targets = dict(selected_modules(model, config))
-    for name, module in targets.items():
-        _check_target(name, module, config, shared)
     if not config.init_weights and config.ranks is not None:
         _check_saved_ranks(targets, config)
+    for name, module in targets.items():
+        _check_target(name, module, config, shared)
     for name, module in model.named_modules():
         if isinstance(module, WasiLayer) and module.base_is_released and name not in targets:
             raise ValueError(
@@ -152,6 +151,11 @@ def _check_target(name: str, module: nn.Module, config: WasiConfig, shared: dict
             raise ValueError(f"{name}: its weight holds NaN or Inf.")
         shape = (dense_weight(module).shape[0], dense_weight(module).shape[1])
     rank = fixed_rank(name, config)
+    if rank is None and not config.init_weights:
+        raise ValueError(
+            f"{name}: with init_weights=False the rank must be given by ranks, rank_pattern or weight_rank; "
+            "a threshold alone needs the weights."
+        )
     if rank is not None and rank > min(shape):
         raise ValueError(
             f"{name}: the rank must be at most min(out_features, in_features) = {min(shape)}, got {rank}."
