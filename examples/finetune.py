@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import functools
 import statistics
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, default_collate
 from tqdm.auto import tqdm
 
+import wasi_peft
+
 METHODS = ("full", "lora", "wasi")
 # tuned for two epochs of 6,000 images, see docs/benchmarks
 LEARNING_RATES = {"full": 2e-5, "lora": 5e-4, "wasi": 1e-4}
@@ -51,16 +52,18 @@ def build(
     wasi_options: Mapping[str, Any] | None = None,
     target_share: float | None = None,
     calibration_images: int = 512,
+    repair_steps: int = wasi_peft.REPAIR_STEPS,
 ) -> nn.Module:
     """Makes ``model`` trainable by one of the methods.
 
     Args:
         method: "full", "lora" (r=16, alpha=32 on every attention and MLP layer, plus the head) or "wasi".
         model: A dense classifier. It is changed in place.
-        train_set: WASI looks at its first ``calibration_images`` images, never at their labels.
+        train_set: WASI calibrates on ``calibration_images`` of them and repairs on all, never looking at a label.
         wasi_options: Fields of ``WasiConfig`` that differ from the defaults.
-        target_share: If given, WASI's threshold is chosen so that about this share of the weights is kept.
-        calibration_images: Images for WASI's statistics.
+        target_share: If given, WASI keeps this share of the weights, spread over the layers as it is best.
+        calibration_images: Images for WASI's calibration.
+        repair_steps: Steps of WASI's label-free repair.
 
     Returns:
         The model to train.
@@ -74,38 +77,14 @@ def build(
         config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", modules_to_save=[HEAD])
         return peft.get_peft_model(model, config)
     if method == "wasi":
-        import wasi_peft
-
-        wasi_config = wasi_peft.WasiConfig(modules_to_save=[HEAD], **(wasi_options or {}))
-        images = Subset(train_set, range(min(calibration_images, len(train_set))))
-        with tempfile.TemporaryDirectory() as statistics:
-            loader = DataLoader(images, batch_size=32, collate_fn=unlabelled)
-            wasi_peft.preprocess_wasi(model, wasi_config, loader, statistics_dir=statistics)
-            if target_share is not None:
-                wasi_config.explained_variance_threshold = threshold_for(target_share, model, wasi_config, statistics)
-                wasi_peft.preprocess_wasi(model, wasi_config, statistics_dir=statistics, progress_bar=False)
+        wasi_config = wasi_peft.WasiConfig(modules_to_save=[HEAD], weight_share=target_share, **(wasi_options or {}))
+        order = torch.Generator().manual_seed(0)
+        loader = DataLoader(train_set, batch_size=32, shuffle=True, generator=order, collate_fn=unlabelled)
+        wasi_peft.preprocess_wasi(
+            model, wasi_config, loader, max_batches=calibration_images // 32, repair_steps=repair_steps
+        )
         return peft.get_peft_model(model, wasi_config)
     raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-
-
-def threshold_for(share: float, model: nn.Module, config: peft.PeftConfig, statistics: str) -> float:
-    """Finds by bisection the threshold at which WASI keeps about ``share`` of the weights.
-
-    Raises:
-        ValueError: If the share is not in (0, 1).
-    """
-    import wasi_peft
-
-    if not 0 < share < 1:
-        raise ValueError(f"target_share must be in (0, 1), got {share}")
-    low, high = 0.0, 1.0
-    for _ in tqdm(range(9), desc=f"Choosing the threshold that keeps {share:.0%}"):
-        middle = (low + high) / 2
-        twin, trial = copy.deepcopy(model), dataclasses.replace(config, explained_variance_threshold=middle)
-        wasi_peft.preprocess_wasi(twin, trial, statistics_dir=statistics, progress_bar=False)
-        kept = peft.get_peft_model(twin, trial).wasi_summary().kept_share
-        low, high = (middle, high) if kept < share else (low, middle)
-    return (low + high) / 2
 
 
 def unlabelled(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -126,8 +105,6 @@ def build_optimizer(method: str, model: nn.Module, lr: float, head_lr: float | N
         The optimizer.
     """
     if method == "wasi":
-        import wasi_peft
-
         return wasi_peft.create_wasi_optimizer(
             model, torch.optim.AdamW, lr=lr, head_lr=head_lr, weight_decay=0.0, fused=True
         )

@@ -39,6 +39,24 @@ def whitened_svd(
     return U[:, :rank], (S[:rank, None] * Vh[:rank]) @ torch.linalg.inv(T), S.square()
 
 
+def damped(moment: Tensor, damping: float = 0.01) -> Tensor:
+    """A second moment with a share of the mean of its diagonal added to the diagonal."""
+    return moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+
+
+def two_sided_svd(weight: Tensor, input_moment: Tensor, output_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`C = T_C T_C^T`, `S = T_S T_S^T`, `T_S^T W T_C = U E V^T`: `T_S^-T U_K E_K V_K^T T_C^-1` and `E^2`."""
+    T_C, T_S = torch.linalg.cholesky(input_moment), torch.linalg.cholesky(output_moment)
+    U, E, Vh = torch.linalg.svd(T_S.T @ weight @ T_C, full_matrices=False)
+    product = torch.linalg.inv(T_S.T) @ U[:, :rank] @ torch.diag(E[:rank]) @ Vh[:rank] @ torch.linalg.inv(T_C)
+    return product, E.square()
+
+
+def two_sided_error(difference: Tensor, input_moment: Tensor, output_moment: Tensor) -> float:
+    """`tr(S D C D^T)`."""
+    return float(torch.trace(output_moment @ difference @ input_moment @ difference.T))
+
+
 def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """`A = Q H`: the nearest orthonormal matrix Q and the symmetric H, from an SVD."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -82,6 +100,27 @@ def linear_backward(x: np.ndarray, weight: np.ndarray, dY: np.ndarray) -> tuple[
     """Gradients of x, W and b."""
     rows, grads = x.reshape(-1, x.shape[-1]), dY.reshape(-1, dY.shape[-1])
     return np.einsum("...o,oi->...i", dY, weight), np.einsum("no,ni->oi", grads, rows), grads.sum(0)
+
+
+def feature_gradient_errors(x: Tensor, dY: Tensor) -> list[float]:
+    """`||G - G U U^T||_F^2` for `U` the r leading right singular vectors of the rows, at r = 0, 1, ..., in."""
+    rows, grads = x.reshape(-1, x.shape[-1]).double(), dY.reshape(-1, dY.shape[-1]).double()
+    G, Vh = grads.T @ rows, torch.linalg.svd(rows, full_matrices=True)[2]
+    bases = [Vh[:rank].T for rank in range(rows.shape[1] + 1)]
+    return [float((G - G @ U @ U.T).square().sum()) for U in bases]
+
+
+def token_gradient_errors(x: Tensor, dY: Tensor) -> list[float]:
+    """`||G - sum_b dY_b^T U U^T X_b||_F^2` for `U` the r leading token directions, at r = 0, 1, ..., N."""
+    x, dY = x.double(), dY.double()
+    U = torch.linalg.svd(torch.cat(list(x.transpose(1, 2))), full_matrices=True)[2].T  # of the unfolding, (B in, N)
+    G = sum(g.T @ rows for rows, g in zip(x, dY, strict=True))
+    errors = []
+    for rank in range(x.shape[1] + 1):
+        projector = U[:, :rank] @ U[:, :rank].T
+        kept = sum(g.T @ projector @ rows for rows, g in zip(x, dY, strict=True))
+        errors.append(float((G - kept).square().sum()))
+    return errors
 
 
 # -------------------------------------------------------------------------------- tensors

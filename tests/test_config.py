@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from peft.config import PeftConfig as BaseConfig
 
 from wasi_peft import WasiConfig
 from wasi_peft._registration import PEFT_TYPE, WASI_IMPORT_NOTE
+from wasi_peft.planning import LayerPlan, WasiPlan
+from wasi_peft.tucker import CompressionRule
 
 OWN_FIELDS = [
     field
@@ -25,8 +28,7 @@ OWN_FIELDS = [
 
 VARIED: dict[str, Any] = {
     "explained_variance_threshold": 0.7,
-    "weight_rank": 6,
-    "rank_pattern": {"fc1": 3},
+    "weight_share": 0.4,
     "target_modules": ["fc1", "fc2"],
     "exclude_modules": ["q_proj"],
     "modules_to_save": ["classifier"],
@@ -39,10 +41,16 @@ VARIED: dict[str, Any] = {
     "activation_modes": ["feature", "token"],
     "activation_interval": 3,
     "update": "factor",
+    "update_rank": 8,
     "base_weight": "cpu",
     "init_weights": False,
     "ranks": {"layers.0.fc1": 3},
 }
+PLAN = WasiPlan((LayerPlan("layers.0.fc1", 8, 6, 3, {"feature": 2, "token": 4}, 0.5),), {"weight_share": 0.4})
+ALONE: list[dict[str, Any]] = [  # what cannot be combined with all of the above
+    {"weight_rank": 6, "rank_pattern": {"fc1": 3}},
+    {"plan": PLAN.to_dict()},
+]
 
 
 def test_defaults() -> None:
@@ -70,9 +78,10 @@ def test_every_field_is_documented(field: dataclasses.Field[Any]) -> None:
 
 
 def test_the_varied_values_cover_every_field() -> None:
-    assert set(VARIED) == {field.name for field in OWN_FIELDS}
+    varied = [item for options in (VARIED, *ALONE) for item in options.items()]
+    assert {name for name, _ in varied} == {field.name for field in OWN_FIELDS}
     plain = WasiConfig()
-    assert all(getattr(plain, name) != value for name, value in VARIED.items())
+    assert all(getattr(plain, name) != value for name, value in varied)
 
 
 @pytest.mark.parametrize("sequence", [list, tuple, set])
@@ -83,8 +92,9 @@ def test_lists_of_names_become_sets(sequence: type) -> None:
 
 
 @pytest.mark.parametrize("loader", [PeftConfig, WasiConfig], ids=["PeftConfig", "WasiConfig"])
-def test_round_trip(tmp_path: Path, loader: type[PeftConfig]) -> None:
-    config = WasiConfig(**VARIED)
+@pytest.mark.parametrize("options", [VARIED, *ALONE], ids=["most", "ranks", "plan"])
+def test_round_trip(tmp_path: Path, loader: type[PeftConfig], options: dict[str, Any]) -> None:
+    config = WasiConfig(**options)
     config.save_pretrained(str(tmp_path))
     loaded = loader.from_pretrained(str(tmp_path))
     assert type(loaded) is WasiConfig
@@ -98,7 +108,7 @@ def test_the_file_is_plain_json_with_the_type(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "WASI"
     assert sorted(saved["target_modules"]) == ["fc1", "fc2"]
-    assert saved["rank_pattern"] == {"fc1": 3}
+    assert saved["weight_share"] == 0.4 and saved["plan"] is None
 
 
 def test_a_configuration_that_was_never_injected_is_saved_as_it_is(tmp_path: Path) -> None:
@@ -129,17 +139,83 @@ def test_unknown_keys_of_a_later_version_do_not_prevent_loading(tmp_path: Path) 
 
 def test_copy_and_pickle() -> None:
     config = WasiConfig(**VARIED)
+    config.plan = PLAN.to_dict()
     for again in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert again == config and again.peft_type is PEFT_TYPE
 
 
 def test_compression_rule() -> None:
-    assert WasiConfig(activation_threshold=None).compression_rule() is None
-    assert WasiConfig().compression_rule() is not None
-    assert WasiConfig(activation_threshold=None, activation_ranks=4).compression_rule() is not None
-    same = WasiConfig(activation_ranks=4).compression_rule()
-    assert same == WasiConfig(activation_ranks={"feature": 4}).compression_rule()
-    assert same != WasiConfig(activation_ranks=5).compression_rule()
+    assert WasiConfig(activation_threshold=None).compression_rule("fc1") is None
+    assert WasiConfig().compression_rule("fc1") is not None
+    assert WasiConfig(activation_threshold=None, activation_ranks=4).compression_rule("fc1") is not None
+    same = WasiConfig(activation_ranks=4).compression_rule("fc1")
+    assert same == WasiConfig(activation_ranks={"feature": 4}).compression_rule("fc1")
+    assert same != WasiConfig(activation_ranks=5).compression_rule("fc1")
+
+
+def test_compression_rule_of_a_plan() -> None:
+    exact = dataclasses.replace(PLAN.layers[0], name="layers.1.fc1", activation_ranks=None)
+    config = WasiConfig(plan=WasiPlan((*PLAN.layers, exact)))
+    ranks = (("feature", 2), ("token", 4))
+    assert config.compression_rule("layers.0.fc1") == CompressionRule(("feature", "token"), None, ranks)
+    assert config.compression_rule("layers.1.fc1") is None
+
+
+def test_a_plan_is_taken_in_any_form_and_stored_as_plain_data(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    for form in (PLAN, PLAN.to_dict(), path, str(path)):
+        config = WasiConfig(plan=form)
+        assert config.plan == PLAN.to_dict()
+        assert json.loads(json.dumps(config.to_dict()["plan"])) == PLAN.to_dict()
+    assert config.planned_names() == {"layers.0.fc1"}
+    assert config.planned_layer("layers.0.fc1") == PLAN.layers[0]
+    assert config.planned_layer("layers.1.fc1") is None
+    assert WasiConfig().planned_names() == set() and WasiConfig().planned_layer("layers.0.fc1") is None
+
+
+BESIDE_A_PLAN: list[dict[str, Any]] = [
+    {"weight_rank": 3},
+    {"rank_pattern": {"fc1": 3}},
+    {"weight_share": 0.5},
+    {"target_modules": ["fc1"]},
+    {"exclude_modules": ["fc1"]},
+    {"layers_to_transform": [0]},
+    {"activation_ranks": 4},
+    {"activation_modes": ["feature", "token"]},
+]
+
+
+@pytest.mark.parametrize("options", BESIDE_A_PLAN, ids=lambda options: next(iter(options)))
+def test_a_plan_decides_alone(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"plan decides layers and ranks; leave {next(iter(options))} out, got"):
+        WasiConfig(plan=PLAN, **options)
+
+
+@pytest.mark.parametrize("options", BESIDE_A_PLAN[:2], ids=lambda options: next(iter(options)))
+def test_a_share_decides_every_rank(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"weight_share decides the rank of every layer; leave {next(iter(options))}"):
+        WasiConfig(weight_share=0.5, **options)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1.0001, math.nan, True, "0.5"], ids=repr)
+def test_weight_share_is_a_share(value: Any) -> None:
+    with pytest.raises(ValueError) as error:
+        WasiConfig(weight_share=value)
+    assert str(error.value) == f"weight_share must be a number in (0, 1], got {value!r}."
+
+
+@pytest.mark.parametrize(
+    ("plan", "match"),
+    [
+        (5, "a plan must be a dict with the dict 'layers', got 5"),
+        ({**PLAN.to_dict(), "format": 2}, "a plan must have format 1, got 2"),
+        ({**PLAN.to_dict(), "other": 2}, "a plan must have the keys .*unknown key 'other'"),
+    ],
+)
+def test_what_is_no_plan(plan: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        WasiConfig(plan=plan)
 
 
 CARDS = {

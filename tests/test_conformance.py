@@ -104,12 +104,15 @@ def test_forward(kind: type[nn.Module], target: str, shape: tuple[int, ...]) -> 
 
 
 @cases
-@pytest.mark.parametrize("update", ["subspace", "factor", "frozen_basis"])
+@pytest.mark.parametrize("update", ["subspace", "factor", "frozen_basis", "low_rank"])
 def test_only_adapter_parameters_change(kind: type[nn.Module], target: str, update: str) -> None:
     model = get_peft_model(dense(kind), config(target, update=update))
+    if update == "low_rank":
+        step(model)  # A moves once B is not zero
     before = {name: value.clone() for name, value in model.state_dict().items()}
     names = trainable(model)
-    assert names and all(".wasi_L." in name or ".wasi_R." in name for name in names)
+    parts = (".wasi_A.", ".wasi_B.") if update == "low_rank" else (".wasi_L.", ".wasi_R.")
+    assert names and all(any(part in name for part in parts) for name in names)
     step(model)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == names
@@ -243,7 +246,7 @@ def test_requires_grad_follows_the_active_adapter(kind: type[nn.Module], target:
     assert trainable(model) == only
 
 
-@pytest.mark.parametrize("update", ["subspace", "frozen_basis"])
+@pytest.mark.parametrize("update", ["subspace", "frozen_basis", "low_rank"])
 @pytest.mark.parametrize("bias", ["none", "wasi_only"])
 def test_requires_grad_survives_disabling_and_switching(update: str, bias: str) -> None:
     model = get_peft_model(dense(MLP), config(update=update, bias=bias))

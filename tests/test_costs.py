@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import QUICK, FactorSizes, factor_sizes
+from strategies import QUICK, FactorSizes, factor_sizes, normal
 from torch.utils.flop_counter import FlopCounterMode
 
 from wasi_peft.autograd import factored_linear
@@ -16,9 +16,11 @@ from wasi_peft.costs import (
     dense_forward_flops,
     factored_elements,
     factored_forward_flops,
+    input_elements,
 )
 from wasi_peft.linalg import factorize_weight
 from wasi_peft.profiling import measure_peak_memory
+from wasi_peft.tucker import Bases, CompressionRule, compress
 
 
 @QUICK
@@ -66,3 +68,25 @@ def test_bytes_are_those_the_allocator_hands_out(out_features: int, in_features:
     assert measure_peak_memory(
         lambda: kept.append(torch.empty(out_features, in_features))
     ).left_bytes == 4 * dense_elements(out_features, in_features)
+
+
+@QUICK
+@given(
+    st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 9)),
+    st.integers(1, 10),
+    st.none() | st.integers(1, 7),
+    st.none() | st.integers(1, 6),
+)
+def test_input_elements_are_those_of_the_compressed_form(
+    shape: tuple[int, int, int], feature: int, token: int | None, batch: int | None
+) -> None:
+    """And `compress` refuses exactly the ranks whose form is not smaller than the copy."""
+    ranks = {"feature": feature, "token": token, "batch": batch}
+    given_ranks = {mode: rank for mode, rank in ranks.items() if rank is not None}
+    rule = CompressionRule.from_options(tuple(given_ranks), None, given_ranks)
+    compressed = compress(normal(*shape, seed=3), rule, Bases())
+    elements, exact = input_elements(*shape, given_ranks), input_elements(*shape, None)
+    assert exact == shape[0] * shape[1] * shape[2]
+    assert (compressed is None) == (elements >= exact)
+    if compressed is not None:
+        assert elements == sum(part.numel() for part in compressed[0] if part is not None)

@@ -13,6 +13,7 @@ ORDER = [
     "linalg",
     "tucker",
     "costs",
+    "planning",
     "autograd",
     "_registration",
     "config",
@@ -22,8 +23,15 @@ ORDER = [
     "summary",
     "model",
     "calibration",
+    "repair",
+    "preprocessing",
     "optimizer",
     "profiling",
+    "estimate",
+    "planner",
+    "callbacks",
+    "report",
+    "cli",
 ]
 PACKAGE = Path(wasi_peft.__file__).parent
 

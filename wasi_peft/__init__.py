@@ -6,27 +6,47 @@ Importing this package registers the PEFT type `WASI`.
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._registration import register
-from .calibration import preprocess_wasi
+from .calibration import Calibration, calibrate_wasi
+from .callbacks import WasiCallback, resize_rank
 from .config import WasiConfig
+from .estimate import Estimate, estimate_wasi
 from .layer import Linear, WasiLayer, after_optimizer_step
 from .model import WasiModel
 from .optimizer import SubspaceSGD, create_wasi_optimizer
+from .planner import plan_wasi
+from .planning import WasiPlan
+from .preprocessing import REPAIR_STEPS, preprocess_wasi
 from .profiling import PeakMemory, measure_peak_memory
+from .repair import repair_factors
+from .report import plot_calibration, plot_estimates, plot_plan
 from .summary import WasiSummary, wasi_summary
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "REPAIR_STEPS",
+    "Calibration",
+    "Estimate",
     "Linear",
     "PeakMemory",
     "SubspaceSGD",
+    "WasiCallback",
     "WasiConfig",
     "WasiLayer",
     "WasiModel",
+    "WasiPlan",
     "WasiSummary",
+    "calibrate_wasi",
     "create_wasi_optimizer",
+    "estimate_wasi",
     "measure_peak_memory",
+    "plan_wasi",
+    "plot_calibration",
+    "plot_estimates",
+    "plot_plan",
     "preprocess_wasi",
+    "repair_factors",
+    "resize_rank",
     "wasi_summary",
 ]
 

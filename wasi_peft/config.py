@@ -11,11 +11,22 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from ._registration import PEFT_TYPE, WASI_IMPORT_NOTE
+from .planning import LayerPlan, WasiPlan, layer_plan
 from .tucker import MODES, CompressionRule
 
-UPDATES = ("subspace", "factor", "frozen_basis")
+UPDATES = ("low_rank", "subspace", "factor", "frozen_basis")
 BASE_WEIGHTS = ("release", "cpu", "keep")
 BIASES = ("none", "all", "wasi_only")
+_PLANNED = (  # what a plan decides instead
+    "weight_rank",
+    "rank_pattern",
+    "weight_share",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "activation_ranks",
+    "activation_modes",
+)
 
 
 def _check_threshold(name: str, value: Any) -> None:
@@ -41,13 +52,23 @@ class WasiConfig(PeftConfig):
 
     Args:
         explained_variance_threshold (`float`, default 0.95):
-            Share of energy that each layer keeps, in (0, 1]; the rank is the smallest one that reaches it. The energy
-            is that of the layer's output after [`preprocess_wasi`], that of its weight without. 1 keeps the full rank.
+            Share of energy that each layer keeps, in (0, 1]; the rank is the smallest one that reaches it. After
+            [`preprocess_wasi`] the energy is what dropping a direction costs the model, without it that of the weight.
+            1 keeps the full rank.
         weight_rank (`Optional[int]`):
             One fixed rank for every layer instead of the threshold.
         rank_pattern (`dict[str, int]`):
             Ranks by layer name or regular expression (matched as in LoRA, against the end of the name); they override
             `weight_rank` and the threshold.
+        weight_share (`Optional[float]`):
+            Budget for all targeted layers together instead of the threshold: elements of all factors over those of all
+            dense weights, in (0, 1]. Ranks are allocated across layers by kept energy per parameter, from the energies
+            of [`preprocess_wasi`], else from those of the weights, each relative to its layer's total. Not together
+            with `weight_rank` or `rank_pattern`.
+        plan (`Optional[Union[WasiPlan, dict, str]]`):
+            Weight and activation ranks of every layer: a [`WasiPlan`], its dict, or the path of its JSON file. The
+            plan's layers are the targets. Stored as a dict and saved with the adapter. Not together with anything
+            else that chooses layers or ranks; the thresholds are not used.
         target_modules (`Optional[Union[list[str], str]]`):
             Names or a regular expression of the modules to replace. By default all Linear and Conv1D layers inside the
             transformer blocks of any architecture, never the head. 'all-linear' takes those outside the blocks too.
@@ -75,9 +96,13 @@ class WasiConfig(PeftConfig):
             Optimizer steps from one subspace iteration of the activation bases to the next. 1 is the paper's choice;
             the bases move slowly, and an iteration costs twice as much as the compression itself.
         update (`str`, default 'subspace'):
-            'subspace': tangent-space gradients and, after each optimizer step, a retraction, which together are the
-            paper's subspace iteration to first order. 'factor': plain gradients of both factors. 'frozen_basis': only
-            L trains, R keeps its initial row space.
+            What trains. 'low_rank': L and R stay as they are, and a change `B A` of rank `update_rank` trains beside
+            them, as in LoRA (arXiv 2106.09685) and at LoRA's learning rates. 'subspace': both factors, by
+            tangent-space gradients and, after each optimizer step, a retraction, which together are the paper's
+            subspace iteration to first order. 'factor': both factors, by plain gradients. 'frozen_basis': only L, so
+            that R keeps its initial row space.
+        update_rank (`int`, default 16):
+            Rank of the change that trains with `update="low_rank"`. It counts in `weight_share` and in plans.
         base_weight (`str`, default 'release'):
             What happens to the dense weight: 'release' frees it, 'cpu' parks it in main memory, 'keep' leaves it in
             place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or 'keep'.
@@ -97,6 +122,12 @@ class WasiConfig(PeftConfig):
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Ranks by layer name or regular expression; override the default."}
+    )
+    weight_share: float | None = field(
+        default=None, metadata={"help": "Budget for all layers together: share of their parameters kept, in (0, 1]."}
+    )
+    plan: WasiPlan | dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Ranks of every layer: a WasiPlan, its dict, or the path of its JSON file."}
     )
     target_modules: set[str] | list[str] | str | None = field(
         default=None,
@@ -133,9 +164,11 @@ class WasiConfig(PeftConfig):
     activation_interval: int = field(
         default=8, metadata={"help": "Optimizer steps between two iterations of the activation bases."}
     )
-    update: Literal["subspace", "factor", "frozen_basis"] = field(
-        default="subspace", metadata={"help": "How the factors move: 'subspace', 'factor' or 'frozen_basis'."}
+    update: Literal["low_rank", "subspace", "factor", "frozen_basis"] = field(
+        default="subspace",
+        metadata={"help": "What trains and how: 'low_rank', 'subspace', 'factor' or 'frozen_basis'."},
     )
+    update_rank: int = field(default=16, metadata={"help": "Rank of what trains with update='low_rank'."})
     base_weight: Literal["release", "cpu", "keep"] = field(
         default="release", metadata={"help": "What happens to the dense weight: 'release', 'cpu' or 'keep'."}
     )
@@ -153,7 +186,13 @@ class WasiConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        if isinstance(self.plan, (str, os.PathLike)):
+            self.plan = WasiPlan.load(self.plan)
+        if self.plan is not None:
+            plan = self.plan if isinstance(self.plan, WasiPlan) else WasiPlan.from_dict(self.plan)
+            self.plan = plan.to_dict()
         self._validate()
+        self._validate_budgets()
 
     def _validate(self) -> None:
         _check_threshold("explained_variance_threshold", self.explained_variance_threshold)
@@ -165,6 +204,7 @@ class WasiConfig(PeftConfig):
         if self.activation_threshold is not None:
             _check_threshold("activation_threshold", self.activation_threshold)
         _check_rank("activation_interval", self.activation_interval)
+        _check_rank("update_rank", self.update_rank)
         _check_choice("bias", self.bias, BIASES)
         _check_choice("update", self.update, UPDATES)
         _check_choice("base_weight", self.base_weight, BASE_WEIGHTS)
@@ -194,13 +234,47 @@ class WasiConfig(PeftConfig):
                 f"layers_pattern needs layers_to_transform, got layers_pattern={self.layers_pattern!r} alone."
             )
 
+    def _validate_budgets(self) -> None:
+        if self.weight_share is not None:
+            _check_threshold("weight_share", self.weight_share)
+            for name in ("weight_rank", "rank_pattern"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"weight_share decides the rank of every layer; leave {name} out, got {getattr(self, name)!r}."
+                    )
+        if self.plan is None:
+            return
+        # an injected configuration, which has ranks, also names the targets that the plan gave it
+        for name in _PLANNED if self.ranks is not None else (*_PLANNED, "target_modules"):
+            if getattr(self, name) and getattr(self, name) != ["feature"]:
+                raise ValueError(f"plan decides layers and ranks; leave {name} out, got {getattr(self, name)!r}.")
+
+    @property
+    def reserved_rank(self) -> int:
+        """Directions that the update adds to the K of every layer."""
+        return self.update_rank if self.update == "low_rank" else 0
+
+    def planned_names(self) -> set[str]:
+        """Names of the plan's layers; none without a plan."""
+        return set(self.plan["layers"]) if isinstance(self.plan, dict) else set()
+
+    def planned_layer(self, name: str) -> LayerPlan | None:
+        """What the plan says of a layer; None without a plan, or where it does not name the layer."""
+        layers = self.plan["layers"] if isinstance(self.plan, dict) else {}
+        return layer_plan(name, layers[name]) if name in layers else None
+
     def _mode_ranks(self) -> dict[str, int] | None:
         if self.activation_ranks is None or isinstance(self.activation_ranks, dict):
             return self.activation_ranks
         return {"feature": self.activation_ranks}
 
-    def compression_rule(self) -> CompressionRule | None:
-        """The rule for compressing inputs, or None where the exact input is kept."""
+    def compression_rule(self, name: str) -> CompressionRule | None:
+        """The rule for compressing a layer's input, or None where the exact input is kept."""
+        planned = self.planned_layer(name)
+        if planned is not None:
+            ranks = planned.activation_ranks
+            modes = tuple(mode for mode in MODES if mode in (ranks or {}))
+            return None if ranks is None else CompressionRule.from_options(modes, None, ranks)
         if self.activation_threshold is None and self.activation_ranks is None:
             return None
         return CompressionRule.from_options(

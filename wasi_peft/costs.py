@@ -5,6 +5,8 @@ A multiply-add counts as 2 FLOPs, as in torch's flop counter. `rows` is batch ti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 def dense_elements(out_features: int, in_features: int) -> int:
     """Elements of a dense weight, `out * in`."""
@@ -41,3 +43,34 @@ def dense_forward_flops(rows: int, out_features: int, in_features: int) -> int:
 def factored_forward_flops(rows: int, out_features: int, in_features: int, rank: int) -> int:
     """FLOPs of `(x R^T) L^T`."""
     return 2 * rows * factored_elements(out_features, in_features, rank)
+
+
+def input_elements(batch: int, tokens: int, in_features: int, ranks: Mapping[str, int] | None) -> int:
+    """Elements of what backward keeps of an input [batch, tokens, features]: a Tucker form at the ranks, or a copy.
+
+    With the ranks `r_f`, `r_t`, `r_b` of the modes that are compressed, `core + I r_f + N r_t + B r_b`, where the core
+    is `B N r_f` with `r_t` in place of `N` and `r_b` in place of `B`. Ranks are cut to what the input can have. A form
+    that is not smaller than the exact copy is not used (:func:`tucker.compress`).
+
+    Args:
+        batch: B. An input of two dimensions is one sequence, B = 1.
+        tokens: N, all dimensions between.
+        in_features: I.
+        ranks: By mode, with "feature" among them; None for the exact copy.
+
+    Example:
+        >>> input_elements(2, 10, 8, None), input_elements(2, 10, 8, {"feature": 3})
+        (160, 84)
+        >>> input_elements(2, 10, 8, {"feature": 3, "token": 4})
+        88
+    """
+    if ranks is None:
+        return batch * tokens * in_features
+    feature = min(ranks["feature"], in_features, batch * tokens)
+    core, bases = [batch, tokens, feature], in_features * feature
+    for axis, mode in ((1, "token"), (0, "batch")):
+        size = core[axis]
+        if mode in ranks and size > 1:
+            core[axis] = min(ranks[mode], size, core[0] * core[1] * core[2] // size)
+            bases += size * core[axis]
+    return core[0] * core[1] * core[2] + bases

@@ -93,7 +93,7 @@ def dense_bias(layer: nn.Module) -> Tensor | None:
 class WasiLayer(BaseTunerLayer):
     """Mixin with the factors and everything PEFT needs of a layer. Exactly one adapter is active at a time."""
 
-    adapter_layer_names: tuple[str, ...] = ("wasi_L", "wasi_R", "wasi_bias")
+    adapter_layer_names: tuple[str, ...] = ("wasi_L", "wasi_R", "wasi_A", "wasi_B", "wasi_bias")
     other_param_names: tuple[str, ...] = (
         "wasi_update",
         "wasi_rule",
@@ -108,6 +108,8 @@ class WasiLayer(BaseTunerLayer):
         self.out_features, self.in_features = weight.shape
         self.wasi_L = nn.ParameterDict()
         self.wasi_R = nn.ParameterDict()
+        self.wasi_A = nn.ParameterDict()  # the trained change B A of update="low_rank"
+        self.wasi_B = nn.ParameterDict()
         self.wasi_bias = nn.ParameterDict()
         self.wasi_update: dict[str, str] = {}
         self.wasi_rule: dict[str, CompressionRule | None] = {}
@@ -126,12 +128,15 @@ class WasiLayer(BaseTunerLayer):
 
     # ---------------------------------------------------------------- factors
 
-    def update_layer(self, adapter_name: str, config: WasiConfig, rank: int, initial: InitialFactors | None) -> None:
+    def update_layer(
+        self, adapter_name: str, config: WasiConfig, name: str, rank: int, initial: InitialFactors | None
+    ) -> None:
         """Add an adapter: its factors, or empty (NaN) factors of the right shape that are to be loaded.
 
         Args:
             adapter_name: Name of the new adapter.
             config: Its configuration.
+            name: Full name of this module in the base model, by which the configuration knows it.
             rank: K.
             initial: Factors to start from; None leaves them to be loaded, the layer refuses to run before.
         """
@@ -147,14 +152,31 @@ class WasiLayer(BaseTunerLayer):
         self.wasi_R[adapter_name] = nn.Parameter(R.to(device, dtype).contiguous())
         if bias is not None:
             self.wasi_bias[adapter_name] = nn.Parameter(bias.to(device, dtype).clone())
-        frozen = ("wasi_R",) if config.update == "frozen_basis" else ()
+        if config.reserved_rank:
+            A, B = self._new_change(config.reserved_rank)
+            if initial is None:
+                A, B = torch.full_like(A, torch.nan), torch.full_like(B, torch.nan)
+            self.wasi_A[adapter_name] = nn.Parameter(A)
+            self.wasi_B[adapter_name] = nn.Parameter(B)
+        frozen = {"frozen_basis": ("wasi_R",), "low_rank": ("wasi_L", "wasi_R")}.get(config.update, ())
         self.frozen_peft_weight_names[adapter_name] = frozen + (("wasi_bias",) if config.bias == "none" else ())
         self.wasi_update[adapter_name] = config.update
-        self.wasi_rule[adapter_name] = config.compression_rule()
+        self.wasi_rule[adapter_name] = config.compression_rule(name)
         self.wasi_bases[adapter_name] = Bases()
         self.wasi_basis_age[adapter_name] = 0
         self.wasi_basis_interval[adapter_name] = config.activation_interval
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _new_change(self, rank: int) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) with `B A = 0`.
+
+        A is drawn as in LoRA, at twice the size instead of LoRA's usual scaling alpha / r = 2, so that LoRA's learning
+        rates carry over.
+        """
+        bound = 2 / self.in_features**0.5
+        place: dict[str, Any] = {"device": self._dense_device, "dtype": self._dense_dtype}
+        A = torch.empty(rank, self.in_features, **place).uniform_(-bound, bound)
+        return A, torch.zeros(self.out_features, rank, **place)
 
     def release_base(self, mode: str) -> None:
         """Give up the dense weight as `base_weight` says; waits until factors that are to be loaded have arrived."""
@@ -182,7 +204,7 @@ class WasiLayer(BaseTunerLayer):
     def _settle(self) -> None:
         """Check whether awaited factors have arrived; once all layers have theirs, the dense weights may go."""
         for name in list(self._awaiting):
-            parts = [part[name] for part in (self.wasi_L, self.wasi_R, self.wasi_bias) if name in part]
+            parts = [getattr(self, part)[name] for part in self.adapter_layer_names if name in getattr(self, part)]
             if not any(part.is_meta for part in parts) and all(bool(torch.isfinite(part).all()) for part in parts):
                 self._awaiting.discard(name)
                 self._freeze_non_trainable_peft_weights(name)  # a loader may have replaced the parameters
@@ -193,6 +215,11 @@ class WasiLayer(BaseTunerLayer):
             layer._loading_group = {}
             if layer._release_to is not None:
                 layer.release_base(layer._release_to)
+
+    def rank(self, adapter_name: str) -> int:
+        """Directions that an adapter's weight is made of: K, and those of a low-rank change."""
+        change = self.wasi_A[adapter_name].shape[0] if adapter_name in self.wasi_A else 0
+        return int(self.wasi_L[adapter_name].shape[1]) + int(change)
 
     @property
     def active_name(self) -> str | None:
@@ -222,6 +249,8 @@ class WasiLayer(BaseTunerLayer):
 
     def _multiply_out(self, name: str) -> Tensor:
         weight = self.wasi_L[name] @ self.wasi_R[name]
+        if name in self.wasi_A:
+            weight = weight + self.wasi_B[name] @ self.wasi_A[name]
         return weight.T if issubclass(self._dense_class(), Conv1D) else weight
 
     @property
@@ -363,12 +392,18 @@ class Linear(nn.Module, WasiLayer):
     """`y = (x R^T) L^T + b` in place of an `nn.Linear` or a transformers `Conv1D`."""
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: WasiConfig, rank: int, initial: InitialFactors | None
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: WasiConfig,
+        name: str,
+        rank: int,
+        initial: InitialFactors | None,
     ) -> None:
         super().__init__()
         WasiLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, rank, initial)
+        self.update_layer(adapter_name, config, name, rank, initial)
         self.register_load_state_dict_post_hook(_settle_after_load)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -386,26 +421,31 @@ class Linear(nn.Module, WasiLayer):
 
         L, R = self.wasi_L[name], self.wasi_R[name]
         bias = self.wasi_bias[name] if name in self.wasi_bias else None
-        trains = torch.is_grad_enabled() and (L.requires_grad or R.requires_grad)
+        change = (self.wasi_B[name], self.wasi_A[name]) if name in self.wasi_A else None
+        outer, inner = (L, R) if change is None else change  # the factors that train
+        trains = torch.is_grad_enabled() and (outer.requires_grad or inner.requires_grad)
         compute_dtype = L.dtype
         if torch.is_autocast_enabled(x.device.type):
             compute_dtype = torch.get_autocast_dtype(x.device.type)
         if not trains:
             x = x.to(compute_dtype)
-            hidden = F.linear(x, R.to(compute_dtype))
-            return F.linear(hidden, L.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
+            y = _two_linears(x, L, R, bias)
+            return y if change is None else y.add_(_two_linears(x, *change, None))
 
         compressed = None
         if torch.compiler.is_compiling():
             rows = x.to(compute_dtype)
         else:
             rows = self._cast(x, compute_dtype)
-        if R.requires_grad and self.wasi_rule[name] is not None:
+        if inner.requires_grad and self.wasi_rule[name] is not None:
             compressed = self._compress(x, rows, name)
         tangent = self.wasi_update[name] == "subspace"
         sink = None if torch.compiler.is_compiling() else product_gradient_sink(L)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            return factored_linear(rows, L, R, bias, compressed, tangent, sink)
+            if change is None:
+                return factored_linear(rows, L, R, bias, compressed, tangent, sink)
+            # frozen factors: autograd keeps nothing of the input for them
+            return _two_linears(rows, L, R, bias).add_(factored_linear(rows, *change, None, compressed, False))
 
     @staticmethod
     def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -446,6 +486,12 @@ class Linear(nn.Module, WasiLayer):
         return "wasi." + super().__repr__()
 
 
+def _two_linears(x: Tensor, outer: Tensor, inner: Tensor, bias: Tensor | None) -> Tensor:
+    """`(x inner^T) outer^T + b` in the dtype of x."""
+    hidden = F.linear(x, inner.to(x.dtype))
+    return F.linear(hidden, outer.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def _settle_after_load(layer: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(layer, WasiLayer)
     layer._settle()
@@ -476,7 +522,8 @@ def after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for layer in layers:
         for name, L in layer.wasi_L.items():
             R = layer.wasi_R[name]
-            if id(L) in moved or id(R) in moved:
+            inner = layer.wasi_A[name] if name in layer.wasi_A else R
+            if id(L) in moved or id(inner) in moved:
                 layer.wasi_basis_age[name] += 1
             if id(L) in moved and layer.wasi_update[name] == "subspace" and L.requires_grad and not retracts:
                 change_L, change_R = retraction(L, R)

@@ -14,6 +14,7 @@ from torch import nn
 from .config import WasiConfig
 from .layer import RELEASED, InitialFactors, Linear, WasiLayer, dense_bias, dense_weight, wasi_layers
 from .linalg import WeightFactors, factorize_weight, rank_for_threshold
+from .planning import LayerSpectrum, allocate_ranks
 from .summary import WasiSummary, wasi_summary
 from .targets import (
     asked_rank,
@@ -37,19 +38,68 @@ PLAIN_SVD_WARNING = (
 
 @dataclass(frozen=True)
 class PreparedFactors:
-    """Factors that calibration leaves on a target module, and the rank or threshold they were cut for."""
+    """Factors that calibration leaves on a target module, and the rank or threshold they were cut for.
+
+    `budget` is the weight share, and the rank set aside for the update, under which the rank was allocated.
+    """
 
     initial: InitialFactors
     asked: int | float
+    budget: tuple[float, int] | None = None
 
 
-def factors_for(asked: int | float, weight: torch.Tensor, second_moment: torch.Tensor | None = None) -> WeightFactors:
-    """Factors of a weight at a rank (int) or threshold (float), weighted by the input's second moment if given."""
+def factors_for(asked: int | float, weight: torch.Tensor) -> WeightFactors:
+    """Plain factors of a weight at a rank (int) or threshold (float)."""
 
     def select(energies: torch.Tensor) -> int:
         return asked if isinstance(asked, int) else rank_for_threshold(energies, asked)
 
-    return factorize_weight(weight, select, second_moment)
+    return factorize_weight(weight, select)
+
+
+def _dense_parts(target: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Dense weight, in Linear layout, and bias of a target, which may be a layer with another adapter."""
+    if isinstance(target, WasiLayer):
+        return target._base_weight(), target._base_bias()
+    return dense_weight(target), dense_bias(target)
+
+
+def _shared_ranks(targets: dict[str, nn.Module], share: float, reserved_rank: int) -> dict[str, int]:
+    """Ranks of all targets under `weight_share`: those they were prepared at, else allocated from their weights.
+
+    Energies of plain weights are not comparable between layers, so each counts as a share of its layer's total.
+
+    Raises:
+        ValueError: If targets were prepared for another share, or only some of them were.
+    """
+    prepared: dict[str, PreparedFactors] = {
+        name: module.__dict__[INITIAL_FACTORS]
+        for name, module in targets.items()
+        if INITIAL_FACTORS in module.__dict__
+    }
+    for name, factors in prepared.items():
+        if factors.budget != (share, reserved_rank):
+            raise ValueError(
+                f"{name}: preprocess_wasi prepared it for (weight_share, rank of the update) = {factors.budget}, the "
+                f"configuration now asks for {(share, reserved_rank)}. Run preprocess_wasi again with it."
+            )
+    if prepared:
+        missing = sorted(set(targets) - set(prepared))
+        if missing:
+            raise ValueError(
+                f"{missing[0]}: preprocess_wasi did not prepare this layer ({len(missing)} in all), so the share of "
+                "all layers is unknown. Run preprocess_wasi again with this configuration."
+            )
+        return {name: factors.initial.L.shape[1] for name, factors in prepared.items()}
+    spectra = []
+    for name, module in targets.items():
+        weight, _ = _dense_parts(module)
+        energies = torch.linalg.svdvals(weight.double()).square()
+        shares = energies / energies.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        out_features, in_features = weight.shape
+        energies = tuple(shares.tolist())
+        spectra.append(LayerSpectrum(name, out_features, in_features, name, energies, reserved_rank=reserved_rank))
+    return allocate_ranks(spectra, share)
 
 
 class WasiModel(BaseTuner):
@@ -105,6 +155,11 @@ class WasiModel(BaseTuner):
         check_targets(model, peft_config)
         if not peft_config.init_weights:
             return
+        if peft_config.weight_share is not None:
+            peft_config.ranks = _shared_ranks(
+                dict(selected_modules(model, peft_config)), peft_config.weight_share, peft_config.reserved_rank
+            )
+            return
         for name, module in selected_modules(model, peft_config):
             prepared = module.__dict__.get(INITIAL_FACTORS)
             asked = asked_rank(name, peft_config)
@@ -146,11 +201,11 @@ class WasiModel(BaseTuner):
             assert given is not None  # check_targets saw to it
             rank = given
         if isinstance(target, WasiLayer):
-            target.update_layer(adapter_name, peft_config, rank, initial)
+            target.update_layer(adapter_name, peft_config, current_key, rank, initial)
             if initial is None:
                 target.await_loading(self._loading_group, current_key)
             return
-        layer = Linear(target, adapter_name, peft_config, rank, initial)
+        layer = Linear(target, adapter_name, peft_config, current_key, rank, initial)
         if initial is None:
             layer.await_loading(self._loading_group, current_key)
         if adapter_name not in self.active_adapters:
@@ -160,11 +215,8 @@ class WasiModel(BaseTuner):
         layer.release_base("keep" if len(self.peft_config) > 1 else peft_config.base_weight)
 
     def _initial_factors(self, config: WasiConfig, target: nn.Module, name: str) -> tuple[InitialFactors, int]:
-        if isinstance(target, WasiLayer):
-            weight, bias, prepared = target._base_weight(), target._base_bias(), None
-        else:
-            weight, bias = dense_weight(target), dense_bias(target)
-            prepared = target.__dict__.pop(INITIAL_FACTORS, None)
+        prepared = target.__dict__.pop(INITIAL_FACTORS, None)
+        weight, bias = _dense_parts(target)
         if prepared is not None:
             return prepared.initial, prepared.initial.L.shape[1]
         factors = factors_for(asked_rank(name, config), weight)

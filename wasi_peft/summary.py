@@ -84,7 +84,7 @@ def wasi_summary(model: nn.Module, adapter_name: str = "default") -> WasiSummary
             name.removeprefix("base_model.").removeprefix("model."),
             layer.out_features,
             layer.in_features,
-            layer.wasi_L[adapter_name].shape[1],
+            layer.rank(adapter_name),
         )
         for name, layer in wasi_layers(model)
         if adapter_name in layer.wasi_L

@@ -41,7 +41,14 @@ def _is_patch_merging(model: nn.Module, name: str) -> bool:
 
 
 def resolve_targets(model: nn.Module, config: WasiConfig) -> None:
-    """Replace the default (None) or 'all-linear' in `config.target_modules` by names of this model's modules."""
+    """Replace the default (None), 'all-linear' or a plan in `config.target_modules` by names of this model's modules.
+
+    Ranks of an earlier injection of a fresh configuration are forgotten: they say nothing about this model.
+    """
+    if config.init_weights:
+        config.ranks = None
+    if config.plan is not None:
+        config.target_modules = config.planned_names()
     if config.target_modules is None:
         config.target_modules = default_target_names(model, config)
     _maybe_include_all_linear_layers(config, model)
@@ -97,12 +104,15 @@ def check_targets(model: nn.Module, config: WasiConfig) -> None:
     Raises:
         TypeError: If one is neither a Linear nor a Conv1D.
         ValueError: If one is tied, on the meta device, offloaded, not finite, has no free rank, or is already adapted
-            by another method; or if a fresh adapter would need a dense weight that was released.
+            by another method; if a fresh adapter would need a dense weight that was released; or if a plan or the
+            saved ranks are those of another model.
     """
     shared = _shared_weights(model)
     targets = dict(selected_modules(model, config))
     if not config.init_weights and config.ranks is not None:
         _check_saved_ranks(targets, config)
+    if config.plan is not None:
+        _check_planned_names(targets, config)
     for name, module in targets.items():
         _check_target(name, module, config, shared)
     for name, module in model.named_modules():
@@ -150,11 +160,17 @@ def _check_target(name: str, module: nn.Module, config: WasiConfig, shared: dict
         if not bool(torch.isfinite(weight.detach()).all()):
             raise ValueError(f"{name}: its weight holds NaN or Inf.")
         shape = (dense_weight(module).shape[0], dense_weight(module).shape[1])
+    planned = config.planned_layer(name)
+    if planned is not None and (planned.out_features, planned.in_features) != shape:
+        raise ValueError(
+            f"{name}: the plan is for another model: it has {planned.out_features} x {planned.in_features} there, "
+            f"this model {shape[0]} x {shape[1]}."
+        )
     rank = fixed_rank(name, config)
     if rank is None and not config.init_weights:
         raise ValueError(
-            f"{name}: with init_weights=False the rank must be given by ranks, rank_pattern or weight_rank; "
-            "a threshold alone needs the weights."
+            f"{name}: with init_weights=False the rank must be given by ranks, plan, rank_pattern or weight_rank; "
+            "a threshold or a share alone needs the weights."
         )
     if rank is not None and rank > min(shape):
         raise ValueError(
@@ -172,10 +188,25 @@ def _check_saved_ranks(targets: dict[str, nn.Module], config: WasiConfig) -> Non
         )
 
 
+def _check_planned_names(targets: dict[str, nn.Module], config: WasiConfig) -> None:
+    different = sorted(config.planned_names().symmetric_difference(targets))
+    if different:
+        where = "in this model but not in the plan" if different[0] in targets else "in the plan but not in this model"
+        raise ValueError(
+            f"{different[0]}: the plan is for another model: this layer is {where} ({len(different)} differ)."
+        )
+
+
 def fixed_rank(name: str, config: WasiConfig) -> int | None:
-    """The rank that the configuration fixes for a layer, None where a threshold decides."""
-    if not config.init_weights and config.ranks is not None:
+    """The rank that the configuration fixes for a layer, None where a threshold decides.
+
+    With `weight_share` that is what was allocated, in `config.ranks`; None before.
+    """
+    if config.ranks is not None and (not config.init_weights or config.weight_share is not None):
         return config.ranks.get(name)
+    planned = config.planned_layer(name)
+    if planned is not None:
+        return planned.weight_rank
     if config.rank_pattern:
         key = get_pattern_key(config.rank_pattern.keys(), name)
         if key in config.rank_pattern:
@@ -184,8 +215,14 @@ def fixed_rank(name: str, config: WasiConfig) -> int | None:
 
 
 def asked_rank(name: str, config: WasiConfig) -> int | float:
-    """What the configuration asks of a layer: a rank (int) or a threshold (float)."""
+    """What the configuration asks of a layer: a rank (int) or a threshold (float).
+
+    Raises:
+        ValueError: If `weight_share` is to decide and ranks have not been allocated.
+    """
     fixed = fixed_rank(name, config)
+    if fixed is None and config.weight_share is not None:
+        raise ValueError(f"{name}: weight_share must be allocated over all layers first, got no ranks yet.")
     return fixed if fixed is not None else float(config.explained_variance_threshold)
 
 

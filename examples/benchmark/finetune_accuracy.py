@@ -27,6 +27,8 @@ from typing import Any
 import torch
 import transformers
 
+import wasi_peft
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from assets import SHIPPED_IMAGES, ImageSet, cache_dir, fashion_mnist_folder, load_images, load_vit
@@ -86,6 +88,7 @@ def run(settings: Settings) -> dict[str, Any]:
         settings["wasi"],
         settings["target_share"],
         settings["calibration_images"] or 0,
+        settings["repair_steps"] or 0,
     )
     optimizer = build_optimizer(settings["method"], model, settings["lr"], settings["head_lr"])
     with tempfile.TemporaryDirectory() as scratch:
@@ -154,8 +157,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--head-lr", type=float, help="learning rate of the head (default: the same)")
     add("--seed", type=int, nargs="+", help="seeds (default: 0 with --lr, else 0, 1 and 2)")
     add("--wasi", type=json.loads, default={}, metavar="JSON", help='fields of WasiConfig, as {"weight_rank": 64}')
-    add("--target-share", type=float, help="WASI: share of the weights to keep; chooses the threshold")
+    add("--target-share", type=float, help="WASI: share of the weights to keep")
     add("--calibration-images", type=int, default=512, help="WASI: unlabelled training images looked at first")
+    add("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS, help="WASI: steps of the label-free repair")
     add("--train", type=int, default=6000 if full else 5000, help="images trained on")
     add("--validation", type=int, default=2000 if full else 1000, help="images held out, those after them")
     add("--test", type=int, default=10000 if full else 2000, help="test images")
@@ -175,6 +179,7 @@ def settings_of(method: str, args: argparse.Namespace) -> Settings:
         "wasi": args.wasi if wasi else {},
         "target_share": args.target_share if wasi else None,
         "calibration_images": args.calibration_images if wasi else None,
+        "repair_steps": args.repair_steps if wasi else None,
         "train": args.train,
         "validation": args.validation,
         "test": args.test,

@@ -1,14 +1,32 @@
-"""What initial factors keep of a pretrained model before any training: plain SVD against data-aware factors.
+"""What initial factors keep of a pretrained model before any training, against the share of weights kept.
 
-A linear probe is trained on the features of the dense DINOv2-small ViT (class token, Fashion-MNIST at 56 px, training
-images 1,000 to 1,999, logistic regression) and applied to the features of the factored model, on the first 1,000 test
-images. Ranks are uniform: each layer keeps the same share of its weights. Calibration: training images 0 to 511
-without labels. Results: docs/benchmarks/initial_factors.json.
+Four ways to get factors, each at the same share of the weights of all block Linears:
+
+* plain: truncated SVD of the weights, the same share in every layer (the paper);
+* one-sided: weighed by the input's covariance (SVD-LLM), the same share in every layer;
+* two-sided: weighed by the second moment of the output's gradient too, ranks allocated over the layers;
+* repaired: the same, then 150 label-free steps against the dense model's blocks (the default of ``preprocess_wasi``).
+
+Three models (``--model``), three repeats on other samples each:
+
+* dinov2: DINOv2-small ViT, Fashion-MNIST at 56 px. A linear probe is trained on the dense features (class token,
+  training images 1,000 to 1,999) and applied to the factored model's features of 1,000 test images; calibration on 512
+  training images without labels. Repeat 0 uses training images 0 to 511 and the first 1,000 test images.
+* minilm: MiniLM sentence encoder, mails; the same with mean-pooled features and spam as the label, and the mean cosine
+  between dense and factored sentence embeddings.
+* smollm2: SmolLM2-135M, perplexity on the text of mails that calibration does not see.
+
+Results: docs/benchmarks/initial_factors.json and .png.
 """
 
 import argparse
+import copy
+import math
+import resource
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +41,16 @@ from tqdm.auto import tqdm
 import wasi_peft
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from assets import ImageSet, load_images, load_vit
+import texts
+from assets import ImageSet, cache_dir, load_images, load_vit
 from finetune import unlabelled
 
-from benchmark.common import environment, write_json
+from benchmark.common import add_entry, environment, read_json
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "initial_factors.json"
+METHODS = ("plain", "one-sided", "two-sided", "repaired")
+Metrics = dict[str, float]
+Task = tuple[nn.Module, list[Any], Callable[[nn.Module], Metrics]]  # dense model, calibration batches, evaluation
 
 
 @torch.inference_mode()
@@ -59,48 +81,201 @@ def fit_probe(x: torch.Tensor, labels: torch.Tensor, classes: int, strength: flo
     return probe
 
 
-def factored(model: nn.Module, share: float, calibration: Any) -> nn.Module:
-    """The model with the same share of every block Linear kept; plain SVD where there is no calibration."""
-    ranks = {
-        name: max(1, int(share * module.weight.numel() / (module.in_features + module.out_features)))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".layer." in name
-    }
-    config = wasi_peft.WasiConfig(rank_pattern=ranks, modules_to_save=["classifier"])
-    if calibration is not None:
-        wasi_peft.preprocess_wasi(model, config, calibration)
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and tasks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def dinov2(repeat: int) -> Task:
+    """DINOv2-small ViT with a probe for Fashion-MNIST."""
+    train, test = load_images(train=5000, test=1000 * (repeat + 1))
+    start = (0, 2000, 3000)[repeat]
+    calibration = list(
+        DataLoader(Subset(train, range(start, start + 512)), batch_size=32, shuffle=False, collate_fn=unlabelled)
+    )
+    dense = load_vit()
+    probe = fit_probe(features(dense, Subset(train, range(1000, 2000)), "Probe"), train.labels[1000:2000], 10)
+    part = range(1000 * repeat, 1000 * (repeat + 1))
+    labels = test.labels[part.start : part.stop]
+
+    def evaluate(model: nn.Module) -> Metrics:
+        predicted = probe(features(model, Subset(test, part), "Testing").double()).argmax(1)
+        return {"accuracy": (predicted == labels).double().mean().item()}
+
+    return dense, calibration, evaluate
+
+
+def minilm(repeat: int) -> Task:
+    """MiniLM with a probe for spam."""
+    folder = texts.minilm_folder()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    dense = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    mails = texts.load_mails(3512 + 512 * repeat)
+
+    def encode(items: list[tuple[str, int]], size: int) -> list[dict[str, torch.Tensor]]:
+        """Batches of mails cut to 64 tokens, sorted by length so that little is padding."""
+        items = sorted(items, key=lambda item: len(item[0]))
+        return [
+            dict(tokenizer([t for t, _ in items[i : i + size]], truncation=True, max_length=64, padding=True,
+                           return_tensors="pt"), labels=torch.tensor([label for _, label in items[i : i + size]]))
+            for i in range(0, len(items), size)
+        ]  # fmt: skip
+
+    @torch.inference_mode()
+    def embed(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        rows = []
+        for batch in batches:
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            hidden, mask = model(**inputs).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+            rows.append(functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
+        return torch.cat(rows)
+
+    train, test = encode(mails[:1500], 64), encode(mails[1500:3000], 64)
+    calibration = encode(mails[3000 + 512 * repeat : 3512 + 512 * repeat], 32)
+    labels = [torch.cat([batch["labels"] for batch in part]) for part in (train, test)]
+    probe = fit_probe(embed(dense, train), labels[0], 2, strength=10.0)
+    reference = embed(dense, test)
+
+    def evaluate(model: nn.Module) -> Metrics:
+        rows = embed(model, test)
+        correct = probe(rows.double()).argmax(1) == labels[1]
+        return {"accuracy": correct.double().mean().item(), "cosine": (rows * reference).sum(1).mean().item()}
+
+    return dense, calibration, evaluate
+
+
+def smollm2(repeat: int) -> Task:
+    """SmolLM2-135M on mail text in windows of 128 tokens."""
+    folder = texts.smollm2_folder()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def windows(mails: list[tuple[str, int]], count: int) -> torch.Tensor:
+        ids = [token for text, _ in mails for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+        return torch.tensor(ids[: count * 128]).reshape(count, 128)
+
+    mails = texts.load_mails(2000)
+    held_out = windows(mails[1500:], 48)
+    sample = windows(mails[400 * repeat : 400 * (repeat + 1)], 256)
+    calibration = [{"input_ids": part} for part in sample.split(4)]
+
+    @torch.inference_mode()
+    def evaluate(model: nn.Module) -> Metrics:
+        losses = [model(input_ids=part, labels=part).loss.item() for part in tqdm(held_out.split(8), desc="Testing")]
+        return {"perplexity": math.exp(sum(losses) / len(losses))}
+
+    return dense, calibration, evaluate
+
+
+TASKS = {"dinov2": dinov2, "minilm": minilm, "smollm2": smollm2}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Factors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def uniform_ranks(model: nn.Module, share: float) -> dict[str, int]:
+    """Ranks that keep the same share of every target layer."""
+    layers = wasi_peft.calibration.dense_targets(model, None)
+    sizes = {name: wasi_peft.calibration.dense_weight(module).shape for name, module in layers.items()}
+    return {name: max(1, int(share * out * size / (out + size))) for name, (out, size) in sizes.items()}
+
+
+def factored(
+    method: str, dense: nn.Module, share: float, batches: list[Any], calibrations: dict[str, Any]
+) -> tuple[nn.Module, dict[str, float]]:
+    """The factored model and the seconds of what was done to get it."""
+    model, seconds = copy.deepcopy(dense), {}
+    uniform = method in ("plain", "one-sided")
+    ranks = {"rank_pattern": uniform_ranks(model, share)} if uniform else {"weight_share": share}
+    config = wasi_peft.WasiConfig(**ranks)
+    if method != "plain":
+        kind = "inputs" if method == "one-sided" else "both"
+        if kind not in calibrations:
+            start = time.perf_counter()
+            gradients = "features" if kind == "both" else None
+            calibrations[kind] = wasi_peft.calibrate_wasi(model, batches, gradients=gradients)
+            calibrations[f"{kind} seconds"] = time.perf_counter() - start
+        seconds["calibration"] = calibrations[f"{kind} seconds"]
+        start = time.perf_counter()
+        steps = wasi_peft.REPAIR_STEPS if method == "repaired" else 0
+        wasi_peft.preprocess_wasi(model, config, batches, calibration=calibrations[kind], repair_steps=steps)
+        seconds["factors"] = time.perf_counter() - start
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
-        return peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, config), seconds
 
 
-def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Measures every case, prints them and writes the JSON."""
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draws one panel a model: the metric against the share kept, mean and range over repeats."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = [name for name in TASKS if any(entry["model"] == name for entry in results.values())]
+    figure, panels = pyplot.subplots(1, len(models), figsize=(4.5 * len(models), 3.6), squeeze=False)
+    for panel, model in zip(panels[0], models, strict=True):
+        entries = [entry for entry in results.values() if entry["model"] == model]
+        metric = "perplexity" if model == "smollm2" else "accuracy"
+        for method in METHODS:
+            points = {}
+            for entry in entries:
+                if entry["method"] == method:
+                    points.setdefault(entry["share"], []).append(entry["metrics"][metric])
+            shares = sorted(points)
+            means = [sum(points[share]) / len(points[share]) for share in shares]
+            panel.plot(shares, means, marker="o", label=method)
+            panel.fill_between(shares, [min(points[x]) for x in shares], [max(points[x]) for x in shares], alpha=0.2)
+        dense = [entry["metrics"][metric] for entry in entries if entry["method"] == "dense"]
+        panel.axhline(sum(dense) / len(dense), color="black", linestyle=":", label="dense")
+        panel.set(title=model, xlabel="share of weights kept", ylabel=metric)
+        if metric == "perplexity":
+            panel.set_yscale("log")
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs what is missing and draws the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.36])
+    parser.add_argument("--model", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.33, 0.25])
+    parser.add_argument("--repeats", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
 
-    train, test = load_images(train=2000, test=1000)
-    calibration = DataLoader(Subset(train, range(512)), batch_size=32, collate_fn=unlabelled)
-    dense = load_vit()
-    probe = fit_probe(
-        features(dense, Subset(train, range(1000, 2000)), "Training features"), train.labels[1000:2000], 10
-    )
-
-    def accuracy(model: nn.Module) -> float:
-        predicted = probe(features(model, test, "Testing").double()).argmax(1)
-        return (predicted == test.labels).double().mean().item()
-
-    results = {"dense": accuracy(dense)}
-    for share in args.shares:
-        results[f"plain SVD, kept {share:g}"] = accuracy(factored(load_vit(), share, None))
-        results[f"data-aware, kept {share:g}"] = accuracy(factored(load_vit(), share, calibration))
-    for name, value in results.items():
-        print(f"{name:24} {value:.3f}")
-    write_json(args.results, {"probe_accuracy": results, "environment": environment()})
-    return results
+    lock = cache_dir() / f"{args.results.name}.lock"
+    for name in args.model:
+        for repeat in args.repeats:
+            wanted = [("dense", 1.0), *((method, share) for share in args.shares for method in args.method)]
+            keys = {f"{name} {method} kept={share:g} repeat={repeat}": (method, share) for method, share in wanted}
+            missing = {key: pair for key, pair in keys.items() if key not in read_json(args.results)}
+            if not missing:
+                continue
+            dense, batches, evaluate = TASKS[name](repeat)
+            calibrations: dict[str, Any] = {}
+            for key, (method, share) in missing.items():
+                seconds: dict[str, float] = {}
+                model, kept = dense, 1.0
+                if method != "dense":
+                    model, seconds = factored(method, dense, share, batches, calibrations)
+                    kept = model.wasi_summary().kept_share
+                entry = {
+                    "model": name, "method": method, "share": share, "repeat": repeat, "kept_share": kept,
+                    "metrics": evaluate(model), "seconds": seconds,
+                    "process_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                    "environment": environment(),
+                }  # fmt: skip
+                add_entry(args.results, key, entry, lock=lock)
+                print(key, entry["metrics"], flush=True)
+    plot(read_json(args.results), args.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""The low-rank update: LoRA's gradients beside frozen factors, and budgets that count what it adds."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from reference import tiny_net
+from strategies import relative_error
+from torch import nn
+
+from wasi_peft import WasiConfig, calibrate_wasi, plan_wasi, preprocess_wasi, wasi_summary
+from wasi_peft.layer import wasi_layers
+
+RANK = 3
+
+
+def data() -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    return [torch.randn(4, 5, 8) for _ in range(2)]
+
+
+def adapted(net: nn.Module, **options: object) -> PeftModel:
+    config = WasiConfig(**{"update": "low_rank", "update_rank": RANK, "activation_threshold": None, **options})
+    batches = [x.to(next(net.parameters()).dtype) for x in data()]
+    preprocess_wasi(net, config, batches, repair_steps=0, progress_bar=False)
+    model: PeftModel = get_peft_model(net, config)
+    return model
+
+
+def test_gradients_are_those_of_lora_on_the_product() -> None:
+    net = tiny_net(0, dtype=torch.float64)
+    torch.manual_seed(0)
+    wasi = adapted(net, weight_rank=4, bias="none", train_vectors=False)
+    dense = tiny_net(0, dtype=torch.float64)
+    names = [name for name, _ in wasi_layers(net)]
+    lora = get_peft_model(dense, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
+    for name, layer in wasi_layers(net):
+        torch.manual_seed(1)
+        nn.init.normal_(layer.wasi_B["default"])
+        twin = dense.get_submodule(name)
+        twin.base_layer.weight.data = (layer.wasi_L["default"] @ layer.wasi_R["default"]).detach()
+        twin.base_layer.bias.data = layer.wasi_bias["default"].detach()
+        twin.lora_A["default"].weight.data = layer.wasi_A["default"].detach().clone()
+        twin.lora_B["default"].weight.data = layer.wasi_B["default"].detach().clone()
+    x = data()[0].double()
+    outputs = [model(x) for model in (wasi, lora)]
+    assert relative_error(*outputs) < 1e-12
+    for output in outputs:
+        output.square().mean().backward()
+    for name, layer in wasi_layers(net):
+        twin = dense.get_submodule(name)
+        assert relative_error(layer.wasi_A["default"].grad, twin.lora_A["default"].weight.grad) < 1e-10
+        assert relative_error(layer.wasi_B["default"].grad, twin.lora_B["default"].weight.grad) < 1e-10
+        assert layer.wasi_L["default"].grad is None and layer.wasi_R["default"].grad is None
+
+
+def test_a_fresh_change_is_zero_and_a_compressed_one_trains() -> None:
+    net = tiny_net(1)
+    plain = copy.deepcopy(net)
+    x = data()[0]
+    torch.manual_seed(2)
+    model = adapted(net, weight_rank=4, activation_threshold=0.9)
+    other = adapted(plain, weight_rank=4, update="factor")
+    assert torch.allclose(model(x), other(x), atol=1e-6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("share", [0.7, 0.9])
+def test_the_change_counts_in_the_share(share: float) -> None:
+    net = tiny_net(2)
+    model = adapted(net, weight_share=share, update_rank=1)
+    summary = wasi_summary(net)
+    assert share - 0.2 < summary.kept_share <= share
+    assert not summary.past_break_even
+    for (_, layer), entry in zip(wasi_layers(net), summary.layers, strict=True):
+        assert entry.rank == layer.wasi_L["default"].shape[1] + 1
+    merged = model.merge_and_unload()
+    assert torch.isfinite(merged(data()[0])).all()
+
+
+def test_the_change_counts_in_a_plan() -> None:
+    net = tiny_net(3)
+    calibration = calibrate_wasi(net, data(), progress_bar=False)
+    config = WasiConfig(update="low_rank", update_rank=1)
+    plan = plan_wasi(net, calibration, weight_share=0.8, config=config)
+    config = WasiConfig(plan=plan, update="low_rank", update_rank=1)
+    get_peft_model(net, config)
+    assert wasi_summary(net).kept_share <= 0.8
+
+
+def test_prepared_for_another_update() -> None:
+    net = tiny_net(4)
+    preprocess_wasi(net, WasiConfig(weight_share=0.9), data(), repair_steps=0, progress_bar=False)
+    with pytest.raises(ValueError, match="rank of the update"):
+        get_peft_model(net, WasiConfig(weight_share=0.9, update="low_rank", update_rank=1))
+
+
+def test_a_share_that_leaves_no_room() -> None:
+    with pytest.raises(ValueError, match="what a low-rank update takes"):
+        adapted(tiny_net(5), weight_share=0.3, update_rank=8)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5, True])
+def test_bad_rank(rank: object) -> None:
+    with pytest.raises(ValueError, match="update_rank must be a positive integer"):
+        WasiConfig(update="low_rank", update_rank=rank)

@@ -1,0 +1,381 @@
+"""Plans for real models under each kind of budget."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import ARCHITECTURES, train
+from peft import get_peft_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from wasi_peft import WasiConfig
+from wasi_peft.autograd import factored_linear
+from wasi_peft.calibration import Calibration, calibrate_wasi
+from wasi_peft.costs import break_even_rank
+from wasi_peft.estimate import estimate_wasi
+from wasi_peft.planner import (
+    AIM,
+    BUDGETS,
+    GRADIENT_ERROR,
+    PEAK_MARGIN,
+    LayerTimer,
+    _Flops,
+    _Problem,
+    input_shapes,
+    plan_wasi,
+)
+from wasi_peft.planning import LayerSpectrum, WasiPlan, input_groups
+
+NAMES = ["vit", "swin", "llama"]
+BATCH = {name: ARCHITECTURES[name].batch(8) for name in ARCHITECTURES}
+CACHE: dict[tuple[str, Any], tuple[nn.Module, Calibration]] = {}
+
+
+def calibrated(name: str, gradients: Any = "features") -> tuple[Any, Calibration]:
+    if (name, gradients) not in CACHE:
+        model = ARCHITECTURES[name].model()
+        data = [ARCHITECTURES[name].batch(8, seed) for seed in (3, 4)]
+        CACHE[name, gradients] = model, calibrate_wasi(model, data, gradients=gradients, progress_bar=False)
+    return CACHE[name, gradients]
+
+
+@pytest.fixture(autouse=True)
+def plain_svd_is_meant() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The initial factors come from a plain")
+        yield
+
+
+class CountingTimer(LayerTimer):
+    """One second for every multiplication: a machine whose time is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def dense(self, rows: int, out_features: int, in_features: int, training: bool) -> float:
+        self.calls += 1
+        return rows * out_features * in_features * (3 if training else 1)
+
+    def factored(
+        self, rows: int, out_features: int, in_features: int, rank: int, feature_rank: int | None, training: bool
+    ) -> float:
+        self.calls += 1
+        forward = rows * rank * (out_features + in_features)
+        gradient = rows * (out_features * feature_rank if feature_rank else rank * (out_features + in_features))
+        return 2 * forward + gradient if training else forward
+
+    def compression(self, rows: int, in_features: int, rank: int) -> float:
+        self.calls += 1
+        return rows * in_features * rank
+
+
+def forward_share(plan: WasiPlan, model: nn.Module, batch: Any) -> float:
+    """Multiplications of the planned layers in a forward pass over those of the dense ones."""
+    targets = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
+    factored = dense = 0
+    for name, (samples, tokens) in input_shapes(model, targets, batch).items():
+        layer = next(layer for layer in plan.layers if layer.name == name)
+        factored += samples * tokens * layer.weight_rank * (layer.out_features + layer.in_features)
+        dense += samples * tokens * layer.out_features * layer.in_features
+    return factored / dense
+
+
+# -------------------------------------------------------------------- every budget
+
+
+ASKED: dict[str, Any] = {
+    "weight_share": 0.4,
+    "training_flops": 0.6,
+    "inference_flops": 0.5,
+    "step_seconds": 0.6,
+    "inference_seconds": 0.5,
+    "error": 0.05,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("field", ASKED)
+def test_a_plan_can_be_injected_and_trained(name: str, field: str) -> None:
+    model, calibration = calibrated(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    asked: dict[str, Any] = {field: ASKED[field]}
+    plan = plan_wasi(model, calibration, batch=BATCH[name], timer=CountingTimer(), **asked)
+    assert plan.budget == asked
+    assert {layer.name for layer in plan.layers} == ARCHITECTURES[name].targets(model)
+    assert not any(layer.past_break_even for layer in plan.layers)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    losses = train(get_peft_model(ARCHITECTURES[name].model(), WasiConfig(plan=plan)), BATCH[name], steps=3)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("field", ["weight_share", "training_flops", "inference_flops", "inference_seconds"])
+def test_more_budget_keeps_more(field: str) -> None:
+    model, calibration = calibrated("vit")
+    plans = [
+        plan_wasi(model, calibration, batch=BATCH["vit"], timer=CountingTimer(), **{field: value})  # type: ignore[arg-type]
+        for value in (0.4, 0.5, 0.7)
+    ]
+    shares = [plan.kept_share for plan in plans]
+    assert shares == sorted(shares) and shares[0] < shares[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_share_is_kept(name: str) -> None:
+    model, calibration = calibrated(name)
+    assert 0.35 < plan_wasi(model, calibration, weight_share=0.4).kept_share <= 0.4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inference_budgets_count_every_layer_at_its_own_number_of_rows(name: str) -> None:
+    model, calibration = calibrated(name)
+    for asked in ({"inference_flops": 0.5}, {"inference_seconds": 0.5}):
+        plan = plan_wasi(model, calibration, batch=BATCH[name], timer=CountingTimer(), **asked)  # type: ignore[arg-type]
+        assert 0.4 < forward_share(plan, model, BATCH[name]) <= 0.5
+
+
+def test_absolute_flops_are_those_of_the_batch() -> None:
+    model, calibration = calibrated("vit")
+    rows = 8 * 5
+    dense = sum(
+        2 * rows * module.weight.numel() for _, module in model.named_modules() if isinstance(module, nn.Linear)
+    )
+    dense -= 2 * rows * model.classifier.weight.numel()
+    share = plan_wasi(model, calibration, inference_flops=0.5, batch=BATCH["vit"])
+    absolute = plan_wasi(model, calibration, inference_flops=0.5 * dense, batch=BATCH["vit"])
+    assert share.layers == absolute.layers
+
+
+def test_a_tolerated_error_takes_the_least_weights() -> None:
+    model, calibration = calibrated("vit")
+    spectra = {spectrum.name: spectrum for spectrum in calibration.spectra()}
+    plan = plan_wasi(model, calibration, error=0.05)
+    total = sum(sum(spectrum.weight_energies) for spectrum in spectra.values())
+    dropped = sum(sum(spectra[layer.name].weight_energies[layer.weight_rank :]) for layer in plan.layers)
+    assert 0.02 < dropped / total <= 0.05
+    assert plan_wasi(model, calibration, weight_share=0.9 * plan.kept_share).kept_share < plan.kept_share
+
+
+# -------------------------------------------------------------------- compressed inputs
+
+
+def test_inputs_keep_most_of_the_energy_of_every_gradient() -> None:
+    model, calibration = calibrated("vit")
+    plan = plan_wasi(model, calibration, weight_share=0.4)
+    ranks = {layer.name: layer.activation_ranks for layer in plan.layers}
+    compressed = 0
+    for group in input_groups(calibration.spectra()):
+        chosen = ranks[group.name]
+        assert all(ranks[spectrum.name] == chosen for spectrum in group.spectra)
+        if chosen is not None:
+            compressed += 1
+            lost = [sum(x.gradient_energies["feature"][chosen["feature"] :]) for x in group.spectra]
+            shares = [part / sum(x.gradient_energies["feature"]) for part, x in zip(lost, group.spectra, strict=True)]
+            assert sum(shares) <= GRADIENT_ERROR * len(shares) + 1e-9
+    assert compressed
+
+
+def test_without_gradients_inputs_stay_exact() -> None:
+    model, calibration = calibrated("vit", None)
+    for asked in ({"weight_share": 0.4}, {"training_flops": 0.6}, {"step_seconds": 0.6}):
+        plan = plan_wasi(model, calibration, batch=BATCH["vit"], timer=CountingTimer(), **asked)  # type: ignore[arg-type]
+        assert all(layer.activation_ranks is None for layer in plan.layers)
+
+
+@pytest.mark.parametrize("options", [{"activation_threshold": None}, {"update": "frozen_basis"}])
+def test_inputs_stay_exact_where_the_configuration_says_so(options: dict[str, Any]) -> None:
+    model, calibration = calibrated("vit")
+    plan = plan_wasi(model, calibration, weight_share=0.4, config=WasiConfig(**options))
+    assert all(layer.activation_ranks is None for layer in plan.layers)
+
+
+def test_tokens_that_vary_in_number() -> None:
+    architecture = ARCHITECTURES["llama"]
+    model = architecture.model()
+    data = [architecture.batch(8, seed) for seed in (3, 4)]
+    data[1] = {key: value[:, :5] for key, value in data[1].items()}
+    calibration = calibrate_wasi(model, data, progress_bar=False)
+    plan = plan_wasi(model, calibration, training_flops=0.6, batch=data[1])
+    assert plan != plan_wasi(model, calibration, training_flops=0.6, batch=data[0])
+    assert all("token" not in spectrum.gradient_energies for spectrum in calibration.spectra())
+    assert train(get_peft_model(model, WasiConfig(plan=plan)), data[1])
+
+
+# -------------------------------------------------------------------- FLOPs
+
+
+@pytest.mark.parametrize("rank", [3, 9])
+@pytest.mark.parametrize("feature_rank", [2, 7, None])
+@pytest.mark.parametrize("subspace", [False, True])
+def test_flops_are_those_that_torch_counts(rank: int, feature_rank: int | None, subspace: bool) -> None:
+    rows, out_features, in_features = 60, 24, 20
+    spectrum = LayerSpectrum("fc", out_features, in_features, "fc", (1.0,) * 20)
+    timer = LayerTimer(tangent=subspace)
+    x, L, R = (timer._random(*shape).requires_grad_() for shape in ((1, rows, 20), (out_features, rank), (rank, 20)))
+    compressed = None
+    if feature_rank is not None:
+        from wasi_peft.tucker import Tucker
+
+        compressed = Tucker(timer._random(1, rows, feature_rank), timer._random(in_features, feature_rank))
+    with FlopCounterMode(display=False) as counter:
+        factored_linear(x, L, R, None, compressed, subspace).sum().backward()
+    problem = _Problem([spectrum], {"fc": (1, rows)}, {})
+    work = _Flops(problem, subspace, interval=8)
+    flops = work.weight(spectrum, rank, feature_rank is None)
+    if feature_rank is not None:
+        flops += work.product(spectrum, rank, feature_rank)
+        group = input_groups([spectrum])[0]
+        flops += work.compression(group, feature_rank) - 2 * rows * in_features * feature_rank * (1 + 2 / 8)
+    counted = counter.get_total_flops()
+    if subspace:
+        assert counted <= flops <= counted + 2 * rank**2 * (4 * out_features + 3 * in_features)
+    else:
+        assert flops == counted
+
+
+# -------------------------------------------------------------------- time
+
+
+def test_the_timer_measures_something() -> None:
+    for tangent in (False, True):
+        timer = LayerTimer(tangent=tangent)
+        for training in (False, True):
+            assert timer.dense(8, 6, 5, training) > 0
+            assert timer.factored(8, 6, 5, 2, 3 if training else None, training) > 0
+        assert timer.factored(8, 6, 5, 2, None, True) > 0
+        assert timer.compression(8, 5, 2) > 0
+
+
+def test_every_shape_is_timed_once() -> None:
+    model, calibration = calibrated("vit")
+    timer = CountingTimer()
+    plan_wasi(model, calibration, inference_seconds=0.5, batch=BATCH["vit"], timer=timer)
+    assert timer.calls == 3 * (1 + 5)  # three shapes: dense, and five ranks
+
+
+# -------------------------------------------------------------------- peak memory
+
+
+def peak(model: nn.Module, plan: WasiPlan, batch: Any, **options: Any) -> int:
+    return estimate_wasi(model, WasiConfig(plan=plan, **options), batch=batch).peak_bytes
+
+
+@pytest.mark.parametrize("name", ["vit", pytest.param("llama", marks=pytest.mark.slow)])
+def test_a_step_fits_and_uses_what_it_may(name: str) -> None:
+    model, calibration = calibrated(name)
+    batch = ARCHITECTURES[name].batch(64)
+    options = {"modules_to_save": ["classifier"]} if name == "vit" else {}
+    config = WasiConfig(**options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"peak_bytes must be at least \d+ for this model, got 10\."):
+        plan_wasi(model, calibration, peak_bytes=10, batch=batch, config=config)
+    most = plan_wasi(model, calibration, peak_bytes=10**12, batch=batch, config=config)
+    assert all(layer.weight_rank == break_even_rank(layer.out_features, layer.in_features) for layer in most.layers)
+    assert all(layer.activation_ranks is None for layer in most.layers)
+    budget = int(0.9 * peak(model, most, batch, **options))
+    plan = plan_wasi(model, calibration, peak_bytes=budget, batch=batch, config=config)
+    assert plan.budget == {"peak_bytes": budget}
+    assert 0.85 * budget <= peak(model, plan, batch, **options) <= (1 - PEAK_MARGIN) * budget
+
+
+def test_the_least_feasible_peak_is_feasible() -> None:
+    model, calibration = calibrated("vit")
+    batch = ARCHITECTURES["vit"].batch(64)
+    with pytest.raises(ValueError) as refused:
+        plan_wasi(model, calibration, peak_bytes=10, batch=batch)
+    least = int(str(refused.value).split()[5])
+    plan = plan_wasi(model, calibration, peak_bytes=least, batch=batch)
+    assert peak(model, plan, batch) <= least
+
+
+# -------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one budget"),
+        ({"weight_share": 0.5, "error": 0.1}, "exactly one budget"),
+        ({"peak_bytes": 10**9}, "depends on the batch"),
+        ({"step_seconds": 0.5}, "depends on the batch"),
+        ({"training_flops": 10**9}, "depends on the batch"),
+        ({"weight_share": 1e-6}, "share must be at least"),
+        ({"error": 1e-9}, "error must be at least"),
+        ({"inference_flops": 1e-6}, "inference_flops must be at least"),
+        ({"training_flops": 1e-6}, "training_flops must be at least"),
+    ],
+)
+def test_what_is_asked_must_be_one_feasible_budget(options: dict[str, Any], message: str) -> None:
+    model, calibration = calibrated("vit")
+    with pytest.raises(ValueError, match=message):
+        plan_wasi(model, calibration, **options)
+
+
+@pytest.mark.parametrize("field", BUDGETS)
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), True, "1"])
+def test_a_budget_must_be_a_positive_number(field: str, value: Any) -> None:
+    model, calibration = calibrated("vit")
+    with pytest.raises(ValueError, match=f"{field} must be a number"):
+        plan_wasi(model, calibration, batch=BATCH["vit"], **{field: value})
+
+
+@pytest.mark.parametrize("field", ["inference_flops", "training_flops", "inference_seconds", "step_seconds", "error"])
+def test_the_least_feasible_budget_is_feasible(field: str) -> None:
+    model, calibration = calibrated("vit")
+    options = {"batch": BATCH["vit"], "timer": CountingTimer()}
+    with pytest.raises(ValueError) as refused:
+        plan_wasi(model, calibration, **{field: 1e-9}, **options)  # type: ignore[arg-type]
+    least = float(str(refused.value).split()[5])
+    assert plan_wasi(model, calibration, **{field: least}, **options)  # type: ignore[arg-type]
+
+
+def test_the_calibration_must_be_of_this_model() -> None:
+    _, calibration = calibrated("vit")
+    with pytest.raises(ValueError, match="another model"):
+        plan_wasi(ARCHITECTURES["vit"].model(seed=5), calibration, weight_share=0.5)
+    with pytest.raises(ValueError, match="another model"):
+        plan_wasi(ARCHITECTURES["bert"].model(), calibration, weight_share=0.5)
+
+
+@pytest.mark.parametrize("config", [WasiConfig(weight_rank=4), peft.LoraConfig(target_modules=["fc1"])])
+def test_the_model_must_be_dense(config: peft.PeftConfig) -> None:
+    _, calibration = calibrated("vit")
+    with pytest.raises(ValueError, match="needs the dense model"):
+        plan_wasi(get_peft_model(ARCHITECTURES["vit"].model(), config), calibration, weight_share=0.5)
+
+
+@pytest.mark.parametrize("options", [{"weight_rank": 4}, {"weight_share": 0.5}, {"activation_ranks": 3}])
+def test_the_configuration_must_not_decide_ranks(options: dict[str, Any]) -> None:
+    model, calibration = calibrated("vit")
+    with pytest.raises(ValueError, match=f"leave {next(iter(options))} out"):
+        plan_wasi(model, calibration, weight_share=0.5, config=WasiConfig(**options))
+
+
+def test_the_batch_must_have_rows() -> None:
+    model, calibration = calibrated("vit")
+    batch = {"pixel_values": torch.zeros(0, 3, 8, 8)}
+    with pytest.raises(ValueError, match="at least one row"):
+        plan_wasi(model, calibration, training_flops=0.5, batch=batch)
+
+
+def test_some_targets_only() -> None:
+    model, calibration = calibrated("vit")
+    plan = plan_wasi(model, calibration, weight_share=0.5, config=WasiConfig(target_modules=["fc1", "v_proj"]))
+    assert {layer.name.rpartition(".")[2] for layer in plan.layers} == {"fc1", "v_proj"}
+
+
+def test_layers_where_no_rank_saves_anything_are_left_dense() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 1)))
+    data = [torch.randn(20, 12, generator=torch.Generator().manual_seed(0))]
+    calibration = calibrate_wasi(model, data, WasiConfig(target_modules=["0.0", "0.1"]), progress_bar=False)
+    assert [layer.name for layer in plan_wasi(model, calibration, weight_share=0.5).layers] == ["0.0"]
+
+
+def test_the_aim_of_the_search_leaves_room_for_the_margin() -> None:
+    assert AIM * (1 - PEAK_MARGIN) > 0.85

@@ -1,0 +1,631 @@
+"""One plan for a whole model: ranks of weights and of compressed inputs under the budget that a user can afford.
+
+Energies come from calibration, costs are counted, estimated or timed here, :mod:`planning` chooses. Where costs do not
+simply add up over layers (the peak of a step, products of two ranks) a plan is chosen under a bound on those that do,
+and the bound moves until the true cost meets the budget.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .autograd import factored_linear
+from .calibration import Calibration, dense_targets, evaluating
+from .config import WasiConfig
+from .costs import (
+    break_even_rank,
+    dense_forward_flops,
+    factored_elements,
+    factored_forward_flops,
+    input_elements,
+)
+from .estimate import OptimizerFactory, estimate_wasi
+from .layer import dense_weight
+from .linalg import orthonormalize
+from .planning import (
+    InfeasibleError,
+    InputGroup,
+    LayerSpectrum,
+    WasiPlan,
+    activation_options,
+    allocate_ranks,
+    build_plan,
+    choose_plan,
+    input_groups,
+)
+from .tucker import Tucker, canonical
+
+BUDGETS = (
+    "weight_share",
+    "peak_bytes",
+    "training_flops",
+    "inference_flops",
+    "step_seconds",
+    "inference_seconds",
+    "error",
+)
+SHARES = ("weight_share", "step_seconds", "inference_seconds", "error")  # never above 1
+GRADIENT_ERROR = 0.08  # of a weight gradient's energy, where activation ranks are not part of the budget
+PEAK_MARGIN = 0.02  # of a peak in bytes, left free for what the estimate may miss
+OPTIMIZER_STATES = {"sgd": 0, "sgd_momentum": 1}  # elements per parameter; 2 for the others
+AIM = 0.97  # of a budget that is met by trying
+TRIES = 6
+SMALLEST_SAMPLE_SECONDS = 0.05
+SMALLEST_SAMPLE_RUNS = 5
+
+# what a plan does not decide, so that the step it is checked in is the one that will run
+_KEPT_FIELDS = (
+    "modules_to_save",
+    "bias",
+    "train_vectors",
+    "activation_interval",
+    "update",
+    "update_rank",
+    "base_weight",
+)
+_DECIDED_FIELDS = ("weight_rank", "rank_pattern", "weight_share", "plan", "activation_ranks")
+
+
+def plan_wasi(
+    model: nn.Module,
+    calibration: Calibration,
+    *,
+    weight_share: float | None = None,
+    peak_bytes: int | None = None,
+    training_flops: float | None = None,
+    inference_flops: float | None = None,
+    step_seconds: float | None = None,
+    inference_seconds: float | None = None,
+    error: float | None = None,
+    batch: Any = None,
+    optimizer: str | OptimizerFactory | None = "adamw",
+    config: WasiConfig | None = None,
+    timer: LayerTimer | None = None,
+) -> WasiPlan:
+    """Choose the ranks of all layers under exactly one budget; hand the plan to `WasiConfig(plan=...)`.
+
+    No rank goes past break-even; layers where no rank saves anything are not in the plan and stay dense. Where the
+    budget does not depend on the compressed inputs (`weight_share`, `inference_flops`, `inference_seconds`, `error`),
+    each of them takes the fewest features that keep all but 8 % of the energy of the weight gradients. A calibration
+    without gradients says nothing about them: inputs stay exact then.
+
+    Args:
+        model: The dense model. It is not changed.
+        calibration: What :func:`calibrate_wasi` measured on it.
+        weight_share: Elements of all factors over those of the dense weights, in (0, 1].
+        peak_bytes: All memory of a training step at its peak, in bytes: parameters, gradients, optimizer state,
+            activations and temporary tensors, as :func:`estimate_wasi` counts them. 2 % are left free.
+        training_flops: FLOPs of the planned layers in forward and backward: up to 1 a share of the dense ones, above
+            1 the absolute number for one step on `batch`.
+        inference_flops: The same for the forward pass.
+        step_seconds: Time of the planned layers in forward and backward, as a share of that of the dense ones, in
+            (0, 1]. Layers of every shape are timed on this machine; what else a step does is not part of it.
+        inference_seconds: The same for the forward pass.
+        error: Tolerated share of the weight energy to lose, in (0, 1], for the least parameters. Energy sits in few
+            directions: 0.01 is a third of the weights of a small pretrained ViT, 0.004 a half.
+        batch: What the model will be called with, of the real shapes. Needed for `peak_bytes`, times and absolute
+            FLOPs. Tokens are compressed only where it has as many as the calibration.
+        optimizer: For `peak_bytes`; as :func:`estimate_wasi` takes it.
+        config: What else will be injected: targets, `modules_to_save`, `update` and so on. With
+            `activation_threshold=None` inputs stay exact. By default all layers of the calibration are planned.
+        timer: Measures the layers for `step_seconds` and `inference_seconds`; by default on the model's device.
+
+    Raises:
+        ValueError: If there is not exactly one budget, it is out of range or below the least feasible one (which the
+            message names), the batch is missing, the calibration is of another model, the model has an adapter, or
+            the configuration decides ranks itself.
+
+    Example:
+        >>> from wasi_peft import calibrate_wasi
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)))
+        >>> calibration = calibrate_wasi(model, [torch.randn(64, 32)], progress_bar=False)
+        >>> 0.4 < plan_wasi(model, calibration, weight_share=0.5).kept_share <= 0.5
+        True
+    """
+    values = weight_share, peak_bytes, training_flops, inference_flops, step_seconds, inference_seconds, error
+    name, value = _one_budget(dict(zip(BUDGETS, values, strict=True)), batch)
+    targets = _planned_targets(model, calibration, config)
+    config = WasiConfig() if config is None else config
+    shapes = dict.fromkeys(targets, (1, calibration.rows))
+    if batch is not None:
+        shapes = input_shapes(model, targets, batch)
+    exact = config.update == "frozen_basis" or config.compression_rule("") is None
+    spectra = _comparable(calibration.spectra(targets, config.reserved_rank), shapes, exact)
+    problem = _Problem(spectra, shapes, {name: value})
+
+    try:
+        if name == "weight_share":
+            return problem.with_tolerable_inputs(allocate_ranks(spectra, value))
+        if name == "error":
+            return problem.weights_alone(_rank_elements, error_bound=value)
+        if name == "peak_bytes":
+            return _plan_peak(problem, model, config, value, batch, optimizer, calibration.bytes_per_element)
+        subspace = config.update == "subspace"
+        work: _Work = _Flops(problem, subspace, config.activation_interval)
+        if name.endswith("_seconds"):
+            weight = dense_weight(next(iter(targets.values())))
+            work = _Seconds(problem, timer or LayerTimer(weight.dtype, weight.device, subspace, config.reserved_rank))
+        return _plan_work(problem, work, value, training=name in ("training_flops", "step_seconds"))
+    except InfeasibleError as infeasible:
+        least = _rounded_up(infeasible.least)
+        raise ValueError(f"{name} must be at least {least} for this model, got {value!r}.") from infeasible
+
+
+# -------------------------------------------------------------------- what is asked, and of what
+
+
+def _one_budget(budgets: Mapping[str, float | None], batch: Any) -> tuple[str, float]:
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"give exactly one budget of {list(BUDGETS)}, got {list(given) or 'none'}.")
+    name, value = next(iter(given.items()))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0 or (name in SHARES and value > 1):
+        bounds = "in (0, 1]" if name in SHARES else "above 0"
+        raise ValueError(f"{name} must be a number {bounds}, got {value!r}.")
+    if batch is None and (name == "peak_bytes" or name.endswith("_seconds") or (name not in SHARES and value > 1)):
+        raise ValueError(f"{name}={value!r} depends on the batch; give one of the real shapes as `batch`, got None.")
+    return name, value
+
+
+def _planned_targets(model: nn.Module, calibration: Calibration, config: WasiConfig | None) -> dict[str, nn.Module]:
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("plan_wasi needs the dense model, got one with an adapter.")
+    for field in _DECIDED_FIELDS:
+        if config is not None and getattr(config, field):
+            raise ValueError(f"a plan decides all ranks; leave {field} out, got {getattr(config, field)!r}.")
+    if config is None:
+        modules = dict(model.named_modules())
+        missing = [name for name in calibration.layers if name not in modules]
+        if missing:
+            raise ValueError(f"{missing[0]}: the calibration belongs to another model, which has this layer.")
+        config = WasiConfig(target_modules=list(calibration.layers))
+    targets = dense_targets(model, config)
+    calibration.require(targets)
+    saving = {name: module for name, module in targets.items() if break_even_rank(*dense_weight(module).shape) > 0}
+    if not saving:
+        raise ValueError(
+            f"no rank of any target saves anything, got {len(targets)} targets of at most 2 rows or columns."
+        )
+    return saving
+
+
+def input_shapes(model: nn.Module, targets: Mapping[str, nn.Module], batch: Any) -> dict[str, tuple[int, int]]:
+    """Samples and tokens that each layer meets when the model runs on a batch, by layer name.
+
+    Raises:
+        ValueError: If the batch is empty or does not reach a layer.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    handles = []
+    for name, module in targets.items():
+
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if x.numel() == 0:
+                raise ValueError(f"{name}: the batch must have at least one row, got an input of {tuple(x.shape)}.")
+            shapes[name] = canonical(x).shape[0], canonical(x).shape[1]
+
+        handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
+    try:
+        with evaluating(model, gradients=False):
+            if isinstance(batch, Mapping):
+                model(**batch)
+            else:
+                model(*((batch,) if isinstance(batch, Tensor) else batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    missed = [name for name in targets if name not in shapes]
+    if missed:
+        raise ValueError(f"{missed[0]}: the batch must reach every planned layer; it misses {len(missed)}.")
+    return shapes
+
+
+def _comparable(
+    spectra: Sequence[LayerSpectrum], shapes: Mapping[str, tuple[int, int]], exact: bool
+) -> list[LayerSpectrum]:
+    """Gradient energies as shares of each layer's own; tokens only where the batch has as many.
+
+    Adaptive optimizers give every layer updates of one size, however small its gradient is.
+    """
+    scaled = []
+    for spectrum in spectra:
+        total = sum(spectrum.gradient_energies.get("feature", ()))
+        shares = {
+            mode: tuple(energy / total if total > 0 else 0.0 for energy in energies)
+            for mode, energies in spectrum.gradient_energies.items()
+            if not exact and (mode != "token" or len(energies) == shapes[spectrum.name][1])
+        }
+        scaled.append(replace(spectrum, gradient_energies=shares))
+    return scaled
+
+
+def _rounded_up(value: float) -> float | int:
+    """To four digits, bytes and FLOPs to whole numbers: a budget that is feasible."""
+    if value > 1:
+        return math.ceil(value)
+    scale = 10 ** (4 - math.ceil(math.log10(value))) if value > 0 else 1
+    return math.ceil(value * scale) / scale
+
+
+# -------------------------------------------------------------------- solving
+
+
+WeightCost = Callable[[LayerSpectrum, int], float]
+ActivationCost = Callable[[InputGroup, "dict[str, int] | None"], float]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Spectra of all layers, the shapes of their inputs (samples, tokens) and what was asked."""
+
+    spectra: list[LayerSpectrum]
+    shapes: Mapping[str, tuple[int, int]]
+    asked: dict[str, Any]
+
+    def rows(self, spectrum: LayerSpectrum) -> int:
+        return math.prod(self.shapes[spectrum.name])
+
+    def kept_elements(self, group: InputGroup, ranks: dict[str, int] | None) -> float:
+        """Elements kept of an input; infinite where the compressed form would not be smaller and so is not used."""
+        shape = self.shapes[group.spectra[0].name]
+        elements = input_elements(*shape, group.in_features, ranks)
+        return elements if ranks is None or elements < input_elements(*shape, group.in_features, None) else math.inf
+
+    def tolerable_inputs(self) -> dict[str, dict[str, int] | None]:
+        """For each input the fewest features with which its layers' gradients keep enough of their energy."""
+        chosen = {}
+        for group in input_groups(self.spectra):
+            bound = GRADIENT_ERROR * sum(group.energies("feature"))
+            options = [x for x in activation_options(group, self.kept_elements) if "token" not in (x.choice or {})]
+            chosen[group.name] = min((x for x in options if x.error <= bound), key=lambda x: x.cost).choice
+        return chosen
+
+    def with_tolerable_inputs(self, weight_ranks: Mapping[str, int]) -> WasiPlan:
+        return build_plan(self.spectra, weight_ranks, self.tolerable_inputs(), self.asked)
+
+    def weights_alone(
+        self, cost: WeightCost, budget: float | None = None, error_bound: float | None = None
+    ) -> WasiPlan:
+        plan = choose_plan(self.spectra, weight_cost=cost, budget=budget, error_bound=error_bound)
+        return self.with_tolerable_inputs({layer.name: layer.weight_rank for layer in plan.layers})
+
+
+def _rank_elements(spectrum: LayerSpectrum, rank: int) -> int:
+    return factored_elements(spectrum.out_features, spectrum.in_features, rank)
+
+
+def _fit(
+    problem: _Problem,
+    weight_cost: WeightCost,
+    activation_cost: ActivationCost,
+    true_cost: Callable[[WasiPlan], float],
+    budget: float,
+) -> WasiPlan:
+    """A plan whose true cost is at most the budget, and close to it unless more rank helps nothing.
+
+    Plans are chosen under a bound on the costs that add up. It starts where each unit of them would be one of the
+    true cost and moves along the secant, a few times at most.
+
+    Raises:
+        InfeasibleError: If the cheapest plan costs more than the budget; it carries that cost.
+    """
+    costs = [[weight_cost(spectrum, rank) for rank in (1, spectrum.largest_rank)] for spectrum in problem.spectra]
+    for group in input_groups(problem.spectra):
+        costs.append([option.cost for option in activation_options(group, activation_cost)])
+    least, most = math.fsum(map(min, costs)), math.fsum(map(max, costs))
+
+    def plan_at(bound: float) -> WasiPlan:
+        return choose_plan(
+            problem.spectra,
+            weight_cost=weight_cost,
+            activation_cost=activation_cost,
+            budget=bound,
+            asked=problem.asked,
+        )
+
+    best = plan_at(least)
+    low, high = (least, true_cost(best)), None
+    if low[1] > budget:
+        raise InfeasibleError("cost", budget, low[1])
+    bound = min(most, least + budget - low[1])
+    for _ in range(TRIES):
+        plan = plan_at(bound)
+        previous, spent = low, true_cost(plan)
+        if spent > budget:
+            high = (bound, spent)
+        else:
+            best, low = plan, (bound, spent)
+            if bound == most or spent >= AIM * budget:
+                break
+        start, end = (previous, low) if high is None else (low, high)
+        rise = end[1] - start[1]
+        steps = ((1 + AIM) / 2 * budget - start[1]) / rise if rise > 0 else math.inf
+        bound = min(most, start[0] + steps * (end[0] - start[0]))
+    return best
+
+
+# -------------------------------------------------------------------- peak memory
+
+
+def _plan_peak(
+    problem: _Problem,
+    model: nn.Module,
+    config: WasiConfig,
+    budget: float,
+    batch: Any,
+    optimizer: str | OptimizerFactory | None,
+    bytes_per_element: int,
+) -> WasiPlan:
+    """An element of a factor costs itself and its optimizer state, one of an input itself.
+
+    Gradients hardly exist where the peak usually is, at the start of backward; where they do, the estimate tells.
+    """
+    kept = {field: getattr(config, field) for field in _KEPT_FIELDS}
+    states = OPTIMIZER_STATES.get(optimizer, 2) if isinstance(optimizer, str) else 2
+    if config.reserved_rank:
+        states = 0  # what trains is as large at every rank
+
+    def peak(plan: WasiPlan) -> int:
+        return estimate_wasi(model, WasiConfig(plan=plan, **kept), batch=batch, optimizer=optimizer).peak_bytes
+
+    try:
+        return _fit(
+            problem,
+            lambda spectrum, rank: bytes_per_element * (1 + states) * _rank_elements(spectrum, rank),
+            lambda group, ranks: bytes_per_element * problem.kept_elements(group, ranks),
+            peak,
+            (1 - PEAK_MARGIN) * budget,
+        )
+    except InfeasibleError as error:
+        raise InfeasibleError("peak_bytes", budget, error.least / (1 - PEAK_MARGIN)) from error
+
+
+# -------------------------------------------------------------------- FLOPs and time
+
+
+class _Work(Protocol):
+    """What the planned layers cost, in FLOPs or seconds; K is the weight rank, r that of the feature mode."""
+
+    def forward(self, spectrum: LayerSpectrum, rank: int | None) -> float:
+        """Forward pass of one layer, of the dense one for None."""
+
+    def weight(self, spectrum: LayerSpectrum, rank: int | None, exact: bool) -> float:
+        """The part of forward and backward that depends on K alone; all of it for the dense layer or exact input."""
+
+    def compression(self, group: InputGroup, rank: int) -> float:
+        """The part that depends on r alone, of all layers that read one input."""
+
+    def product(self, spectrum: LayerSpectrum, weight_rank: int, rank: int) -> float:
+        """The part that depends on K and r."""
+
+
+def _plan_work(problem: _Problem, work: _Work, value: float, training: bool) -> WasiPlan:
+    spectra = problem.spectra
+    if training:
+        dense = math.fsum(work.weight(spectrum, None, True) for spectrum in spectra)
+    else:
+        dense = math.fsum(work.forward(spectrum, None) for spectrum in spectra)
+    unit = dense if value <= 1 else 1.0
+    try:
+        if not training:
+            return problem.weights_alone(work.forward, budget=value * unit)
+        return _plan_training_work(problem, work, value * unit)
+    except InfeasibleError as error:
+        raise InfeasibleError("work", value, error.least / unit) from error
+
+
+def _plan_training_work(problem: _Problem, work: _Work, budget: float) -> WasiPlan:
+    """Features alone are compressed, wherever that is possible: exact inputs and tokens save memory, not work."""
+    groups = {group.name: group for group in input_groups(problem.spectra)}
+    compressed = {
+        name
+        for name, group in groups.items()
+        if group.energies("feature") and problem.kept_elements(group, {"feature": 1}) < math.inf
+    }
+
+    def weight_cost(spectrum: LayerSpectrum, rank: int) -> float:
+        return work.weight(spectrum, rank, spectrum.shared_input not in compressed)
+
+    def activation_cost(group: InputGroup, ranks: dict[str, int] | None) -> float:
+        if ranks is None:
+            return math.inf if group.name in compressed else 0.0
+        usable = set(ranks) == {"feature"} and problem.kept_elements(group, ranks) < math.inf
+        return work.compression(group, ranks["feature"]) if usable else math.inf
+
+    def true_cost(plan: WasiPlan) -> float:
+        ranks = {layer.name: layer.activation_ranks for layer in plan.layers}
+        costs = [activation_cost(group, ranks[group.spectra[0].name]) for group in groups.values()]
+        for spectrum, layer in zip(problem.spectra, plan.layers, strict=True):
+            costs.append(weight_cost(spectrum, layer.weight_rank))
+            if layer.activation_ranks is not None:
+                costs.append(work.product(spectrum, layer.weight_rank, layer.activation_ranks["feature"]))
+        return math.fsum(costs)
+
+    return _fit(problem, weight_cost, activation_cost, true_cost, budget)
+
+
+@dataclass(frozen=True)
+class _Flops:
+    """FLOPs, counted from the matrix products of :mod:`autograd`, :mod:`tucker` and the retraction.
+
+    A warm basis moves every `interval` steps. `subspace` stands for the update with tangent gradients, whose K x K
+    work is bounded from above.
+    """
+
+    problem: _Problem
+    subspace: bool
+    interval: int
+
+    def forward(self, spectrum: LayerSpectrum, rank: int | None) -> float:
+        rows, sizes = self.problem.rows(spectrum), (spectrum.out_features, spectrum.in_features)
+        if rank is None:
+            return dense_forward_flops(rows, *sizes)
+        return factored_forward_flops(rows, *sizes, rank + spectrum.reserved_rank)
+
+    def weight(self, spectrum: LayerSpectrum, rank: int | None, exact: bool) -> float:
+        if rank is None:
+            return 3 * self.forward(spectrum, None)
+        flops = 2 * self.forward(spectrum, rank)  # the gradient of the input costs as much
+        if self.subspace:
+            flops += 2 * rank**2 * (4 * spectrum.out_features + 3 * spectrum.in_features)
+        if exact:
+            rows, trained = self.problem.rows(spectrum), spectrum.reserved_rank or rank
+            flops += 2 * rows * trained * (spectrum.out_features + 2 * spectrum.in_features)
+        return flops
+
+    def compression(self, group: InputGroup, rank: int) -> float:
+        rows = self.problem.rows(group.spectra[0])
+        flops = 2 * rows * rank * group.in_features * (1 + 2 / self.interval)
+        return flops + sum(2 * rows * rank * spectrum.out_features for spectrum in group.spectra)
+
+    def product(self, spectrum: LayerSpectrum, weight_rank: int, rank: int) -> float:
+        trained = spectrum.reserved_rank or weight_rank
+        return 2 * factored_forward_flops(rank, spectrum.out_features, spectrum.in_features, trained)
+
+
+class LayerTimer:
+    """Seconds of single layers with random values on this machine: the best of several runs.
+
+    Args:
+        dtype: Of weights and inputs.
+        device: Where to run.
+        tangent: Whether L takes tangent gradients (`update="subspace"`).
+        change_rank: Rank of what trains beside frozen factors (`update="low_rank"`); 0 where the factors train.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, device: Any = "cpu", tangent: bool = False, change_rank: int = 0
+    ) -> None:
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self._tangent = tangent
+        self._change_rank = change_rank
+
+    def dense(self, rows: int, out_features: int, in_features: int, training: bool) -> float:
+        """Forward pass of a dense layer, with backward if `training`."""
+        weight = self._random(out_features, in_features)
+        return self._layer(lambda x, *weights: F.linear(x, *weights), rows, (weight,), training)
+
+    def factored(
+        self, rows: int, out_features: int, in_features: int, rank: int, feature_rank: int | None, training: bool
+    ) -> float:
+        """The same for a factored layer whose input is compressed already, or exact for None."""
+        L, R = orthonormalize(self._random(out_features, rank)), self._random(rank, in_features)
+        compressed = None
+        if feature_rank is not None:
+            compressed = Tucker(self._random(1, rows, feature_rank), self._random(in_features, feature_rank))
+
+        def layer(x: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+            if self._change_rank:
+                frozen = F.linear(F.linear(x, R), L)
+                change = factored_linear(x, outer, inner, None, compressed, False)
+                return frozen.add_(change)
+            if not training:
+                return F.linear(F.linear(x, inner), outer)
+            return factored_linear(x, outer, inner, None, compressed, self._tangent)
+
+        trained = (L, R)
+        if self._change_rank:
+            trained = self._random(out_features, self._change_rank), self._random(self._change_rank, in_features)
+        return self._layer(layer, rows, trained, training)
+
+    def compression(self, rows: int, in_features: int, rank: int) -> float:
+        """Compression of an input onto a basis that is there."""
+        x, basis = self._random(rows, in_features), self._random(in_features, rank)
+        return self._seconds(lambda: x @ basis)
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(**self._options)
+
+    def _layer(self, layer: Callable[..., Tensor], rows: int, weights: tuple[Tensor, ...], training: bool) -> float:
+        inputs = [self._random(1, rows, weights[-1].shape[1]), *weights]
+        if not training:
+            with torch.no_grad():
+                return self._seconds(lambda: layer(*inputs))
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        gradient = self._random(1, rows, weights[0].shape[0])
+        return self._seconds(lambda: torch.autograd.grad(layer(*inputs), inputs, gradient))
+
+    def _seconds(self, task: Callable[[], Any]) -> float:
+        device = torch.device(self._options["device"])
+        seconds: list[float] = []
+        task()
+        while len(seconds) < SMALLEST_SAMPLE_RUNS or sum(seconds) < SMALLEST_SAMPLE_SECONDS:
+            start = time.perf_counter()
+            task()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+
+class _Seconds:
+    """Seconds of a few ranks of every shape, linear in between; at least as much for a larger rank.
+
+    Forward and backward with the rank r are taken as a part of K, measured at r = 1, and a part of r, measured at a
+    middle K, so that they add up.
+    """
+
+    def __init__(self, problem: _Problem, timer: LayerTimer) -> None:
+        self._problem, self._timer = problem, timer
+        self._curves: dict[Any, tuple[list[int], Any]] = {}
+
+    def forward(self, spectrum: LayerSpectrum, rank: int | None) -> float:
+        return self._layer(spectrum, rank, None, training=False)
+
+    def weight(self, spectrum: LayerSpectrum, rank: int | None, exact: bool) -> float:
+        return self._layer(spectrum, rank, None if exact else 1, training=True)
+
+    def _layer(self, spectrum: LayerSpectrum, rank: int | None, feature_rank: int | None, training: bool) -> float:
+        sizes = self._sizes(spectrum)
+        if rank is None:
+            return self._curve(("dense", sizes, training), [0], lambda _: self._timer.dense(*sizes, training), 0)
+        return self._curve(
+            ("factored", sizes, feature_rank, training),
+            _spread(spectrum.largest_rank, 5),
+            lambda K: self._timer.factored(*sizes, K, feature_rank, training),
+            rank,
+        )
+
+    def compression(self, group: InputGroup, rank: int) -> float:
+        points = _spread(group.in_features - 1, 4)
+        seconds = 0.0
+        for spectrum in group.spectra:
+            sizes, middle = self._sizes(spectrum), max(1, spectrum.largest_rank // 2)
+
+            def layer(r: int, sizes: tuple[int, int, int] = sizes, middle: int = middle) -> float:
+                return self._timer.factored(*sizes, middle, r, True)
+
+            key = ("gradient", sizes)
+            seconds += self._curve(key, points, layer, rank) - self._curve(key, points, layer, 1)
+        rows, features = self._problem.rows(group.spectra[0]), group.in_features
+        return seconds + self._curve(
+            ("compression", rows, features), points, lambda r: self._timer.compression(rows, features, r), rank
+        )
+
+    def product(self, spectrum: LayerSpectrum, weight_rank: int, rank: int) -> float:
+        return 0.0
+
+    def _sizes(self, spectrum: LayerSpectrum) -> tuple[int, int, int]:
+        return self._problem.rows(spectrum), spectrum.out_features, spectrum.in_features
+
+    def _curve(self, key: Any, points: list[int], measure: Callable[[int], float], rank: int) -> float:
+        if key not in self._curves:
+            self._curves[key] = points, np.maximum.accumulate([measure(point) for point in points])
+        return float(np.interp(rank, *self._curves[key]))
+
+
+def _spread(largest: int, count: int) -> list[int]:
+    """About `count` ranks from 1 to `largest`."""
+    return sorted({int(rank) for rank in np.linspace(1, max(1, largest), count)})

@@ -1,0 +1,89 @@
+"""Initial factors for a model: calibration, ranks, truncation and repair in one call."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from .calibration import Calibration, CalibrationData, calibrate_wasi, dense_targets
+from .config import WasiConfig
+from .layer import InitialFactors
+from .linalg import rank_for_threshold
+from .model import INITIAL_FACTORS, PreparedFactors
+from .planning import allocate_ranks
+from .repair import repair_factors
+from .targets import asked_rank, resolve_targets
+
+REPAIR_STEPS = 150
+
+
+def preprocess_wasi(
+    model: nn.Module,
+    config: WasiConfig,
+    data: CalibrationData | None = None,
+    *,
+    calibration: Calibration | None = None,
+    repair_steps: int | None = None,
+    max_batches: int | None = None,
+    max_memory_bytes: int = 2**30,
+    progress_bar: bool = True,
+) -> None:
+    """Prepare data-aware initial factors; the next `get_peft_model(model, config)` uses them.
+
+    Args:
+        model: The dense model. Its weights are not changed; the prepared factors are attached to the target modules
+            and consumed by the injection.
+        config: The configuration that will be injected: it decides targets and ranks.
+        data: Calibration batches without labels, see [`calibrate_wasi`]; also what the factors are repaired on.
+        calibration: A calibration made before, so that only the factors are computed (and repaired, with `data`).
+        repair_steps: Steps of [`repair_factors`] after the truncation; 150 by default where `data` are batches, 0
+            where they are a function or missing.
+        max_batches: Calibrate on that many batches; the repair goes through all of them.
+        max_memory_bytes: Bound on the memory for sums during calibration, bytes.
+        progress_bar: Show progress bars.
+
+    Raises:
+        ValueError: If neither data nor a calibration is given, or repair is asked for without batches; and whatever
+            [`calibrate_wasi`] finds. Nothing is attached then.
+    """
+    batches = None if data is None or callable(data) else data
+    if repair_steps is None:
+        repair_steps = 0 if batches is None else REPAIR_STEPS
+    if repair_steps < 0:
+        raise ValueError(f"repair_steps must be at least 0, got {repair_steps!r}.")
+    if repair_steps and batches is None:
+        raise ValueError(f"repair needs batches in `data`, got {type(data).__name__} and repair_steps={repair_steps}.")
+    resolved = copy.copy(config)
+    resolve_targets(model, resolved)
+    targets = dense_targets(model, resolved)
+    if calibration is None:
+        if data is None:
+            raise ValueError("preprocess_wasi needs data, a calibration, or both; got neither.")
+        calibration = calibrate_wasi(
+            model,
+            data,
+            config,
+            max_batches=max_batches,
+            max_memory_bytes=max_memory_bytes,
+            progress_bar=progress_bar,
+        )
+    calibration.require(targets)
+    if resolved.weight_share is not None:
+        spectra = calibration.spectra(targets, resolved.reserved_rank)
+        resolved.ranks = allocate_ranks(spectra, resolved.weight_share)
+    asked = {name: asked_rank(name, resolved) for name in targets}
+    factors: dict[str, InitialFactors] = {}
+    for name, module in tqdm(targets.items(), desc="WASI initial factors", disable=not progress_bar):
+        factors[name] = calibration.factors(name, module, _rank(asked[name], calibration, name))
+    if repair_steps and batches is not None:
+        factors = repair_factors(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
+    budget = None if resolved.weight_share is None else (resolved.weight_share, resolved.reserved_rank)
+    for name, initial in factors.items():
+        targets[name].__dict__[INITIAL_FACTORS] = PreparedFactors(initial, asked[name], budget)
+
+
+def _rank(asked: int | float, calibration: Calibration, name: str) -> int:
+    """A rank as asked for, or the smallest that reaches a threshold."""
+    return asked if isinstance(asked, int) else rank_for_threshold(calibration.energies(name), asked)
