@@ -401,3 +401,12 @@ def test_rules_are_hashable_values() -> None:
     same = rule(ALL, 0.9, feature=4, token=3)
     assert CompressionRule.from_options(ALL, 0.9, ranks) == same
     assert len({same, CompressionRule.from_options(ALL, 0.9, ranks), rule(ALL, 0.8, **ranks)}) == 2
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_basis_keeps_no_other_vectors_alive(rank: int) -> None:
+    x = normal(3, 5, 6, seed=1)
+    result = compress(x, CompressionRule(ranks=(("feature", rank),)), Bases())
+    assert result is not None
+    feature = result[0].feature
+    assert feature.untyped_storage().nbytes() == feature.numel() * feature.element_size()

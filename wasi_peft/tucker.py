@@ -117,7 +117,9 @@ def _basis(
     energies, vectors = leading_subspace(work)
     if float(energies[0]) == 0:
         return None
-    return vectors[:, : rule.rank(mode, energies)].to(unfolded.dtype).contiguous()
+    # a copy: a view, or what `contiguous` takes for contiguous, would keep all vectors alive
+    kept = vectors[:, : rule.rank(mode, energies)]
+    return kept.to(unfolded.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def compress(x: Tensor, rule: CompressionRule, bases: Bases, advance: bool = True) -> tuple[Tucker, Bases] | None:

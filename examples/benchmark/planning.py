@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ class MadeUpCalibration:
     def require(self, targets: Iterable[str]) -> None:
         assert set(targets) <= set(self._spectra)
 
-    def spectra(self, names: Iterable[str]) -> list[LayerSpectrum]:
-        return [self._spectra[name] for name in names]
+    def spectra(self, names: Iterable[str], reserved_rank: int = 0) -> list[LayerSpectrum]:
+        return [replace(self._spectra[name], reserved_rank=reserved_rank) for name in names]
 
 
 class Counted:
