@@ -16,7 +16,7 @@ from .planning import allocate_ranks
 from .repair import repair_factors
 from .targets import asked_rank, resolve_targets
 
-REPAIR_STEPS = 150
+REPAIR_STEPS = 400
 
 
 def preprocess_wasi(
@@ -38,7 +38,7 @@ def preprocess_wasi(
         config: The configuration that will be injected: it decides targets and ranks.
         data: Calibration batches without labels, see [`calibrate_wasi`]; also what the factors are repaired on.
         calibration: A calibration made before, so that only the factors are computed (and repaired, with `data`).
-        repair_steps: Steps of [`repair_factors`] after the truncation; 150 by default where `data` are batches, 0
+        repair_steps: Steps of [`repair_factors`] after the truncation; 400 by default where `data` are batches, 0
             where they are a function or missing.
         max_batches: Calibrate on that many batches; the repair goes through all of them.
         max_memory_bytes: Bound on the memory for sums during calibration, bytes.

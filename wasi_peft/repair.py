@@ -34,7 +34,7 @@ def repair_factors(
     factors: Mapping[str, InitialFactors],
     data: Iterable[Any],
     *,
-    steps: int = 150,
+    steps: int = 400,
     lr: float = 2e-4,
     every: int = 3,
     max_batches: int | None = None,

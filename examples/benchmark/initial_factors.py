@@ -5,7 +5,7 @@ Four ways to get factors, each at the same share of the weights of all block Lin
 * plain: truncated SVD of the weights, the same share in every layer (the paper);
 * one-sided: weighed by the input's covariance (SVD-LLM), the same share in every layer;
 * two-sided: weighed by the second moment of the output's gradient too, ranks allocated over the layers;
-* repaired: the same, then 150 label-free steps against the dense model's blocks (the default of ``preprocess_wasi``).
+* repaired: the same, then 400 label-free steps against the dense model's blocks (the default of ``preprocess_wasi``).
 
 Three models (``--model``), three repeats on other samples each:
 
@@ -183,7 +183,7 @@ def uniform_ranks(model: nn.Module, share: float) -> dict[str, int]:
 
 
 def factored(
-    method: str, dense: nn.Module, share: float, batches: list[Any], calibrations: dict[str, Any]
+    method: str, dense: nn.Module, share: float, batches: list[Any], calibrations: dict[str, Any], repair_steps: int
 ) -> tuple[nn.Module, dict[str, float]]:
     """The factored model and the seconds of what was done to get it."""
     model, seconds = copy.deepcopy(dense), {}
@@ -199,7 +199,7 @@ def factored(
             calibrations[f"{kind} seconds"] = time.perf_counter() - start
         seconds["calibration"] = calibrations[f"{kind} seconds"]
         start = time.perf_counter()
-        steps = wasi_peft.REPAIR_STEPS if method == "repaired" else 0
+        steps = repair_steps if method == "repaired" else 0
         wasi_peft.preprocess_wasi(model, config, batches, calibration=calibrations[kind], repair_steps=steps)
         seconds["factors"] = time.perf_counter() - start
     with warnings.catch_warnings():
@@ -245,6 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.33, 0.25])
     parser.add_argument("--repeats", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
@@ -265,11 +266,12 @@ def main(arguments: list[str] | None = None) -> None:
                 seconds: dict[str, float] = {}
                 model, kept = dense, 1.0
                 if method != "dense":
-                    model, seconds = factored(method, dense, share, batches, calibrations)
+                    model, seconds = factored(method, dense, share, batches, calibrations, args.repair_steps)
                     kept = model.wasi_summary().kept_share
                 entry = {
                     "model": name, "method": method, "share": share, "repeat": repeat, "kept_share": kept,
                     "metrics": evaluate(model), "seconds": seconds,
+                    "repair_steps": args.repair_steps if method == "repaired" else 0,
                     "process_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                     "environment": environment(),
                 }  # fmt: skip
