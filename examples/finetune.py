@@ -8,6 +8,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,14 +29,14 @@ from benchmark.common import (
     write_json,
 )
 from torch import nn
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
 import wasi_peft
 
 METHODS = ("full", "lora", "wasi")
-# tuned for two epochs of 6,000 images, see docs/benchmarks
-LEARNING_RATES = {"full": 2e-5, "lora": 5e-4, "wasi": 1e-4}
+# tuned on 6,000 images, see docs/benchmarks
+LEARNING_RATES = {"full": 2e-5, "lora": 5e-4, "wasi": 5e-4}
 HEAD = "classifier"
 MIB = 2**20
 
@@ -81,7 +82,7 @@ def build(
         order = torch.Generator().manual_seed(0)
         loader = DataLoader(train_set, batch_size=32, shuffle=True, generator=order, collate_fn=unlabelled)
         wasi_peft.preprocess_wasi(
-            model, wasi_config, loader, max_batches=calibration_images // 32, repair_steps=repair_steps
+            model, wasi_config, loader, max_batches=math.ceil(calibration_images / 32), repair_steps=repair_steps
         )
         return peft.get_peft_model(model, wasi_config)
     raise ValueError(f"method must be one of {METHODS}, got {method!r}")
@@ -216,7 +217,15 @@ def finetune(
     print(f"\n== {method} ==", flush=True)
     transformers.set_seed(args.seed)
     model = load_vit(args.model, len(train_set.classes), args.seed)
-    model = build(method, model, train_set, wasi_options(args), args.target_share, args.calibration_images)
+    model = build(
+        method,
+        model,
+        train_set,
+        wasi_options(args),
+        args.target_share,
+        args.calibration_images,
+        args.repair_steps,
+    )
     lr, head_lr = getattr(args, f"lr_{method}"), args.head_lr or getattr(args, f"lr_{method}")
     optimizer = build_optimizer(method, model, lr, head_lr)
     log = train(
@@ -372,17 +381,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for method in METHODS:
         add(f"--lr-{method}", type=float, default=LEARNING_RATES[method], help=f"default: {LEARNING_RATES[method]:g}")
     add("--head-lr", type=float, help="learning rate of the head, for all methods (default: the method's own)")
-    add("--target-share", type=float, help="WASI: share of the weights to keep (default: 0.36); chooses the threshold")
+    add("--target-share", type=float, help="WASI: share of the weights to keep (default: 0.4)")
     add("--explained-variance-threshold", type=float, help="WASI: share of each layer's energy that is kept")
     add("--weight-rank", type=int, help="WASI: one rank for every layer, instead of the threshold")
     add("--activation-rank", type=int, help="WASI: features of each input that are kept for the backward pass")
     add(
         "--update",
-        choices=("subspace", "factor", "frozen_basis"),
-        default="factor",
-        help="WASI: how the factors are updated (default: factor, the fastest at this batch size)",
+        choices=wasi_peft.config.UPDATES,
+        default="low_rank",
+        help="WASI: what trains (default: low_rank; the others need another --lr-wasi)",
     )
     add("--calibration-images", type=int, default=512, help="WASI: unlabelled training images looked at first")
+    add("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS, help="WASI: steps of the label-free repair")
     add("--rounds", type=int, default=10, help="timed rounds")
     add("--seed", type=int, default=0)
     add("--threads", type=int, help="threads (default: what PyTorch chooses)")
@@ -391,7 +401,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.steps is None and args.epochs is None:
         args.steps = 150
     if args.target_share is None and args.explained_variance_threshold is None and args.weight_rank is None:
-        args.target_share = 0.36
+        args.target_share = 0.4
     if args.model is None and args.activation_rank is None:
         args.activation_rank = 48  # of the default model's 384 features
     return args

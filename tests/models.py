@@ -316,8 +316,12 @@ def wasi_model(model: nn.Module, **options: Any) -> Any:
 
 
 def exact_config(**options: Any) -> WasiConfig:
-    """Configuration that keeps everything: full rank, exact input for backward, unless the options say otherwise."""
-    return WasiConfig(**{"explained_variance_threshold": 1.0, "activation_threshold": None, **options})
+    """Configuration that keeps everything: full rank, exact input for backward, unless the options say otherwise.
+
+    Both factors train, by the paper's update.
+    """
+    exact = {"explained_variance_threshold": 1.0, "activation_threshold": None, "update": "subspace"}
+    return WasiConfig(**{**exact, **options})
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -43,7 +43,7 @@ def wrap(model: nn.Module, **options: Any) -> Any:
     options = {"weight_rank": 6, "activation_ranks": 4, "activation_interval": 1, **options}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
-        return get_peft_model(model, WasiConfig(**options)).train()
+        return get_peft_model(model, WasiConfig(**{"update": "subspace", **options})).train()
 
 
 def readers(seed: int = 0, **options: Any) -> Any:

@@ -27,7 +27,10 @@ NAME = "vit.layers.0.mlp.fc1"
 def build(architecture: Architecture = VIT, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The initial factors come from a plain")
-        return get_peft_model(architecture.model(), WasiConfig(**{"weight_rank": 6, "activation_ranks": 4, **options}))
+        return get_peft_model(
+            architecture.model(),
+            WasiConfig(**{"weight_rank": 6, "activation_ranks": 4, "update": "subspace", **options}),
+        )
 
 
 def layer_of(model: Any, name: str = NAME) -> Any:

@@ -59,7 +59,7 @@ def test_defaults() -> None:
     assert config.explained_variance_threshold == 0.95
     assert config.activation_threshold == 0.95
     assert config.activation_modes == ["feature"]
-    assert (config.update, config.base_weight, config.bias) == ("subspace", "release", "wasi_only")
+    assert (config.update, config.base_weight, config.bias) == ("low_rank", "release", "wasi_only")
     assert config.train_vectors is True and config.init_weights is True
     assert config.target_modules is config.weight_rank is config.activation_ranks is config.ranks is None
 

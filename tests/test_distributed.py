@@ -47,7 +47,7 @@ def build(name: str, options: dict[str, Any]) -> Any:
         options["modules_to_save"] = ["classifier"]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
-        return get_peft_model(model, WasiConfig(**options)).train()
+        return get_peft_model(model, WasiConfig(**{"update": "subspace", **options})).train()
 
 
 def make_optimizer(kind: str, model: Any) -> torch.optim.Optimizer:

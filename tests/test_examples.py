@@ -74,7 +74,8 @@ def finetuned(model_folder: Path, image_folder: Path, tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("finetune")
     text = run_script(
         "finetune.py", "--model", model_folder, "--dataset", image_folder, "--steps", "6", "--batch-size", "8",
-        "--calibration-images", "16", "--rounds", "2", "--threads", "1", "--weight-rank", "8", "--output", "out",
+        "--calibration-images", "16", "--repair-steps", "10", "--rounds", "2", "--threads", "1", "--weight-rank", "8",
+        "--output", "out",
         "--lr-full", "1e-3", "--lr-wasi", "1e-3", "--seed", "5", "--update", "subspace", folder=folder,
     )  # fmt: skip
     return folder / "out", text
@@ -151,6 +152,7 @@ def test_finetune_on_the_shipped_images(
         [
             *("--methods", "wasi", "--model", str(model_folder), "--train", "40", "--test", "20", "--epochs", "1"),
             *("--batch-size", "16", "--calibration-images", "16", "--rounds", "1", "--update", "factor"),
+            *("--repair-steps", "5"),
             *("--activation-rank", "4", "--explained-variance-threshold", "0.7", "--schedule", "linear"),
         ]
     )
@@ -180,7 +182,20 @@ def test_step_costs(tmp_path: Path) -> None:
 def test_accuracy_and_time_benchmarks(tmp_path: Path) -> None:
     """The protocol of the published figures, two steps long; a finished run is not done again."""
     results = tmp_path / "accuracy.json"
-    tiny = ("--train", "64", "--validation", "32", "--test", "32", "--steps", "2", "--calibration-images", "32")
+    tiny = (
+        "--train",
+        "64",
+        "--validation",
+        "32",
+        "--test",
+        "32",
+        "--steps",
+        "2",
+        "--calibration-images",
+        "32",
+        "--repair-steps",
+        "2",
+    )
     options = ("--wasi", '{"weight_rank": 32}')
     arguments = ("--method", "wasi", *options, "--lr", "1e-4", "--seed", "0", *tiny, "--results", results)
     assert "held-out" in run_script("benchmark/finetune_accuracy.py", *arguments, folder=tmp_path)
@@ -195,4 +210,4 @@ def test_accuracy_and_time_benchmarks(tmp_path: Path) -> None:
     measured = json.loads(results.read_text())["results"]
     assert measured["full"]["step_speedup"] == 1
     assert measured["wasi factor"]["training_peak_bytes"] < measured["full"]["training_peak_bytes"]
-    assert measured["wasi factor"]["kept_share"] == pytest.approx(0.36, abs=0.01)
+    assert measured["wasi factor"]["kept_share"] == pytest.approx(0.4, abs=0.01)

@@ -55,7 +55,7 @@ def test_the_layers_of_a_plan_are_the_targets_at_its_ranks(architecture: Archite
     model = architecture.model()
     plan = plan_for(architecture, model)
     some = WasiPlan(plan.layers[::2])
-    peft_model = get_peft_model(model, WasiConfig(plan=some))
+    peft_model = get_peft_model(model, WasiConfig(plan=some, update="factor"))
     assert ranks(peft_model) == {layer.name: layer.weight_rank for layer in some.layers}
     assert peft_model.peft_config["default"].ranks == ranks(peft_model)
     planned = {layer.name: layer.activation_ranks for layer in some.layers}
@@ -69,7 +69,7 @@ def test_the_layers_of_a_plan_are_the_targets_at_its_ranks(architecture: Archite
 def test_layers_with_one_input_still_share_one_compressed_copy() -> None:
     model = VIT.model()
     plan = plan_for(VIT, model, activation_ranks={"feature": 3, "token": 2})
-    peft_model = get_peft_model(model, WasiConfig(plan=plan))
+    peft_model = get_peft_model(model, WasiConfig(plan=plan, update="factor"))
     held = []
 
     def remember(*_: Any) -> None:
@@ -86,7 +86,7 @@ def test_layers_with_one_input_still_share_one_compressed_copy() -> None:
 
 def test_a_plan_is_saved_with_the_adapter_and_loads_in_another_process(tmp_path: Path) -> None:
     model = VIT.model()
-    peft_model = get_peft_model(model, WasiConfig(plan=plan_for(VIT, model)))
+    peft_model = get_peft_model(model, WasiConfig(plan=plan_for(VIT, model), update="factor"))
     train(peft_model, VIT.batch())
     peft_model.save_pretrained(str(tmp_path / "adapter"))
     torch.save(logits(peft_model, VIT.batch()), tmp_path / "logits.pt")
@@ -125,7 +125,7 @@ def test_a_saved_plan_loads_where_peft_shortened_the_target_names(tmp_path: Path
     model = architecture.model()
     plan = plan_for(architecture, model)
     assert len(plan.layers) >= 20
-    peft_model = get_peft_model(model, WasiConfig(plan=plan))
+    peft_model = get_peft_model(model, WasiConfig(plan=plan, update="factor"))
     peft_model.save_pretrained(str(tmp_path))
     again = PeftModel.from_pretrained(architecture.model(), str(tmp_path))
     assert ranks(again) == ranks(peft_model)
@@ -134,7 +134,7 @@ def test_a_saved_plan_loads_where_peft_shortened_the_target_names(tmp_path: Path
 
 def test_one_configuration_with_a_plan_serves_several_models() -> None:
     model = VIT.model()
-    config = WasiConfig(plan=plan_for(VIT, model))
+    config = WasiConfig(plan=plan_for(VIT, model), update="factor")
     first = get_peft_model(model, config)
     second = get_peft_model(VIT.model(), config)
     assert ranks(first) == ranks(second)
@@ -142,7 +142,7 @@ def test_one_configuration_with_a_plan_serves_several_models() -> None:
 
 def refused(model: nn.Module, match: str, **options: Any) -> None:
     with pytest.raises(ValueError, match=match):
-        get_peft_model(model, WasiConfig(**options))
+        get_peft_model(model, WasiConfig(**{"update": "factor", **options}))
     assert not list(wasi_layers(model))
 
 
@@ -205,7 +205,9 @@ def test_a_larger_share_keeps_more_and_a_tiny_one_is_refused() -> None:
     shares = [wasi_summary(wasi_model(VIT.model(), weight_share=share)).kept_share for share in (0.3, 0.5, 0.8)]
     assert shares == sorted(shares) and len(set(shares)) == 3
     assert all(kept > share - 0.02 for kept, share in zip(shares, (0.3, 0.5, 0.8), strict=True))
-    refused(VIT.model(), r"share must be at least 0\.\d+ \(rank 1 in every layer, .*\), got 0\.001", weight_share=0.001)
+    refused(
+        VIT.model(), r"share must be at least 0\.\d+ \(rank 1 in every layer, .*\), got 0\.001", weight_share=0.001
+    )
 
 
 def test_a_zero_weight_does_no_harm() -> None:
@@ -283,7 +285,7 @@ def test_factors_prepared_under_a_share_do_for_the_same_rank_only() -> None:
 
 
 def test_a_share_asks_nothing_of_one_layer_before_ranks_are_allocated() -> None:
-    model, config = VIT.model(), WasiConfig(weight_share=0.5)
+    model, config = VIT.model(), WasiConfig(weight_share=0.5, update="factor")
     resolve_targets(model, config)
     check_targets(model, config)
     name = sorted(VIT.targets(model))[0]

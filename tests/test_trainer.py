@@ -37,7 +37,7 @@ def build(name: str, seed: int = 0, **options: Any) -> Any:
         options = {"modules_to_save": ["classifier"], **options}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
-        return get_peft_model(model, WasiConfig(**options))
+        return get_peft_model(model, WasiConfig(**{"update": "subspace", **options}))
 
 
 def dataset(name: str, samples: int = SAMPLES, seed: int = 1) -> list[dict[str, Tensor]]:

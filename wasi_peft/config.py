@@ -95,7 +95,7 @@ class WasiConfig(PeftConfig):
         activation_interval (`int`, default 8):
             Optimizer steps from one subspace iteration of the activation bases to the next. 1 is the paper's choice;
             the bases move slowly, and an iteration costs twice as much as the compression itself.
-        update (`str`, default 'subspace'):
+        update (`str`, default 'low_rank'):
             What trains. 'low_rank': L and R stay as they are, and a change `B A` of rank `update_rank` trains beside
             them, as in LoRA (arXiv 2106.09685) and at LoRA's learning rates. 'subspace': both factors, by
             tangent-space gradients and, after each optimizer step, a retraction, which together are the paper's
@@ -165,7 +165,7 @@ class WasiConfig(PeftConfig):
         default=8, metadata={"help": "Optimizer steps between two iterations of the activation bases."}
     )
     update: Literal["low_rank", "subspace", "factor", "frozen_basis"] = field(
-        default="subspace",
+        default="low_rank",
         metadata={"help": "What trains and how: 'low_rank', 'subspace', 'factor' or 'frozen_basis'."},
     )
     update_rank: int = field(default=16, metadata={"help": "Rank of what trains with update='low_rank'."})

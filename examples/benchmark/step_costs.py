@@ -32,7 +32,7 @@ def vit_b32() -> nn.Module:
     return ViTForImageClassification(ViTConfig(patch_size=32, num_labels=10))
 
 
-def factor(model: nn.Module, share: float, activation_share: float) -> nn.Module:
+def factor(model: nn.Module, share: float, activation_share: float, update: str) -> nn.Module:
     """Turns every Linear of the blocks into factors of rank ``share`` times the smaller of its sizes."""
     ranks = {
         name: int(share * min(module.out_features, module.in_features))
@@ -40,7 +40,9 @@ def factor(model: nn.Module, share: float, activation_share: float) -> nn.Module
         if isinstance(module, nn.Linear) and ".layers." in name
     }
     activation_rank = int(activation_share * model.config.hidden_size)
-    config = wasi_peft.WasiConfig(rank_pattern=ranks, activation_ranks=activation_rank, modules_to_save=["classifier"])
+    config = wasi_peft.WasiConfig(
+        rank_pattern=ranks, activation_ranks=activation_rank, modules_to_save=["classifier"], update=update
+    )
     return peft.get_peft_model(model, config)
 
 
@@ -84,18 +86,21 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--share", type=float, default=0.15, help="rank over min(out, in)")
     parser.add_argument("--activation-share", type=float, default=0.15, help="activation rank over hidden size")
+    parser.add_argument("--update", choices=wasi_peft.config.UPDATES, default="subspace")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
 
     torch.manual_seed(1)
     batch = {"pixel_values": torch.randn(args.batch, 3, 224, 224), "labels": torch.randint(10, (args.batch,))}
     results = {"dense": count(vit_b32(), batch)}
-    results["wasi"] = count(factor(vit_b32(), args.share, args.activation_share), batch)
+    results["wasi"] = count(factor(vit_b32(), args.share, args.activation_share, args.update), batch)
     print(f"{'':24}{'dense':>16}{'wasi':>16}{'dense/wasi':>12}")
     for quantity, dense in results["dense"].items():
         own = results["wasi"][quantity]
         print(f"{quantity:24}{dense:>16,}{own:>16,}{dense / own:>12.2f}")
-    settings = {"batch": args.batch, "share": args.share, "activation_share": args.activation_share}
+    settings = {
+        "batch": args.batch, "share": args.share, "activation_share": args.activation_share, "update": args.update
+    }  # fmt: skip
     write_json(args.results, {"settings": settings, "results": results, "environment": environment()})
     return results
 
