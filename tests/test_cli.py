@@ -23,8 +23,8 @@ from wasi_peft.planner import plan_wasi
 from wasi_peft.planning import LayerPlan
 
 TEXTS = ["a b c d", "e f", "g h i j k l", "b d f h j"]
-ESTIMATED = ("--batch-size", "4")
-PLANNED = ("--batch-size", "4", "--weight-share", "0.6")
+ESTIMATED = ("--batch-size", "4", "--update", "factor")
+PLANNED = ("--batch-size", "4", "--weight-share", "0.6", "--update", "factor")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_inspect_adapter(run: Any) -> None:
 
 def test_inspect_adapter_made_from_a_plan(run: Any, assets: Path, tmp_path: Path) -> None:
     plan = WasiPlan.load(assets / "plan.json")
-    get_peft_model(ARCHITECTURES["vit"].model(), WasiConfig(plan=plan)).save_pretrained(tmp_path)
+    get_peft_model(ARCHITECTURES["vit"].model(), WasiConfig(plan=plan, update="factor")).save_pretrained(tmp_path)
     assert plan.headline() in run("inspect", str(tmp_path))
     data = json.loads(run("inspect", str(tmp_path), "--json"))
     ranks = {layer["layer"]: layer["weight_rank"] for layer in data["layers"]}
@@ -276,7 +276,13 @@ def test_plan_is_the_librarys(run: Any, assets: Path, tmp_path: Path) -> None:
     assert plan.headline() in text
     assert plan == WasiPlan.load(assets / "plan.json")  # the calibration is used again
     model, batch = ARCHITECTURES["vit"].model(), ARCHITECTURES["vit"].batch()
-    assert plan == plan_wasi(model, Calibration.load(assets / "calibration"), weight_share=0.6, batch=batch)
+    assert plan == plan_wasi(
+        model,
+        Calibration.load(assets / "calibration"),
+        weight_share=0.6,
+        batch=batch,
+        config=WasiConfig(update="factor"),
+    )
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_the_change_counts_in_a_plan() -> None:
 
 def test_prepared_for_another_update() -> None:
     net = tiny_net(4)
-    preprocess_wasi(net, WasiConfig(weight_share=0.9), data(), repair_steps=0, progress_bar=False)
+    preprocess_wasi(net, WasiConfig(weight_share=0.9, update="factor"), data(), repair_steps=0, progress_bar=False)
     with pytest.raises(ValueError, match="rank of the update"):
         get_peft_model(net, WasiConfig(weight_share=0.9, update="low_rank", update_rank=1))
 

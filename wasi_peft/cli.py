@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from . import report
 from ._registration import NAME
 from .calibration import Calibration, calibrate_wasi
-from .config import WasiConfig
+from .config import UPDATES, WasiConfig
 from .estimate import OPTIMIZERS, estimate_wasi
 from .layer import dense_weight
 from .planner import BUDGETS, plan_wasi
@@ -134,6 +134,14 @@ def _add_batch_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sequence-length", metavar="N", type=_count, help=f"tokens of a text ({SEQUENCE_LENGTH})")
     command.add_argument("--image-size", metavar="P", type=_count, help="pixels of an image's side (the model's)")
     command.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="(adamw)")
+    command.add_argument("--update", choices=UPDATES, default=WasiConfig.update, help=f"({WasiConfig.update})")
+    command.add_argument(
+        "--update-rank", metavar="R", type=_count, default=WasiConfig.update_rank, help=f"({WasiConfig.update_rank})"
+    )
+
+
+def _update(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"update": arguments.update, "update_rank": arguments.update_rank}
 
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:
@@ -301,13 +309,14 @@ def _estimate(arguments: argparse.Namespace) -> None:
         rank, names = arguments.lora or LORA_RANK, sorted(_target_sizes(model))
         configs[f"LoRA r={rank}"] = LoraConfig(r=rank, target_modules=names, modules_to_save=heads)
     if arguments.plan:
-        configs["WASI plan"] = WasiConfig(plan=arguments.plan, modules_to_save=heads)
+        configs["WASI plan"] = WasiConfig(plan=arguments.plan, modules_to_save=heads, **_update(arguments))
     if arguments.weight_rank:
         configs[f"WASI K={arguments.weight_rank}"] = WasiConfig(
             weight_rank=arguments.weight_rank,
             activation_ranks=arguments.activation_rank,
             activation_threshold=None,
             modules_to_save=heads,
+            **_update(arguments),
         )
     estimates = {}
     with tqdm(reversed(configs), desc="Estimates", total=len(configs), leave=False) as labels:
@@ -349,7 +358,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         **{name: getattr(arguments, name) for name in BUDGETS},
         batch=batch,
         optimizer=arguments.optimizer,
-        config=WasiConfig(modules_to_save=_heads(model, task)),
+        config=WasiConfig(modules_to_save=_heads(model, task), **_update(arguments)),
     )
     if arguments.output:
         plan.save(arguments.output)

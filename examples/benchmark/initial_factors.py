@@ -189,7 +189,7 @@ def factored(
     model, seconds = copy.deepcopy(dense), {}
     uniform = method in ("plain", "one-sided")
     ranks = {"rank_pattern": uniform_ranks(model, share)} if uniform else {"weight_share": share}
-    config = wasi_peft.WasiConfig(**ranks)
+    config = wasi_peft.WasiConfig(update="factor", **ranks)  # nothing is reserved for a later change
     if method != "plain":
         kind = "inputs" if method == "one-sided" else "both"
         if kind not in calibrations:
