@@ -771,7 +771,7 @@ def test_no_dense_matrix_exists_after_injection(name: str, activation: int | Non
         outside |= {tuple(x.shape) for x in (outputs.logits, *(outputs.get("hidden_states") or ()))}
     del outputs
     existing = alive()
-    wasi_model(model, **LOW, update=update, activation_ranks=activation)
+    wasi_model(model, **LOW, update=update, update_rank=2, activation_ranks=activation)
     model.train()
     all_sizes = dense_shapes(model, square=True) - outside
     assert len(all_sizes) >= 2

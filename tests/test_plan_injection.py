@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -251,7 +252,7 @@ def prepare(model: nn.Module, names: set[str], rank: int, share: float | None) -
         module = model.get_submodule(name)
         weight = dense_weight(module)
         initial = InitialFactors(weight[:, :rank], weight[:rank], module.bias.detach())  # type: ignore[union-attr,operator]
-        module.__dict__[INITIAL_FACTORS] = PreparedFactors(initial, rank, share)
+        module.__dict__[INITIAL_FACTORS] = PreparedFactors(initial, rank, None if share is None else (share, 0))
 
 
 def test_prepared_factors_decide_the_ranks_of_their_share() -> None:
@@ -266,7 +267,8 @@ def test_prepared_factors_decide_the_ranks_of_their_share() -> None:
 def test_factors_prepared_for_another_share_are_refused(share: float | None) -> None:
     model = VIT.model()
     prepare(model, VIT.targets(model), 3, share)
-    refused(model, rf"prepared it for weight_share={share}, the configuration now asks for 0\.5", weight_share=0.5)
+    budget = re.escape(str(None if share is None else (share, 0)))
+    refused(model, rf"prepared it for .* = {budget}, the configuration now asks for \(0\.5, 0\)", weight_share=0.5)
 
 
 def test_a_share_needs_all_layers_prepared_or_none() -> None:

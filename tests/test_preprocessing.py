@@ -85,10 +85,10 @@ def test_every_architecture(architecture: Architecture) -> None:
     """With the default configuration, repair and a budget, the model is nearer to the dense one than without."""
     model = architecture.model()
     dense, data = copy.deepcopy(model), [architecture.batch(8, seed) for seed in range(2)]
-    run(model, WasiConfig(weight_share=0.6), data, repair_steps=4)
+    run(model, WasiConfig(weight_share=0.6, update="factor"), data, repair_steps=4)
     assert set(prepared(model)) == architecture.targets(model)
-    adapted = get_peft_model(model, WasiConfig(weight_share=0.6)).eval()
-    plain = get_peft_model(copy.deepcopy(dense), WasiConfig(weight_share=0.6)).eval()
+    adapted = get_peft_model(model, WasiConfig(weight_share=0.6, update="factor")).eval()
+    plain = get_peft_model(copy.deepcopy(dense), WasiConfig(weight_share=0.6, update="factor")).eval()
     batch = architecture.batch(16, 99)
     with torch.no_grad():
         wanted = dense(**batch).logits
@@ -103,7 +103,7 @@ def test_a_calibration_made_before_gives_the_same_at_any_rank(tmp_path: Path) ->
     for config in (
         WasiConfig(weight_rank=3),
         WasiConfig(explained_variance_threshold=0.9),
-        WasiConfig(weight_share=0.7),
+        WasiConfig(weight_share=0.7, update="factor"),
     ):
         first, second = copy.deepcopy(net), copy.deepcopy(net)
         run(first, config, data)
@@ -158,7 +158,7 @@ def test_a_share_is_kept_to_and_spent_where_it_matters(share: float, gradients: 
         net.blocks[1].fc2.weight.mul_(4)  # the residual stream now hangs on it
         net.blocks[1].fc1.weight[1:] = 0  # and one direction of this one is all there is
     calibrated = calibrate(net, gradients=gradients)
-    run(net, WasiConfig(weight_share=share), calibration=calibrated)
+    run(net, WasiConfig(weight_share=share, update="factor"), calibration=calibrated)
     found = ranks(net)
     assert share - 0.08 < spent(found, net) <= share
     assert len(set(found.values())) > 1 and found["blocks.1.fc1"] == 1
@@ -167,7 +167,7 @@ def test_a_share_is_kept_to_and_spent_where_it_matters(share: float, gradients: 
     spectra = {spectrum.name: spectrum.weight_energies for spectrum in calibrated.spectra()}
     lost = [sum(sum(spectra[name][rank:]) for name, rank in each.items()) for each in (found, uniform)]
     assert lost[0] < lost[1]
-    config = WasiConfig(weight_share=share)
+    config = WasiConfig(weight_share=share, update="factor")
     model = get_peft_model(net, config)
     assert {name: layer.wasi_L["default"].shape[1] for name, layer in wasi_layers(model.base_model.model)} == found
     assert model.wasi_summary().kept_share <= share
@@ -201,9 +201,9 @@ def test_a_rank_pattern() -> None:
 
 
 def test_the_given_configuration_is_not_changed() -> None:
-    net, config = reference.tiny_net(5), WasiConfig(weight_share=0.5)
+    net, config = reference.tiny_net(5), WasiConfig(weight_share=0.5, update="factor")
     run(net, config, batches())
-    assert config == WasiConfig(weight_share=0.5)
+    assert config == WasiConfig(weight_share=0.5, update="factor")
 
 
 # -------------------------------------------------------------------------------- repair
@@ -222,7 +222,7 @@ def test_repair_is_on_with_batches_and_off_with_a_function(monkeypatch: pytest.M
     run(net, config, data, repair_steps=None)
     run(net, config, data, calibration=calibrated, repair_steps=None)
     run(net, config, data, repair_steps=7)
-    assert steps == [150, 150, 7]
+    assert steps == [preprocessing.REPAIR_STEPS, preprocessing.REPAIR_STEPS, 7]
     run(net, config, lambda: [net(x) for x in data], repair_steps=None)
     run(net, config, calibration=calibrated, repair_steps=None)
     run(net, config, data, repair_steps=0)
@@ -364,13 +364,13 @@ def test_an_adapted_model_is_refused() -> None:
 def test_a_rank_that_changed_before_the_injection(before: dict[str, Any], after: dict[str, Any]) -> None:
     net = reference.tiny_net(24)
     calibrated = calibrate(net)
-    run(net, WasiConfig(**before), calibration=calibrated)
+    run(net, WasiConfig(**before, update="factor"), calibration=calibrated)
     kept, untouched = prepared(net), Untouched(net)
     with pytest.raises(ValueError, match="Run preprocess_wasi again with this configuration"):
-        get_peft_model(net, WasiConfig(**after))
+        get_peft_model(net, WasiConfig(**after, update="factor"))
     untouched.check()
     assert not any(isinstance(module, WasiLayer) for module in net.modules())
     assert_same_factors(prepared(net), kept)
-    run(net, WasiConfig(**after), calibration=calibrated)
-    model = get_peft_model(net, WasiConfig(**after))
+    run(net, WasiConfig(**after, update="factor"), calibration=calibrated)
+    model = get_peft_model(net, WasiConfig(**after, update="factor"))
     assert len(list(wasi_layers(model))) == len(TARGETS)

@@ -168,7 +168,25 @@ def estimate_wasi(
         >>> estimate.inference_flops == 2 * 8 * 64 * 256 * 2
         True
     """
-    make_optimizer = _optimizer_factory(optimizer)
+    with _simulated(model, config, batch) as run:
+        return run.estimate(_optimizer_factory(optimizer))
+
+
+def estimate_peak(
+    model: nn.Module,
+    config: PeftConfig | WasiPlan | None = None,
+    *,
+    batch: Any,
+    optimizer: str | OptimizerFactory | None = "adamw",
+) -> int:
+    """`peak_bytes` of :func:`estimate_wasi` alone, in bytes and in half the time."""
+    with _simulated(model, config, batch) as run:
+        return run.peak(_optimizer_factory(optimizer))
+
+
+@contextmanager
+def _simulated(model: nn.Module, config: PeftConfig | WasiPlan | None, batch: Any) -> Iterator[_Run]:
+    """The model without memory, with the adapter in it, ready to run."""
     if isinstance(config, WasiPlan):
         config = WasiConfig(plan=config)
     if config is not None:
@@ -184,7 +202,7 @@ def estimate_wasi(
             raise ValueError("The model must have parameters that require a gradient, got none: there is no step.")
         run = _Run(simulation, twin, simulation.batch(arguments), simulation.batch(keywords), autocast)
         try:
-            return run.estimate(make_optimizer)
+            yield run
         except _UnknownValue as error:
             if _has_threshold(twin):
                 fields = "activation_ranks (or activation_threshold=None for exact inputs)"
@@ -369,7 +387,7 @@ class _Simulation(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.prim.device.default:
+        if func is torch.ops.prim.device.default:  # half of all calls; the general way is slow
             return args[0].fake_device
         kwargs = kwargs or {}
         symbolic = any(isinstance(tensor, FakeTensor) for tensor in _operands(args, kwargs))
@@ -401,8 +419,8 @@ class _Simulation(TorchDispatchMode):
 
     def _without_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            # what `with self._fake: func(...)` comes to, in two thirds of the time
-            out = self._fake.dispatch(func, (), args, kwargs)
+            with self._fake:
+                out = func(*args, **kwargs)
             if self._injecting:  # Module.to refuses parameters to which there is a weak reference
                 self._fake.fake_tensor_converter.tensor_memo.clear()
             return out
@@ -538,10 +556,26 @@ class _Run:
         """The first step, one that meets what it made, and with compressed inputs one in which the bases move."""
         self.model.train()
         steps = [self.step(optimizer), self.step(optimizer)]
+        return steps + [self.step(optimizer)] if self.age_bases() else steps
+
+    def age_bases(self) -> bool:
+        """Makes all bases move in the next step; whether there are any."""
         compressing = [layer for _, layer in wasi_layers(self.model) if any(layer.wasi_rule.values())]
         for layer in compressing:
             layer.wasi_basis_age.update(layer.wasi_basis_interval)
-        return steps + [self.step(optimizer)] if compressing else steps
+        return bool(compressing)
+
+    def peak(self, make_optimizer: OptimizerFactory | None) -> int:
+        """The most at any moment of the first step or of one that meets what it made and moves the bases.
+
+        A step in which they stay takes the same tensors but those of the moves.
+        """
+        gc.collect()  # cycles may hold what injection let go
+        optimizer = None if make_optimizer is None else make_optimizer(self.model)
+        self.model.train()
+        first = self.step(optimizer)
+        self.age_bases()
+        return max(first.peak, self.step(optimizer).peak)
 
     def step(self, optimizer: torch.optim.Optimizer | None) -> _Step:
         """Forward, loss, backward, optimizer step, gradients released."""

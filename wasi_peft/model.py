@@ -80,8 +80,9 @@ def _shared_ranks(targets: dict[str, nn.Module], share: float, reserved_rank: in
     for name, factors in prepared.items():
         if factors.budget != (share, reserved_rank):
             raise ValueError(
-                f"{name}: preprocess_wasi prepared it for (weight_share, rank of the update) = {factors.budget}, the "
-                f"configuration now asks for {(share, reserved_rank)}. Run preprocess_wasi again with it."
+                f"{name}: preprocess_wasi prepared it for (weight_share, rank of the update) = {factors.budget}, "
+                f"the configuration now asks for {(share, reserved_rank)}. Run preprocess_wasi again with this "
+                "configuration."
             )
     if prepared:
         missing = sorted(set(targets) - set(prepared))

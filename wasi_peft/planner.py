@@ -29,7 +29,7 @@ from .costs import (
     factored_forward_flops,
     input_elements,
 )
-from .estimate import OptimizerFactory, estimate_wasi
+from .estimate import OptimizerFactory, estimate_peak
 from .layer import dense_weight
 from .linalg import orthonormalize
 from .planning import (
@@ -378,7 +378,7 @@ def _plan_peak(
         states = 0  # what trains is as large at every rank
 
     def peak(plan: WasiPlan) -> int:
-        return estimate_wasi(model, WasiConfig(plan=plan, **kept), batch=batch, optimizer=optimizer).peak_bytes
+        return estimate_peak(model, WasiConfig(plan=plan, **kept), batch=batch, optimizer=optimizer)
 
     try:
         return _fit(
