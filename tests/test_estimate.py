@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import json
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from wasi_peft import SubspaceSGD, WasiConfig, measure_peak_memory, preprocess_wasi
 from wasi_peft.costs import factored_elements
-from wasi_peft.estimate import Estimate, estimate_wasi
+from wasi_peft.estimate import Estimate, estimate_peak, estimate_wasi
 from wasi_peft.layer import WasiLayer
 from wasi_peft.planning import LayerPlan, WasiPlan
 
@@ -105,6 +106,12 @@ def saved_bytes(model: nn.Module, batch: Batch) -> int:
     return storage_bytes(kept)
 
 
+@functools.cache
+def estimated(architecture: Architecture, kind: str) -> Estimate:
+    """One estimate for all tests that look at it."""
+    return estimate_wasi(architecture.model(), CONFIGS[kind](), batch=architecture.batch(SAMPLES))
+
+
 # ---------------------------------------------------------------- agreement
 
 
@@ -117,7 +124,7 @@ def check_peak(estimate: Estimate, measured: int, architecture: Architecture) ->
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_peak_is_the_measured_one(architecture: Architecture, kind: str) -> None:
     model, batch = architecture.model(), architecture.batch(SAMPLES)
-    estimate = estimate_wasi(model, CONFIGS[kind](), batch=batch)
+    estimate = estimated(architecture, kind)
     check_peak(estimate, measured_peak(with_adapter(model, CONFIGS[kind]()), batch), architecture)
 
 
@@ -133,7 +140,7 @@ def test_peak_of_other_configurations(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["dense", "lora", "subspace"])
 def test_parts_are_those_of_a_real_step(architecture: Architecture, kind: str) -> None:
     model, batch = architecture.model(), architecture.batch(SAMPLES)
-    estimate = estimate_wasi(model, CONFIGS[kind](), batch=batch)
+    estimate = estimated(architecture, kind)
 
     model = with_adapter(model, CONFIGS[kind]()).train()
     optimizer = adamw(model)
@@ -158,7 +165,7 @@ def test_parts_are_those_of_a_real_step(architecture: Architecture, kind: str) -
 
 def test_saved_bytes_are_what_autograd_keeps(architecture: Architecture) -> None:
     model, batch = architecture.model().train(), architecture.batch(SAMPLES)
-    assert estimate_wasi(model, batch=batch).saved_bytes == pytest.approx(saved_bytes(model, batch), rel=0.02)
+    assert estimated(architecture, "dense").saved_bytes == pytest.approx(saved_bytes(model, batch), rel=0.02)
 
 
 def test_bases_are_state_and_their_moves_are_spread_over_the_steps() -> None:
@@ -274,7 +281,7 @@ def test_optimizers(name: str | None, make: Callable[[list[nn.Parameter]], torch
 def test_subspace_sgd() -> None:
     architecture = ARCHITECTURES["bert"]
     model, batch = architecture.model(), architecture.batch(SAMPLES)
-    config = WasiConfig(weight_rank=5, activation_ranks=4)
+    config = WasiConfig(weight_rank=5, activation_ranks=4, update="subspace")
     estimate = estimate_wasi(model, config, batch=batch, optimizer=SubspaceSGD)
     measured = measured_peak(get_peft_model(model, config), batch, lambda twin: SubspaceSGD(twin, lr=1e-5))
     check_peak(estimate, measured, architecture)
@@ -289,11 +296,21 @@ def test_without_an_optimizer() -> None:
     assert estimate.peak_bytes < estimate_wasi(model, batch=batch, optimizer="sgd_momentum").peak_bytes
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", None])
+@pytest.mark.parametrize("kind", ["dense", "subspace"])
+@pytest.mark.parametrize("samples", [1, SAMPLES])
+def test_the_peak_alone_is_that_of_the_estimate(samples: int, kind: str, optimizer: str | None) -> None:
+    architecture = ARCHITECTURES["vit"]
+    model, options = architecture.model(), {"batch": architecture.batch(samples), "optimizer": optimizer}
+    whole = estimate_wasi(model, CONFIGS[kind](), **options)
+    assert estimate_peak(model, CONFIGS[kind](), **options) == whole.peak_bytes
+
+
 # ---------------------------------------------------------------- what is asked for
 
 
 def test_parts_at_the_peak_add_up(architecture: Architecture) -> None:
-    estimate = estimate_wasi(architecture.model(), CONFIGS["subspace"](), batch=architecture.batch())
+    estimate = estimated(architecture, "subspace")
     assert sum(estimate.at_peak.values()) == estimate.peak_bytes
     most = {"weights": estimate.weights_bytes, "gradients": estimate.gradients_bytes, "saved": estimate.saved_bytes}
     most |= {"optimizer": estimate.optimizer_bytes, "temporary": estimate.temporary_bytes}
@@ -307,7 +324,9 @@ def test_table_and_plain_data() -> None:
     assert Estimate(**estimate.to_dict()) == estimate
 
 
-def test_adapter_that_is_there_already(architecture: Architecture) -> None:
+@pytest.mark.parametrize("name", ["swin", "gpt2"])
+def test_adapter_that_is_there_already(name: str) -> None:
+    architecture = ARCHITECTURES[name]
     model, batch = architecture.model(), architecture.batch()
     config = WasiConfig(weight_rank=5, activation_ranks=4)
     fresh = estimate_wasi(model, config, batch=batch)
@@ -343,7 +362,7 @@ def test_saved_configuration_needs_no_decomposition() -> None:
 def test_ranks_that_preprocessing_has_chosen_are_known(options: dict[str, float]) -> None:
     architecture = ARCHITECTURES["vit"]
     model, batch = architecture.model(), architecture.batch()
-    config = WasiConfig(activation_ranks=4, **options)  # type: ignore[arg-type]
+    config = WasiConfig(activation_ranks=4, update="subspace", **options)  # type: ignore[arg-type]
     preprocess_wasi(model, config, [batch])
     estimate = estimate_wasi(model, config, batch=batch)
     assert estimate == estimate_wasi(get_peft_model(model, config), batch=batch)
@@ -414,7 +433,7 @@ def test_the_papers_count_of_factors_and_tucker_forms() -> None:
     architecture = ARCHITECTURES["vit"]
     samples, tokens, width, hidden, rank = 8, 5, 16, 24, 5
     kept = {"feature": 4, "token": 3}
-    config = WasiConfig(weight_rank=rank, activation_modes=list(kept), activation_ranks=kept)
+    config = WasiConfig(weight_rank=rank, activation_modes=list(kept), activation_ranks=kept, update="subspace")
     estimate = estimate_wasi(architecture.model(), config, batch=architecture.batch(samples))
 
     def tucker(features: int) -> int:

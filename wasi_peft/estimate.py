@@ -419,8 +419,7 @@ class _Simulation(TorchDispatchMode):
 
     def _without_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            with self._fake:
-                out = func(*args, **kwargs)
+            out = self._fake.dispatch(func, (), args, kwargs)  # spares entering the mode and dispatching once more
             if self._injecting:  # Module.to refuses parameters to which there is a weak reference
                 self._fake.fake_tensor_converter.tensor_memo.clear()
             return out

@@ -7,6 +7,7 @@ and the bound moves until the true cost meets the budget.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from .costs import (
     factored_forward_flops,
     input_elements,
 )
-from .estimate import OptimizerFactory, estimate_peak
+from .estimate import MIB, OptimizerFactory, estimate_peak
 from .layer import dense_weight
 from .linalg import orthonormalize
 from .planning import (
@@ -44,6 +45,8 @@ from .planning import (
     input_groups,
 )
 from .tucker import Tucker, canonical
+
+logger = logging.getLogger(__name__)
 
 BUDGETS = (
     "weight_share",
@@ -126,10 +129,11 @@ def plan_wasi(
             the configuration decides ranks itself.
 
     Example:
-        >>> from wasi_peft import calibrate_wasi
+        >>> from wasi_peft import WasiConfig, calibrate_wasi
         >>> model = nn.Sequential(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)))
         >>> calibration = calibrate_wasi(model, [torch.randn(64, 32)], progress_bar=False)
-        >>> 0.4 < plan_wasi(model, calibration, weight_share=0.5).kept_share <= 0.5
+        >>> plan = plan_wasi(model, calibration, weight_share=0.5, config=WasiConfig(update="factor"))
+        >>> 0.4 < plan.kept_share <= 0.5
         True
     """
     values = weight_share, peak_bytes, training_flops, inference_flops, step_seconds, inference_seconds, error
@@ -312,11 +316,11 @@ def _fit(
     activation_cost: ActivationCost,
     true_cost: Callable[[WasiPlan], float],
     budget: float,
-) -> WasiPlan:
-    """A plan whose true cost is at most the budget, and close to it unless more rank helps nothing.
+) -> tuple[WasiPlan, float]:
+    """A plan whose true cost is at most the budget, close to it unless more rank helps nothing, and that cost.
 
-    Plans are chosen under a bound on the costs that add up. It starts where each unit of them would be one of the
-    true cost and moves along the secant, a few times at most.
+    Plans are chosen under a bound on the costs that add up. It starts in the middle and moves a few times at most:
+    first as if each unit of them were one of the true cost, then along the secant.
 
     Raises:
         InfeasibleError: If the cheapest plan costs more than the budget; it carries that cost.
@@ -326,34 +330,41 @@ def _fit(
         costs.append([option.cost for option in activation_options(group, activation_cost)])
     least, most = math.fsum(map(min, costs)), math.fsum(map(max, costs))
 
-    def plan_at(bound: float) -> WasiPlan:
-        return choose_plan(
+    def plan_at(bound: float) -> tuple[WasiPlan, float]:
+        plan = choose_plan(
             problem.spectra,
             weight_cost=weight_cost,
             activation_cost=activation_cost,
             budget=bound,
             asked=problem.asked,
         )
+        return plan, true_cost(plan)
 
-    best = plan_at(least)
-    low, high = (least, true_cost(best)), None
-    if low[1] > budget:
-        raise InfeasibleError("cost", budget, low[1])
-    bound = min(most, least + budget - low[1])
+    best: tuple[WasiPlan, float] | None = None
+    below: tuple[float, float] | None = None  # the largest bound that kept the budget, with its cost
+    above: tuple[float, float] | None = None  # the smallest that did not
+    bound = (least + most) / 2
     for _ in range(TRIES):
-        plan = plan_at(bound)
-        previous, spent = low, true_cost(plan)
-        if spent > budget:
-            high = (bound, spent)
-        else:
-            best, low = plan, (bound, spent)
+        plan, spent = plan_at(bound)
+        if spent <= budget:
+            best, below = (plan, spent), (bound, spent)
             if bound == most or spent >= AIM * budget:
-                break
-        start, end = (previous, low) if high is None else (low, high)
-        rise = end[1] - start[1]
-        steps = ((1 + AIM) / 2 * budget - start[1]) / rise if rise > 0 else math.inf
-        bound = min(most, start[0] + steps * (end[0] - start[0]))
-    return best
+                return best
+        elif bound == least:
+            raise InfeasibleError("cost", budget, spent)
+        else:
+            above = (bound, spent)
+        rate = 1.0
+        if below is not None and above is not None and above[1] > below[1]:
+            rate = (above[0] - below[0]) / (above[1] - below[1])
+        start = below or (bound, spent)
+        bound = min(most, max(least, start[0] + rate * ((1 + AIM) / 2 * budget - start[1])))
+    if best is not None:
+        return best
+    plan, spent = plan_at(least)
+    if spent > budget:
+        raise InfeasibleError("cost", budget, spent)
+    return plan, spent
 
 
 # -------------------------------------------------------------------- peak memory
@@ -381,7 +392,7 @@ def _plan_peak(
         return estimate_peak(model, WasiConfig(plan=plan, **kept), batch=batch, optimizer=optimizer)
 
     try:
-        return _fit(
+        plan, needed = _fit(
             problem,
             lambda spectrum, rank: bytes_per_element * (1 + states) * _rank_elements(spectrum, rank),
             lambda group, ranks: bytes_per_element * problem.kept_elements(group, ranks),
@@ -390,6 +401,17 @@ def _plan_peak(
         )
     except InfeasibleError as error:
         raise InfeasibleError("peak_bytes", budget, error.least / (1 - PEAK_MARGIN)) from error
+    replaced = [parameter for layer in plan.layers for parameter in model.get_submodule(layer.name).parameters()]
+    if all(parameter.requires_grad for parameter in replaced):  # otherwise the model is not what fine-tuning takes
+        dense = estimate_peak(model, batch=batch, optimizer=optimizer)
+        if needed >= dense:
+            logger.warning(
+                "A step under this plan needs %.1f MiB, dense fine-tuning %.1f MiB: the plan saves no memory. "
+                "Lower peak_bytes, or fine-tune the dense model.",
+                needed / MIB,
+                dense / MIB,
+            )
+    return plan
 
 
 # -------------------------------------------------------------------- FLOPs and time
@@ -453,7 +475,7 @@ def _plan_training_work(problem: _Problem, work: _Work, budget: float) -> WasiPl
                 costs.append(work.product(spectrum, layer.weight_rank, layer.activation_ranks["feature"]))
         return math.fsum(costs)
 
-    return _fit(problem, weight_cost, activation_cost, true_cost, budget)
+    return _fit(problem, weight_cost, activation_cost, true_cost, budget)[0]
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.33, 0.25])
     parser.add_argument("--repeats", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batches", type=int, help="calibration batches (default: 512 samples, for smollm2 256)")
     parser.add_argument("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -261,6 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not missing:
                 continue
             dense, batches, evaluate = TASKS[name](repeat)
+            batches = batches[: args.batches]
             calibrations: dict[str, Any] = {}
             for key, (method, share) in missing.items():
                 seconds: dict[str, float] = {}
@@ -271,6 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
                 entry = {
                     "model": name, "method": method, "share": share, "repeat": repeat, "kept_share": kept,
                     "metrics": evaluate(model), "seconds": seconds,
+                    "calibration_batches": len(batches),
                     "repair_steps": args.repair_steps if method == "repaired" else 0,
                     "process_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                     "environment": environment(),
