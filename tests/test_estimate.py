@@ -34,7 +34,8 @@ MIB = 2**20
 CONFIGS: dict[str, Callable[[], Any]] = {
     "dense": lambda: None,
     "lora": lambda: LoraConfig(r=2, target_modules="all-linear"),
-    "subspace": lambda: WasiConfig(weight_rank=5, activation_ranks=4),
+    "subspace": lambda: WasiConfig(weight_rank=5, activation_ranks=4, update="subspace"),
+    "low rank": lambda: WasiConfig(weight_rank=3, activation_ranks=4, update_rank=2),
     "factor": lambda: WasiConfig(weight_rank=5, activation_ranks=4, update="factor"),
 }
 OTHER_CONFIGS: dict[str, Callable[[], Any]] = {

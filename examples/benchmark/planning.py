@@ -88,12 +88,12 @@ def timed_plan(model: nn.Module, calibration: Any, **options: Any) -> tuple[wasi
 
     Processor time is what a busy machine does not distort; with one thread it is the time on an idle one.
     """
-    counted = planner.estimate_wasi = Counted(planner.estimate_wasi)
+    counted = planner.estimate_peak = Counted(planner.estimate_peak)
     start, processor_start = time.perf_counter(), time.process_time()
     try:
         plan = planner.plan_wasi(model, calibration, **options)
     finally:
-        planner.estimate_wasi = counted.function
+        planner.estimate_peak = counted.function
     return plan, {
         "seconds": round(time.perf_counter() - start, 2),
         "processor_seconds": round(time.process_time() - processor_start, 2),
@@ -117,7 +117,7 @@ def many_layers(blocks: int, tokens: int) -> dict[str, Any]:
     calibration = MadeUpCalibration(model)
     tokens_in = torch.arange(2 * tokens).reshape(2, tokens) % config.vocab_size
     batch = {"input_ids": tokens_in, "labels": tokens_in}
-    dense_bytes = planner.estimate_wasi(model, batch=batch).peak_bytes
+    dense_bytes = wasi_peft.estimate_wasi(model, batch=batch).peak_bytes
     asked = {
         "weight_share": 0.4,
         "error": 0.05,
@@ -153,7 +153,7 @@ def fits(budgets: Iterable[int], images: int, batch_size: int) -> dict[str, Any]
         config = wasi_peft.WasiConfig(**options)
         plan, timing = timed_plan(dense, calibration, peak_bytes=budget * MIB, batch=batch, config=config)
         config = wasi_peft.WasiConfig(plan=plan, **options)
-        estimate = planner.estimate_wasi(dense, config, batch=batch).peak_bytes
+        estimate = wasi_peft.estimate_wasi(dense, config, batch=batch).peak_bytes
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
             model = peft.get_peft_model(load_vit(), config)
