@@ -15,9 +15,9 @@ from .model import WasiModel
 from .optimizer import SubspaceSGD, create_wasi_optimizer
 from .planner import plan_wasi
 from .planning import WasiPlan
-from .preprocessing import REPAIR_STEPS, preprocess_wasi
+from .preprocessing import preprocess_wasi
 from .profiling import PeakMemory, measure_peak_memory
-from .repair import repair_factors
+from .repair import REPAIR_STEPS, repair_factors
 from .report import plot_calibration, plot_estimates, plot_plan
 from .summary import WasiSummary, wasi_summary
 

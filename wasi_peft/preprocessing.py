@@ -13,10 +13,8 @@ from .layer import InitialFactors
 from .linalg import rank_for_threshold
 from .model import INITIAL_FACTORS, PreparedFactors
 from .planning import allocate_ranks
-from .repair import repair_factors
+from .repair import REPAIR_STEPS, repair_factors
 from .targets import asked_rank, resolve_targets
-
-REPAIR_STEPS = 400
 
 
 def preprocess_wasi(

@@ -24,6 +24,7 @@ from .layer import InitialFactors, Linear
 
 logger = logging.getLogger(__name__)
 
+REPAIR_STEPS = 400
 _ADAPTER = "repair"
 _WARM_UP = 0.05
 _NUMBERED = re.compile(r"^.*?\.\d+(?=\.)")
@@ -34,7 +35,7 @@ def repair_factors(
     factors: Mapping[str, InitialFactors],
     data: Iterable[Any],
     *,
-    steps: int = 400,
+    steps: int = REPAIR_STEPS,
     lr: float = 2e-4,
     every: int = 3,
     max_batches: int | None = None,
