@@ -15,6 +15,7 @@ ORDER = [
     "costs",
     "planning",
     "autograd",
+    "low_rank",
     "_registration",
     "config",
     "released",

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import tiny_net
 from strategies import relative_error
-from torch import nn
+from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, calibrate_wasi, plan_wasi, preprocess_wasi, wasi_summary
 from wasi_peft.layer import wasi_layers
+from wasi_peft.low_rank import low_rank_linear
+from wasi_peft.tucker import Bases, CompressionRule, canonical, compress, expand
 
 RANK = 3
 
 
-def data() -> list[torch.Tensor]:
+def data() -> list[Tensor]:
     torch.manual_seed(3)
     return [torch.randn(4, 5, 8) for _ in range(2)]
 
@@ -28,6 +32,74 @@ def adapted(net: nn.Module, **options: object) -> PeftModel:
     preprocess_wasi(net, config, batches, repair_steps=0, progress_bar=False)
     model: PeftModel = get_peft_model(net, config)
     return model
+
+
+def operands(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shapes = {"x": (2, 5, 7), "L": (6, 2), "R": (2, 7), "B": (6, RANK), "A": (RANK, 7), "bias": (6,)}
+    return {name: torch.randn(*shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+# -------------------------------------------------------------------- the function
+
+
+@pytest.mark.parametrize("needed", [names for n in range(1, 5) for names in itertools.combinations("xBAb", n)])
+@pytest.mark.parametrize("modes", [None, ("feature",), ("feature", "token")])
+def test_gradients_are_autograds(needed: tuple[str, ...], modes: tuple[str, ...] | None) -> None:
+    given = operands()
+    compressed, seen = None, given["x"]
+    if modes is not None:
+        ranks = tuple((mode, 2) for mode in modes)
+        result = compress(canonical(given["x"]), CompressionRule(modes, None, ranks), Bases())
+        assert result is not None
+        compressed = result[0]
+        seen = expand(compressed)
+    names = [{"b": "bias"}.get(name, name) for name in needed]
+    for name in names:
+        given[name].requires_grad_()
+    ours = low_rank_linear(**given, compressed=compressed)
+
+    def dense(x: Tensor) -> Tensor:
+        return F.linear(x, given["L"] @ given["R"] + given["B"] @ given["A"], given["bias"])
+
+    plain = dense(given["x"])
+    assert relative_error(ours, plain) < 1e-13
+    direction = torch.randn_like(plain)
+    found = torch.autograd.grad(ours, [given[name] for name in names], direction)
+    for name, gradient in zip(names, found, strict=True):
+        x = seen if name == "A" else given["x"]
+        (wanted,) = torch.autograd.grad(dense(x), given[name], direction)
+        assert gradient.shape == given[name].shape
+        assert relative_error(gradient, wanted) < 1e-12, name
+
+
+def test_only_what_gradients_need_is_kept() -> None:
+    sizes = {}
+    for needed in ("x", "B", "A", "BA"):
+        given = operands()
+        for name in needed:
+            given[name].requires_grad_()
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            low_rank_linear(**given)
+        factors = {given[name].data_ptr() for name in ("L", "R", "B", "A")}
+        sizes[needed] = sum(t.numel() for t in kept if t.data_ptr() not in factors)
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in kept)
+    rows, features = 10, 7
+    assert sizes == {"x": 0, "B": rows * RANK, "A": rows * features, "BA": rows * (RANK + features)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_with_float32_factors(dtype: torch.dtype) -> None:
+    given = operands(torch.float32)
+    for name in ("B", "A", "bias"):
+        given[name].requires_grad_()
+    x = given.pop("x").to(dtype)
+    low_rank_linear(x, **given).float().square().sum().backward()
+    assert {given[name].grad.dtype for name in ("B", "A", "bias")} == {torch.float32}
+
+
+# -------------------------------------------------------------------- in a model
 
 
 def test_gradients_are_those_of_lora_on_the_product() -> None:

@@ -682,23 +682,25 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
 def _weight_elements(layer: nn.Module) -> int:
     if isinstance(layer, WasiLayer):
         assert layer.active_name is not None
-        rank = layer.wasi_L[layer.active_name].shape[1]
-        return factored_elements(layer.out_features, layer.in_features, rank)
+        return factored_elements(layer.out_features, layer.in_features, layer.rank(layer.active_name))
     assert isinstance(layer.weight, Tensor)
     return layer.weight.numel()
 
 
 def _input_elements(layer: nn.Module, x: Tensor) -> int:
-    """Elements that a layer keeps of its input, shared with other layers or not."""
+    """Elements that a layer keeps for the gradients of its factors, shared with other layers or not."""
     if not isinstance(layer, WasiLayer):
         assert isinstance(layer.weight, Tensor)
         return x.numel() if layer.weight.requires_grad else 0
     name = layer.active_name
     assert name is not None
-    L, R = layer.wasi_L[name], layer.wasi_R[name]
-    if not R.requires_grad:
-        return x.shape[:-1].numel() * L.shape[1] if L.requires_grad else 0
+    trained = name in layer.wasi_A
+    outer, inner = (layer.wasi_B[name], layer.wasi_A[name]) if trained else (layer.wasi_L[name], layer.wasi_R[name])
+    image = x.shape[:-1].numel() * outer.shape[1]  # of the input, from which the gradient of `outer` can come
+    if not inner.requires_grad:
+        return image if outer.requires_grad else 0
+    kept = x.numel()
     for (rule, _), compressed in _shared(x).compressed.items():
         if rule == layer.wasi_rule[name] and compressed is not None:
-            return sum(part.numel() for part in compressed if part is not None)
-    return x.numel()
+            kept = sum(part.numel() for part in compressed if part is not None)
+    return kept + (image if trained and outer.requires_grad else 0)

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .autograd import ProductGradientSink, factored_linear
 from .config import WasiConfig
 from .linalg import retraction
+from .low_rank import joined, low_rank_linear
 from .released import FactoredWeight, ReleasedLinear, build_dense
 from .tucker import Bases, CompressionRule, Tucker, canonical, compress
 
@@ -218,8 +219,16 @@ class WasiLayer(BaseTunerLayer):
 
     def rank(self, adapter_name: str) -> int:
         """Directions that an adapter's weight is made of: K, and those of a low-rank change."""
-        change = self.wasi_A[adapter_name].shape[0] if adapter_name in self.wasi_A else 0
-        return int(self.wasi_L[adapter_name].shape[1]) + int(change)
+        trained = self.wasi_A[adapter_name].shape[0] if adapter_name in self.wasi_A else 0
+        return int(self.wasi_L[adapter_name].shape[1]) + int(trained)
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """All directions of an adapter's weight, (out, rank) and (rank, in); copies where a change is beside L R."""
+        return joined(*self._parts(adapter_name))
+
+    def _parts(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        trained = (self.wasi_B[name], self.wasi_A[name]) if name in self.wasi_A else (None, None)
+        return self.wasi_L[name], self.wasi_R[name], *trained
 
     @property
     def active_name(self) -> str | None:
@@ -248,9 +257,8 @@ class WasiLayer(BaseTunerLayer):
         return base._dense_class if isinstance(base, ReleasedLinear) else type(base)
 
     def _multiply_out(self, name: str) -> Tensor:
-        weight = self.wasi_L[name] @ self.wasi_R[name]
-        if name in self.wasi_A:
-            weight = weight + self.wasi_B[name] @ self.wasi_A[name]
+        outer, inner = self.factors(name)
+        weight = outer @ inner
         return weight.T if issubclass(self._dense_class(), Conv1D) else weight
 
     @property
@@ -419,18 +427,15 @@ class Linear(nn.Module, WasiLayer):
         if self._awaiting or self._loading_group:
             self._require_loaded(name)
 
-        L, R = self.wasi_L[name], self.wasi_R[name]
+        L, R, B, A = self._parts(name)
         bias = self.wasi_bias[name] if name in self.wasi_bias else None
-        change = (self.wasi_B[name], self.wasi_A[name]) if name in self.wasi_A else None
-        outer, inner = (L, R) if change is None else change  # the factors that train
+        outer, inner = (L, R) if B is None or A is None else (B, A)  # those that train
         trains = torch.is_grad_enabled() and (outer.requires_grad or inner.requires_grad)
         compute_dtype = L.dtype
         if torch.is_autocast_enabled(x.device.type):
             compute_dtype = torch.get_autocast_dtype(x.device.type)
         if not trains:
-            x = x.to(compute_dtype)
-            y = _two_linears(x, L, R, bias)
-            return y if change is None else y.add_(_two_linears(x, *change, None))
+            return _two_linears(x.to(compute_dtype), *joined(L, R, B, A), bias)
 
         compressed = None
         if torch.compiler.is_compiling():
@@ -439,13 +444,12 @@ class Linear(nn.Module, WasiLayer):
             rows = self._cast(x, compute_dtype)
         if inner.requires_grad and self.wasi_rule[name] is not None:
             compressed = self._compress(x, rows, name)
-        tangent = self.wasi_update[name] == "subspace"
-        sink = None if torch.compiler.is_compiling() else product_gradient_sink(L)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            if change is None:
-                return factored_linear(rows, L, R, bias, compressed, tangent, sink)
-            # frozen factors: autograd keeps nothing of the input for them
-            return _two_linears(rows, L, R, bias).add_(factored_linear(rows, *change, None, compressed, False))
+            if B is not None and A is not None:
+                return low_rank_linear(rows, L, R, B, A, bias, compressed)
+            tangent = self.wasi_update[name] == "subspace"
+            sink = None if torch.compiler.is_compiling() else product_gradient_sink(L)
+            return factored_linear(rows, L, R, bias, compressed, tangent, sink)
 
     @staticmethod
     def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

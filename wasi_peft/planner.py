@@ -33,6 +33,7 @@ from .costs import (
 from .estimate import MIB, OptimizerFactory, estimate_peak
 from .layer import dense_weight
 from .linalg import orthonormalize
+from .low_rank import joined, low_rank_linear
 from .planning import (
     InfeasibleError,
     InputGroup,
@@ -502,19 +503,23 @@ class _Flops:
         flops = 2 * self.forward(spectrum, rank)  # the gradient of the input costs as much
         if self.subspace:
             flops += 2 * rank**2 * (4 * spectrum.out_features + 3 * spectrum.in_features)
-        if exact:
-            rows, trained = self.problem.rows(spectrum), spectrum.reserved_rank or rank
-            flops += 2 * rows * trained * (spectrum.out_features + 2 * spectrum.in_features)
+        rows = self.problem.rows(spectrum)
+        if spectrum.reserved_rank:
+            inner = spectrum.in_features if exact else 0
+            flops += 2 * rows * spectrum.reserved_rank * (spectrum.out_features + inner)
+        elif exact:
+            flops += 2 * rows * rank * (spectrum.out_features + 2 * spectrum.in_features)
         return flops
 
     def compression(self, group: InputGroup, rank: int) -> float:
         rows = self.problem.rows(group.spectra[0])
         flops = 2 * rows * rank * group.in_features * (1 + 2 / self.interval)
-        return flops + sum(2 * rows * rank * spectrum.out_features for spectrum in group.spectra)
+        return flops + sum(2 * rows * rank * (x.reserved_rank or x.out_features) for x in group.spectra)
 
     def product(self, spectrum: LayerSpectrum, weight_rank: int, rank: int) -> float:
-        trained = spectrum.reserved_rank or weight_rank
-        return 2 * factored_forward_flops(rank, spectrum.out_features, spectrum.in_features, trained)
+        if spectrum.reserved_rank:
+            return 2 * rank * spectrum.reserved_rank * spectrum.in_features
+        return 2 * factored_forward_flops(rank, spectrum.out_features, spectrum.in_features, weight_rank)
 
 
 class LayerTimer:
@@ -548,19 +553,19 @@ class LayerTimer:
         if feature_rank is not None:
             compressed = Tucker(self._random(1, rows, feature_rank), self._random(in_features, feature_rank))
 
+        change = None
+        if self._change_rank:
+            change = self._random(out_features, self._change_rank), self._random(self._change_rank, in_features)
+
         def layer(x: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
-            if self._change_rank:
-                frozen = F.linear(F.linear(x, R), L)
-                change = factored_linear(x, outer, inner, None, compressed, False)
-                return frozen.add_(change)
             if not training:
+                outer, inner = joined(L, R, *(change or (None, None)))
                 return F.linear(F.linear(x, inner), outer)
+            if change is not None:
+                return low_rank_linear(x, L, R, outer, inner, None, compressed)
             return factored_linear(x, outer, inner, None, compressed, self._tangent)
 
-        trained = (L, R)
-        if self._change_rank:
-            trained = self._random(out_features, self._change_rank), self._random(self._change_rank, in_features)
-        return self._layer(layer, rows, trained, training)
+        return self._layer(layer, rows, change or (L, R), training)
 
     def compression(self, rows: int, in_features: int, rank: int) -> float:
         """Compression of an input onto a basis that is there."""
