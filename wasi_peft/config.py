@@ -16,6 +16,8 @@ from .tucker import MODES, CompressionRule
 
 UPDATES = ("low_rank", "subspace", "factor", "frozen_basis")
 BASE_WEIGHTS = ("release", "cpu", "keep")
+MEMORY_MODES = ("exact", "fast", "small")
+SAVED_TENSORS = ("exact", "bf16", "int8", "int4", "recompute")
 BIASES = ("none", "all", "wasi_only")
 _PLANNED = (  # what a plan decides instead
     "weight_rank",
@@ -103,6 +105,15 @@ class WasiConfig(PeftConfig):
             that R keeps its initial row space.
         update_rank (`int`, default 16):
             Rank of the change that trains with `update="low_rank"`. It counts in `weight_share` and in plans.
+        memory_mode (`str`, default 'exact'):
+            How far a training step goes to need little memory. 'exact': only the inputs of the targeted layers are
+            compressed. 'fast': what costs no recomputation on top, namely `saved_tensors='int8'` and, in language
+            models, a loss that never holds all logits. 'small': everything that lowers the peak,
+            `saved_tensors='recompute'` and the same loss.
+        saved_tensors (`Optional[str]`):
+            How the transformer blocks keep what else backward needs (attention, activation functions, norms), instead
+            of what `memory_mode` says: 'exact'; rounded to 'bf16', 'int8' or 'int4'; or not at all, 'recompute', which
+            keeps only the rounded input of each block and runs the block again. The forward pass is exact in any case.
         base_weight (`str`, default 'release'):
             What happens to the dense weight: 'release' frees it, 'cpu' parks it in main memory, 'keep' leaves it in
             place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or 'keep'.
@@ -169,6 +180,13 @@ class WasiConfig(PeftConfig):
         metadata={"help": "What trains and how: 'low_rank', 'subspace', 'factor' or 'frozen_basis'."},
     )
     update_rank: int = field(default=16, metadata={"help": "Rank of what trains with update='low_rank'."})
+    memory_mode: Literal["exact", "fast", "small"] = field(
+        default="exact", metadata={"help": "How far a step goes to need little memory: 'exact', 'fast' or 'small'."}
+    )
+    saved_tensors: Literal["exact", "bf16", "int8", "int4", "recompute"] | None = field(
+        default=None,
+        metadata={"help": "How blocks keep what backward needs, instead of what memory_mode says."},
+    )
     base_weight: Literal["release", "cpu", "keep"] = field(
         default="release", metadata={"help": "What happens to the dense weight: 'release', 'cpu' or 'keep'."}
     )
@@ -208,6 +226,9 @@ class WasiConfig(PeftConfig):
         _check_choice("bias", self.bias, BIASES)
         _check_choice("update", self.update, UPDATES)
         _check_choice("base_weight", self.base_weight, BASE_WEIGHTS)
+        _check_choice("memory_mode", self.memory_mode, MEMORY_MODES)
+        if self.saved_tensors is not None:
+            _check_choice("saved_tensors", self.saved_tensors, SAVED_TENSORS)
         modes = self.activation_modes
         if isinstance(modes, str) or "feature" not in modes or not set(modes) <= set(MODES):
             raise ValueError(
@@ -253,6 +274,11 @@ class WasiConfig(PeftConfig):
     def reserved_rank(self) -> int:
         """Directions that the update adds to the K of every layer."""
         return self.update_rank if self.update == "low_rank" else 0
+
+    @property
+    def resolved_saved_tensors(self) -> str:
+        """`saved_tensors`, or what `memory_mode` stands for."""
+        return self.saved_tensors or {"exact": "exact", "fast": "int8", "small": "recompute"}[self.memory_mode]
 
     def planned_names(self) -> set[str]:
         """Names of the plan's layers; none without a plan."""

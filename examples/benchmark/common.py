@@ -109,7 +109,7 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Bat
 def inference(model: nn.Module, batch: Batch) -> None:
     """Runs one forward pass without labels and without anything kept for a backward pass."""
     model.eval()
-    model(pixel_values=batch["pixel_values"])
+    model(**{name: value for name, value in batch.items() if name != "labels"})
 
 
 def interleaved_seconds(
