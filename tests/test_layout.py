@@ -29,6 +29,7 @@ ORDER = [
     "profiling",
     "estimate",
     "planner",
+    "chunked_loss",
     "callbacks",
     "report",
     "cli",

@@ -8,6 +8,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ._registration import register
 from .calibration import Calibration, calibrate_wasi
 from .callbacks import WasiCallback, resize_rank
+from .chunked_loss import chunked_cross_entropy, remove_chunked_loss, use_chunked_loss
 from .config import WasiConfig
 from .estimate import Estimate, estimate_wasi
 from .layer import Linear, WasiLayer, after_optimizer_step
@@ -37,6 +38,7 @@ __all__ = [
     "WasiPlan",
     "WasiSummary",
     "calibrate_wasi",
+    "chunked_cross_entropy",
     "create_wasi_optimizer",
     "estimate_wasi",
     "measure_peak_memory",
@@ -45,8 +47,10 @@ __all__ = [
     "plot_estimates",
     "plot_plan",
     "preprocess_wasi",
+    "remove_chunked_loss",
     "repair_factors",
     "resize_rank",
+    "use_chunked_loss",
     "wasi_summary",
 ]
 
