@@ -30,6 +30,7 @@ ORDER = [
     "estimate",
     "planner",
     "chunked_loss",
+    "chunked_mlp",
     "callbacks",
     "report",
     "cli",

@@ -9,6 +9,7 @@ from ._registration import register
 from .calibration import Calibration, calibrate_wasi
 from .callbacks import WasiCallback, resize_rank
 from .chunked_loss import chunked_cross_entropy, remove_chunked_loss, use_chunked_loss
+from .chunked_mlp import chunk_mlps, unchunk_mlps
 from .config import WasiConfig
 from .estimate import Estimate, estimate_wasi
 from .layer import Linear, WasiLayer, after_optimizer_step
@@ -38,6 +39,7 @@ __all__ = [
     "WasiPlan",
     "WasiSummary",
     "calibrate_wasi",
+    "chunk_mlps",
     "chunked_cross_entropy",
     "create_wasi_optimizer",
     "estimate_wasi",
@@ -50,6 +52,7 @@ __all__ = [
     "remove_chunked_loss",
     "repair_factors",
     "resize_rank",
+    "unchunk_mlps",
     "use_chunked_loss",
     "wasi_summary",
 ]
