@@ -13,7 +13,7 @@ from models import ARCHITECTURES, wasi_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from wasi_peft import chunk_mlps, measure_peak_memory, unchunk_mlps
+from wasi_peft import SubspaceSGD, chunk_mlps, measure_peak_memory, unchunk_mlps
 from wasi_peft.chunked_mlp import is_position_wise
 
 EXPECTED = {
@@ -74,6 +74,20 @@ def test_peft_models(kind: str, before: bool) -> None:
         names = chunk_mlps(model, chunk_rows=3)
     assert len(names) == 2
     torch.testing.assert_close(step(model, batch), ordinary, rtol=1e-4, atol=1e-5)
+
+
+def test_the_product_gradient_of_the_papers_step_is_that_of_all_chunks() -> None:
+    models = []
+    for chunked in (False, True):
+        model, batch = built("llama")
+        if chunked:
+            chunk_mlps(model, chunk_rows=3)
+        model = wasi_model(model).train()
+        optimizer = SubspaceSGD(model, lr=0.1)
+        model(**batch).loss.backward()
+        optimizer.step()
+        models.append(model.state_dict())
+    torch.testing.assert_close(*models, rtol=1e-4, atol=1e-5)
 
 
 def test_chunks_are_what_the_mlp_sees() -> None:
