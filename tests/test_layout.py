@@ -30,6 +30,8 @@ ORDER = [
     "profiling",
     "estimate",
     "planner",
+    "chunked_loss",
+    "chunked_mlp",
     "callbacks",
     "report",
     "cli",

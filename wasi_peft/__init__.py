@@ -8,6 +8,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ._registration import register
 from .calibration import Calibration, calibrate_wasi
 from .callbacks import WasiCallback, resize_rank
+from .chunked_loss import chunked_cross_entropy, remove_chunked_loss, use_chunked_loss
+from .chunked_mlp import chunk_mlps, unchunk_mlps
 from .config import WasiConfig
 from .estimate import Estimate, estimate_wasi
 from .layer import Linear, WasiLayer, after_optimizer_step
@@ -37,6 +39,8 @@ __all__ = [
     "WasiPlan",
     "WasiSummary",
     "calibrate_wasi",
+    "chunk_mlps",
+    "chunked_cross_entropy",
     "create_wasi_optimizer",
     "estimate_wasi",
     "measure_peak_memory",
@@ -45,8 +49,11 @@ __all__ = [
     "plot_estimates",
     "plot_plan",
     "preprocess_wasi",
+    "remove_chunked_loss",
     "repair_factors",
     "resize_rank",
+    "unchunk_mlps",
+    "use_chunked_loss",
     "wasi_summary",
 ]
 
