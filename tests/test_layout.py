@@ -19,6 +19,7 @@ ORDER = [
     "config",
     "released",
     "layer",
+    "recompute",
     "targets",
     "summary",
     "model",
