@@ -202,7 +202,7 @@ def test_the_error_of_a_kept_input_is_bounded(kind: str, shape: tuple[int, ...],
     largest = exact.abs().amax(1, keepdim=True)
     bound = LARGEST_ERROR[kind] + (2**-8 if dtype == torch.bfloat16 else 0)  # restored values are rounded once more
     assert bool(((exact - actual).abs() <= bound * largest).all())
-    assert x.numel() < 16 or dtype == torch.bfloat16 and kind == "bf16" or not torch.equal(x, restored)
+    assert x.numel() < 16 or (dtype == torch.bfloat16 and kind == "bf16") or not torch.equal(x, restored)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
