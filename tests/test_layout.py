@@ -20,6 +20,8 @@ ORDER = [
     "released",
     "layer",
     "targets",
+    "quantization",
+    "saved",
     "summary",
     "model",
     "calibration",
