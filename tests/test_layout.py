@@ -21,6 +21,8 @@ ORDER = [
     "layer",
     "recompute",
     "targets",
+    "quantization",
+    "saved",
     "summary",
     "model",
     "calibration",
