@@ -19,6 +19,7 @@ from .planner import plan_wasi
 from .planning import WasiPlan
 from .preprocessing import preprocess_wasi
 from .profiling import PeakMemory, measure_peak_memory
+from .recompute import BlockRecomputation, recompute_blocks
 from .repair import REPAIR_STEPS, repair_factors
 from .report import plot_calibration, plot_estimates, plot_plan
 from .summary import WasiSummary, wasi_summary
@@ -27,6 +28,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "REPAIR_STEPS",
+    "BlockRecomputation",
     "Calibration",
     "Estimate",
     "Linear",
@@ -49,6 +51,7 @@ __all__ = [
     "plot_estimates",
     "plot_plan",
     "preprocess_wasi",
+    "recompute_blocks",
     "remove_chunked_loss",
     "repair_factors",
     "resize_rank",
