@@ -28,10 +28,11 @@ import wasi_peft.recompute as recompute_module
 import wasi_peft.tucker as tucker_module
 from wasi_peft import BlockRecomputation, WasiConfig, create_wasi_optimizer, measure_peak_memory, recompute_blocks
 from wasi_peft.layer import wasi_layers
+from wasi_peft.quantization import KINDS, bits_per_value, dequantize, quantize
 
-WIDTH = 24
-ROUNDED = ("bf16", "int8", "int4")
-LARGEST_ERROR = {"bf16": 2**-8, "int8": 0.51 / 127, "int4": 0.51 / 7}  # over the largest of 16 neighbours
+WIDTH = 32
+ROUNDED = KINDS
+SIZES = [("exact", 4.0), *((kind, bits_per_value(kind) / 8) for kind in ROUNDED)]  # bytes an element
 UPDATES = ("low_rank", "subspace")
 
 
@@ -190,46 +191,30 @@ def test_every_model_inside_a_module_takes_part() -> None:
 # -------------------------------------------------------------------- rounding
 
 
+def restored(x: Tensor, kind: str) -> Tensor:
+    kept = recompute_module._keep(x, kind)
+    return kept.restore(*kept.parts).detach()
+
+
 @pytest.mark.parametrize("kind", ROUNDED)
-@pytest.mark.parametrize("shape", [(3, 5, 48), (4, 40), (7,), (2, 3, 5), (0, 4), ()])
+@pytest.mark.parametrize("shape", [(3, 5, 48), (7,), (0, 4), ()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_the_error_of_a_kept_input_is_bounded(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_a_kept_input_is_what_the_storage_format_makes_of_it(kind: str, shape: Any, dtype: torch.dtype) -> None:
     x = values(*shape, requires_grad=False).to(dtype)
-    kept = recompute_module._keep(x, kind)
-    restored = kept.restore(*kept.parts)
-    assert restored.shape == x.shape and restored.dtype == dtype
-    exact, actual = (F.pad(t.double().flatten(), (0, -x.numel() % 16)).view(-1, 16) for t in (x, restored))
-    largest = exact.abs().amax(1, keepdim=True)
-    bound = LARGEST_ERROR[kind] + (2**-8 if dtype == torch.bfloat16 else 0)  # restored values are rounded once more
-    assert bool(((exact - actual).abs() <= bound * largest).all())
-    assert x.numel() < 16 or (dtype == torch.bfloat16 and kind == "bf16") or not torch.equal(x, restored)
+    unchanged = dtype == torch.bfloat16 and kind in ("bf16", "int16")  # they would save nothing
+    expected = x if unchanged else dequantize(quantize(x, kind))
+    actual = restored(x, kind)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_one_large_feature_costs_only_its_neighbours(kind: str) -> None:
-    x = values(6, 48, requires_grad=False)
-    spoiled = x.clone()
-    spoiled[:, 20] = 1000
-    restored = []
-    for tensor in (x, spoiled):
-        kept = recompute_module._keep(tensor, kind)
-        restored.append(kept.restore(*kept.parts))
-    assert torch.equal(restored[0][:, :16], restored[1][:, :16])
-    assert torch.equal(restored[0][:, 32:], restored[1][:, 32:])
-    assert not torch.equal(restored[0][:, 16:20], restored[1][:, 16:20])
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_the_layout_of_a_kept_input_stays(kind: str) -> None:
+    x = values(5, 3, 2 * WIDTH, requires_grad=False).transpose(0, 1)
+    assert restored(x, kind).stride() == x.stride()
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_zeros_stay_and_broken_values_show(kind: str) -> None:
-    x = torch.zeros(3, 16)
-    x[1, 2], x[2, 3] = torch.inf, torch.nan
-    kept = recompute_module._keep(x, kind)
-    restored = kept.restore(*kept.parts)
-    assert torch.equal(restored[0], x[0])
-    assert not restored[1].isfinite().all() and not restored[2].isfinite().all()
-
-
-@pytest.mark.parametrize(("kind", "size"), [("exact", 4), ("bf16", 2), ("int8", 1.125), ("int4", 0.625)])
+@pytest.mark.parametrize(("kind", "size"), SIZES)
 def test_bytes_of_a_kept_input(kind: str, size: float) -> None:
     """What autograd holds of a block, counted by hooks; rounded inputs are held as integers only."""
     kept: list[Tensor] = []
@@ -238,11 +223,6 @@ def test_bytes_of_a_kept_input(kind: str, size: float) -> None:
     own = kept[1:]  # the first is that of sin
     assert sum(tensor.nbytes for tensor in own) == 10 * 4 * WIDTH * size
     assert kind == "exact" or not any(tensor.is_floating_point() for tensor in own)
-
-
-def restored(x: Tensor, kind: str) -> Tensor:
-    kept = recompute_module._keep(x, kind)
-    return kept.restore(*kept.parts).detach()
 
 
 @pytest.mark.parametrize("kind", ["exact", *ROUNDED])
@@ -323,7 +303,7 @@ def test_two_blocks_read_one_captured_leaf() -> None:
 def test_a_captured_tensor_that_would_count_twice_is_refused() -> None:
     module, x = block(), values(3, WIDTH)
     doubled = module.norm.weight * 2
-    with pytest.raises(ValueError, match=r"must not depend on another.*\(24,\).*as an argument"):
+    with pytest.raises(ValueError, match=r"must not depend on another.*\(32,\).*as an argument"):
         BlockRecomputation()(lambda x: module(x) + doubled + module.norm.weight, x)
     expected, actual = both_ways(
         lambda call: call(lambda x, scale: module(x) + scale, x, module.norm.weight * 2).sum(), [module.norm.weight]
@@ -502,7 +482,7 @@ def test_parameters_must_not_change_before_backward() -> None:
     output = BlockRecomputation()(module, values(3, WIDTH))
     with torch.no_grad():
         module.up.weight.add_(1)
-    with pytest.raises(RuntimeError, match=r"shape \(48, 24\) that a recomputed block reads was modified in place"):
+    with pytest.raises(RuntimeError, match=r"shape \(64, 32\) that a recomputed block reads was modified in place"):
         output.sum().backward()
 
 
@@ -837,7 +817,7 @@ def test_peak_of_a_step(name: str) -> None:
     assert peak_of_a_step(name, "int8") < exact
 
 
-@pytest.mark.parametrize(("kind", "size"), [("exact", 4), ("bf16", 2), ("int8", 1.125), ("int4", 0.625)])
+@pytest.mark.parametrize(("kind", "size"), SIZES)
 @pytest.mark.parametrize("name", TINY)
 def test_a_further_block_costs_its_input_only(name: str, kind: str, size: float) -> None:
     """And its gradients; a random state is 5 KB, which no torch operation allocates."""
