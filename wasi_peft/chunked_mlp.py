@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -25,6 +26,20 @@ COMPRESSED = (
     "{name}: its WASI layers keep compressed inputs, whose bases belong to whole batches. Chunks keep no inputs for "
     "longer than their own backward: set activation_threshold=None (and no activation_ranks) to run it in chunks."
 )
+
+
+# operations by name: elementwise, or over the last dimension
+_POINTWISE = frozenset(
+    (
+        *("relu", "relu_", "gelu", "silu", "silu_", "tanh", "tanh_", "sigmoid", "hardswish", "leaky_relu", "softplus"),
+        *("mish", "elu", "selu", "quick_gelu", "erf", "exp", "sqrt", "rsqrt", "square", "abs", "clamp", "clip"),
+        *("add", "add_", "sub", "mul", "mul_", "div", "neg", "pow", "__add__", "__mul__", "__sub__", "__truediv__"),
+        *("__radd__", "__rmul__", "__rsub__", "__rtruediv__", "__pow__", "__rpow__", "__neg__"),
+        *("dropout", "dropout_", "layer_norm", "rms_norm", "to", "type_as", "float", "half", "bfloat16", "contiguous"),
+        *("new_zeros", "size", "dim", "is_floating_point", "__get__", "__bool__"),
+    )
+)
+_OVER_FEATURES = frozenset(("mean", "var", "chunk", "split", "unbind"))
 
 
 def _compresses(module: nn.Module) -> bool:
@@ -59,32 +74,65 @@ def _takes_hidden_states_alone(module: nn.Module) -> bool:
     return len(needed) == 1
 
 
+class _Stub(nn.Module):
+    """Stands in for a linear layer: the right width, no values needed."""
+
+    def __init__(self, layer: nn.Module, like: Tensor) -> None:
+        super().__init__()
+        self.out_features = getattr(layer, "out_features", None) or layer.nf
+        self.weight = like  # some models look at its dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+class _TokensApart(TorchFunctionMode):
+    """Raises at the first operation that is not known to treat every token by itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        of_features = name in _OVER_FEATURES and (kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, 2))
+        if name not in _POINTWISE and not of_features:
+            raise _TokensMeet(name)
+        return func(*args, **kwargs)
+
+
+class _TokensMeet(Exception):
+    """An operation may mix tokens."""
+
+
 def is_position_wise(module: nn.Module) -> bool:
-    """Whether a module maps hidden states to hidden states, each token by itself: tried on a few random tokens."""
+    """Whether a module maps hidden states to hidden states, each token by itself.
+
+    Told from its operations on four tokens, its linear layers left out, so that no weight has to be there.
+    """
     linear = next(_linears(module), None)
     width = getattr(linear, "in_features", getattr(linear, "nx", None))
     if width is None or not _takes_hidden_states_alone(module):
         return False
     like = next(p for p in module.parameters() if p.is_floating_point())
-    tokens = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-    training = [child for child in module.modules() if child.training]
+    tokens = torch.zeros(1, 4, width, device=like.device, dtype=like.dtype)
+    places = [
+        (parent, key, child)
+        for parent in module.modules()
+        for key, child in parent._modules.items()
+        if isinstance(child, (nn.Linear, Conv1D, BaseTunerLayer))
+    ]
     try:
-        with torch.no_grad():
-            module.eval()
-            together = module(tokens)
-            alone = [module(tokens[:, index : index + 1]) for index in range(tokens.shape[1])]
+        for parent, key, child in places:
+            parent._modules[key] = _Stub(child, tokens)
+        with torch.no_grad(), _TokensApart():
+            result = type(module).forward(module, tokens)
     except Exception:  # whatever it misses besides hidden states, it is not position-wise
         return False
     finally:
-        for child in training:
-            child.training = True
-    if not isinstance(together, Tensor) or together.shape != tokens.shape:
-        return False
-    difference = (together - torch.cat(alone, dim=1)).abs().max()
-    return bool(difference <= 4 * torch.finfo(like.dtype).eps ** 0.75 * together.abs().max())
+        for parent, key, child in places:
+            parent._modules[key] = child
+    return isinstance(result, Tensor) and result.shape == tokens.shape
 
 
-def _mlps(model: nn.Module) -> dict[str, nn.Module]:
+def position_wise_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The position-wise modules with two or more linear layers inside the blocks, outermost ones only."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -100,7 +148,7 @@ def chunk_mlps(model: nn.Module, *, chunk_rows: int = 256) -> list[str]:
 
     Outputs and gradients stay exact (dropout draws other numbers). In training every chunk is recomputed in backward,
     so that of the MLP only its input and output are kept; inside a recomputed block this costs one more forward pass
-    of the MLP. MLPs are found by trying which modules treat each token by itself, not by their names.
+    of the MLP. MLPs are found by their operations, not by their names.
 
     Args:
         model: A transformers model or a PEFT model of one; it may become a PEFT model before or after.
@@ -123,7 +171,7 @@ def chunk_mlps(model: nn.Module, *, chunk_rows: int = 256) -> list[str]:
     """
     if not isinstance(chunk_rows, int) or isinstance(chunk_rows, bool) or chunk_rows < 1:
         raise ValueError(f"chunk_rows must be an integer of at least 1, got {chunk_rows!r}.")
-    mlps = _mlps(model)
+    mlps = position_wise_modules(model)
     if not mlps:
         raise ValueError(f"no module inside the blocks of {type(model).__name__} treats every token by itself.")
     for name, module in mlps.items():

@@ -109,11 +109,12 @@ class WasiConfig(PeftConfig):
             How far a training step goes to need little memory. 'exact': only the inputs of the targeted layers are
             compressed. 'fast': what costs no recomputation on top, namely `saved_tensors='int8'` and, in language
             models, a loss that never holds all logits. 'small': everything that lowers the peak,
-            `saved_tensors='recompute'` and the same loss.
+            `saved_tensors='recompute'`, the same loss, and MLPs that run a few tokens at a time.
         saved_tensors (`Optional[str]`):
             How the transformer blocks keep what else backward needs (attention, activation functions, norms), instead
             of what `memory_mode` says: 'exact'; rounded to 'bf16', 'int8' or 'int4'; or not at all, 'recompute', which
-            keeps only the rounded input of each block and runs the block again. The forward pass is exact in any case.
+            keeps only the rounded input of each block and runs the block again. Nothing is compressed then, since
+            layer inputs exist for one block at a time. The forward pass is exact in any case.
         base_weight (`str`, default 'release'):
             What happens to the dense weight: 'release' frees it, 'cpu' parks it in main memory, 'keep' leaves it in
             place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or 'keep'.
@@ -296,6 +297,8 @@ class WasiConfig(PeftConfig):
 
     def compression_rule(self, name: str) -> CompressionRule | None:
         """The rule for compressing a layer's input, or None where the exact input is kept."""
+        if self.resolved_saved_tensors == "recompute":
+            return None
         planned = self.planned_layer(name)
         if planned is not None:
             ranks = planned.activation_ranks

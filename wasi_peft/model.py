@@ -14,6 +14,7 @@ from torch import nn
 from .config import WasiConfig
 from .layer import RELEASED, InitialFactors, Linear, WasiLayer, dense_bias, dense_weight, wasi_layers
 from .linalg import WeightFactors, factorize_weight, rank_for_threshold
+from .memory import apply_memory_mode, check_memory_mode, leave_memory_mode
 from .planning import LayerSpectrum, allocate_ranks
 from .summary import WasiSummary, wasi_summary
 from .targets import (
@@ -142,6 +143,7 @@ class WasiModel(BaseTuner):
         self._used_plain_svd = False
         self._loading_group: dict[str, WasiLayer] = {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        apply_memory_mode(model, self.peft_config[adapter_name])
         if self._used_plain_svd:
             warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
         summary = wasi_summary(model, adapter_name)
@@ -154,6 +156,7 @@ class WasiModel(BaseTuner):
     def _prepare_model(self, peft_config: WasiConfig, model: nn.Module) -> None:
         """Everything that can be wrong is found here, before the first layer is replaced."""
         check_targets(model, peft_config)
+        check_memory_mode(model, peft_config)
         if not peft_config.init_weights:
             return
         if peft_config.weight_share is not None:
@@ -173,6 +176,10 @@ class WasiModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: WasiConfig) -> None:
         others = [other for other in self.peft_config.values() if other is not config]
+        for name in ("memory_mode", "saved_tensors"):
+            values = [getattr(other, name) for other in [*others, config]]
+            if len(set(values)) > 1:
+                raise ValueError(f"All adapters of a model must have the same {name}, got {values}.")
         for name in ("train_vectors", "bias"):
             shared = {"train_vectors": True, "bias": "all"}[name]
             values = [getattr(other, name) for other in [*others, config]]
@@ -272,6 +279,11 @@ class WasiModel(BaseTuner):
         """The base model with its original weights; needs `base_weight="keep"` or "cpu"."""
         self._require_base("unloading without merging")
         return super().unload()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        leave_memory_mode(model)
+        return model
 
     # ---------------------------------------------------------------- state dict
 

@@ -348,21 +348,38 @@ def _is_new(leaf: Any, own: set[int]) -> bool:
 # -------------------------------------------------------------------- models
 
 
-def recompute_blocks(model: nn.Module, kind: str | None = "exact") -> None:
-    """Have a transformers model recompute its blocks in backward, or stop doing so.
+def recompute_blocks(model: nn.Module, kind: str = "exact") -> None:
+    """Have a transformers model recompute its blocks in backward.
 
     Installed by the model's own gradient checkpointing, so it holds in training mode, and a later
     `gradient_checkpointing_enable()` or `gradient_checkpointing_disable()` replaces it.
 
     Args:
         model: A transformers model, or a module around some: a PEFT model, for instance.
-        kind: How the input of a block is kept (:class:`BlockRecomputation`); None stops recomputation.
+        kind: How the input of a block is kept (:class:`BlockRecomputation`).
 
     Raises:
         ValueError: If `kind` is unknown, or the model cannot recompute its blocks. Nothing has changed then.
     """
-    if kind is not None:
-        _check_kind(kind)
+    recomputation = BlockRecomputation(kind)
+    for host in check_recomputable(model):
+        host._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recomputation)
+
+
+def stop_recomputation(model: nn.Module) -> None:
+    """Undo :func:`recompute_blocks`; nothing happens where it is not in use."""
+    for module in model.modules():
+        if isinstance(getattr(module, "_gradient_checkpointing_func", None), BlockRecomputation):
+            del module._gradient_checkpointing_func
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+
+
+def check_recomputable(model: nn.Module) -> list[PreTrainedModel]:
+    """The outermost transformers models in a module, all of which can recompute their blocks.
+
+    Raises:
+        ValueError: If there is none, or one cannot.
+    """
     hosts: list[PreTrainedModel] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
@@ -372,16 +389,8 @@ def recompute_blocks(model: nn.Module, kind: str | None = "exact") -> None:
     if not hosts:
         raise ValueError(f"Recomputation needs a transformers model, got {type(model).__name__}, which holds none.")
     for host in hosts:
-        _check_host(host)
-    for host in hosts:
-        if kind is None:
-            host._set_gradient_checkpointing(enable=False)
-        else:
-            host._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=BlockRecomputation(kind))
-
-
-def _check_host(host: PreTrainedModel) -> None:
-    accepted = inspect.signature(host._set_gradient_checkpointing).parameters
-    able = any(hasattr(module, "gradient_checkpointing") for module in host.modules())
-    if not host.supports_gradient_checkpointing or not able or "gradient_checkpointing_func" not in accepted:
-        raise ValueError(f"Recomputation needs a model with gradient checkpointing, got {type(host).__name__}.")
+        accepted = inspect.signature(host._set_gradient_checkpointing).parameters
+        able = any(hasattr(module, "gradient_checkpointing") for module in host.modules())
+        if not host.supports_gradient_checkpointing or not able or "gradient_checkpointing_func" not in accepted:
+            raise ValueError(f"Recomputation needs a model with gradient checkpointing, got {type(host).__name__}.")
+    return hosts

@@ -113,6 +113,15 @@ def store_saved_tensors(
     return handles
 
 
+def keep_saved_tensors_exact(model: nn.Module) -> None:
+    """Undo :func:`store_saved_tensors`; nothing happens where it is not in use."""
+    for module in model.modules():
+        for hooks, kind in ((module._forward_pre_hooks, _EnterBlock), (module._forward_hooks, _LeaveBlock)):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
 def block_names(names: Iterable[str]) -> list[str]:
     """Outermost numbered containers of some modules, each once.
 

@@ -1,0 +1,61 @@
+"""Memory modes: what a training step does, beyond compressing inputs, to need little memory.
+
+Every part is a switch of the model, taken from the configuration when the adapter is injected: how blocks keep what
+backward needs, MLPs in chunks of tokens, a loss that never holds all logits.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .chunked_loss import remove_chunked_loss, use_chunked_loss
+from .chunked_mlp import chunk_mlps, position_wise_modules, unchunk_mlps
+from .config import WasiConfig
+from .recompute import check_recomputable, recompute_blocks, stop_recomputation
+from .saved import keep_saved_tensors_exact, store_saved_tensors
+
+CHUNK_ROWS = 1024  # tokens of an MLP at a time
+BLOCK_INPUTS = "int8"  # how the input of a recomputed block is kept
+
+
+def check_memory_mode(model: nn.Module, config: WasiConfig) -> None:
+    """Refuse, before anything changes, a mode that the model cannot use.
+
+    Raises:
+        ValueError: If blocks are to be recomputed and the model cannot do that.
+    """
+    if config.resolved_saved_tensors == "recompute":
+        check_recomputable(model)
+
+
+def apply_memory_mode(model: nn.Module, config: WasiConfig) -> None:
+    """Switch on what the configuration's `memory_mode` and `saved_tensors` ask for.
+
+    Args:
+        model: The base model, with the adapter in it.
+        config: The adapter's configuration.
+    """
+    kind = config.resolved_saved_tensors
+    if kind == "recompute":
+        recompute_blocks(model, BLOCK_INPUTS)
+    elif kind != "exact":
+        store_saved_tensors(model, kind)
+    if kind == "recompute" and config.memory_mode == "small" and position_wise_modules(model):
+        chunk_mlps(model, chunk_rows=CHUNK_ROWS)
+    if config.memory_mode != "exact" and has_vocabulary(model):
+        use_chunked_loss(model)
+
+
+def leave_memory_mode(model: nn.Module) -> None:
+    """Undo :func:`apply_memory_mode`; nothing happens where it is not in use."""
+    stop_recomputation(model)
+    keep_saved_tensors_exact(model)
+    unchunk_mlps(model)
+    remove_chunked_loss(model)
+
+
+def has_vocabulary(model: nn.Module) -> bool:
+    """Whether the model ends in a plain linear layer over a vocabulary."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return type(head) is nn.Linear
