@@ -19,6 +19,7 @@ from .preprocessing import preprocess_wasi
 from .profiling import PeakMemory, measure_peak_memory
 from .repair import REPAIR_STEPS, repair_factors
 from .report import plot_calibration, plot_estimates, plot_plan
+from .saved import LowBitSavedTensors, store_saved_tensors
 from .summary import WasiSummary, wasi_summary
 
 __version__ = "0.1.0.dev0"
@@ -28,6 +29,7 @@ __all__ = [
     "Calibration",
     "Estimate",
     "Linear",
+    "LowBitSavedTensors",
     "PeakMemory",
     "SubspaceSGD",
     "WasiCallback",
@@ -47,6 +49,7 @@ __all__ = [
     "preprocess_wasi",
     "repair_factors",
     "resize_rank",
+    "store_saved_tensors",
     "wasi_summary",
 ]
 

@@ -270,7 +270,7 @@ class _EnterBlock:
         frame = _call_frame()
         if _running.frame is not None and not _is_active(_running.frame):
             _running.close()  # left by a KeyboardInterrupt, for which torch calls no hook
-        if frame is None or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        if frame is None or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
             return
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return
