@@ -101,9 +101,9 @@ def quantize(tensor: Tensor, kind: str) -> Quantized:
     """Keep a float tensor in few bits.
 
     Per group: `s = (max(x, 0) - min(x, 0)) / levels`, `z = lowest - round(min(x, 0) / s)`,
-    `code = clamp(round(x / s + z))`, so that `|x - s (code - z)| <= s / 2`, or s at the ends of the range. A group with
-    NaN or Inf comes back as NaN. Besides the result only a float buffer of 2^17 elements is made, unless the tensor has
-    gaps in memory between runs that are no multiple of 64.
+    `code = clamp(round(x / s + z))`, so that `|x - s (code - z)| <= s / 2`, or s at the ends of the range. A group
+    with NaN or Inf comes back as NaN. Besides the result only a float buffer of 2^17 elements is made, unless the
+    tensor has gaps in memory between runs that are no multiple of 64.
 
     **Shape**
         - tensor: any, of any strides
