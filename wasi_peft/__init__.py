@@ -22,6 +22,7 @@ from .profiling import PeakMemory, measure_peak_memory
 from .recompute import BlockRecomputation, recompute_blocks
 from .repair import REPAIR_STEPS, repair_factors
 from .report import plot_calibration, plot_estimates, plot_plan
+from .saved import LowBitSavedTensors, store_saved_tensors
 from .summary import WasiSummary, wasi_summary
 
 __version__ = "0.1.0.dev0"
@@ -32,6 +33,7 @@ __all__ = [
     "Calibration",
     "Estimate",
     "Linear",
+    "LowBitSavedTensors",
     "PeakMemory",
     "SubspaceSGD",
     "WasiCallback",
@@ -55,6 +57,7 @@ __all__ = [
     "remove_chunked_loss",
     "repair_factors",
     "resize_rank",
+    "store_saved_tensors",
     "unchunk_mlps",
     "use_chunked_loss",
     "wasi_summary",
