@@ -20,6 +20,7 @@ from .profiling import PeakMemory, measure_peak_memory
 from .recompute import BlockRecomputation, recompute_blocks
 from .repair import REPAIR_STEPS, repair_factors
 from .report import plot_calibration, plot_estimates, plot_plan
+from .saved import LowBitSavedTensors, store_saved_tensors
 from .summary import WasiSummary, wasi_summary
 
 __version__ = "0.1.0.dev0"
@@ -30,6 +31,7 @@ __all__ = [
     "Calibration",
     "Estimate",
     "Linear",
+    "LowBitSavedTensors",
     "PeakMemory",
     "SubspaceSGD",
     "WasiCallback",
@@ -50,6 +52,7 @@ __all__ = [
     "recompute_blocks",
     "repair_factors",
     "resize_rank",
+    "store_saved_tensors",
     "wasi_summary",
 ]
 

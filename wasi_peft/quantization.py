@@ -101,10 +101,9 @@ def quantize(tensor: Tensor, kind: str) -> Quantized:
     """Keep a float tensor in few bits.
 
     Per group: `s = (max(x, 0) - min(x, 0)) / levels`, `z = lowest - round(min(x, 0) / s)`,
-    `code = round(x / s) + z`, so that `|x - s (code - z)| <= s / 2` up to float rounding (s at the ends of the range,
-    for 'int4' and the like where z is rounded). A group with NaN or Inf comes back as NaN. Besides the result, a float
-    temporary of at most 512 KiB is made (float32), unless the tensor has gaps in memory between runs that are no
-    multiple of 64.
+    `code = clamp(round(x / s + z))`, so that `|x - s (code - z)| <= s / 2`, or s at the ends of the range. A group
+    with NaN or Inf comes back as NaN. Besides the result only a float buffer of 2^17 elements is made, unless the
+    tensor has gaps in memory between runs that are no multiple of 64.
 
     **Shape**
         - tensor: any, of any strides
@@ -190,7 +189,7 @@ def dequantize_flat(kept: Quantized) -> Tensor:
 
 def _memory_order(tensor: Tensor) -> list[int]:
     """Dimensions from the one with the largest stride to the one with the smallest."""
-    return sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), -tensor.shape[dim]))
+    return sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride()[dim], -tensor.shape[dim]))
 
 
 def _groups(ordered: Tensor) -> tuple[Tensor, Tensor]:
