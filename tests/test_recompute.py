@@ -346,6 +346,25 @@ def test_a_result_without_a_graph_gets_no_gradient() -> None:
     torch.testing.assert_close(x.grad, x.cos())
 
 
+def test_parameters_train_where_torch_does_not_see_them_used() -> None:
+    """As in compiled extensions, which no function mode follows."""
+    module, x = block(), values(3, WIDTH)
+
+    def unseen(module: Block, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return module(x)
+
+    expected, actual = both_ways(lambda call: call(unseen, module, x).sum(), [x, *module.parameters()])
+    assert_same(actual, expected)
+
+
+def test_a_buffer_that_is_returned_stays_a_buffer() -> None:
+    buffer = torch.ones(WIDTH)
+    first, second = BlockRecomputation()(lambda x: (x.sin(), buffer), values(3, WIDTH))
+    (first * second).sum().backward()
+    assert not buffer.requires_grad and torch.equal(second, buffer)
+
+
 def test_results_may_be_changed_in_place() -> None:
     module, x = block(), values(3, WIDTH)
     assert_same(*both_ways(lambda call: call(module, x).mul_(3).sum(), [x, *module.parameters()]))
@@ -383,6 +402,7 @@ def test_autocast_is_replayed(inside: bool) -> None:
 def test_backward_leaves_random_numbers_alone() -> None:
     module, x = block(), values(3, WIDTH)
     output = BlockRecomputation()(module, x)
+    torch.rand(3)  # so that the state is not the one that the block left
     state = torch.get_rng_state()
     output.sum().backward()
     assert torch.equal(torch.get_rng_state(), state)
