@@ -28,6 +28,8 @@ ORDER = [
     "optimizer",
     "profiling",
     "estimate",
+    "trace",
+    "step_profile",
     "planner",
     "callbacks",
     "report",

@@ -19,6 +19,7 @@ from .preprocessing import preprocess_wasi
 from .profiling import PeakMemory, measure_peak_memory
 from .repair import REPAIR_STEPS, repair_factors
 from .report import plot_calibration, plot_estimates, plot_plan
+from .step_profile import StepProfile, profile_wasi
 from .summary import WasiSummary, wasi_summary
 
 __version__ = "0.1.0.dev0"
@@ -29,6 +30,7 @@ __all__ = [
     "Estimate",
     "Linear",
     "PeakMemory",
+    "StepProfile",
     "SubspaceSGD",
     "WasiCallback",
     "WasiConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "plot_estimates",
     "plot_plan",
     "preprocess_wasi",
+    "profile_wasi",
     "repair_factors",
     "resize_rank",
     "wasi_summary",
