@@ -10,6 +10,7 @@ import copy
 import gc
 import itertools
 import math
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ from .estimate import (
 )
 from .layer import wasi_layers
 from .planning import WasiPlan
-from .trace import KINDS, MemoryTrace, Site, marked_modules, marked_saving, phase, read_memory, read_times
+from .trace import KINDS, MemoryTrace, Site, Times, marked_modules, marked_saving, phase, read_memory, read_times
 
 ROUNDS = 5
 TIMELINE_POINTS = 200  # of each phase, at most
@@ -51,7 +52,6 @@ TRAINING = ("forward", "backward", "optimizer")
 MILLI = 1000
 
 Blocks = dict[str, dict[int, int]]  # bytes by address, by category
-Times = Mapping[tuple[str, str, str], float]  # by phase, module and kind of operation
 Watch = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -332,7 +332,7 @@ class _Runner:
         steps = [_timed(self.step) for _ in range(rounds)]
         passes = [_timed(self.infer) for _ in range(rounds)]
         seconds = _median(steps) | _median(passes)
-        times = _scaled(self.trace_times(modules, rounds), seconds)
+        times = _shared_out(self.trace_times(modules, rounds), seconds)
         return StepProfile(
             **{f"{name}_seconds": seconds[name] for name in (*TRAINING, "inference")},
             seconds_by_kind=_by_kind(times, TRAINING),
@@ -345,8 +345,8 @@ class _Runner:
             modules=_module_costs(modules, times, memory.saved),
         )
 
-    def trace_times(self, modules: dict[str, nn.Module], rounds: int) -> Times:
-        """Nanoseconds of several steps and inference passes."""
+    def trace_times(self, modules: dict[str, nn.Module], rounds: int) -> list[Times]:
+        """Nanoseconds of each of several steps and inference passes."""
         with marked_modules(modules), _profiler() as profile:
             for _ in range(rounds):
                 self.step(phase)
@@ -454,12 +454,14 @@ def _kind(module: nn.Module) -> str:
 # ---------------------------------------------------------------- accounting
 
 
-def _scaled(times: Times, seconds: Mapping[str, float]) -> Times:
-    """Traced times as shares of what each phase takes without the trace."""
+def _shared_out(rounds: Sequence[Times], seconds: Mapping[str, float]) -> Times:
+    """Seconds of each phase in proportion to the medians of traced times."""
+    keys = {key: None for times in rounds for key in times}
+    medians = {key: statistics.median(times.get(key, 0.0) for times in rounds) for key in keys}
     totals: dict[str, float] = {}
-    for (name, _, _), part in times.items():
+    for (name, _, _), part in medians.items():
         totals[name] = totals.get(name, 0.0) + part
-    return {key: part / totals[key[0]] * seconds[key[0]] for key, part in times.items()}
+    return {key: part / totals[key[0]] * seconds[key[0]] for key, part in medians.items()}
 
 
 def _by_kind(times: Times, phases: Sequence[str]) -> dict[str, float]:

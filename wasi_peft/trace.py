@@ -6,9 +6,9 @@ says what lies inside what. Backward work belongs to the module whose forward op
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +21,8 @@ from torch.profiler import record_function
 PHASE, MODULE, SAVED = "wasi phase ", "wasi module ", "wasi saved "
 NODE = "autograd::engine::evaluate_function: "
 KINDS = ("matrix products", "attention", "normalisation", "elementwise", "copies", "optimizer", "other")
+
+Times = dict[tuple[str, str, str], float]  # by phase, module and kind of operation
 
 _ATTENTION = re.compile("scaled_dot_product|flash_attention|efficient_attention")
 _NORMALISATION = re.compile("(layer|batch|group|instance|rms)_norm")
@@ -134,29 +136,36 @@ class _Modules:
     """The module that an event belongs to, given that of the event around it; events come in order of time."""
 
     def __init__(self) -> None:
-        self._by_sequence: dict[int, str] = {}
+        self._numbers: list[int] = []  # of the next autograd node, when an operation began; ascending
+        self._callers: list[str] = []  # module of the last operation that began at that number
+        self._last = ""
 
     def of(self, event: Any, around: str) -> str:
         if event.name.startswith(MODULE):
             return str(event.name.removeprefix(MODULE))
         kind, details = event.typed
-        sequence = details.sequence_number if kind == torch._C._profiler._EventType.TorchOp else -1
-        if sequence < 0:
-            return around
+        number = details.sequence_number if kind == torch._C._profiler._EventType.TorchOp else -1
         if event.name.startswith(NODE):
-            return self._by_sequence.get(sequence, around)
-        if details.scope == torch._C._profiler.RecordScope.FUNCTION:
-            self._by_sequence[sequence] = around  # the last operation with this number is the one of the node
+            if number >= 0:  # a gradient is accumulated, without number, right after the node that gives it
+                index = bisect.bisect_right(self._numbers, number) - 1  # an operation may make several nodes
+                self._last = self._callers[index] if index >= 0 else around
+            return self._last
+        if number >= 0 and details.scope == torch._C._profiler.RecordScope.FUNCTION:
+            if not self._numbers or number > self._numbers[-1]:
+                self._numbers.append(number)
+                self._callers.append(around)
+            else:
+                self._callers[-1] = around
         return around
 
 
-def read_times(profile: torch.profiler.profile) -> Counter[tuple[str, str, str]]:
-    """Nanoseconds by (phase, module, kind), each counted once: what an event takes without the events inside it.
+def read_times(profile: torch.profiler.profile) -> list[Times]:
+    """Nanoseconds by (phase, module, kind) of each round, counted once: what an event takes without those inside it.
 
-    Python and the autograd engine, between operations, are of the kind "other"; in the phase "optimizer" everything is
-    of the kind "optimizer".
+    A round begins where the phase that came first comes again. Python and the autograd engine, between operations, are
+    of the kind "other"; in the phase "optimizer" everything is of the kind "optimizer".
     """
-    times: Counter[tuple[str, str, str]] = Counter()
+    rounds: list[Times] = []
     modules = _Modules()
 
     def visit(event: Any, name: str, module: str, inherited: str | None) -> None:
@@ -164,16 +173,21 @@ def read_times(profile: torch.profiler.profile) -> Counter[tuple[str, str, str]]
         kind = inherited or operation_kind(event.name)
         inner = [child for child in event.children if not _is_allocation(child)]
         own = event.duration_time_ns - sum(child.duration_time_ns for child in inner)
-        times[name, module, kind] += max(0, own)
+        rounds[-1][name, module, kind] = rounds[-1].get((name, module, kind), 0) + max(0, own)
         passed_on = kind if inherited or _takes_all(event.name) else None
         for child in inner:
             visit(child, name, module, passed_on)
 
+    seen: set[str] = set()
     for root in _tree(profile):
         if root.name.startswith(PHASE):
             name = root.name.removeprefix(PHASE)
+            if not rounds or name in seen:
+                rounds.append({})
+                seen.clear()
+            seen.add(name)
             visit(root, name, "", "optimizer" if name == "optimizer" else None)
-    return times
+    return rounds
 
 
 def read_memory(profile: torch.profiler.profile, before: Sequence[Mapping[int, int]]) -> list[MemoryTrace]:
