@@ -33,6 +33,8 @@ ORDER = [
     "planner",
     "callbacks",
     "report",
+    "profile_report",
+    "loading",
     "cli",
 ]
 PACKAGE = Path(wasi_peft.__file__).parent

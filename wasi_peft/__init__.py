@@ -16,6 +16,7 @@ from .optimizer import SubspaceSGD, create_wasi_optimizer
 from .planner import plan_wasi
 from .planning import WasiPlan
 from .preprocessing import preprocess_wasi
+from .profile_report import costs_table, plot_profiles, profiles_table
 from .profiling import PeakMemory, measure_peak_memory
 from .repair import REPAIR_STEPS, repair_factors
 from .report import plot_calibration, plot_estimates, plot_plan
@@ -39,6 +40,7 @@ __all__ = [
     "WasiPlan",
     "WasiSummary",
     "calibrate_wasi",
+    "costs_table",
     "create_wasi_optimizer",
     "estimate_wasi",
     "measure_peak_memory",
@@ -46,8 +48,10 @@ __all__ = [
     "plot_calibration",
     "plot_estimates",
     "plot_plan",
+    "plot_profiles",
     "preprocess_wasi",
     "profile_wasi",
+    "profiles_table",
     "repair_factors",
     "resize_rank",
     "wasi_summary",

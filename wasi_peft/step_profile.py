@@ -44,7 +44,18 @@ from .estimate import (
 )
 from .layer import wasi_layers
 from .planning import WasiPlan
-from .trace import KINDS, MemoryTrace, Site, Times, marked_modules, marked_saving, phase, read_memory, read_times
+from .trace import (
+    KINDS,
+    MemoryTrace,
+    Site,
+    Times,
+    marked_modules,
+    marked_saving,
+    one_round,
+    phase,
+    read_memory,
+    read_times,
+)
 
 ROUNDS = 5
 TIMELINE_POINTS = 200  # of each phase, at most
@@ -327,7 +338,6 @@ class _Runner:
     def profile(self, rounds: int) -> StepProfile:
         modules = _modules(self.model)
         memory = max(self.trace_memory(modules), key=lambda step: step.peak)
-        self.step(_unwatched)
         self.infer(_unwatched)
         steps = [_timed(self.step) for _ in range(rounds)]
         passes = [_timed(self.infer) for _ in range(rounds)]
@@ -349,8 +359,9 @@ class _Runner:
         """Nanoseconds of each of several steps and inference passes."""
         with marked_modules(modules), _profiler() as profile:
             for _ in range(rounds):
-                self.step(phase)
-                self.infer(phase)
+                with one_round():
+                    self.step(phase)
+                    self.infer(phase)
         return read_times(profile)
 
     def trace_memory(self, modules: dict[str, nn.Module]) -> list[_StepMemory]:
@@ -367,12 +378,16 @@ class _Runner:
         gc.collect()
         snapshots = []
         with marked_modules(modules), _profiler(profile_memory=True) as profile:
-            for age in (_rest_bases, _age_bases):  # the end of bases from before would not be seen
+            for age in (_rest_bases, _age_bases):
                 age(self.model)
                 before = self.kept()
-                self.step(watch)
+                with one_round():
+                    self.step(watch)
                 snapshots.append((before, self.kept(), frozenset(gradients)))
                 gradients.clear()
+                _age_bases(self.model)
+                # warms up, and makes new bases: the end of those from before the profile would not be seen
+                self.step(_unwatched)
         traces = read_memory(profile, [_all_blocks(before) for before, _, _ in snapshots])
         return [_step_memory(trace, *parts) for trace, parts in zip(traces, snapshots, strict=True)]
 

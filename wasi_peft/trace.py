@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+ROUND = "wasi round"
 PHASE, MODULE, SAVED = "wasi phase ", "wasi module ", "wasi saved "
 NODE = "autograd::engine::evaluate_function: "
 KINDS = ("matrix products", "attention", "normalisation", "elementwise", "copies", "optimizer", "other")
@@ -40,7 +41,7 @@ class Site(NamedTuple):
 
 @dataclass
 class MemoryTrace:
-    """All blocks of memory of a traced step, numbered; first those that were there before.
+    """All blocks of memory of a traced round, numbered; first those that were there before.
 
     Attributes:
         sizes: Bytes by number.
@@ -53,6 +54,11 @@ class MemoryTrace:
     sites: list[Site] = field(default_factory=list)
     changes: list[tuple[str, int, int]] = field(default_factory=list)
     alive: dict[str, dict[int, int]] = field(default_factory=dict)
+
+
+def one_round() -> Any:
+    """A context for phases that belong together; other phases are not read."""
+    return record_function(ROUND)
 
 
 def phase(name: str) -> Any:
@@ -123,9 +129,10 @@ def _takes_all(name: str) -> bool:
     return operation_kind(name) in ("attention", "normalisation") or bool(_CONVOLUTION.search(name))
 
 
-def _tree(profile: torch.profiler.profile) -> list[Any]:
+def _rounds(profile: torch.profiler.profile) -> list[Any]:
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    return list(profile.profiler.kineto_results.experimental_event_tree())
+    roots = profile.profiler.kineto_results.experimental_event_tree()
+    return [root for root in roots if root.name == ROUND]
 
 
 def _is_allocation(event: Any) -> bool:
@@ -162,57 +169,50 @@ class _Modules:
 def read_times(profile: torch.profiler.profile) -> list[Times]:
     """Nanoseconds by (phase, module, kind) of each round, counted once: what an event takes without those inside it.
 
-    A round begins where the phase that came first comes again. Python and the autograd engine, between operations, are
-    of the kind "other"; in the phase "optimizer" everything is of the kind "optimizer".
+    Python and the autograd engine, between operations, are of the kind "other"; in the phase "optimizer" everything is
+    of the kind "optimizer".
     """
-    rounds: list[Times] = []
     modules = _Modules()
 
-    def visit(event: Any, name: str, module: str, inherited: str | None) -> None:
+    def visit(times: Times, event: Any, name: str, module: str, inherited: str | None) -> None:
         module = modules.of(event, module)
         kind = inherited or operation_kind(event.name)
         inner = [child for child in event.children if not _is_allocation(child)]
         own = event.duration_time_ns - sum(child.duration_time_ns for child in inner)
-        rounds[-1][name, module, kind] = rounds[-1].get((name, module, kind), 0) + max(0, own)
+        times[name, module, kind] = times.get((name, module, kind), 0) + max(0, own)
         passed_on = kind if inherited or _takes_all(event.name) else None
         for child in inner:
-            visit(child, name, module, passed_on)
+            visit(times, child, name, module, passed_on)
 
-    seen: set[str] = set()
-    for root in _tree(profile):
-        if root.name.startswith(PHASE):
-            name = root.name.removeprefix(PHASE)
-            if not rounds or name in seen:
-                rounds.append({})
-                seen.clear()
-            seen.add(name)
-            visit(root, name, "", "optimizer" if name == "optimizer" else None)
+    rounds: list[Times] = []
+    for one in _rounds(profile):
+        rounds.append({})
+        for event in one.children:
+            if event.name.startswith(PHASE):
+                name = event.name.removeprefix(PHASE)
+                visit(rounds[-1], event, name, "", "optimizer" if name == "optimizer" else None)
     return rounds
 
 
 def read_memory(profile: torch.profiler.profile, before: Sequence[Mapping[int, int]]) -> list[MemoryTrace]:
-    """What came and went in each step, from the beginning of its first phase to the end of its last one.
+    """What came and went in each round, from the beginning of its first phase on.
 
     Args:
-        profile: A profile with memory. A step begins where the phase that came first comes again.
-        before: Of each step, bytes by address of what was there before. Of other such blocks the end is not counted,
+        profile: A profile with memory.
+        before: Of each round, bytes by address of what was there before. Of other such blocks the end is not counted,
             and of blocks from before the profile the profiler does not see it.
     """
-    modules, steps = _Modules(), list[_MemoryReader]()
-    for root in _tree(profile):
-        name = root.name.removeprefix(PHASE) if root.name.startswith(PHASE) else None
-        if name is not None and (not steps or name in steps[-1].trace.alive):
-            steps.append(_MemoryReader(modules, before[len(steps)]))
-        if steps and (name is not None or _is_allocation(root)):
-            steps[-1].read(root, name)
-    return [step.trace for step in steps]
+    modules = _Modules()
+    return [
+        _MemoryReader(modules, held).read(one.children) for one, held in zip(_rounds(profile), before, strict=True)
+    ]
 
 
 class _MemoryReader:
-    """Reads the events of one step."""
+    """Reads the events of one round."""
 
     def __init__(self, modules: _Modules, before: Mapping[int, int]) -> None:
-        self.trace = MemoryTrace()
+        self._trace = MemoryTrace()
         self._modules = modules
         self._alive: dict[int, int] = {}
         self._kept: set[int] = set()
@@ -220,16 +220,20 @@ class _MemoryReader:
         for address, size in before.items():
             self._begin(address, size, Site("", ""))
 
-    def read(self, root: Any, name: str | None) -> None:
-        self._phase = name or self._phase
-        self._visit(root, Site("", ""))
-        if name is not None:
-            self.trace.alive[name] = dict(self._alive)
+    def read(self, events: Sequence[Any]) -> MemoryTrace:
+        for event in events:
+            if event.name.startswith(PHASE):
+                self._phase = event.name.removeprefix(PHASE)
+                self._visit(event, Site("", ""))
+                self._trace.alive[self._phase] = dict(self._alive)
+            elif self._phase and _is_allocation(event):
+                self._visit(event, Site("", ""))
+        return self._trace
 
     def _begin(self, address: int, size: int, site: Site) -> int:
-        number = self._alive[address] = len(self.trace.sizes)
-        self.trace.sizes.append(size)
-        self.trace.sites.append(site)
+        number = self._alive[address] = len(self._trace.sizes)
+        self._trace.sizes.append(size)
+        self._trace.sites.append(site)
         return number
 
     def _visit(self, event: Any, site: Site) -> None:
@@ -239,7 +243,7 @@ class _MemoryReader:
             number = self._alive.get(int(event.name.removeprefix(SAVED)))
             if number is not None and number not in self._kept:
                 self._kept.add(number)
-                self.trace.sites[number] = site
+                self._trace.sites[number] = site
         else:
             site = self._inside(event, site)
             for child in event.children:
@@ -248,9 +252,9 @@ class _MemoryReader:
     def _change(self, address: int, size: int, site: Site) -> None:
         if address in self._alive:  # where something new begins, the end of the old one went unnoticed
             number = self._alive.pop(address)
-            self.trace.changes.append((self._phase, number, -self.trace.sizes[number]))
+            self._trace.changes.append((self._phase, number, -self._trace.sizes[number]))
         if size > 0:
-            self.trace.changes.append((self._phase, self._begin(address, size, site), size))
+            self._trace.changes.append((self._phase, self._begin(address, size, site), size))
 
     def _inside(self, event: Any, site: Site) -> Site:
         module = self._modules.of(event, site.module)
