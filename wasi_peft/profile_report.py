@@ -37,13 +37,13 @@ def _quantities(profile: StepProfile, first: StepProfile, unit: tuple[str, int])
         **{f"{phase}, ms": getattr(profile, f"{phase}_seconds") * MILLI for phase in TRAINING},
         "step, ms": profile.step_seconds * MILLI,
         "step, of the first": f"{profile.step_seconds / first.step_seconds:.1%}",
-        **{f"  {kind}, ms": seconds * MILLI for kind, seconds in profile.seconds_by_kind.items()},
+        **{f"of it {kind}, ms": seconds * MILLI for kind, seconds in profile.seconds_by_kind.items()},
         "inference, ms": profile.inference_seconds * MILLI,
         "inference, of the first": f"{profile.inference_seconds / first.inference_seconds:.1%}",
         f"saved for backward, {name}": profile.saved_bytes / size,
         f"peak, {name}": profile.peak_bytes / size,
         "peak, of the first": f"{profile.peak_bytes / first.peak_bytes:.1%}",
-        **{f"  {category}, {name}": held / size for category, held in profile.at_peak.items()},
+        **{f"of it {category}, {name}": held / size for category, held in profile.at_peak.items()},
     }
 
 
