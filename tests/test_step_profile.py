@@ -22,7 +22,7 @@ from wasi_peft import step_profile as implementation
 from wasi_peft.estimate import CATEGORIES, OPTIMIZERS, estimate_wasi
 from wasi_peft.layer import wasi_layers
 from wasi_peft.step_profile import TRAINING, Cost, StepProfile, profile_wasi
-from wasi_peft.trace import KINDS, operation_kind
+from wasi_peft.trace import KINDS, marked_modules, one_round, operation_kind, phase, read_times
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs every start and stop
 
@@ -140,14 +140,31 @@ def test_time_goes_to_modules_and_kinds_forward_and_backward() -> None:
     assert costs["narrow"] == Cost()
 
 
-def test_time_in_a_module_alone() -> None:
-    """Nothing but one product takes time: most of backward is its, and so is the kind."""
-    layer = nn.Sequential(nn.Linear(512, 512), nn.Identity())
-    profile = profile_wasi(layer, batch=torch.randn(2048, 512), optimizer=None, rounds=3)
-    cost = profile.by_module()["0"]
-    assert cost.backward_seconds > profile.backward_seconds / 2 and cost.forward_seconds > profile.forward_seconds / 2
-    assert max(profile.seconds_by_kind, key=profile.seconds_by_kind.__getitem__) == "matrix products"
-    assert profile.optimizer_seconds < profile.backward_seconds
+def test_operations_belong_to_their_module_in_both_directions() -> None:
+    """By what has any time, not by how much."""
+    model = Toy()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with marked_modules(dict(model.named_modules())), torch.profiler.profile(activities=activities) as profile:
+        for _ in range(2):
+            with one_round():
+                with phase("forward"):
+                    loss = model(torch.randn(128, 32)).sum()
+                with phase("backward"):
+                    loss.backward()
+        loss = model(torch.randn(128, 32)).sum()  # in no phase
+    rounds = read_times(profile)
+    assert len(rounds) == 2
+    for times in rounds:
+        assert {name for name, _, _ in times} == {"forward", "backward"}
+        places: dict[tuple[str, str], set[str]] = {}
+        for (name, module, kind), nanoseconds in times.items():
+            assert nanoseconds >= 0
+            if kind in ("matrix products", "attention", "normalisation", "elementwise"):
+                places.setdefault((name, kind), set()).add(module)
+        assert places["forward", "matrix products"] == places["backward", "matrix products"] == {"wide", ""}
+        assert places["forward", "normalisation"] == places["backward", "normalisation"] == {"norm"}
+        assert "act" in places["forward", "elementwise"] and "act" in places["backward", "elementwise"]
+        assert ("forward", "attention") not in places
 
 
 def test_layers_of_adapters_are_one_module() -> None:
@@ -168,8 +185,9 @@ def test_recomputed_blocks_belong_to_their_modules(reentrant: bool) -> None:
     profile, plain = profile_wasi(model, batch=batch, rounds=1), profiled("vit", "dense")
     assert profile.saved_bytes < plain.saved_bytes / 2
     assert sum(cost.saved_bytes for cost in profile.by_module().values()) == profile.saved_bytes
-    blocks = [cost.backward_seconds for name, cost in profile.by_block().items() if name.startswith("vit.layers.")]
-    assert sum(blocks) > profile.backward_seconds / 2
+    for name, cost in profile.by_module().items():
+        if name.endswith(("fc1", "layernorm_before")):
+            assert cost.forward_seconds > 0 and cost.backward_seconds > 0
 
 
 @pytest.mark.parametrize(

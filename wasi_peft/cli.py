@@ -381,7 +381,7 @@ def _profile(arguments: argparse.Namespace) -> None:
 
     profiles = _for_each(_variants(arguments, model, task), "Profiles", profile)
     line, data = _compared(arguments, task, batch, model)
-    line += f", {torch.get_num_threads()} threads"
+    line += f", threads {torch.get_num_threads()}"
     data["threads"] = torch.get_num_threads()
     data["profiles"] = {label: profile.to_dict() for label, profile in profiles.items()}
     costs = [f"{label}\n{costs_table(profile, arguments.by)}" for label, profile in profiles.items()]
