@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from wasi_peft import Calibration, WasiConfig, WasiPlan, cli
+from wasi_peft import Calibration, WasiConfig, WasiPlan, cli, loading
 from wasi_peft.estimate import CATEGORIES, Estimate, estimate_wasi
 from wasi_peft.planner import plan_wasi
 from wasi_peft.planning import LayerPlan
@@ -234,10 +234,10 @@ def test_the_batch_suits_the_model(name: str, options: tuple[str, ...], shapes: 
     model = ARCHITECTURES[name].model()
     model.config.architectures = [type(model).__name__]
     arguments = cli._parser().parse_args(["estimate", name, *ESTIMATED, *options])
-    batch = cli._dummy_batch(arguments, model, cli._task_of(model.config))
+    batch = loading.dummy_batch(arguments, model, loading.task_of(model.config))
     assert {key: batch[key].shape for key in shapes} == shapes
     assert model(**batch).loss.isfinite()
-    assert "labels" not in cli._dummy_batch(arguments, model, "features")
+    assert "labels" not in loading.dummy_batch(arguments, model, "features")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_labels_suit_the_problem(changes: dict[str, Any], shape: tuple[int, ...]
     for key, value in changes.items():
         setattr(model.config, key, value)
     arguments = cli._parser().parse_args(["estimate", "bert", *ESTIMATED])
-    labels = cli._dummy_batch(arguments, model, "text-classification")["labels"]
+    labels = loading.dummy_batch(arguments, model, "text-classification")["labels"]
     assert (labels.shape, labels.dtype) == (shape, dtype)
 
 
@@ -261,9 +261,56 @@ def test_labels_suit_the_problem(changes: dict[str, Any], shape: tuple[int, ...]
 @pytest.mark.parametrize("weights", [True, False])
 def test_dtype(assets: Path, dtype: str, weights: bool) -> None:
     arguments = cli._parser().parse_args(["inspect", str(assets / "llama"), "--dtype", dtype])
-    model, task = cli._load_model(arguments, weights)
+    model, task = loading.load_model(arguments, weights)
     assert (model.dtype, model.device.type) == (getattr(torch, dtype), "cpu" if weights else "meta")
     assert task == "causal-lm"
+
+
+# ------------------------------------------------------------------------------------------------ profile
+
+
+def test_profiles_next_to_each_other(run: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "p.png"
+    options = (*ESTIMATED, "--plan", "plan.json", "--lora", "2", "--rounds", "1")
+    data = json.loads(run("profile", "vit", *options, "--json", "--plot", str(figure)))
+    assert list(data["profiles"]) == ["dense", "LoRA r=2", "WASI plan"]
+    assert data["batch"] == {"pixel_values": [4, 3, 8, 8], "labels": [4]} and data["optimizer"] == "adamw"
+    dense = data["profiles"]["dense"]
+    estimate = estimate_wasi(ARCHITECTURES["vit"].model(), batch=ARCHITECTURES["vit"].batch())
+    assert dense["saved_bytes"] == estimate.saved_bytes
+    assert sum(dense["seconds_by_kind"].values()) == pytest.approx(dense["step_seconds"])
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_profile_of_texts_by_block(run: Any, name: str) -> None:
+    options = ("--dense", "--rounds", "1", "--by", "block", "--optimizer", "sgd", "--sequence-length", "6")
+    text = run("profile", name, "--batch-size", "2", *options)
+    header, *lines = text.splitlines()
+    assert header.split() == ["dense"]
+    assert any(line.startswith("step, ms") for line in lines)
+    assert any("sgd, input_ids 2 x 6" in line for line in lines)
+    assert any(line.startswith("block ") for line in lines) and any(line.startswith("(model) ") for line in lines)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_random_content_is_ordinary_and_the_same_every_time(name: str) -> None:
+    model = ARCHITECTURES[name].model()
+    batch, again = ARCHITECTURES[name].batch(), ARCHITECTURES[name].batch(seed=2)
+    for one in (batch, again):
+        loading.random_content(one, model)
+    key = model.main_input_name
+    assert torch.equal(batch[key], again[key])
+    assert batch[key].unique().numel() > 5
+    if key == "input_ids":
+        assert not bool((batch[key] == model.config.pad_token_id).any())
+
+
+def test_profile_refuses_what_estimate_refuses(run: Any) -> None:
+    assert "--activation-rank goes with" in run("profile", "vit", *ESTIMATED, "--activation-rank", "2", code=2)
+    assert "give --lora or --dense" in run("profile", "vit", *ESTIMATED, "--dense", "--lora", "2", code=2)
+    assert "at least 1" in run("profile", "vit", *ESTIMATED, "--rounds", "0", code=2)
 
 
 # ------------------------------------------------------------------------------------------------ plan
@@ -332,7 +379,7 @@ def test_plan_with_larger_images_and_a_plot(run: Any, tmp_path: Path, monkeypatc
 
 def test_samples_are_spread_over_sorted_files(run: Any, assets: Path) -> None:
     arguments = cli._parser().parse_args(["plan", "vit", "--data", "images", *PLANNED, "--samples", "4"])
-    loader = cli._calibration_batches(arguments, ARCHITECTURES["vit"].model(), "image-classification")
+    loader = loading.calibration_batches(arguments, ARCHITECTURES["vit"].model(), "image-classification")
     assert [path.parent.name for path in loader.dataset] == ["one", "one", "two", "two"]  # type: ignore[attr-defined]
 
 
@@ -342,7 +389,7 @@ def test_cropping_processors_resize_the_shorter_side(run: Any, assets: Path, tmp
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     AutoConfig.from_pretrained(assets / "vit").save_pretrained(tmp_path)
     arguments = cli._parser().parse_args(["plan", str(tmp_path), *PLANNED, "--image-size", "12"])
-    collate = cli._image_collator(arguments, ARCHITECTURES["vit"].model())
+    collate = loading._image_collator(arguments, ARCHITECTURES["vit"].model())
     assert collate([assets / "images" / "one" / "0.png"])["pixel_values"].shape == (1, 3, 12, 12)
 
 
@@ -461,11 +508,11 @@ def test_unknown_architecture_asks_for_the_task(run: Any, assets: Path, tmp_path
 def test_models_that_read_something_else() -> None:
     sound = SimpleNamespace(main_input_name="input_values")
     with pytest.raises(ValueError, match="must read 'pixel_values' or 'input_ids', got 'input_values'"):
-        cli._reads_images(sound)  # type: ignore[arg-type]
+        loading._reads_images(sound)  # type: ignore[arg-type]
     any_size = SimpleNamespace(config=SimpleNamespace())
     arguments = cli._parser().parse_args(["estimate", "vit", *ESTIMATED])
     with pytest.raises(ValueError, match="--image-size is needed"):
-        cli._image_size(arguments, any_size)  # type: ignore[arg-type]
+        loading._image_size(arguments, any_size)  # type: ignore[arg-type]
 
 
 def test_code_that_comes_with_a_model_is_not_run(run: Any, tmp_path: Path) -> None:

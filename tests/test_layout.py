@@ -35,9 +35,13 @@ ORDER = [
     "optimizer",
     "profiling",
     "estimate",
+    "trace",
+    "step_profile",
     "planner",
     "callbacks",
     "report",
+    "profile_report",
+    "loading",
     "cli",
 ]
 PACKAGE = Path(wasi_peft.__file__).parent

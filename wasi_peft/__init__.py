@@ -18,11 +18,13 @@ from .optimizer import SubspaceSGD, create_wasi_optimizer
 from .planner import plan_wasi
 from .planning import WasiPlan
 from .preprocessing import preprocess_wasi
+from .profile_report import costs_table, plot_profiles, profiles_table
 from .profiling import PeakMemory, measure_peak_memory
 from .recompute import BlockRecomputation, recompute_blocks
 from .repair import REPAIR_STEPS, repair_factors
 from .report import plot_calibration, plot_estimates, plot_plan
 from .saved import LowBitSavedTensors, store_saved_tensors
+from .step_profile import StepProfile, profile_wasi
 from .summary import WasiSummary, wasi_summary
 
 __version__ = "0.1.0.dev0"
@@ -35,6 +37,7 @@ __all__ = [
     "Linear",
     "LowBitSavedTensors",
     "PeakMemory",
+    "StepProfile",
     "SubspaceSGD",
     "WasiCallback",
     "WasiConfig",
@@ -45,6 +48,7 @@ __all__ = [
     "calibrate_wasi",
     "chunk_mlps",
     "chunked_cross_entropy",
+    "costs_table",
     "create_wasi_optimizer",
     "estimate_wasi",
     "measure_peak_memory",
@@ -52,7 +56,10 @@ __all__ = [
     "plot_calibration",
     "plot_estimates",
     "plot_plan",
+    "plot_profiles",
     "preprocess_wasi",
+    "profile_wasi",
+    "profiles_table",
     "recompute_blocks",
     "remove_chunked_loss",
     "repair_factors",

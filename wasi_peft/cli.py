@@ -1,61 +1,48 @@
-"""Command line: `wasi-peft inspect | estimate | plan`. Parses, loads what is named, calls the library, prints."""
+"""Command line: `wasi-peft inspect | estimate | profile | plan`. Parses, calls the library, prints."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from . import report
 from ._registration import NAME
 from .calibration import Calibration, calibrate_wasi
 from .config import UPDATES, WasiConfig
-from .estimate import OPTIMIZERS, estimate_wasi
-from .layer import dense_weight
+from .estimate import OPTIMIZERS, Estimate, estimate_wasi
+from .loading import (
+    SEQUENCE_LENGTH,
+    TASKS,
+    calibration_batches,
+    dummy_batch,
+    load_model,
+    random_content,
+    target_sizes,
+    task_heads,
+)
 from .planner import BUDGETS, plan_wasi
 from .planning import WasiPlan
+from .profile_report import GROUPINGS, costs_table, plot_profiles, profiles_table
+from .step_profile import ROUNDS, StepProfile, profile_wasi
 from .summary import LayerSummary, WasiSummary
-from .targets import default_target_names
 
 LORA_RANK = 16
-SEQUENCE_LENGTH = 128
 SAMPLES = 256
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-class Task(NamedTuple):
-    """What a model is for: the ends of its architecture's name, its auto class, what its labels are."""
-
-    architectures: tuple[str, ...]
-    auto_class: str
-    labels: str | None
-
-
-TASKS = {
-    "image-classification": Task(("ForImageClassification",), "AutoModelForImageClassification", "classes"),
-    "text-classification": Task(("ForSequenceClassification",), "AutoModelForSequenceClassification", "classes"),
-    "token-classification": Task(("ForTokenClassification",), "AutoModelForTokenClassification", "tokens"),
-    "causal-lm": Task(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", "tokens"),
-    "masked-lm": Task(("ForMaskedLM",), "AutoModelForMaskedLM", "tokens"),
-    "seq2seq-lm": Task(("ForConditionalGeneration",), "AutoModelForSeq2SeqLM", "tokens"),
-    "features": Task(("Model",), "AutoModel", None),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +68,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="wasi-peft", description="Look at, estimate and plan WASI fine-tuning.")
+    parser = _Parser(prog="wasi-peft", description="Look at, estimate, profile and plan WASI fine-tuning.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     command = commands.add_parser("inspect", help="what a model, adapter, plan or calibration holds")
@@ -92,14 +79,20 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("estimate", help="memory and FLOPs of a training step, without running one")
     command.set_defaults(run=_estimate)
     command.add_argument("model", metavar="MODEL", help="hub id or folder; its weights are not loaded")
-    wasi = command.add_mutually_exclusive_group()
-    wasi.add_argument("--plan", metavar="JSON", help="add WASI with this plan")
-    wasi.add_argument("--weight-rank", metavar="K", type=_count, help="add WASI with this rank in every layer")
-    wasi.add_argument("--dense", action="store_true", help="full fine-tuning only")
-    command.add_argument(
-        "--activation-rank", metavar="R", type=_count, help="with --weight-rank: feature rank of the inputs (exact)"
+    _add_variant_options(command)
+    _add_batch_options(command)
+    _add_model_options(command)
+
+    command = commands.add_parser(
+        "profile", help="time and memory of a training step by module and operation, measured"
     )
-    command.add_argument("--lora", metavar="R", type=_count, help=f"rank of LoRA ({LORA_RANK})")
+    command.set_defaults(run=_profile)
+    command.add_argument("model", metavar="MODEL", help="hub id or folder")
+    _add_variant_options(command)
+    command.add_argument("--by", choices=list(GROUPINGS), default="class", help="what the time is grouped by (class)")
+    command.add_argument(
+        "--rounds", metavar="N", type=_count, default=ROUNDS, help=f"how many steps are timed ({ROUNDS})"
+    )
     _add_batch_options(command)
     _add_model_options(command)
 
@@ -127,6 +120,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_batch_options(command)
     _add_model_options(command)
     return parser
+
+
+def _add_variant_options(command: argparse.ArgumentParser) -> None:
+    wasi = command.add_mutually_exclusive_group()
+    wasi.add_argument("--plan", metavar="JSON", help="add WASI with this plan")
+    wasi.add_argument("--weight-rank", metavar="K", type=_count, help="add WASI with this rank in every layer")
+    wasi.add_argument("--dense", action="store_true", help="full fine-tuning only")
+    command.add_argument(
+        "--activation-rank", metavar="R", type=_count, help="with --weight-rank: feature rank of the inputs (exact)"
+    )
+    command.add_argument("--lora", metavar="R", type=_count, help=f"rank of LoRA ({LORA_RANK})")
 
 
 def _add_batch_options(command: argparse.ArgumentParser) -> None:
@@ -277,8 +281,8 @@ def _input_rule(config: WasiConfig, name: str) -> str:
 def _inspect_model(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         raise ValueError("--plot needs a plan, an adapter or a calibration, got a model.")
-    model, task = _load_model(arguments, weights=False)
-    sizes = _target_sizes(model)
+    model, task = load_model(arguments, weights=False)
+    sizes = target_sizes(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     targeted = sum(out * in_features for out, in_features in sizes.values())
     rows = report.target_rows(sizes)
@@ -296,18 +300,14 @@ def _inspect_model(arguments: argparse.Namespace) -> None:
     _show(arguments, f"{report.table(rows)}\n{text}", data)
 
 
-def _estimate(arguments: argparse.Namespace) -> None:
-    _check_outputs(arguments.plot, plot=True)
-    if arguments.activation_rank and not arguments.weight_rank:
-        raise ValueError("--activation-rank goes with --weight-rank; a plan has its own.")
-    if arguments.dense and arguments.lora:
-        raise ValueError("--dense leaves LoRA out; give --lora or --dense, not both.")
-    model, task = _load_model(arguments, weights=False)
-    batch = _dummy_batch(arguments, model, task)
-    heads = _heads(model, task)
+def _variants(
+    arguments: argparse.Namespace, model: transformers.PreTrainedModel, task: str
+) -> dict[str, PeftConfig | None]:
+    """Configurations to compare, by label; None is full fine-tuning."""
+    heads = task_heads(model, task)
     configs: dict[str, PeftConfig | None] = {"dense": None}
     if not arguments.dense:
-        rank, names = arguments.lora or LORA_RANK, sorted(_target_sizes(model))
+        rank, names = arguments.lora or LORA_RANK, sorted(target_sizes(model))
         configs[f"LoRA r={rank}"] = LoraConfig(r=rank, target_modules=names, modules_to_save=heads)
     if arguments.plan:
         configs["WASI plan"] = WasiConfig(plan=arguments.plan, modules_to_save=heads, **_update(arguments))
@@ -319,26 +319,76 @@ def _estimate(arguments: argparse.Namespace) -> None:
             modules_to_save=heads,
             **_update(arguments),
         )
-    estimates = {}
-    with tqdm(reversed(configs), desc="Estimates", total=len(configs), leave=False) as labels:
-        for label in labels:  # WASI first: it may be refused
-            estimates[label] = estimate_wasi(model, configs[label], batch=batch, optimizer=arguments.optimizer)
-    estimates = {label: estimates[label] for label in configs}
+    return configs
+
+
+def _check_variants(arguments: argparse.Namespace) -> None:
+    if arguments.activation_rank and not arguments.weight_rank:
+        raise ValueError("--activation-rank goes with --weight-rank; a plan has its own.")
+    if arguments.dense and arguments.lora:
+        raise ValueError("--dense leaves LoRA out; give --lora or --dense, not both.")
+
+
+Measured = TypeVar("Measured")
+
+
+def _for_each(
+    configs: dict[str, PeftConfig | None], title: str, measure: Callable[[PeftConfig | None], Measured]
+) -> dict[str, Measured]:
+    """What `measure` says of each configuration; WASI, which may be refused, is asked first."""
+    found = {}
+    with tqdm(reversed(configs), desc=title, total=len(configs), leave=False) as labels:
+        for label in labels:
+            found[label] = measure(configs[label])
+    return {label: found[label] for label in configs}
+
+
+def _compared(
+    arguments: argparse.Namespace, task: str, batch: dict[str, Any], model: transformers.PreTrainedModel
+) -> tuple[str, dict[str, Any]]:
+    """What was compared, as a line and as data."""
     shapes = {key: list(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
     text = ", ".join(f"{key} {' x '.join(map(str, shape))}" for key, shape in shapes.items())
-    _show(
-        arguments,
-        f"{report.estimates_table(estimates)}\n{type(model).__name__}, {arguments.optimizer}, {text}",
-        {
-            "model": arguments.model,
-            "task": task,
-            "optimizer": arguments.optimizer,
-            "batch": shapes,
-            "estimates": {label: estimate.to_dict() for label, estimate in estimates.items()},
-        },
-    )
+    data = {"model": arguments.model, "task": task, "optimizer": arguments.optimizer, "batch": shapes}
+    return f"{type(model).__name__}, {arguments.optimizer}, {text}", data
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    _check_outputs(arguments.plot, plot=True)
+    _check_variants(arguments)
+    model, task = load_model(arguments, weights=False)
+    batch = dummy_batch(arguments, model, task)
+
+    def estimate(config: PeftConfig | None) -> Estimate:
+        return estimate_wasi(model, config, batch=batch, optimizer=arguments.optimizer)
+
+    estimates = _for_each(_variants(arguments, model, task), "Estimates", estimate)
+    line, data = _compared(arguments, task, batch, model)
+    data["estimates"] = {label: estimate.to_dict() for label, estimate in estimates.items()}
+    _show(arguments, f"{report.estimates_table(estimates)}\n{line}", data)
     if arguments.plot:
         report.plot_estimates(estimates, arguments.plot)
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    _check_outputs(arguments.plot, plot=True)
+    _check_variants(arguments)
+    model, task = load_model(arguments, weights=True)
+    batch = dummy_batch(arguments, model, task)
+    random_content(batch, model)
+
+    def profile(config: PeftConfig | None) -> StepProfile:
+        return profile_wasi(model, config, batch=batch, optimizer=arguments.optimizer, rounds=arguments.rounds)
+
+    profiles = _for_each(_variants(arguments, model, task), "Profiles", profile)
+    line, data = _compared(arguments, task, batch, model)
+    line += f", threads {torch.get_num_threads()}"
+    data["threads"] = torch.get_num_threads()
+    data["profiles"] = {label: profile.to_dict() for label, profile in profiles.items()}
+    costs = [f"{label}\n{costs_table(profile, arguments.by)}" for label, profile in profiles.items()]
+    _show(arguments, "\n\n".join([f"{profiles_table(profiles)}\n{line}", *costs]), data)
+    if arguments.plot:
+        plot_profiles(profiles, arguments.plot)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -346,12 +396,12 @@ def _plan(arguments: argparse.Namespace) -> None:
     _check_outputs(arguments.plot, plot=True)
     if arguments.data is None and arguments.calibration is None:
         raise ValueError("--data is needed, or --calibration with a finished calibration; got neither.")
-    model, task = _load_model(arguments, weights=True)
-    batch = _dummy_batch(arguments, model, task)
+    model, task = load_model(arguments, weights=True)
+    batch = dummy_batch(arguments, model, task)
     if arguments.data is None:
         calibration = Calibration.load(arguments.calibration)
     else:
-        data = _calibration_batches(arguments, model, task)
+        data = calibration_batches(arguments, model, task)
         calibration = calibrate_wasi(model, data, directory=arguments.calibration)
     plan = plan_wasi(
         model,
@@ -359,7 +409,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         **{name: getattr(arguments, name) for name in BUDGETS},
         batch=batch,
         optimizer=arguments.optimizer,
-        config=WasiConfig(modules_to_save=_heads(model, task), **_update(arguments)),
+        config=WasiConfig(modules_to_save=task_heads(model, task), **_update(arguments)),
     )
     if arguments.output:
         plan.save(arguments.output)
@@ -380,196 +430,6 @@ def _check_outputs(path: str | None, plot: bool = False) -> None:
 
 def _show(arguments: argparse.Namespace, text: str, data: Any) -> None:
     print(json.dumps(data, indent=2) if arguments.json else text)
-
-
-# -------------------------------------------------------------------- models
-
-
-def _load_model(arguments: argparse.Namespace, weights: bool) -> tuple[transformers.PreTrainedModel, str]:
-    """The model and its task; without weights it takes no memory, whatever its size."""
-    source = arguments.model
-    options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
-    if not os.path.isdir(source) and (source.endswith(".json") or source.startswith((".", os.sep))):
-        raise ValueError(f"{source}: no such file or folder.")
-    config = transformers.AutoConfig.from_pretrained(source, **options)
-    task = arguments.task or _task_of(config)
-    auto_class = getattr(transformers, TASKS[task].auto_class)
-    if arguments.dtype:
-        options["dtype"] = getattr(torch, arguments.dtype)
-    if weights:
-        return auto_class.from_pretrained(source, **options), task
-    with torch.device("meta"):
-        return auto_class.from_config(config, **options), task
-
-
-def _task_of(config: transformers.PretrainedConfig) -> str:
-    architectures = config.architectures or ["nothing"]
-    for name, task in TASKS.items():
-        if architectures[0].endswith(task.architectures):
-            return name
-    raise ValueError(f"the model's configuration says {architectures[0]}; name one of {list(TASKS)} with --task.")
-
-
-def _target_sizes(model: transformers.PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of the layers that WASI replaces by default, in the model's order."""
-    targets = default_target_names(model, WasiConfig())
-    modules = [(name, module) for name, module in model.named_modules() if name in targets]
-    return {name: (dense_weight(module).shape[0], dense_weight(module).shape[1]) for name, module in modules}
-
-
-def _heads(model: transformers.PreTrainedModel, task: str) -> list[str] | None:
-    """Modules of a classification model outside its backbone, which are trained whole."""
-    if not task.endswith("classification"):
-        return None
-    others = [(name, module) for name, module in model.named_children() if name != model.base_model_prefix]
-    return [name for name, module in others if any(True for _ in module.parameters())] or None
-
-
-def _reads_images(model: transformers.PreTrainedModel) -> bool:
-    if model.main_input_name not in ("pixel_values", "input_ids"):
-        raise ValueError(f"the model must read 'pixel_values' or 'input_ids', got {model.main_input_name!r}.")
-    return bool(model.main_input_name == "pixel_values")
-
-
-def _dummy_batch(arguments: argparse.Namespace, model: transformers.PreTrainedModel, task: str) -> dict[str, Any]:
-    """A batch of the asked shape without content, on the model's device where it holds floating point numbers."""
-    samples, config = arguments.batch_size, model.config
-    if _reads_images(model):
-        shape = (samples, getattr(config, "num_channels", 3), *_image_size(arguments, model))
-        batch: dict[str, Any] = {"pixel_values": torch.zeros(shape, dtype=model.dtype, device=model.device)}
-        batch.update(_image_options(arguments, model))
-        tokens = None
-    else:
-        # an id that is no padding
-        tokens = torch.full((samples, _sequence_length(arguments, model)), int(config.pad_token_id == 0))
-        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if TASKS[task].labels == "tokens":
-        batch["labels"] = tokens
-    elif TASKS[task].labels == "classes":
-        several = config.problem_type == "multi_label_classification"
-        kind = torch.float32 if several or config.num_labels == 1 else torch.long
-        batch["labels"] = torch.zeros((samples, config.num_labels) if several else (samples,), dtype=kind)
-    return batch
-
-
-def _image_size(arguments: argparse.Namespace, model: transformers.PreTrainedModel) -> tuple[int, int]:
-    if arguments.sequence_length:
-        raise ValueError(f"--sequence-length is for text, {type(model).__name__} reads images.")
-    size = arguments.image_size or getattr(model.config, "image_size", None)
-    if size is None:
-        raise ValueError("--image-size is needed: the model's configuration does not say.")
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return height, width
-
-
-def _image_options(arguments: argparse.Namespace, model: transformers.PreTrainedModel) -> dict[str, bool]:
-    """What a model must be told about images of another size than its own."""
-    name = "interpolate_pos_encoding"
-    return {name: True} if arguments.image_size and name in inspect.signature(model.forward).parameters else {}
-
-
-def _sequence_length(arguments: argparse.Namespace, model: transformers.PreTrainedModel) -> int:
-    if arguments.image_size:
-        raise ValueError(f"--image-size is for images, {type(model).__name__} reads text.")
-    largest = getattr(model.config, "max_position_embeddings", None) or arguments.sequence_length or SEQUENCE_LENGTH
-    length = arguments.sequence_length or min(SEQUENCE_LENGTH, largest)
-    if length > largest:
-        raise ValueError(f"--sequence-length must be at most {largest} for this model, got {length}.")
-    return int(length)
-
-
-# -------------------------------------------------------------------- data
-
-
-def _calibration_batches(
-    arguments: argparse.Namespace, model: transformers.PreTrainedModel, task: str
-) -> Iterable[dict[str, Any]]:
-    path = Path(arguments.data)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder.")
-    if _reads_images(model):
-        items: list[Any] = _image_paths(path)
-        collate = _image_collator(arguments, model)
-    else:
-        items = _texts(path, arguments.text_key)
-        collate = _text_collator(arguments, model, task)
-    # spread over the whole: sorted folders hold one class after another
-    items = items[:: max(1, len(items) // arguments.samples)][: arguments.samples]
-    return DataLoader(items, batch_size=arguments.batch_size, collate_fn=collate)  # type: ignore[arg-type]
-
-
-def _image_paths(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise ValueError(f"{folder}: must be a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none.")
-    return paths
-
-
-def _image_collator(arguments: argparse.Namespace, model: transformers.PreTrainedModel) -> Any:
-    processor = transformers.AutoImageProcessor.from_pretrained(
-        arguments.model, trust_remote_code=arguments.trust_remote_code
-    )
-    options: dict[str, Any] = {}
-    if arguments.image_size:
-        square = {"height": arguments.image_size, "width": arguments.image_size}
-        cropped = getattr(processor, "do_center_crop", False)
-        options = (
-            {"size": {"shortest_edge": arguments.image_size}, "crop_size": square} if cropped else {"size": square}
-        )
-    extra = _image_options(arguments, model)
-
-    def collate(paths: list[Path]) -> dict[str, Any]:
-        from PIL import Image
-
-        images = []
-        for path in paths:
-            with Image.open(path) as image:
-                images.append(image.convert("RGB"))
-        pixels = processor(images, return_tensors="pt", **options)["pixel_values"]
-        return {"pixel_values": pixels.to(model.dtype), **extra}
-
-    return collate
-
-
-def _texts(path: Path, key: str) -> list[str]:
-    if path.is_dir():
-        raise ValueError(f"{path}: must be a text file or a .jsonl file for a text model, got a folder.")
-    with path.open(encoding="utf-8") as file:
-        lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    texts = [line.strip() for _, line in lines]
-    if path.suffix == ".jsonl":
-        texts = [_text_of(line, key, f"{path}, line {number}") for number, line in lines]
-    if not texts:
-        raise ValueError(f"{path}: must hold at least one line of text, got none.")
-    return texts
-
-
-def _text_of(line: str, key: str, where: str) -> str:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
-        found = list(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise ValueError(f"{where}: must be an object with the text under {key!r} (see --text-key), got {found}.")
-    return str(entry[key])
-
-
-def _text_collator(arguments: argparse.Namespace, model: transformers.PreTrainedModel, task: str) -> Any:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        arguments.model, trust_remote_code=arguments.trust_remote_code
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    length = _sequence_length(arguments, model)
-
-    def collate(texts: list[str]) -> dict[str, Any]:
-        tokens = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
-        batch = {key: tokens[key] for key in ("input_ids", "attention_mask")}
-        # the decoder's input; there is no other text to give it
-        return {**batch, "labels": tokens["input_ids"]} if task == "seq2seq-lm" else batch
-
-    return collate
 
 
 if __name__ == "__main__":

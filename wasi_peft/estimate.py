@@ -60,6 +60,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd_momentum": lambda parameters: torch.optim.SGD(parameters, momentum=0.9),
 }
 
+NOTHING_TRAINS = "The model must have parameters that require a gradient, got none: there is no step."
 UNKNOWN_RANK = (
     "{what} are chosen by a threshold, so what a step takes is known only once data have been seen. Fix them with "
     "{fields}, or give the config a plan."
@@ -199,7 +200,7 @@ def _simulated(model: nn.Module, config: PeftConfig | WasiPlan | None, batch: An
         if config is not None:
             twin = simulation.inject(twin, copy.deepcopy(config))
         if not any(parameter.requires_grad for parameter in twin.parameters()):
-            raise ValueError("The model must have parameters that require a gradient, got none: there is no step.")
+            raise ValueError(NOTHING_TRAINS)
         run = _Run(simulation, twin, simulation.batch(arguments), simulation.batch(keywords), autocast)
         try:
             yield run
@@ -538,11 +539,7 @@ class _Run:
         return output
 
     def loss(self) -> Tensor:
-        output = self.forward()
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if loss is None:
-            loss = next(tensor for tensor in _tensors(output) if tensor.is_floating_point()).sum()
-        return loss
+        return _loss_of(self.forward())
 
     def inference_flops(self) -> int:
         self.model.eval()
@@ -555,14 +552,7 @@ class _Run:
         """The first step, one that meets what it made, and with compressed inputs one in which the bases move."""
         self.model.train()
         steps = [self.step(optimizer), self.step(optimizer)]
-        return steps + [self.step(optimizer)] if self.age_bases() else steps
-
-    def age_bases(self) -> bool:
-        """Makes all bases move in the next step; whether there are any."""
-        compressing = [layer for _, layer in wasi_layers(self.model) if any(layer.wasi_rule.values())]
-        for layer in compressing:
-            layer.wasi_basis_age.update(layer.wasi_basis_interval)
-        return bool(compressing)
+        return steps + [self.step(optimizer)] if _age_bases(self.model) else steps
 
     def peak(self, make_optimizer: OptimizerFactory | None) -> int:
         """The most at any moment of the first step or of one that meets what it made and moves the bases.
@@ -573,7 +563,7 @@ class _Run:
         optimizer = None if make_optimizer is None else make_optimizer(self.model)
         self.model.train()
         first = self.step(optimizer)
-        self.age_bases()
+        _age_bases(self.model)
         return max(first.peak, self.step(optimizer).peak)
 
     def step(self, optimizer: torch.optim.Optimizer | None) -> _Step:
@@ -649,6 +639,22 @@ class _Run:
         with self.simulation:
             self.loss()
         return sum(_weight_elements(layer) for layer in layers), inputs
+
+
+def _loss_of(output: Any) -> Tensor:
+    """The loss that a model gives, or the sum of its first floating point output."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        loss = next(tensor for tensor in _tensors(output) if tensor.is_floating_point()).sum()
+    return loss
+
+
+def _age_bases(model: nn.Module) -> bool:
+    """Makes all bases move in the next step; whether there are any."""
+    compressing = [layer for _, layer in wasi_layers(model) if any(layer.wasi_rule.values())]
+    for layer in compressing:
+        layer.wasi_basis_age.update(layer.wasi_basis_interval)
+    return bool(compressing)
 
 
 def _has_threshold(model: nn.Module) -> bool:
