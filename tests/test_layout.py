@@ -27,6 +27,8 @@ ORDER = [
     "preprocessing",
     "optimizer",
     "profiling",
+    "replay",
+    "simulation",
     "estimate",
     "planner",
     "callbacks",
