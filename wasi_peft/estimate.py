@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import WasiConfig
 from .costs import factored_elements
-from .layer import WasiLayer, _shared, wasi_layers
+from .layer import InitialFactors, WasiLayer, _shared, wasi_layers
 from .planning import WasiPlan
 from .simulation import Simulation, UnknownValue, isolated, tensors_in
 from .targets import default_target_names
@@ -165,14 +166,33 @@ def estimate_peak(
 ) -> int:
     """`peak_bytes` of :func:`estimate_wasi` alone, in bytes and in half the time."""
     with _simulated(model, config, batch) as run:
+        gc.collect()  # cycles may hold what injection let go
         return run.peak(_optimizer_factory(optimizer))
 
 
-def _depends_on_values(reason: Exception) -> ValueError:
-    return ValueError(
-        f"Shapes or branches of the model depend on values of its tensors ({reason}), so a step cannot be followed "
-        "without running it. Measure one with measure_peak_memory."
-    )
+class PlannedPeaks:
+    """Peaks of one model under several plans for the same layers: it is copied once, later plans only change ranks.
+
+    Calling it with a configuration that holds a plan gives what :func:`estimate_peak` gives.
+    """
+
+    def __init__(self, model: nn.Module, *, batch: Any, optimizer: str | OptimizerFactory | None = "adamw") -> None:
+        self._model, self._arguments = model, _call_arguments(batch)
+        self._make_optimizer = _optimizer_factory(optimizer)
+        self._autocast = _active_autocast(model)
+        self._run: _Run | None = None
+
+    def __call__(self, config: WasiConfig) -> int:
+        """Peak of a training step, in bytes."""
+        with isolated(self._autocast.device):
+            if self._run is None:
+                _check_config(self._model, config)
+                self._run = _prepared(self._model, config, self._arguments, self._autocast)
+                gc.collect()  # cycles may hold what injection let go
+            else:
+                self._run.change_plan(config)
+            with _explained(self._run.model):
+                return self._run.peak(self._make_optimizer)
 
 
 @contextmanager
@@ -182,23 +202,43 @@ def _simulated(model: nn.Module, config: PeftConfig | WasiPlan | None, batch: An
         config = WasiConfig(plan=config)
     if config is not None:
         _check_config(model, config)
-    arguments, keywords = _call_arguments(batch)
+    arguments = _call_arguments(batch)
     autocast = _active_autocast(model)
-    simulation = Simulation()
     with isolated(autocast.device):
-        twin = simulation.without_memory(model)
-        if config is not None:
-            twin = _injected(simulation, twin, copy.deepcopy(config))
-        if not any(parameter.requires_grad for parameter in twin.parameters()):
-            raise ValueError("The model must have parameters that require a gradient, got none: there is no step.")
-        run = _Run(simulation, twin, simulation.batch(arguments), simulation.batch(keywords), autocast)
-        try:
+        run = _prepared(model, config, arguments, autocast)
+        with _explained(run.model):
             yield run
-        except UnknownValue as error:
-            if _has_threshold(twin):
-                fields = "activation_ranks (or activation_threshold=None for exact inputs)"
-                raise ValueError(UNKNOWN_RANK.format(what="Activation ranks", fields=fields)) from None
-            raise _depends_on_values(error) from None
+
+
+def _prepared(
+    model: nn.Module, config: PeftConfig | None, arguments: tuple[tuple[Any, ...], dict[str, Any]], autocast: _Autocast
+) -> _Run:
+    simulation = Simulation()
+    twin = simulation.without_memory(model)
+    if config is not None:
+        twin = _injected(simulation, twin, copy.deepcopy(config))
+    if not any(parameter.requires_grad for parameter in twin.parameters()):
+        raise ValueError("The model must have parameters that require a gradient, got none: there is no step.")
+    return _Run(simulation, twin, simulation.batch(arguments[0]), simulation.batch(arguments[1]), autocast)
+
+
+@contextmanager
+def _explained(twin: nn.Module) -> Iterator[None]:
+    """Turns what a step asks of values into an error that says what to do."""
+    try:
+        yield
+    except UnknownValue as error:
+        if _has_threshold(twin):
+            fields = "activation_ranks (or activation_threshold=None for exact inputs)"
+            raise ValueError(UNKNOWN_RANK.format(what="Activation ranks", fields=fields)) from None
+        raise _depends_on_values(error) from None
+
+
+def _depends_on_values(reason: Exception) -> ValueError:
+    return ValueError(
+        f"Shapes or branches of the model depend on values of its tensors ({reason}), so a step cannot be followed "
+        "without running it. Measure one with measure_peak_memory."
+    )
 
 
 def _injected(simulation: Simulation, twin: nn.Module, config: PeftConfig) -> nn.Module:
@@ -289,6 +329,7 @@ class _Run:
     ) -> None:
         self.simulation, self.memory = simulation, simulation.memory
         self.model, self.arguments, self.keywords, self.autocast = model, arguments, keywords, autocast
+        self._last_optimizer: weakref.ref[torch.optim.Optimizer] | None = None
 
     def forward(self) -> Any:
         with torch.autocast(self.autocast.device, self.autocast.dtype, self.autocast.enabled):
@@ -328,12 +369,28 @@ class _Run:
 
         A step in which they stay takes the same tensors but those of the moves.
         """
-        gc.collect()  # cycles may hold what injection let go
         optimizer = None if make_optimizer is None else make_optimizer(self.model)
+        self._last_optimizer = None if optimizer is None else weakref.ref(optimizer)
         self.model.train()
         first = self.step(optimizer)
         self.age_bases()
         return max(first.peak, self.step(optimizer).peak)
+
+    def change_plan(self, config: WasiConfig) -> None:
+        """Gives the layers the ranks of another plan; what earlier steps left behind goes."""
+        layers = dict(wasi_layers(self.model.get_base_model()))  # type: ignore[operator]
+        with self.simulation.injecting():
+            for name, layer in layers.items():
+                planned = config.planned_layer(name)
+                adapter = layer.active_name
+                assert planned is not None and adapter is not None
+                L, R = (part[adapter].detach() for part in (layer.wasi_L, layer.wasi_R))
+                L, R = L.new_empty(len(L), planned.weight_rank), R.new_empty(planned.weight_rank, R.shape[1])
+                bias = layer.factored_bias()
+                initial = InitialFactors(L, R, None if bias is None else bias.detach())
+                layer.update_layer(adapter, config, name, planned.weight_rank, initial)
+        if self._last_optimizer is not None and self._last_optimizer() is not None:
+            gc.collect()  # cycles hold the old factors
 
     def step(self, optimizer: torch.optim.Optimizer | None) -> _Step:
         """Forward, loss, backward, optimizer step, gradients released."""

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from .replay import Replay
+from .replay import Recipes
 
 LARGEST_COMPUTED = 2**20  # elements of a mask or the like that is computed
 SMALL_NORM = 0.005  # of a correction, where code asks for it: not zero, and within every tolerance
@@ -157,7 +157,8 @@ class Simulation(TorchDispatchMode):
         self.memory = Memory()
         self.flops = 0
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._replay = Replay(self._fake)
+        self._fake.cache_enabled = False  # the recipes are cheaper
+        self._recipes = Recipes(self._fake)
         self._injecting = False
 
     @classmethod
@@ -171,36 +172,51 @@ class Simulation(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # half of all calls; the general way is slow
             return args[0].fake_device
         kwargs = kwargs or {}
+        signature, tensors = self._recipes.signature(func, args, kwargs)
+        recipe = self._recipes.find(signature) if tensors or self._injecting else None
+        if recipe is not None:
+            out, made = self._recipes.replay(recipe, tensors)
+            self._note(made, recipe.flops, recipe.workspace_bytes)
+            return out
         symbolic = any(isinstance(tensor, FakeTensor) for tensor in operands(args, kwargs))
         if symbolic and func is aten._local_scalar_dense.default:
             return self._number(args[0])
-        if symbolic or self._injecting or not self._small(func, args, kwargs):
-            out = self._without_memory(func, args, kwargs)
-        else:
-            out = func(*args, **kwargs)
+        without_memory = symbolic or self._injecting or not self._small(func, args, kwargs)
+        out = self._without_memory(func, args, kwargs, tensors) if without_memory else func(*args, **kwargs)
         outputs = operands(out if isinstance(out, tuple) else (out,), {})
+        operation, flops, workspace = func._overloadpacket, 0, 0
+        if operation in _CPU_WORKSPACES and outputs[0].device.type == "cpu":
+            workspace = _CPU_WORKSPACES[operation](*args, **kwargs)
+        if operation in _FLOPS:
+            flops = _FLOPS[operation](*args, **kwargs, out_val=out)
+        self._note(outputs, flops, workspace)
+        if signature is not None and without_memory:
+            self._recipes.learn(signature, tensors, out, flops, workspace)
+        return out
+
+    def _note(self, outputs: list[Tensor], flops: int, workspace_bytes: int) -> None:
+        """Write down what an operation gave and took."""
         for tensor in outputs:
             self.memory.follow(tensor)
-        operation = func._overloadpacket
-        if operation in _CPU_WORKSPACES and outputs[0].device.type == "cpu":
-            self.memory.workspace(_CPU_WORKSPACES[operation](*args, **kwargs))
-        if operation in _FLOPS:
-            self.flops += _FLOPS[operation](*args, **kwargs, out_val=out)
-        return out
+        if workspace_bytes:
+            self.memory.workspace(workspace_bytes)
+        self.flops += flops
 
     def _small(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an operation on computed tensors, or on none, gives small ones."""
         if func._schema.is_mutable:
             return True
         try:
-            outputs = tensors_in(self._without_memory(func, args, kwargs))
+            outputs = tensors_in(self._without_memory(func, args, kwargs, []))
         except UnknownValue:  # it reads values, which computed tensors have
             return True
         return all(tensor.numel() <= LARGEST_COMPUTED for tensor in outputs)
 
-    def _without_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _without_memory(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[FakeTensor]
+    ) -> Any:
         try:
-            out = self._replay(func, args, kwargs)
+            out = self._recipes.work_out(func, args, kwargs, tensors)
             if self._injecting:  # Module.to refuses parameters to which there is a weak reference
                 self._fake.fake_tensor_converter.tensor_memo.clear()
             return out
