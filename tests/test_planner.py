@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from wasi_peft import WasiConfig
 from wasi_peft.autograd import factored_linear
 from wasi_peft.calibration import Calibration, calibrate_wasi
+from wasi_peft.config import UPDATES
 from wasi_peft.costs import break_even_rank
-from wasi_peft.estimate import estimate_wasi
+from wasi_peft.estimate import PlannedPeaks, estimate_peak, estimate_wasi
 from wasi_peft.planner import (
     AIM,
     BUDGETS,
@@ -26,6 +27,7 @@ from wasi_peft.planner import (
     PEAK_MARGIN,
     LayerTimer,
     _Flops,
+    _next_bound,
     _Problem,
     input_shapes,
     plan_wasi,
@@ -296,6 +298,47 @@ def test_a_step_fits_and_uses_what_it_may(name: str, caplog: pytest.LogCaptureFi
     assert peak(model, plan, batch, **options) < dense or caplog.text
     assert plan.budget == {"peak_bytes": budget}
     assert 0.85 * budget <= peak(model, plan, batch, **options) <= (1 - PEAK_MARGIN) * budget
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "cyclic"])
+@pytest.mark.parametrize("update", UPDATES)
+def test_peaks_of_several_plans_are_those_of_fresh_estimates(update: Any, optimizer: str) -> None:
+    class Cyclic(torch.optim.AdamW):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__([p for p in model.parameters() if p.requires_grad], fused=True)
+            self.own = self  # so that it does not go with its last reference
+
+    model, calibration = calibrated("vit")
+    batch = ARCHITECTURES["vit"].batch(16)
+    options = {"batch": batch, "optimizer": Cyclic if optimizer == "cyclic" else optimizer}
+    peaks = PlannedPeaks(model, **options)
+    compressed = planned(model, calibration, training_flops=0.6, batch=batch, timer=CountingTimer())
+    exact = planned(
+        model, calibration, weight_share=0.9, config=WasiConfig(update="subspace", activation_threshold=None)
+    )
+    small = planned(model, calibration, weight_share=0.3)
+    found = []
+    for plan in (compressed, exact, small, compressed):
+        config = WasiConfig(plan=plan, update=update, update_rank=2, modules_to_save=["classifier"])
+        found.append(peaks(config))
+        assert found[-1] == estimate_peak(model, config, **options)
+    assert found[0] == found[3] != found[1]
+
+
+@pytest.mark.parametrize(
+    ("tried", "expected"),
+    [
+        ([(10.0, 40.0)], 70.0),
+        ([(10.0, 120.0)], -10.0),
+        ([(10.0, 40.0), (70.0, 70.0)], 130.0),
+        ([(10.0, 40.0), (70.0, 160.0)], 40.0),
+        ([(70.0, 160.0), (0.0, 0.0), (50.0, 80.0)], 55.0),
+        ([(10.0, 40.0), (70.0, 41.0)], 70 + 4 * 59),
+        ([(10.0, 40.0), (70.0, 40.0)], 130.0),
+    ],
+)
+def test_the_next_bound_follows_the_secant(tried: list[tuple[float, float]], expected: float) -> None:
+    assert _next_bound(tried, 100.0) == pytest.approx(expected)
 
 
 def test_the_least_feasible_peak_is_feasible() -> None:

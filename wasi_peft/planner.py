@@ -30,7 +30,7 @@ from .costs import (
     factored_forward_flops,
     input_elements,
 )
-from .estimate import MIB, OptimizerFactory, estimate_peak
+from .estimate import MIB, OptimizerFactory, PlannedPeaks, estimate_peak
 from .layer import dense_weight
 from .linalg import orthonormalize
 from .planning import (
@@ -316,11 +316,12 @@ def _fit(
     activation_cost: ActivationCost,
     true_cost: Callable[[WasiPlan], float],
     budget: float,
+    fixed: float | None = None,
 ) -> tuple[WasiPlan, float]:
     """A plan whose true cost is at most the budget, close to it unless more rank helps nothing, and that cost.
 
-    Plans are chosen under a bound on the costs that add up. It starts in the middle and moves a few times at most:
-    first as if each unit of them were one of the true cost, then along the secant.
+    Plans are chosen under a bound on the costs that add up, which moves a few times at most. `fixed` is a guess of
+    what the true cost has on top of them; without one the bound starts in the middle.
 
     Raises:
         InfeasibleError: If the cheapest plan costs more than the budget; it carries that cost.
@@ -340,31 +341,42 @@ def _fit(
         )
         return plan, true_cost(plan)
 
+    goal = (1 + AIM) / 2 * budget
     best: tuple[WasiPlan, float] | None = None
-    below: tuple[float, float] | None = None  # the largest bound that kept the budget, with its cost
-    above: tuple[float, float] | None = None  # the smallest that did not
-    bound = (least + most) / 2
+    tried: list[tuple[float, float]] = []  # bounds and true costs
+    bound = (least + most) / 2 if fixed is None else goal - fixed
     for _ in range(TRIES):
+        bound = min(most, max(least, bound))
         plan, spent = plan_at(bound)
         if spent <= budget:
-            best, below = (plan, spent), (bound, spent)
+            if best is None or spent > best[1]:
+                best = plan, spent
             if bound == most or spent >= AIM * budget:
                 return best
         elif bound == least:
             raise InfeasibleError("cost", budget, spent)
-        else:
-            above = (bound, spent)
-        rate = 1.0
-        if below is not None and above is not None and above[1] > below[1]:
-            rate = (above[0] - below[0]) / (above[1] - below[1])
-        start = below or (bound, spent)
-        bound = min(most, max(least, start[0] + rate * ((1 + AIM) / 2 * budget - start[1])))
+        tried.append((bound, spent))
+        bound = _next_bound(tried, goal)
     if best is not None:
         return best
     plan, spent = plan_at(least)
     if spent > budget:
         raise InfeasibleError("cost", budget, spent)
     return plan, spent
+
+
+def _next_bound(tried: Sequence[tuple[float, float]], goal: float) -> float:
+    """Where the true cost should meet the goal: along the secant through the points next to it.
+
+    With one point, or where two do not tell, each unit of the bound counts as one of the true cost.
+    """
+    below = max((point for point in tried if point[1] <= goal), default=None)
+    above = min((point for point in tried if point[1] > goal), default=None)
+    first, last = (below, above) if below and above else (tried[max(0, len(tried) - 2)], tried[-1])
+    rate = 1.0
+    if last[1] != first[1]:
+        rate = min(4.0, max(0.25, (last[0] - first[0]) / (last[1] - first[1])))
+    return last[0] + rate * (goal - last[1])
 
 
 # -------------------------------------------------------------------- peak memory
@@ -382,35 +394,38 @@ def _plan_peak(
     """An element of a factor costs itself and its optimizer state, one of an input itself.
 
     Gradients hardly exist where the peak usually is, at the start of backward; where they do, the estimate tells.
+    What else there is in a step is guessed from the dense model's.
     """
     kept = {field: getattr(config, field) for field in _KEPT_FIELDS}
     states = OPTIMIZER_STATES.get(optimizer, 2) if isinstance(optimizer, str) else 2
-    if config.reserved_rank:
-        states = 0  # what trains is as large at every rank
-
-    def peak(plan: WasiPlan) -> int:
-        return estimate_peak(model, WasiConfig(plan=plan, **kept), batch=batch, optimizer=optimizer)
-
+    trained = 0 if config.reserved_rank else states  # otherwise what trains is as large at every rank
+    peaks = PlannedPeaks(model, batch=batch, optimizer=optimizer)
+    planned = [model.get_submodule(spectrum.name) for spectrum in problem.spectra]
+    dense = fixed = None
+    if all(parameter.requires_grad for module in planned for parameter in module.parameters()):
+        dense = estimate_peak(model, batch=batch, optimizer=optimizer)
+        weights = sum(dense_weight(module).numel() for module in planned)
+        inputs = sum(problem.kept_elements(group, None) for group in input_groups(problem.spectra))
+        # at the peak there are the inputs (before backward) or the gradients of the weights (in the optimizer's step)
+        fixed = dense - bytes_per_element * ((1 + states) * weights + max(weights, inputs))
     try:
         plan, needed = _fit(
             problem,
-            lambda spectrum, rank: bytes_per_element * (1 + states) * _rank_elements(spectrum, rank),
+            lambda spectrum, rank: bytes_per_element * (1 + trained) * _rank_elements(spectrum, rank),
             lambda group, ranks: bytes_per_element * problem.kept_elements(group, ranks),
-            peak,
+            lambda plan: peaks(WasiConfig(plan=plan, **kept)),
             (1 - PEAK_MARGIN) * budget,
+            fixed,
         )
     except InfeasibleError as error:
         raise InfeasibleError("peak_bytes", budget, error.least / (1 - PEAK_MARGIN)) from error
-    replaced = [parameter for layer in plan.layers for parameter in model.get_submodule(layer.name).parameters()]
-    if all(parameter.requires_grad for parameter in replaced):  # otherwise the model is not what fine-tuning takes
-        dense = estimate_peak(model, batch=batch, optimizer=optimizer)
-        if needed >= dense:
-            logger.warning(
-                "A step under this plan needs %.1f MiB, dense fine-tuning %.1f MiB: the plan saves no memory. "
-                "Lower peak_bytes, or fine-tune the dense model.",
-                needed / MIB,
-                dense / MIB,
-            )
+    if dense is not None and needed >= dense:  # a model with frozen layers is not what fine-tuning takes
+        logger.warning(
+            "A step under this plan needs %.1f MiB, dense fine-tuning %.1f MiB: the plan saves no memory. "
+            "Lower peak_bytes, or fine-tune the dense model.",
+            needed / MIB,
+            dense / MIB,
+        )
     return plan
 
 

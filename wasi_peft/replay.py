@@ -20,7 +20,6 @@ aten = torch.ops.aten
 # simple enough to ask their meta kernels at once; the mode's many cases take ten times as long
 _PLAIN_OPERATIONS = {
     aten.mm.default,
-    aten.addmm.default,
     aten.t.default,
     aten.permute.default,
     aten.transpose.int,
@@ -92,7 +91,9 @@ class Recipes:
         for name, value in kwargs.items():
             parts.append(name)
             known = known and _describe((value,), parts, tensors)
-        return tuple(parts) if known else None, tensors
+        if not known or any(tensor.fake_mode is not self._mode for tensor in tensors):
+            return None, []  # a copy of a tensor brings a copy of its mode
+        return tuple(parts), tensors
 
     def find(self, signature: Any) -> Recipe | None:
         """The recipe for a signature, if there is one."""
@@ -189,7 +190,7 @@ def _parts(outputs: Sequence[Any], tensors: list[FakeTensor]) -> list[_View | _N
         if same is not None:
             parts.append(same)
             continue
-        storage, offset = output.untyped_storage(), output.storage_offset()
+        storage, offset = output.untyped_storage(), int(output.storage_offset())
         layout, kind = (tuple(output.shape), output.stride()), (output.dtype, output.fake_device)
         place = places.get(id(storage))
         if place == _ANOTHER_OUTPUT:
