@@ -248,13 +248,13 @@ def leading_subspace(matrix: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = matrix.shape
     side = min(rows, columns)
     tall = matrix if columns <= rows else matrix.T
-    gram = torch.zeros(side, side, dtype=exact, device=matrix.device)
+    gram = matrix.new_zeros(side, side, dtype=exact)
     for rows_of_block in tall.split(side):
         block = rows_of_block.to(exact)
         gram.addmm_(block.T, block)
     energies, vectors = _symmetric_eigen(gram)
     if columns > rows:
-        images = torch.empty(columns, side, dtype=exact, device=matrix.device)
+        images = matrix.new_empty(columns, side, dtype=exact)
         for rows_of_block, image in zip(tall.split(side), images.split(side), strict=True):
             torch.mm(rows_of_block.to(exact), vectors, out=image)
         vectors = torch.linalg.qr(images).Q
