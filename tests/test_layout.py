@@ -22,6 +22,7 @@ ORDER = [
     "targets",
     "summary",
     "model",
+    "calibration_folder",
     "calibration",
     "repair",
     "preprocessing",
