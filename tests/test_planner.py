@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -284,7 +285,10 @@ def test_a_step_fits_and_uses_what_it_may(name: str, caplog: pytest.LogCaptureFi
     batch = ARCHITECTURES[name].batch(64)
     options = {"modules_to_save": ["classifier"]} if name == "vit" else {}
     config = WasiConfig(update="subspace", **options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"peak_bytes must be at least \d+ for this model, got 10\."):
+    with pytest.raises(
+        ValueError,
+        match=r"peak_bytes must be at least 0\.\d MiB \([\d,]+ bytes\) for this model, got 0\.1 MiB \(10 bytes\)",
+    ):
         planned(model, calibration, peak_bytes=10, batch=batch, config=config)
     with caplog.at_level("WARNING", logger="wasi_peft.planner"):
         most = planned(model, calibration, peak_bytes=10**12, batch=batch, config=config)
@@ -346,7 +350,9 @@ def test_the_least_feasible_peak_is_feasible() -> None:
     batch = ARCHITECTURES["vit"].batch(64)
     with pytest.raises(ValueError) as refused:
         planned(model, calibration, peak_bytes=10, batch=batch)
-    least = int(str(refused.value).split()[5])
+    mebibytes, exact = re.findall(r"at least ([\d.]+) MiB \(([\d,]+) bytes\)", str(refused.value))[0]
+    least = int(exact.replace(",", ""))
+    assert 0 <= float(mebibytes) * 2**20 - least < 0.1 * 2**20
     plan = planned(model, calibration, peak_bytes=least, batch=batch)
     assert peak(model, plan, batch) <= least
 
@@ -363,9 +369,16 @@ def test_the_least_feasible_peak_is_feasible() -> None:
         ({"step_seconds": 0.5}, "depends on the batch"),
         ({"training_flops": 10**9}, "depends on the batch"),
         ({"weight_share": 1e-6}, "share must be at least"),
-        ({"error": 1e-9}, "error must be at least"),
-        ({"inference_flops": 1e-6}, "inference_flops must be at least"),
-        ({"training_flops": 1e-6}, "training_flops must be at least"),
+        ({"error": 1e-9}, r"error must be at least 0\.0\d+ for this model, got 1e-09\."),
+        (
+            {"inference_flops": 1e-6},
+            r"inference_flops must be at least 0\.\d+ of the dense layers' for this model, got",
+        ),
+        ({"training_flops": 1e-6}, r"training_flops must be at least 0\.\d+ of the dense layers' for this model, got"),
+        (
+            {"inference_flops": 1001.5, "batch": BATCH["vit"]},
+            r"at least [\d.]+ GFLOP \([\d,]+ FLOPs\) for this model, got 1e-06 GFLOP \(1,001\.5 FLOPs\)",
+        ),
     ],
 )
 def test_what_is_asked_must_be_one_feasible_budget(options: dict[str, Any], message: str) -> None:

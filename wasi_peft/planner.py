@@ -30,7 +30,7 @@ from .costs import (
     factored_forward_flops,
     input_elements,
 )
-from .estimate import MIB, OptimizerFactory, PlannedPeaks, estimate_peak
+from .estimate import GIGA, MIB, OptimizerFactory, PlannedPeaks, estimate_peak
 from .layer import dense_weight
 from .linalg import orthonormalize
 from .planning import (
@@ -162,7 +162,9 @@ def plan_wasi(
         return _plan_work(problem, work, value, training=name in ("training_flops", "step_seconds"))
     except InfeasibleError as infeasible:
         least = _rounded_up(infeasible.least)
-        raise ValueError(f"{name} must be at least {least} for this model, got {value!r}.") from infeasible
+        raise ValueError(
+            f"{name} must be at least {_readable(name, least)} for this model, got {_readable(name, value)}."
+        ) from infeasible
 
 
 # -------------------------------------------------------------------- what is asked, and of what
@@ -261,6 +263,17 @@ def _rounded_up(value: float) -> float | int:
         return math.ceil(value)
     scale = 10 ** (4 - math.ceil(math.log10(value))) if value > 0 else 1
     return math.ceil(value * scale) / scale
+
+
+def _readable(name: str, value: float) -> str:
+    """A budget as a person reads it, the exact number included."""
+    if name == "peak_bytes":
+        return f"{math.ceil(10 * value / MIB) / 10:,.1f} MiB ({value:,} bytes)"
+    if value > 1:
+        return f"{value / GIGA:,.3g} GFLOP ({value:,} FLOPs)"
+    if name.endswith(("_flops", "_seconds")):
+        return f"{value} of the dense layers'"
+    return f"{value}"
 
 
 # -------------------------------------------------------------------- solving
