@@ -377,7 +377,7 @@ def test_the_least_feasible_peak_is_feasible() -> None:
         ({"training_flops": 1e-6}, r"training_flops must be at least 0\.\d+ of the dense layers' for this model, got"),
         (
             {"inference_flops": 1001.5, "batch": BATCH["vit"]},
-            r"at least [\d.]+ GFLOP \([\d,]+ FLOPs\) for this model, got 1e-06 GFLOP \(1,001\.5 FLOPs\)",
+            r"at least [\d.e-]+ GFLOP \([\d,]+ FLOPs\) for this model, got 1e-06 GFLOP \(1,001\.5 FLOPs\)",
         ),
     ],
 )
