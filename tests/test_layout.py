@@ -14,6 +14,8 @@ ORDER = [
     "tucker",
     "costs",
     "planning",
+    "knapsack",
+    "choosing",
     "autograd",
     "_registration",
     "config",

@@ -1,6 +1,6 @@
 """One plan for a whole model: ranks of weights and of compressed inputs under the budget that a user can afford.
 
-Energies come from calibration, costs are counted, estimated or timed here, :mod:`planning` chooses. Where costs do not
+Energies come from calibration, costs are counted, estimated or timed here, :mod:`choosing` chooses. Where costs do not
 simply add up over layers (the peak of a step, products of two ranks) a plan is chosen under a bound on those that do,
 and the bound moves until the true cost meets the budget.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .autograd import factored_linear
 from .calibration import Calibration, dense_targets, evaluating
+from .choosing import activation_options, choose_plan
 from .config import WasiConfig
 from .costs import (
     break_even_rank,
@@ -31,19 +32,10 @@ from .costs import (
     input_elements,
 )
 from .estimate import GIGA, MIB, OptimizerFactory, PlannedPeaks, estimate_peak
+from .knapsack import InfeasibleError
 from .layer import dense_weight
 from .linalg import orthonormalize
-from .planning import (
-    InfeasibleError,
-    InputGroup,
-    LayerSpectrum,
-    WasiPlan,
-    activation_options,
-    allocate_ranks,
-    build_plan,
-    choose_plan,
-    input_groups,
-)
+from .planning import InputGroup, LayerSpectrum, WasiPlan, allocate_ranks, build_plan, input_groups
 from .tucker import Tucker, canonical
 
 logger = logging.getLogger(__name__)
