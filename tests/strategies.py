@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from wasi_peft.planning import LayerSpectrum
 
 # the same examples on every run, and no limit on the time of one: a busy machine must not fail a test
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
@@ -103,3 +105,16 @@ def tucker_sizes(draw: st.DrawFn, largest: int = 6) -> TuckerSizes:
     modes = ["feature", *(mode for mode in ("token", "batch") if mode in further)]  # in the order of compression
     ranks = {mode: draw(st.integers(1, sizes[mode])) for mode in modes}
     return TuckerSizes(sizes["batch"], sizes["token"], sizes["feature"], ranks)
+
+
+def descending(values: Any) -> tuple[float, ...]:
+    """As energies have to be."""
+    return tuple(sorted(map(float, values), reverse=True))
+
+
+def spectrum(name: str, out_features: int, in_features: int, rate: float = 0.5, **options: Any) -> LayerSpectrum:
+    """A layer whose weight energies fall geometrically."""
+    energies = tuple(rate**k for k in range(min(out_features, in_features)))
+    return LayerSpectrum(
+        name, out_features, in_features, **{"shared_input": name, "weight_energies": energies, **options}
+    )

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from calibrating import (
 )
 from models import ARCHITECTURES, Architecture
 from peft import get_peft_model
+from safetensors.torch import save_file
 from strategies import normal, orthonormal, orthonormality_error, relative_error
 from torch import Tensor, nn
 
@@ -39,6 +41,7 @@ from wasi_peft.calibration import (
     features_of,
     token_gradient_energies,
 )
+from wasi_peft.calibration_folder import describe_data
 from wasi_peft.layer import InitialFactors
 from wasi_peft.linalg import truncate, weight_spectrum
 from wasi_peft.planning import LayerSpectrum
@@ -689,9 +692,8 @@ def test_other_interruptions(moment: str, tmp_path: Path, monkeypatch: pytest.Mo
             given = CountedData(data)
             patch.setattr(calibration, "model_output", crash_at(8, calibration.model_output))
         else:
-            owner, name = moment.split(".")
-            original = getattr(getattr(calibration, owner), name)
-            patch.setattr(f"wasi_peft.calibration.{moment}", crash_at(4, original))
+            module, name = {"json": json, "os": os}[moment.split(".")[0]], moment.split(".")[1]
+            patch.setattr(module, name, crash_at(4, getattr(module, name)))
         with pytest.raises(Interrupted):
             calibrate(net, given, directory=tmp_path, max_memory_bytes=1)
     assert_same(calibrate(net, data), calibrate(net, data, directory=tmp_path))
@@ -893,10 +895,126 @@ def test_another_format(tmp_path: Path) -> None:
     calibrate(net, batches(), directory=tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "format": 99}))
-    with pytest.raises(ValueError, match="must have format 2, got 99"):
+    with pytest.raises(ValueError, match="must have format 3, got 99"):
         Calibration.load(tmp_path)
-    with pytest.raises(ValueError, match="must have format 2, got 99"):
+    with pytest.raises(ValueError, match="must have format 3, got 99"):
         calibrate(net, batches(), directory=tmp_path)
+
+
+def other_data(kind: str) -> Any:
+    if kind == "another first batch":
+        return batches(seed=70)
+    if kind == "fewer batches":
+        return batches(2)
+    if kind == "another type":
+        return [x.double() for x in batches()]
+    dataset = torch.utils.data.TensorDataset(torch.cat(batches(seed=70)))
+    return torch.utils.data.DataLoader(dataset, batch_size=4)
+
+
+@pytest.mark.parametrize("kind", ["another first batch", "fewer batches", "another type", "loader in order"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_data_need_another_folder(
+    kind: str, finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = reference.tiny_net(21)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "save_file", crash_at(100 if finished else 5, calibration.save_file))
+        with nullcontext() if finished else pytest.raises(Interrupted):
+            calibrate(net, batches(), directory=tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    random = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"holds a calibration on other data: .* got \d+. Use another folder"):
+        calibrate(net, other_data(kind), directory=tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert torch.equal(torch.get_rng_state(), random)
+    assert_same(calibrate(net, batches()), calibrate(net, batches(), directory=tmp_path))
+
+
+def test_data_in_random_order_are_compared_by_their_number_only(tmp_path: Path) -> None:
+    net, dataset = reference.tiny_net(21), torch.utils.data.TensorDataset(torch.cat(batches()))
+    shuffled = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True)
+    first = calibrate(net, shuffled, directory=tmp_path)
+    assert_same(first, calibrate(net, shuffled, directory=tmp_path))
+    with pytest.raises(ValueError, match=r"on other data: batches 3, got 2\."):
+        calibrate(net, shuffled, directory=tmp_path, max_batches=2)
+
+
+def test_batches_with_words_and_numbers_are_told_apart() -> None:
+    batch = {"x": torch.zeros(2, 3), "name": "a", "scale": 1.0}
+    assert describe_data([batch], None) == describe_data([dict(batch)], 5)
+    others = [{**batch, "name": "b"}, {**batch, "scale": 2.0}, {**batch, "x": torch.zeros(3, 2)}]
+    assert len({describe_data([other], None)["first_batch"] for other in [batch, *others]}) == 4
+
+
+@pytest.mark.parametrize("change", ["another architecture", "another shape", "a layer that is not asked for"])
+def test_a_folder_of_another_model(change: str, tmp_path: Path) -> None:
+    """Even where the layers that are asked for now are not those in the folder."""
+    net = reference.tiny_net(21)
+    calibrate(net, batches(), WasiConfig(target_modules=["o"]), directory=tmp_path)
+    other, asked = copy.deepcopy(net), ["fc1"]
+    if change == "another architecture":
+        other, asked = TwoRates(), ["often"]
+    elif change == "another shape":
+        other.blocks[0].o = nn.Linear(8, 9)
+    else:
+        other.blocks[1].o.weight.data[0, 0] += 1
+    with pytest.raises(ValueError, match=r"blocks\.[01]\.o: .* holds the calibration of another model"):
+        calibrate(other, batches(), WasiConfig(target_modules=asked), directory=tmp_path)
+    assert set(Calibration.load(tmp_path).layers) == {"blocks.0.o", "blocks.1.o"}
+
+
+def test_a_folder_with_more_layers_gives_those_that_are_asked_for(tmp_path: Path) -> None:
+    net, data = reference.tiny_net(21), batches()
+    calibrate(net, data, directory=tmp_path)
+    config = WasiConfig(target_modules=["o", "fc2"])
+    assert_same(calibrate(net, data, config), calibrate(net, data, config, directory=tmp_path))
+    assert set(Calibration.load(tmp_path).layers) == set(TARGETS)
+
+
+DAMAGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a list": (lambda index: [index], "must be a JSON object, got list"),
+    "no complete": (lambda index: {k: v for k, v in index.items() if k != "complete"}, "it misses 'complete'"),
+    "no layers": (lambda index: {k: v for k, v in index.items() if k != "layers"}, "it misses 'layers'"),
+    "complete by a word": (lambda index: {**index, "complete": "yes"}, "must be of type bool, got 'yes'"),
+    "an entry that is a number": (lambda index: {**index, "layers": {"blocks.0.o": 3}}, "blocks.0.o must be a JSON"),
+    "an entry without its file": (
+        lambda index: {**index, "layers": {"blocks.0.o": {"shape": [8, 8]}}},
+        "the entry of blocks.0.o must have the keys .* it misses 'file'",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "no JSON", "empty", "missing file"])
+def test_a_damaged_folder(damage: str, tmp_path: Path) -> None:
+    net, path = reference.tiny_net(21), tmp_path / "index.json"
+    calibrate(net, batches(), directory=tmp_path)
+    index = json.loads(path.read_text())
+    if damage == "missing file":
+        (tmp_path / index["layers"]["blocks.1.o"]["file"]).unlink()
+        message = r"index\.json must name files that exist, got '\d+\.safetensors' for blocks\.1\.o"
+    elif damage in DAMAGES:
+        change, message = DAMAGES[damage]
+        path.write_text(json.dumps(change(index)))
+    else:
+        path.write_text("" if damage == "empty" else path.read_text()[:100])
+        message = r"index\.json must be the JSON index of a calibration, got"
+    for read in (Calibration.load, lambda folder: calibrate(net, batches(), directory=folder)):
+        with pytest.raises(ValueError, match=message) as refused:
+            read(tmp_path)
+        assert str(path) in str(refused.value)
+
+
+def test_a_damaged_file_of_a_layer(tmp_path: Path) -> None:
+    net = reference.tiny_net(21)
+    calibrated = calibrate(net, batches(), directory=tmp_path)
+    first, second = (Path(calibrated._path(name)) for name in ("blocks.0.o", "blocks.1.o"))
+    first.write_bytes(first.read_bytes()[:50])
+    with pytest.raises(ValueError, match=rf"{first.name} must be a safetensors file of a calibration, got"):
+        calibrated.spectra()
+    save_file({"other": torch.zeros(1)}, second)
+    with pytest.raises(ValueError, match=rf"{second.name} must hold 'energies' of blocks\.1\.o, got a file without"):
+        calibrated.energies("blocks.1.o")
 
 
 def test_an_adapted_model_is_refused() -> None:

@@ -26,6 +26,7 @@ from strategies import (
 )
 from torch import Tensor
 
+from wasi_peft import measure_peak_memory
 from wasi_peft.linalg import (
     factor_gradients,
     factorize_weight,
@@ -262,7 +263,7 @@ def test_orthonormalize_rejects_wide_matrices() -> None:
         orthonormalize(torch.ones(2, 3))
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(4, 9), (9, 4), (6, 6), (1, 3), (3, 1)])
+@pytest.mark.parametrize(("rows", "columns"), [(4, 9), (9, 4), (6, 6), (1, 3), (3, 1), (47, 5), (5, 47)])
 def test_leading_subspace_is_the_svd(rows: int, columns: int) -> None:
     smaller = min(rows, columns)
     matrix = with_singular_values(rows, columns, torch.linspace(2, 0.5, smaller), seed=4)
@@ -284,6 +285,25 @@ def test_leading_subspace_of_a_rank_deficient_matrix(dtype: torch.dtype) -> None
         assert energies.dtype == torch.float64 and basis.dtype == dtype
         assert orthonormality_error(basis) < 10 * torch.finfo(dtype).eps
         assert relative_error((case @ basis).float() @ basis.T.float(), case) < 10 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_leading_subspace_is_as_exact_as_the_whole_in_float64(transposed: bool) -> None:
+    matrix = (normal(1000, 24, seed=8) * torch.logspace(0, -3, 24)).float()
+    matrix = matrix.T if transposed else matrix
+    energies, basis = leading_subspace(matrix)
+    _, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    assert float(((energies - S.square()) / S.square()).abs().max()) < 1e-8
+    assert relative_error((basis.double() * Vh.T).sum(0).abs(), torch.ones(24)) < 1e-6
+
+
+def test_leading_subspace_makes_no_copy_of_a_tall_matrix_in_float64() -> None:
+    matrix = normal(6000, 40, seed=9).float()
+    for case in (matrix, matrix[:, :39]):  # the second is not contiguous
+        assert measure_peak_memory(lambda case=case: leading_subspace(case)).peak_bytes < matrix.nbytes // 8
+    wide = matrix.T
+    images = 2 * matrix.nbytes  # of the singular vectors, in float64: that, a copy and the result of QR
+    assert measure_peak_memory(lambda: leading_subspace(wide)).peak_bytes < 3.2 * images
 
 
 def test_subspace_iteration_converges_to_the_leading_subspace() -> None:

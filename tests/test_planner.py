@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from wasi_peft import WasiConfig
 from wasi_peft.autograd import factored_linear
 from wasi_peft.calibration import Calibration, calibrate_wasi
+from wasi_peft.config import UPDATES
 from wasi_peft.costs import break_even_rank
-from wasi_peft.estimate import estimate_wasi
+from wasi_peft.estimate import PlannedPeaks, estimate_peak, estimate_wasi
 from wasi_peft.planner import (
     AIM,
     BUDGETS,
@@ -26,6 +28,7 @@ from wasi_peft.planner import (
     PEAK_MARGIN,
     LayerTimer,
     _Flops,
+    _next_bound,
     _Problem,
     input_shapes,
     plan_wasi,
@@ -282,7 +285,10 @@ def test_a_step_fits_and_uses_what_it_may(name: str, caplog: pytest.LogCaptureFi
     batch = ARCHITECTURES[name].batch(64)
     options = {"modules_to_save": ["classifier"]} if name == "vit" else {}
     config = WasiConfig(update="subspace", **options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"peak_bytes must be at least \d+ for this model, got 10\."):
+    with pytest.raises(
+        ValueError,
+        match=r"peak_bytes must be at least 0\.\d MiB \([\d,]+ bytes\) for this model, got 0\.1 MiB \(10 bytes\)",
+    ):
         planned(model, calibration, peak_bytes=10, batch=batch, config=config)
     with caplog.at_level("WARNING", logger="wasi_peft.planner"):
         most = planned(model, calibration, peak_bytes=10**12, batch=batch, config=config)
@@ -298,12 +304,55 @@ def test_a_step_fits_and_uses_what_it_may(name: str, caplog: pytest.LogCaptureFi
     assert 0.85 * budget <= peak(model, plan, batch, **options) <= (1 - PEAK_MARGIN) * budget
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "cyclic"])
+@pytest.mark.parametrize("update", UPDATES)
+def test_peaks_of_several_plans_are_those_of_fresh_estimates(update: Any, optimizer: str) -> None:
+    class Cyclic(torch.optim.AdamW):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__([p for p in model.parameters() if p.requires_grad], fused=True)
+            self.own = self  # so that it does not go with its last reference
+
+    model, calibration = calibrated("vit")
+    batch = ARCHITECTURES["vit"].batch(16)
+    options = {"batch": batch, "optimizer": Cyclic if optimizer == "cyclic" else optimizer}
+    peaks = PlannedPeaks(model, **options)
+    compressed = planned(model, calibration, training_flops=0.6, batch=batch, timer=CountingTimer())
+    exact = planned(
+        model, calibration, weight_share=0.9, config=WasiConfig(update="subspace", activation_threshold=None)
+    )
+    small = planned(model, calibration, weight_share=0.3)
+    found = []
+    for plan in (compressed, exact, small, compressed):
+        config = WasiConfig(plan=plan, update=update, update_rank=2, modules_to_save=["classifier"])
+        found.append(peaks(config))
+        assert found[-1] == estimate_peak(model, config, **options)
+    assert found[0] == found[3] != found[1]
+
+
+@pytest.mark.parametrize(
+    ("tried", "expected"),
+    [
+        ([(10.0, 40.0)], 70.0),
+        ([(10.0, 120.0)], -10.0),
+        ([(10.0, 40.0), (70.0, 70.0)], 130.0),
+        ([(10.0, 40.0), (70.0, 160.0)], 40.0),
+        ([(70.0, 160.0), (0.0, 0.0), (50.0, 80.0)], 55.0),
+        ([(10.0, 40.0), (70.0, 41.0)], 70 + 4 * 59),
+        ([(10.0, 40.0), (70.0, 40.0)], 130.0),
+    ],
+)
+def test_the_next_bound_follows_the_secant(tried: list[tuple[float, float]], expected: float) -> None:
+    assert _next_bound(tried, 100.0) == pytest.approx(expected)
+
+
 def test_the_least_feasible_peak_is_feasible() -> None:
     model, calibration = calibrated("vit")
     batch = ARCHITECTURES["vit"].batch(64)
     with pytest.raises(ValueError) as refused:
         planned(model, calibration, peak_bytes=10, batch=batch)
-    least = int(str(refused.value).split()[5])
+    mebibytes, exact = re.findall(r"at least ([\d.]+) MiB \(([\d,]+) bytes\)", str(refused.value))[0]
+    least = int(exact.replace(",", ""))
+    assert 0 <= float(mebibytes) * 2**20 - least < 0.1 * 2**20
     plan = planned(model, calibration, peak_bytes=least, batch=batch)
     assert peak(model, plan, batch) <= least
 
@@ -320,9 +369,16 @@ def test_the_least_feasible_peak_is_feasible() -> None:
         ({"step_seconds": 0.5}, "depends on the batch"),
         ({"training_flops": 10**9}, "depends on the batch"),
         ({"weight_share": 1e-6}, "share must be at least"),
-        ({"error": 1e-9}, "error must be at least"),
-        ({"inference_flops": 1e-6}, "inference_flops must be at least"),
-        ({"training_flops": 1e-6}, "training_flops must be at least"),
+        ({"error": 1e-9}, r"error must be at least 0\.0\d+ for this model, got 1e-09\."),
+        (
+            {"inference_flops": 1e-6},
+            r"inference_flops must be at least 0\.\d+ of the dense layers' for this model, got",
+        ),
+        ({"training_flops": 1e-6}, r"training_flops must be at least 0\.\d+ of the dense layers' for this model, got"),
+        (
+            {"inference_flops": 1001.5, "batch": BATCH["vit"]},
+            r"at least [\d.e-]+ GFLOP \([\d,]+ FLOPs\) for this model, got 1e-06 GFLOP \(1,001\.5 FLOPs\)",
+        ),
     ],
 )
 def test_what_is_asked_must_be_one_feasible_budget(options: dict[str, Any], message: str) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import os
 import shutil
 import tempfile
@@ -24,11 +23,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .calibration_folder import describe_data, open_index, read_index, read_tensor, weight_checksum, write_index
 from .config import WasiConfig
 from .layer import InitialFactors, WasiLayer, dense_bias, dense_weight
 from .linalg import WeightSpectrum, truncate, weight_spectrum
@@ -41,7 +40,6 @@ CalibrationData = Iterable[Any] | RunModel
 Gradients = Literal["features", "loss"]
 
 _LABEL_KEYS = ("labels", "label", "label_ids")
-_FORMAT = 2
 _SKETCH = 32  # random output directions in which the token mode's gradient error is estimated
 _COMPARED_CALLS = 2  # first calls of a layer whose compressed gradients are compared with exact ones
 
@@ -80,9 +78,9 @@ class Calibration:
         """Read a finished calibration.
 
         Raises:
-            ValueError: If the folder holds none, or one of another format, or one that was interrupted.
+            ValueError: If the folder holds none, a damaged one, one of another format, or one that was interrupted.
         """
-        index = _read_index(os.fspath(directory))
+        index = read_index(os.fspath(directory))
         if index is None:
             raise ValueError(f"directory must hold a saved calibration, got {os.fspath(directory)!r}.")
         if not index["complete"]:
@@ -97,7 +95,7 @@ class Calibration:
         """
         for name, module in targets.items():
             entry = self._index["layers"].get(name)
-            if entry is None or entry["checksum"] != _checksum(module):
+            if entry is None or entry["checksum"] != weight_checksum(module):
                 raise ValueError(f"{name}: the calibration belongs to another model (or does not cover this layer).")
 
     def energies(self, name: str) -> Tensor:
@@ -116,11 +114,9 @@ class Calibration:
         spectra = []
         for name in self.layers if names is None else names:
             entry = entries[name]
-            with safe_open(self._path(name), framework="pt") as file:
-                keys = set(file.keys())
-                modes = [mode for mode in ("feature", "token") if f"gradient.{mode}" in keys]
-                gradient = {mode: tuple(file.get_tensor(f"gradient.{mode}").tolist()) for mode in modes}
-                energies = file.get_tensor("energies")
+            gradients = {mode: read_tensor(self._path(name), f"gradient.{mode}") for mode in ("feature", "token")}
+            gradient = {mode: tuple(found.tolist()) for mode, found in gradients.items() if found is not None}
+            energies = self._tensor(name, "energies")
             if not entry["weighed"]:
                 energies = energies / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny) * unit
             out_features, in_features = entry["shape"]
@@ -149,8 +145,10 @@ class Calibration:
         return os.path.join(self.directory, self._index["layers"][name]["file"])
 
     def _tensor(self, name: str, part: str) -> Tensor:
-        with safe_open(self._path(name), framework="pt") as file:
-            return file.get_tensor(part)
+        tensor = read_tensor(self._path(name), part)
+        if tensor is None:
+            raise ValueError(f"{self._path(name)} must hold {part!r} of {name}, got a file without it.")
+        return tensor
 
 
 def calibrate_wasi(
@@ -174,7 +172,8 @@ def calibrate_wasi(
             iterated more than once.
         config: Decides the target layers; the default ones if None.
         directory: Folder for the results, so that they can be used again, in another process too (a finished part is
-            not repeated). None keeps them in a temporary folder as long as the returned object lives.
+            not repeated; model, settings and data must be the same). None keeps them in a temporary folder as long as
+            the returned object lives.
         gradients: Where output gradients come from. "features": a random +-1 projection of the model's features
             (the output of its `base_model`), no labels needed; its second moment is the Gauss-Newton matrix of the
             squared error of the features. "loss": the model's own loss; the batches must hold labels, a function must
@@ -189,15 +188,18 @@ def calibrate_wasi(
 
     Raises:
         ValueError: If the data are empty, not finite, can be iterated only once, hold labels only, or do not reach a
-            target; if gradients are asked for and none arrive; or if the folder holds the calibration of another model
-            or with other settings.
+            target; if gradients are asked for and none arrive; or if the folder is damaged or holds the calibration of
+            another model, with other settings, or on other data. (Data are compared by their number of batches and,
+            where they come in a fixed order, by the first.)
     """
     if gradients not in ("features", "loss", None):
         raise ValueError(f"gradients must be one of 'features', 'loss', None, got {gradients!r}.")
     check_repeatable(data)
     targets = dense_targets(model, config)
     folder = tempfile.mkdtemp(prefix="wasi-") if directory is None else os.fspath(directory)
-    index = _open_index(folder, targets, gradients, seed)
+    settings = {"gradients": gradients, "seed": seed}
+    index = open_index(folder, model, targets, settings, describe_data(data, max_batches))
+    index["complete"] = False
     calibration = Calibration(folder, index)
     if directory is None:
         weakref.finalize(calibration, shutil.rmtree, folder, ignore_errors=True)
@@ -213,9 +215,11 @@ def calibrate_wasi(
                 for name in statistics.modules:
                     _save_layer(folder, index, name, pending.pop(name), statistics)
                     bar.update()
-                _write_index(folder, index)
+                write_index(folder, index)
     index["complete"] = True
-    _write_index(folder, index)
+    write_index(folder, index)
+    asked = {name: entry for name, entry in index["layers"].items() if name in targets}
+    calibration._index = {**index, "layers": asked}
     return calibration
 
 
@@ -635,59 +639,6 @@ def model_output(model: nn.Module, batch: Any, with_labels: bool = False) -> Any
     return model(first.to(device))
 
 
-# -------------------------------------------------------------------- the folder
-
-
-def _checksum(module: nn.Module) -> int:
-    """CRC-32 of a weight's bytes: tells whether a spectrum belongs to this very layer."""
-    weight = dense_weight(module).cpu().contiguous()
-    return zlib.crc32(weight.view(torch.uint8).numpy().tobytes())
-
-
-def _read_index(directory: str) -> dict[str, Any] | None:
-    path = os.path.join(directory, "index.json")
-    if not os.path.isfile(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        index = json.load(file)
-    if index.get("format") != _FORMAT:
-        raise ValueError(f"the calibration must have format {_FORMAT}, got {index.get('format')!r}.")
-    return dict(index)
-
-
-def _write_index(directory: str, index: dict[str, Any]) -> None:
-    temporary = os.path.join(directory, "index.json.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(index, file)
-    os.replace(temporary, os.path.join(directory, "index.json"))
-
-
-def _open_index(directory: str, targets: Mapping[str, nn.Module], gradients: str | None, seed: int) -> dict[str, Any]:
-    """The index of a calibration to continue, or a new one."""
-    os.makedirs(directory, exist_ok=True)
-    settings = {"gradients": gradients, "seed": seed}
-    index = _read_index(directory)
-    if index is None:
-        size = dense_weight(next(iter(targets.values()))).element_size()
-        return {
-            "format": _FORMAT,
-            "complete": False,
-            "settings": settings,
-            "bytes_per_element": size,
-            "layers": {},
-        }
-    if index["settings"] != settings:
-        raise ValueError(
-            f"{directory!r} holds a calibration with {index['settings']}, got {settings}. Use another folder."
-        )
-    for name, module in targets.items():
-        entry = index["layers"].get(name)
-        if entry is not None and entry["checksum"] != _checksum(module):
-            raise ValueError(f"{name}: {directory!r} holds the calibration of another model. Use another folder.")
-    index["complete"] = False
-    return index
-
-
 def _save_layer(
     directory: str, index: dict[str, Any], name: str, module: nn.Module, statistics: InputStatistics
 ) -> None:
@@ -714,5 +665,5 @@ def _save_layer(
         "rows": statistics.rows,
         "energy": float(spectrum.energies.sum()),
         "weighed": statistics.output_moment(name) is not None,
-        "checksum": _checksum(module),
+        "checksum": weight_checksum(module),
     }

@@ -79,7 +79,7 @@ class _Stub(nn.Module):
 
     def __init__(self, layer: nn.Module, like: Tensor) -> None:
         super().__init__()
-        self.out_features = getattr(layer, "out_features", None) or layer.nf
+        self.out_features: int = getattr(layer, "out_features", None) or layer.nf  # type: ignore[assignment]
         self.weight = like  # some models look at its dtype
 
     def forward(self, x: Tensor) -> Tensor:

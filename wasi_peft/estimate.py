@@ -10,12 +10,10 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-import logging
-import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -23,32 +21,19 @@ import torch
 from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
 from transformers.pytorch_utils import Conv1D
 
 from .config import WasiConfig
 from .costs import factored_elements
-from .layer import WasiLayer, _shared, wasi_layers
+from .layer import InitialFactors, WasiLayer, _shared, wasi_layers
 from .planning import WasiPlan
+from .simulation import Simulation, UnknownValue, isolated, tensors_in
 from .targets import default_target_names
 
 MIB = 2**20
 GIGA = 10**9
-LARGEST_COMPUTED = 2**20  # elements of a mask or the like that is computed
-SMALL_NORM = 0.005  # of a correction, where code asks for it: not zero, and within every tolerance
 PAPER_ELEMENT_BYTES = 4
 CATEGORIES = ("weights", "state", "optimizer", "gradients", "saved", "temporary")
-
-_injection_log = logging.getLogger(f"{__package__}.model")
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -182,7 +167,33 @@ def estimate_peak(
 ) -> int:
     """`peak_bytes` of :func:`estimate_wasi` alone, in bytes and in half the time."""
     with _simulated(model, config, batch) as run:
+        gc.collect()  # cycles may hold what injection let go
         return run.peak(_optimizer_factory(optimizer))
+
+
+class PlannedPeaks:
+    """Peaks of one model under several plans for the same layers: it is copied once, later plans only change ranks.
+
+    Calling it with a configuration that holds a plan gives what :func:`estimate_peak` gives.
+    """
+
+    def __init__(self, model: nn.Module, *, batch: Any, optimizer: str | OptimizerFactory | None = "adamw") -> None:
+        self._model, self._arguments = model, _call_arguments(batch)
+        self._make_optimizer = _optimizer_factory(optimizer)
+        self._autocast = _active_autocast(model)
+        self._run: _Run | None = None
+
+    def __call__(self, config: WasiConfig) -> int:
+        """Peak of a training step, in bytes."""
+        with isolated(self._autocast.device):
+            if self._run is None:
+                _check_config(self._model, config)
+                self._run = _prepared(self._model, config, self._arguments, self._autocast)
+                gc.collect()  # cycles may hold what injection let go
+            else:
+                self._run.change_plan(config)
+            with _explained(self._run.model):
+                return self._run.peak(self._make_optimizer)
 
 
 @contextmanager
@@ -192,23 +203,54 @@ def _simulated(model: nn.Module, config: PeftConfig | WasiPlan | None, batch: An
         config = WasiConfig(plan=config)
     if config is not None:
         _check_config(model, config)
-    arguments, keywords = _call_arguments(batch)
+    arguments = _call_arguments(batch)
     autocast = _active_autocast(model)
-    simulation = _Simulation()
-    with _isolated(autocast.device):
-        twin = simulation.without_memory(model)
-        if config is not None:
-            twin = simulation.inject(twin, copy.deepcopy(config))
-        if not any(parameter.requires_grad for parameter in twin.parameters()):
-            raise ValueError(NOTHING_TRAINS)
-        run = _Run(simulation, twin, simulation.batch(arguments), simulation.batch(keywords), autocast)
-        try:
+    with isolated(autocast.device):
+        run = _prepared(model, config, arguments, autocast)
+        with _explained(run.model):
             yield run
-        except _UnknownValue as error:
-            if _has_threshold(twin):
-                fields = "activation_ranks (or activation_threshold=None for exact inputs)"
-                raise ValueError(UNKNOWN_RANK.format(what="Activation ranks", fields=fields)) from None
-            raise _depends_on_values(error) from None
+
+
+def _prepared(
+    model: nn.Module, config: PeftConfig | None, arguments: tuple[tuple[Any, ...], dict[str, Any]], autocast: _Autocast
+) -> _Run:
+    simulation = Simulation()
+    twin = simulation.without_memory(model)
+    if config is not None:
+        twin = _injected(simulation, twin, copy.deepcopy(config))
+    if not any(parameter.requires_grad for parameter in twin.parameters()):
+        raise ValueError(NOTHING_TRAINS)
+    return _Run(simulation, twin, simulation.batch(arguments[0]), simulation.batch(arguments[1]), autocast)
+
+
+@contextmanager
+def _explained(twin: nn.Module) -> Iterator[None]:
+    """Turns what a step asks of values into an error that says what to do."""
+    try:
+        yield
+    except UnknownValue as error:
+        if _has_threshold(twin):
+            fields = "activation_ranks (or activation_threshold=None for exact inputs)"
+            raise ValueError(UNKNOWN_RANK.format(what="Activation ranks", fields=fields)) from None
+        raise _depends_on_values(error) from None
+
+
+def _depends_on_values(reason: Exception) -> ValueError:
+    return ValueError(
+        f"Shapes or branches of the model depend on values of its tensors ({reason}), so a step cannot be followed "
+        "without running it. Measure one with measure_peak_memory."
+    )
+
+
+def _injected(simulation: Simulation, twin: nn.Module, config: PeftConfig) -> nn.Module:
+    """The model without memory with an adapter, by PEFT's own way."""
+    try:
+        with simulation.injecting():
+            return get_peft_model(twin, config)
+    except UnknownValue as error:
+        if isinstance(config, WasiConfig):
+            raise ValueError(UNKNOWN_RANK.format(what="Weight ranks", fields="weight_rank or rank_pattern")) from None
+        raise _depends_on_values(error) from None
 
 
 def _optimizer_factory(optimizer: str | OptimizerFactory | None) -> OptimizerFactory | None:
@@ -240,26 +282,11 @@ def _call_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         arguments = (batch,)
     else:
         raise TypeError(f"batch must be a mapping, a tuple or a tensor, got {type(batch).__name__}.")
-    tensors = _tensors((arguments, keywords))
+    tensors = tensors_in((arguments, keywords))
     if not tensors or any(tensor.numel() == 0 for tensor in tensors):
         shapes = [tuple(tensor.shape) for tensor in tensors]
         raise ValueError(f"batch must hold at least one tensor and no empty one, got shapes {shapes}.")
     return arguments, keywords
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _operands(values: Iterable[Any], keywords: Mapping[str, Any]) -> list[Tensor]:
-    """Tensors among what an operation takes or gives: they are there by themselves or in lists."""
-    found: list[Tensor] = []
-    for value in itertools.chain(values, keywords.values()):
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += [item for item in value if isinstance(item, Tensor)]
-    return found
 
 
 class _Autocast(NamedTuple):
@@ -271,234 +298,6 @@ class _Autocast(NamedTuple):
 def _active_autocast(model: nn.Module) -> _Autocast:
     device = next((parameter.device.type for parameter in model.parameters() if not parameter.is_meta), "cpu")
     return _Autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-
-# ---------------------------------------------------------------- memory
-
-
-class _Memory:
-    """Numbers storages in the order in which tensors first use them, and follows each to its end."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []  # bytes by number
-        self.live: set[int] = set()
-        self.events: list[tuple[int, int]] = []  # (number, bytes that come or go)
-        self._numbers: dict[int, int] = {}  # id of a live storage -> its number
-
-    def follow(self, tensor: Tensor, counted: bool = True) -> int:
-        """Number of the tensor's storage. One that is not counted takes no bytes."""
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key not in self._numbers:
-            self._numbers[key] = self._begin(storage.nbytes() if counted else 0)
-            weakref.finalize(storage, self._end, key).atexit = False
-        return self._numbers[key]
-
-    def workspace(self, size: int) -> None:
-        """A kernel's own memory, there and gone within one call."""
-        number = self._begin(size)
-        self.live.discard(number)
-        self.events.append((number, -size))
-
-    def numbers(self, tensors: Iterable[Tensor]) -> set[int]:
-        return {self.follow(tensor) for tensor in tensors}
-
-    def _begin(self, size: int) -> int:
-        number = len(self.sizes)
-        self.sizes.append(size)
-        self.live.add(number)
-        self.events.append((number, size))
-        return number
-
-    def _end(self, key: int) -> None:
-        number = self._numbers.pop(key)
-        self.live.discard(number)
-        self.events.append((number, -self.sizes[number]))
-
-
-def _eigh_workspace(matrix: Tensor, **_: Any) -> int:
-    """LAPACK syevd with vectors: 1 + 6 n + 2 n^2 numbers and 3 + 5 n integers."""
-    n = matrix.shape[-1]
-    return (1 + 6 * n + 2 * n * n) * matrix.element_size() + (3 + 5 * n) * 4
-
-
-def _convolution_workspace(grad: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
-    """Bytes per weight and thread, as measured with oneDNN on patch embeddings; the batch hardly matters."""
-    threads = torch.get_num_threads()
-    return weight.numel() * (16 * threads if weight.element_size() >= 4 else 25 * (threads + 1))
-
-
-aten = torch.ops.aten
-_CPU_WORKSPACES: dict[Any, Callable[..., int]] = {
-    aten._linalg_eigh: _eigh_workspace,
-    aten.convolution_backward: _convolution_workspace,
-}
-_FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    # torch's registry lacks the attention kernel of the CPU
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        aten._scaled_dot_product_flash_attention_backward
-    ],
-}
-
-
-# ---------------------------------------------------------------- simulation
-
-
-@contextmanager
-def _isolated(device: str) -> Iterator[None]:
-    """Keeps random state, modes and warnings of the caller out of the simulation, and the other way round."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        stack.callback(setattr, _injection_log, "disabled", _injection_log.disabled)
-        _injection_log.disabled = True
-        yield
-
-
-class _UnknownValue(Exception):
-    """An operation needs the values of a tensor that has none."""
-
-
-def _depends_on_values(reason: Exception) -> ValueError:
-    return ValueError(
-        f"Shapes or branches of the model depend on values of its tensors ({reason}), so a step cannot be followed "
-        "without running it. Measure one with measure_peak_memory."
-    )
-
-
-class _Simulation(TorchDispatchMode):
-    """Runs operations on tensors without memory; follows the memory they would take and counts their FLOPs.
-
-    What depends on no such tensor and is small is computed: token ids, masks, counters.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.memory = _Memory()
-        self.flops = 0
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._injecting = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.prim.device.default:  # half of all calls; the general way is slow
-            return args[0].fake_device
-        kwargs = kwargs or {}
-        symbolic = any(isinstance(tensor, FakeTensor) for tensor in _operands(args, kwargs))
-        if symbolic and func is aten._local_scalar_dense.default:
-            return self._number(args[0])
-        if symbolic or self._injecting or not self._small(func, args, kwargs):
-            out = self._without_memory(func, args, kwargs)
-        else:
-            out = func(*args, **kwargs)
-        outputs = _operands(out if isinstance(out, tuple) else (out,), {})
-        for tensor in outputs:
-            self.memory.follow(tensor)
-        operation = func._overloadpacket
-        if operation in _CPU_WORKSPACES and outputs[0].device.type == "cpu":
-            self.memory.workspace(_CPU_WORKSPACES[operation](*args, **kwargs))
-        if operation in _FLOPS:
-            self.flops += _FLOPS[operation](*args, **kwargs, out_val=out)
-        return out
-
-    def _small(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an operation on computed tensors, or on none, gives small ones."""
-        if func._schema.is_mutable:
-            return True
-        try:
-            outputs = _tensors(self._without_memory(func, args, kwargs))
-        except _UnknownValue:  # it reads values, which computed tensors have
-            return True
-        return all(tensor.numel() <= LARGEST_COMPUTED for tensor in outputs)
-
-    def _without_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        try:
-            out = self._fake.dispatch(func, (), args, kwargs)  # spares entering the mode and dispatching once more
-            if self._injecting:  # Module.to refuses parameters to which there is a weak reference
-                self._fake.fake_tensor_converter.tensor_memo.clear()
-            return out
-        except (DynamicOutputShapeException, DataDependentOutputException):
-            raise _UnknownValue(func) from None
-
-    def _number(self, tensor: Tensor) -> bool | int | float:
-        """Answers for a healthy step: checks pass, decompositions succeed, norms of corrections are small."""
-        if tensor.dtype == torch.bool:
-            return True
-        if self._injecting or tensor.dtype == torch.int64:
-            raise _UnknownValue(aten._local_scalar_dense)
-        return SMALL_NORM if tensor.is_floating_point() else 0
-
-    # ---- building
-
-    def like(self, tensor: Tensor, counted: bool = True) -> Tensor:
-        """A tensor of the same shape, strides, type and device, without memory; one on meta becomes one on the CPU."""
-        device = torch.device("cpu") if tensor.is_meta else tensor.device
-        with torch._C.DisableTorchFunction(), self._fake:
-            own = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-        self.memory.follow(own, counted)
-        return own
-
-    def without_memory(self, model: nn.Module) -> nn.Module:
-        """Copy of a model all of whose tensors have no memory; ties stay."""
-        memo: dict[int, Any] = {}
-        for parameter in model.parameters():
-            memo[id(parameter)] = nn.Parameter(self.like(parameter), parameter.requires_grad)
-        with _CopyWithoutMemory(self):
-            return copy.deepcopy(model, memo)
-
-    def inject(self, twin: nn.Module, config: PeftConfig) -> nn.Module:
-        """The model with an adapter, by PEFT's own way."""
-        self._injecting = True
-        try:
-            with self:
-                return get_peft_model(twin, config)
-        except _UnknownValue as error:
-            if isinstance(config, WasiConfig):
-                raise ValueError(
-                    UNKNOWN_RANK.format(what="Weight ranks", fields="weight_rank or rank_pattern")
-                ) from None
-            raise _depends_on_values(error) from None
-        finally:
-            self._injecting = False
-
-    def batch(self, tree: Any) -> Any:
-        """The batch without memory, but with its integers and masks, which are copied."""
-
-        def stand_in(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if value.is_floating_point() or value.is_meta:
-                return self.like(value, counted=False)
-            own = value.detach().clone()
-            self.memory.follow(own, counted=False)
-            return own
-
-        return tree_map(stand_in, tree)
-
-
-class _CopyWithoutMemory(TorchFunctionMode):
-    """While active, `copy.deepcopy` of a tensor gives one without memory."""
-
-    def __init__(self, simulation: _Simulation) -> None:
-        super().__init__()
-        self._simulation = simulation
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not Tensor.__deepcopy__:
-            return func(*args, **(kwargs or {}))
-        tensor, memo = args
-        if id(tensor) not in memo:
-            memo[id(tensor)] = self._simulation.like(tensor)
-        return memo[id(tensor)]
 
 
 # ---------------------------------------------------------------- steps
@@ -523,7 +322,7 @@ class _Run:
 
     def __init__(
         self,
-        simulation: _Simulation,
+        simulation: Simulation,
         model: nn.Module,
         arguments: tuple[Any, ...],
         keywords: dict[str, Any],
@@ -531,6 +330,7 @@ class _Run:
     ) -> None:
         self.simulation, self.memory = simulation, simulation.memory
         self.model, self.arguments, self.keywords, self.autocast = model, arguments, keywords, autocast
+        self._last_optimizer: weakref.ref[torch.optim.Optimizer] | None = None
 
     def forward(self) -> Any:
         with torch.autocast(self.autocast.device, self.autocast.dtype, self.autocast.enabled):
@@ -559,12 +359,28 @@ class _Run:
 
         A step in which they stay takes the same tensors but those of the moves.
         """
-        gc.collect()  # cycles may hold what injection let go
         optimizer = None if make_optimizer is None else make_optimizer(self.model)
+        self._last_optimizer = None if optimizer is None else weakref.ref(optimizer)
         self.model.train()
         first = self.step(optimizer)
         _age_bases(self.model)
         return max(first.peak, self.step(optimizer).peak)
+
+    def change_plan(self, config: WasiConfig) -> None:
+        """Gives the layers the ranks of another plan; what earlier steps left behind goes."""
+        layers = dict(wasi_layers(self.model.get_base_model()))  # type: ignore[operator]
+        with self.simulation.injecting():
+            for name, layer in layers.items():
+                planned = config.planned_layer(name)
+                adapter = layer.active_name
+                assert planned is not None and adapter is not None
+                L, R = (part[adapter].detach() for part in (layer.wasi_L, layer.wasi_R))
+                L, R = L.new_empty(len(L), planned.weight_rank), R.new_empty(planned.weight_rank, R.shape[1])
+                bias = layer.factored_bias()
+                initial = InitialFactors(L, R, None if bias is None else bias.detach())
+                layer.update_layer(adapter, config, name, planned.weight_rank, initial)
+        if self._last_optimizer is not None and self._last_optimizer() is not None:
+            gc.collect()  # cycles hold the old factors
 
     def step(self, optimizer: torch.optim.Optimizer | None) -> _Step:
         """Forward, loss, backward, optimizer step, gradients released."""
@@ -580,7 +396,7 @@ class _Run:
                 optimizer.step()
             self.model.zero_grad(set_to_none=True)
             del loss
-        states = [] if optimizer is None else _tensors(list(optimizer.state.values()))
+        states = [] if optimizer is None else tensors_in(list(optimizer.state.values()))
         parts["optimizer"] = memory.numbers(states)
         parts["state"] = memory.live - parts["weights"] - parts["optimizer"]
         parts["gradients"] = gradients
@@ -618,7 +434,7 @@ class _Run:
             temporary_bytes=max(step.temporary for step in steps),
             peak_bytes=highest.peak,
             at_peak=highest.at_peak,
-            batch_bytes=sum(tensor.nbytes for tensor in _tensors((self.arguments, self.keywords))),
+            batch_bytes=sum(tensor.nbytes for tensor in tensors_in((self.arguments, self.keywords))),
             training_flops=warm.flops + round((last.flops - warm.flops) / _basis_interval(self.model)),
             inference_flops=inference_flops,
             paper_training_bytes=PAPER_ELEMENT_BYTES * (weight_elements + input_elements),
@@ -645,7 +461,7 @@ def _loss_of(output: Any) -> Tensor:
     """The loss that a model gives, or the sum of its first floating point output."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
-        loss = next(tensor for tensor in _tensors(output) if tensor.is_floating_point()).sum()
+        loss = next(tensor for tensor in tensors_in(output) if tensor.is_floating_point()).sum()
     return loss
 
 

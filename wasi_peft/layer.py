@@ -530,6 +530,11 @@ def after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             if id(L) in moved or id(inner) in moved:
                 layer.wasi_basis_age[name] += 1
             if id(L) in moved and layer.wasi_update[name] == "subspace" and L.requires_grad and not retracts:
-                change_L, change_R = retraction(L, R)
-                L.add_(change_L)
-                R.add_(change_R)
+                _retract(L, R)
+
+
+def _retract(L: Tensor, R: Tensor) -> None:
+    """In place; the changes of one layer are gone before those of the next are computed."""
+    change_L, change_R = retraction(L, R)
+    L.add_(change_L)
+    R.add_(change_R)

@@ -233,6 +233,8 @@ def orthonormalize(matrix: Tensor) -> Tensor:
 def leading_subspace(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Energies and right singular vectors of a matrix, from the eigen-decomposition of its smaller Gram matrix.
 
+    The Gram matrix is summed in float64 over square blocks of the matrix, so that no float64 copy of the whole exists.
+
     **Shape**
         - matrix: (m, n)
         - returns energies (min(m, n),) descending and basis (n, min(m, n)), orthonormal columns
@@ -242,14 +244,21 @@ def leading_subspace(matrix: Tensor) -> tuple[Tensor, Tensor]:
         >>> energies.tolist(), basis.abs().tolist()
         ([4.0, 1.0], [[1.0, 0.0], [0.0, 1.0]])
     """
-    work = matrix.double() if matrix.device.type != "mps" else matrix.float()
-    rows, columns = work.shape
-    if columns <= rows:
-        energies, basis = _symmetric_eigen(work.T @ work)
-    else:
-        energies, vectors = _symmetric_eigen(work @ work.T)
-        basis = torch.linalg.qr(work.T @ vectors).Q
-    return energies, basis.to(matrix.dtype)
+    exact = torch.float64 if matrix.device.type != "mps" else torch.float32
+    rows, columns = matrix.shape
+    side = min(rows, columns)
+    tall = matrix if columns <= rows else matrix.T
+    gram = matrix.new_zeros(side, side, dtype=exact)
+    for rows_of_block in tall.split(side):
+        block = rows_of_block.to(exact)
+        gram.addmm_(block.T, block)
+    energies, vectors = _symmetric_eigen(gram)
+    if columns > rows:
+        images = matrix.new_empty(columns, side, dtype=exact)
+        for rows_of_block, image in zip(tall.split(side), images.split(side), strict=True):
+            torch.mm(rows_of_block.to(exact), vectors, out=image)
+        vectors = torch.linalg.qr(images).Q
+    return energies, vectors.to(matrix.dtype)
 
 
 def subspace_iteration(matrix: Tensor, basis: Tensor) -> Tensor:

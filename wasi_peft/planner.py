@@ -1,6 +1,6 @@
 """One plan for a whole model: ranks of weights and of compressed inputs under the budget that a user can afford.
 
-Energies come from calibration, costs are counted, estimated or timed here, :mod:`planning` chooses. Where costs do not
+Energies come from calibration, costs are counted, estimated or timed here, :mod:`choosing` chooses. Where costs do not
 simply add up over layers (the peak of a step, products of two ranks) a plan is chosen under a bound on those that do,
 and the bound moves until the true cost meets the budget.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .autograd import factored_linear
 from .calibration import Calibration, dense_targets, evaluating
+from .choosing import activation_options, choose_plan
 from .config import WasiConfig
 from .costs import (
     break_even_rank,
@@ -30,21 +31,12 @@ from .costs import (
     factored_forward_flops,
     input_elements,
 )
-from .estimate import MIB, OptimizerFactory, estimate_peak
+from .estimate import GIGA, MIB, OptimizerFactory, PlannedPeaks, estimate_peak
+from .knapsack import InfeasibleError
 from .layer import dense_weight
 from .linalg import orthonormalize
 from .low_rank import joined, low_rank_linear
-from .planning import (
-    InfeasibleError,
-    InputGroup,
-    LayerSpectrum,
-    WasiPlan,
-    activation_options,
-    allocate_ranks,
-    build_plan,
-    choose_plan,
-    input_groups,
-)
+from .planning import InputGroup, LayerSpectrum, WasiPlan, allocate_ranks, build_plan, input_groups
 from .tucker import Tucker, canonical
 
 logger = logging.getLogger(__name__)
@@ -163,7 +155,9 @@ def plan_wasi(
         return _plan_work(problem, work, value, training=name in ("training_flops", "step_seconds"))
     except InfeasibleError as infeasible:
         least = _rounded_up(infeasible.least)
-        raise ValueError(f"{name} must be at least {least} for this model, got {value!r}.") from infeasible
+        raise ValueError(
+            f"{name} must be at least {_readable(name, least)} for this model, got {_readable(name, value)}."
+        ) from infeasible
 
 
 # -------------------------------------------------------------------- what is asked, and of what
@@ -264,6 +258,17 @@ def _rounded_up(value: float) -> float | int:
     return math.ceil(value * scale) / scale
 
 
+def _readable(name: str, value: float) -> str:
+    """A budget as a person reads it, the exact number included."""
+    if name == "peak_bytes":
+        return f"{math.ceil(10 * value / MIB) / 10:,.1f} MiB ({value:,} bytes)"
+    if value > 1:
+        return f"{value / GIGA:,.3g} GFLOP ({value:,} FLOPs)"
+    if name.endswith(("_flops", "_seconds")):
+        return f"{value} of the dense layers'"
+    return f"{value}"
+
+
 # -------------------------------------------------------------------- solving
 
 
@@ -317,11 +322,12 @@ def _fit(
     activation_cost: ActivationCost,
     true_cost: Callable[[WasiPlan], float],
     budget: float,
+    fixed: float | None = None,
 ) -> tuple[WasiPlan, float]:
     """A plan whose true cost is at most the budget, close to it unless more rank helps nothing, and that cost.
 
-    Plans are chosen under a bound on the costs that add up. It starts in the middle and moves a few times at most:
-    first as if each unit of them were one of the true cost, then along the secant.
+    Plans are chosen under a bound on the costs that add up, which moves a few times at most. `fixed` is a guess of
+    what the true cost has on top of them; without one the bound starts in the middle.
 
     Raises:
         InfeasibleError: If the cheapest plan costs more than the budget; it carries that cost.
@@ -341,31 +347,42 @@ def _fit(
         )
         return plan, true_cost(plan)
 
+    goal = (1 + AIM) / 2 * budget
     best: tuple[WasiPlan, float] | None = None
-    below: tuple[float, float] | None = None  # the largest bound that kept the budget, with its cost
-    above: tuple[float, float] | None = None  # the smallest that did not
-    bound = (least + most) / 2
+    tried: list[tuple[float, float]] = []  # bounds and true costs
+    bound = (least + most) / 2 if fixed is None else goal - fixed
     for _ in range(TRIES):
+        bound = min(most, max(least, bound))
         plan, spent = plan_at(bound)
         if spent <= budget:
-            best, below = (plan, spent), (bound, spent)
+            if best is None or spent > best[1]:
+                best = plan, spent
             if bound == most or spent >= AIM * budget:
                 return best
         elif bound == least:
             raise InfeasibleError("cost", budget, spent)
-        else:
-            above = (bound, spent)
-        rate = 1.0
-        if below is not None and above is not None and above[1] > below[1]:
-            rate = (above[0] - below[0]) / (above[1] - below[1])
-        start = below or (bound, spent)
-        bound = min(most, max(least, start[0] + rate * ((1 + AIM) / 2 * budget - start[1])))
+        tried.append((bound, spent))
+        bound = _next_bound(tried, goal)
     if best is not None:
         return best
     plan, spent = plan_at(least)
     if spent > budget:
         raise InfeasibleError("cost", budget, spent)
     return plan, spent
+
+
+def _next_bound(tried: Sequence[tuple[float, float]], goal: float) -> float:
+    """Where the true cost should meet the goal: along the secant through the points next to it.
+
+    With one point, or where two do not tell, each unit of the bound counts as one of the true cost.
+    """
+    below = max((point for point in tried if point[1] <= goal), default=None)
+    above = min((point for point in tried if point[1] > goal), default=None)
+    first, last = (below, above) if below and above else (tried[max(0, len(tried) - 2)], tried[-1])
+    rate = 1.0
+    if last[1] != first[1]:
+        rate = min(4.0, max(0.25, (last[0] - first[0]) / (last[1] - first[1])))
+    return last[0] + rate * (goal - last[1])
 
 
 # -------------------------------------------------------------------- peak memory
@@ -383,35 +400,38 @@ def _plan_peak(
     """An element of a factor costs itself and its optimizer state, one of an input itself.
 
     Gradients hardly exist where the peak usually is, at the start of backward; where they do, the estimate tells.
+    What else there is in a step is guessed from the dense model's.
     """
     kept = {field: getattr(config, field) for field in _KEPT_FIELDS}
     states = OPTIMIZER_STATES.get(optimizer, 2) if isinstance(optimizer, str) else 2
-    if config.reserved_rank:
-        states = 0  # what trains is as large at every rank
-
-    def peak(plan: WasiPlan) -> int:
-        return estimate_peak(model, WasiConfig(plan=plan, **kept), batch=batch, optimizer=optimizer)
-
+    trained = 0 if config.reserved_rank else states  # otherwise what trains is as large at every rank
+    peaks = PlannedPeaks(model, batch=batch, optimizer=optimizer)
+    planned = [model.get_submodule(spectrum.name) for spectrum in problem.spectra]
+    dense = fixed = None
+    if all(parameter.requires_grad for module in planned for parameter in module.parameters()):
+        dense = estimate_peak(model, batch=batch, optimizer=optimizer)
+        weights = sum(dense_weight(module).numel() for module in planned)
+        inputs = sum(problem.kept_elements(group, None) for group in input_groups(problem.spectra))
+        # at the peak there are the inputs (before backward) or the gradients of the weights (in the optimizer's step)
+        fixed = dense - bytes_per_element * ((1 + states) * weights + max(weights, inputs))
     try:
         plan, needed = _fit(
             problem,
-            lambda spectrum, rank: bytes_per_element * (1 + states) * _rank_elements(spectrum, rank),
+            lambda spectrum, rank: bytes_per_element * (1 + trained) * _rank_elements(spectrum, rank),
             lambda group, ranks: bytes_per_element * problem.kept_elements(group, ranks),
-            peak,
+            lambda plan: peaks(WasiConfig(plan=plan, **kept)),
             (1 - PEAK_MARGIN) * budget,
+            fixed,
         )
     except InfeasibleError as error:
         raise InfeasibleError("peak_bytes", budget, error.least / (1 - PEAK_MARGIN)) from error
-    replaced = [parameter for layer in plan.layers for parameter in model.get_submodule(layer.name).parameters()]
-    if all(parameter.requires_grad for parameter in replaced):  # otherwise the model is not what fine-tuning takes
-        dense = estimate_peak(model, batch=batch, optimizer=optimizer)
-        if needed >= dense:
-            logger.warning(
-                "A step under this plan needs %.1f MiB, dense fine-tuning %.1f MiB: the plan saves no memory. "
-                "Lower peak_bytes, or fine-tune the dense model.",
-                needed / MIB,
-                dense / MIB,
-            )
+    if dense is not None and needed >= dense:  # a model with frozen layers is not what fine-tuning takes
+        logger.warning(
+            "A step under this plan needs %.1f MiB, dense fine-tuning %.1f MiB: the plan saves no memory. "
+            "Lower peak_bytes, or fine-tune the dense model.",
+            needed / MIB,
+            dense / MIB,
+        )
     return plan
 
 

@@ -37,13 +37,12 @@ from .estimate import (
     _Autocast,
     _call_arguments,
     _check_config,
-    _isolated,
     _loss_of,
     _optimizer_factory,
-    _tensors,
 )
 from .layer import wasi_layers
 from .planning import WasiPlan
+from .simulation import isolated, tensors_in
 from .trace import (
     KINDS,
     MemoryTrace,
@@ -269,11 +268,11 @@ def profile_wasi(
         raise ValueError(f"rounds must be a whole number of at least 1, got {rounds!r}.")
     arguments, keywords = _call_arguments(batch)
     make_optimizer = _optimizer_factory(optimizer)
-    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers(), *_tensors(batch))}
+    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers(), *tensors_in(batch))}
     if devices != {"cpu"}:
         raise ValueError(f"profile_wasi needs model and batch on the CPU, got {', '.join(sorted(devices))}.")
     autocast = _active_autocast(model)
-    with _isolated(autocast.device):
+    with isolated(autocast.device):
         twin = copy.deepcopy(model)
         twin.zero_grad(set_to_none=True)
         if config is not None:
@@ -394,9 +393,9 @@ class _Runner:
     def kept(self) -> Blocks:
         """What exists between steps: bytes by address, by category."""
         weights = _blocks(itertools.chain(self.model.parameters(), self.model.buffers()))
-        optimizer = {} if self.optimizer is None else _blocks(_tensors(list(self.optimizer.state.values())))
+        optimizer = {} if self.optimizer is None else _blocks(tensors_in(list(self.optimizer.state.values())))
         # what modules hold besides parameters and buffers: activation bases, parked weights, caches
-        held = _blocks(_tensors([vars(module) for module in self.model.modules()]))
+        held = _blocks(tensors_in([vars(module) for module in self.model.modules()]))
         state = {address: size for address, size in held.items() if address not in weights}
         return {"weights": weights, "optimizer": optimizer, "state": state}
 

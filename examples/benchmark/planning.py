@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -23,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import wasi_peft
 from wasi_peft import planner
+from wasi_peft.estimate import PlannedPeaks
 from wasi_peft.planning import LayerSpectrum
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -70,17 +72,22 @@ class MadeUpCalibration:
         return [replace(self._spectra[name], reserved_rank=reserved_rank) for name in names]
 
 
-class Counted:
-    """Counts the calls of a function and the processor time they take."""
+class Estimates:
+    """Counts the estimates of a step that planning makes, and the processor time they take."""
 
-    def __init__(self, function: Any) -> None:
-        self.function, self.calls, self.seconds = function, 0, 0.0
+    def __init__(self) -> None:
+        self.calls, self.seconds = 0, 0.0
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        start = time.process_time()
-        result = self.function(*args, **kwargs)
-        self.calls, self.seconds = self.calls + 1, self.seconds + time.process_time() - start
-        return result
+    def counting(self, function: Any) -> Any:
+        """The same function, counted."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            result = function(*args, **kwargs)
+            self.calls, self.seconds = self.calls + 1, self.seconds + time.process_time() - start
+            return result
+
+        return counted
 
 
 def timed_plan(model: nn.Module, calibration: Any, **options: Any) -> tuple[wasi_peft.WasiPlan, dict[str, Any]]:
@@ -88,17 +95,18 @@ def timed_plan(model: nn.Module, calibration: Any, **options: Any) -> tuple[wasi
 
     Processor time is what a busy machine does not distort; with one thread it is the time on an idle one.
     """
-    counted = planner.estimate_peak = Counted(planner.estimate_peak)
+    estimates = Estimates()
     start, processor_start = time.perf_counter(), time.process_time()
-    try:
+    with (
+        mock.patch.object(planner, "estimate_peak", estimates.counting(planner.estimate_peak)),
+        mock.patch.object(PlannedPeaks, "__call__", estimates.counting(PlannedPeaks.__call__)),
+    ):
         plan = planner.plan_wasi(model, calibration, **options)
-    finally:
-        planner.estimate_peak = counted.function
     return plan, {
         "seconds": round(time.perf_counter() - start, 2),
         "processor_seconds": round(time.process_time() - processor_start, 2),
-        "estimates": counted.calls,
-        "processor_seconds_in_estimates": round(counted.seconds, 2),
+        "estimates": estimates.calls,
+        "processor_seconds_in_estimates": round(estimates.seconds, 2),
     }
 
 
@@ -124,13 +132,20 @@ def many_layers(blocks: int, tokens: int) -> dict[str, Any]:
         "inference_flops": 0.5,
         "training_flops": 0.5,
         "step_seconds": 0.6,
-        "peak_bytes": dense_bytes // 2,
     }
+    peaks = [int(share * dense_bytes) for share in (0.32, 0.5, 0.7)]
     results: dict[str, Any] = {"layers": len(calibration.layers)}
-    for name, value in asked.items():
-        needs_batch = name in ("training_flops", "step_seconds", "peak_bytes")
-        _, results[name] = timed_plan(model, calibration, batch=batch if needs_batch else None, **{name: value})
-        print(f"{len(calibration.layers)} layers, {name}={value}: {results[name]}")
+    for name, value in [*asked.items(), *(("peak_bytes", peak) for peak in peaks)]:
+        options = {name: value, "config": wasi_peft.WasiConfig(update="subspace")}
+        if name in ("training_flops", "step_seconds", "peak_bytes"):
+            options["batch"] = batch
+        plan, timing = timed_plan(model, calibration, **options)
+        if name == "peak_bytes":
+            used = wasi_peft.estimate_wasi(model, wasi_peft.WasiConfig(plan=plan, update="subspace"), batch=batch)
+            timing["share_used"] = round(used.peak_bytes / value, 4)
+            name = f"peak of {value / MIB:.0f} MiB"
+        results[name] = timing
+        print(f"{len(calibration.layers)} layers, {name}={value}: {timing}")
     return results
 
 

@@ -1,0 +1,170 @@
+"""Chooses ranks of weights and of compressed inputs under a budget of any cost that adds up over them.
+
+Every layer offers a list of options (a weight rank, each with a cost and an error), every distinct input another one
+(the ranks of its compressed copy). One option per list is a multiple-choice knapsack (:mod:`knapsack`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .knapsack import Option, least_cost, least_error
+from .planning import InputGroup, LayerSpectrum, WasiPlan, build_plan, input_groups
+
+CANDIDATES = 32  # ranks offered per layer
+TOKEN_CANDIDATES = 8
+
+
+def candidate_ranks(energies: Sequence[float], largest: int, count: int = CANDIDATES) -> tuple[int, ...]:
+    """About `count` ranks from 1 to `largest`: neighbours differ little in cost and in energy.
+
+    Example:
+        >>> candidate_ranks([2.0**-k for k in range(100)], 90, 8)
+        (1, 2, 3, 4, 14, 40, 65, 90)
+    """
+    if largest <= count:
+        return tuple(range(1, largest + 1))
+    kept = np.cumsum(np.asarray(energies[:largest], np.float64))
+    gained = (kept - kept[0]) / (kept[-1] - kept[0]) if kept[-1] > kept[0] else np.zeros(largest)
+    position = gained + np.linspace(0, 1, largest)  # how far a rank is from 1, in energy and in cost
+    chosen = np.searchsorted(position, np.linspace(0, position[-1], count))
+    return tuple(int(index) + 1 for index in np.unique(chosen))
+
+
+def weight_options(
+    spectrum: LayerSpectrum, ranks: Iterable[int], cost: Callable[[LayerSpectrum, int], float], scale: float = 1.0
+) -> list[Option]:
+    """Options of one weight: cost and `scale` times the dropped energy at each rank; the choice is the rank."""
+    dropped = _tails(spectrum.weight_energies)
+    return [Option(cost(spectrum, rank), scale * dropped[rank], rank) for rank in ranks]
+
+
+def activation_options(
+    group: InputGroup, cost: Callable[[InputGroup, dict[str, int] | None], float], scale: float = 1.0
+) -> list[Option]:
+    """Options of one input: the exact copy (None), feature ranks, and feature with token ranks where they are known.
+
+    The error is `scale` times the gradient energy outside the subspaces, summed over the layers that read the input;
+    that of two modes is bounded by the sum over both. Options whose cost is infinite are left out.
+    """
+    feature, token = group.energies("feature"), group.energies("token")
+    features = candidate_ranks(feature, group.in_features - 1) if feature else ()
+    tokens = candidate_ranks(token, len(token) - 1, TOKEN_CANDIDATES) if features and token else ()
+    dropped, dropped_tokens = _tails(feature), _tails(token)
+    options = [Option(cost(group, None), 0.0, None)]
+    for r in features:
+        options.append(Option(cost(group, {"feature": r}), scale * dropped[r], {"feature": r}))
+        for t in tokens:
+            ranks = {"feature": r, "token": t}
+            options.append(Option(cost(group, ranks), scale * (dropped[r] + dropped_tokens[t]), ranks))
+    return [option for option in options if option.cost != math.inf]
+
+
+def _tails(energies: Sequence[float]) -> list[float]:
+    """`tails[r] = sum(energies[r:])`."""
+    ascending = np.cumsum(np.asarray(energies, np.float64)[::-1])
+    return [*ascending[::-1].tolist(), 0.0]
+
+
+def choose_activations(
+    spectra: Sequence[LayerSpectrum],
+    *,
+    cost: Callable[[InputGroup, dict[str, int] | None], float],
+    budget: float | None = None,
+    error_bound: float | None = None,
+) -> dict[str, dict[str, int] | None]:
+    """Ranks of the compressed inputs alone, by `shared_input`; the error is the share of gradient energy lost.
+
+    Args:
+        spectra: All layers.
+        cost: As `activation_cost` in :func:`choose_plan`.
+        budget: Bound on the total cost, for the least error.
+        error_bound: Bound on the error instead, for the least cost.
+    """
+    groups = input_groups(spectra)
+    scale = _inverse(sum(sum(group.energies("feature")) for group in groups))
+    chosen = _choose([activation_options(group, cost, scale) for group in groups], budget, error_bound)
+    return {group.name: option.choice for group, option in zip(groups, chosen, strict=True)}
+
+
+def choose_plan(
+    spectra: Sequence[LayerSpectrum],
+    *,
+    weight_cost: Callable[[LayerSpectrum, int], float],
+    activation_cost: Callable[[InputGroup, dict[str, int] | None], float] | None = None,
+    budget: float | None = None,
+    error_bound: float | None = None,
+    gradient_weight: float = 0.1,
+    asked: dict[str, Any] | None = None,
+) -> WasiPlan:
+    """Weight and activation ranks together, under a budget of any cost that adds up over layers and inputs.
+
+    The error is `dropped / total` weight energy plus `gradient_weight * dropped / total` gradient energy. Solved
+    twice: over ranks spread from 1 to break-even, then over those around the first choice.
+
+    Args:
+        spectra: All layers.
+        weight_cost: Cost of a layer at a weight rank: bytes, FLOPs or seconds.
+        activation_cost: Cost of an input at activation ranks (None: the exact copy), in the same unit; `math.inf` for
+            ranks that cannot be used, such as a copy that is not smaller than the exact one
+            (:func:`costs.input_elements`). None leaves every input exact.
+        budget: Bound on the total cost, for the least error. What is spent whatever the ranks is not part of it.
+        error_bound: Bound on the error instead, for the least cost.
+        gradient_weight: What a share of gradient energy counts against the same share of weight energy, at least 0.
+        asked: What the user asked, for `WasiPlan.budget`.
+
+    Raises:
+        InfeasibleError: If the bound cannot be met; it carries the least that can.
+        ValueError: If not exactly one of `budget` and `error_bound` is given, there is no layer, or a cost is not
+            finite.
+
+    Example:
+        >>> spectrum = LayerSpectrum("fc", 64, 64, "fc", tuple(2.0**-k for k in range(64)))
+        >>> choose_plan([spectrum], weight_cost=lambda layer, rank: 4 * 128 * rank, budget=3000).layers[0].weight_rank
+        5
+    """
+    groups = input_groups(spectra)
+    weight_scale = _inverse(sum(sum(spectrum.weight_energies) for spectrum in spectra))
+    gradient_scale = gradient_weight * _inverse(sum(sum(group.energies("feature")) for group in groups))
+    inputs = []
+    if activation_cost is not None:
+        inputs = [activation_options(group, activation_cost, gradient_scale) for group in groups]
+
+    def solve(ranks: list[Iterable[int]]) -> list[Option]:
+        weights = [weight_options(s, r, weight_cost, weight_scale) for s, r in zip(spectra, ranks, strict=True)]
+        return _choose([*weights, *inputs], budget, error_bound)
+
+    spread = [candidate_ranks(spectrum.weight_energies, spectrum.largest_rank) for spectrum in spectra]
+    first = solve(list(spread))
+    second = solve([_around(ranks, option.choice) for ranks, option in zip(spread, first, strict=False)])
+    goal = 1 if error_bound is None else 0  # Option.error, Option.cost
+    chosen = min(second, first, key=lambda options: math.fsum(option[goal] for option in options))
+    weight_ranks = {spectrum.name: option.choice for spectrum, option in zip(spectra, chosen, strict=False)}
+    activation_ranks = {
+        group.name: option.choice for group, option in zip(groups, chosen[len(spectra) :], strict=False)
+    }
+    return build_plan(spectra, weight_ranks, activation_ranks, asked or {})
+
+
+def _choose(items: list[list[Option]], budget: float | None, error_bound: float | None) -> list[Option]:
+    if error_bound is None and budget is not None:
+        return least_error(items, budget)
+    if error_bound is not None and budget is None:
+        return least_cost(items, error_bound)
+    raise ValueError(f"give either budget or error_bound, got budget={budget!r} and error_bound={error_bound!r}.")
+
+
+def _around(candidates: tuple[int, ...], rank: int) -> list[int]:
+    """About :data:`CANDIDATES` ranks between the candidates next to `rank`, with itself."""
+    index = candidates.index(rank)
+    low, high = candidates[max(index - 1, 0)], candidates[min(index + 1, len(candidates) - 1)]
+    stride = max(1, (high - low) // CANDIDATES)
+    return sorted({rank, *range(low, high + 1, stride)})
+
+
+def _inverse(total: float) -> float:
+    return 1 / total if total > 0 else 0.0
