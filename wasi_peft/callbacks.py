@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,8 +14,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .layer import WasiLayer, _shared, wasi_layers
 from .linalg import orthonormalize, rank_for_threshold
 from .tucker import Tucker
-
-logger = logging.getLogger(__name__)
 
 Replan = Callable[[nn.Module], Mapping[str, int]]
 Subspaces = tuple[Tensor | None, Tensor | None]  # of the weight's columns and of the input's features, if known
@@ -46,8 +43,8 @@ class WasiCallback(TrainerCallback):
 
     Args:
         activation_threshold: Share of energy that inputs compressed at fixed ranks should keep, in (0, 1]; below it,
-            a warning names the layer, once. None: only those whose ranks came from a threshold are checked, against
-            that. One percent of the energy is allowed on top.
+            a warning names the layer that lost most and counts the others, each layer once. None: only those whose
+            ranks came from a threshold are checked, against that. One percent of the energy is allowed on top.
         replan: Called with the model at the end of every epoch but the last; the ranks that it returns, by layer name,
             are set by :func:`resize_rank`. For instance `lambda model: ranks_in_use(model, 0.999)`.
         drift: Measure drift, for which a copy of every L (or B) is kept between logs.
@@ -157,8 +154,7 @@ class WasiCallback(TrainerCallback):
                     found.append(chordal_distance(old, new))
         self._subspaces = subspaces
         kept = {name: float(part) / float(total) for name, (part, total) in self._energies.items() if float(total) > 0}
-        for name, share in kept.items():
-            self._check(name, layers[name], share)
+        self._check(layers, kept)
         for key, found in zip(("wasi/weight_drift", "wasi/activation_drift"), drifts, strict=True):
             if found:
                 values[key] = _mean(found)
@@ -194,24 +190,31 @@ class WasiCallback(TrainerCallback):
 
         return hook
 
-    def _check(self, name: str, layer: WasiLayer, kept: float) -> None:
+    def _check(self, layers: Mapping[str, WasiLayer], kept: Mapping[str, float]) -> None:
+        """Warn of the layers whose inputs lost too much, of each once, of all that are found together at once."""
+        asked = {name: self._asked_energy(layers[name]) for name in kept if name not in self._warned}
+        lost = {name: kept[name] - energy for name, energy in asked.items() if kept[name] < energy - SLACK}
+        if not lost:
+            return
+        self._warned |= set(lost)
+        worst = min(lost, key=lost.__getitem__)
+        others = f" So it is, less so, in {len(lost) - 1} other layers." if len(lost) > 1 else ""
+        warnings.warn(
+            f"{worst}: the compressed input keeps {kept[worst]:.1%} of the energy, less than the {asked[worst]:.1%} "
+            f"asked for. Its gradients get coarser; give it a larger activation rank.{others}",
+            stacklevel=2,
+        )
+
+    def _asked_energy(self, layer: WasiLayer) -> float:
+        """Share of its input's energy that a layer should keep, 0 where nothing says how much."""
         assert layer.active_name is not None
         rule = layer.wasi_rule[layer.active_name]
-        if rule is None or name in self._warned:
-            return
+        if rule is None:
+            return 0.0
         fixed = set(rule.modes) <= set(dict(rule.ranks))
         threshold = self.activation_threshold if fixed else rule.threshold
-        if threshold is None:
-            return
-        allowed = 1 - len(rule.modes) * (1 - threshold)  # every mode may lose as much
-        if kept < allowed - SLACK:
-            self._warned.add(name)
-            message = (
-                f"{name}: the compressed input keeps {kept:.1%} of the energy, less than the {allowed:.1%} asked for. "
-                "Its gradients get coarser; give it a larger activation rank."
-            )
-            logger.warning(message)
-            warnings.warn(message, stacklevel=2)
+        # every mode may lose as much
+        return 0.0 if threshold is None else 1 - len(rule.modes) * (1 - threshold)
 
 
 def _layers(model: Any) -> dict[str, Any]:
