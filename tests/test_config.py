@@ -42,6 +42,8 @@ VARIED: dict[str, Any] = {
     "activation_interval": 3,
     "update": "factor",
     "update_rank": 8,
+    "memory_mode": "small",
+    "saved_tensors": "int8",
     "base_weight": "cpu",
     "init_weights": False,
     "ranks": {"layers.0.fc1": 3},

@@ -49,7 +49,8 @@ def apply_memory_mode(model: nn.Module, config: WasiConfig) -> None:
 
 def leave_memory_mode(model: nn.Module) -> None:
     """Undo :func:`apply_memory_mode`; nothing happens where it is not in use."""
-    stop_recomputation(model)
+    if stop_recomputation(model) and isinstance(model, PreTrainedModel):
+        model.disable_input_require_grads()  # which PEFT enables for models that recompute
     keep_saved_tensors_exact(model)
     unchunk_mlps(model)
     remove_chunked_loss(model)

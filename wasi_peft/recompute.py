@@ -366,12 +366,15 @@ def recompute_blocks(model: nn.Module, kind: str = "exact") -> None:
         host._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recomputation)
 
 
-def stop_recomputation(model: nn.Module) -> None:
-    """Undo :func:`recompute_blocks`; nothing happens where it is not in use."""
+def stop_recomputation(model: nn.Module) -> bool:
+    """Undo :func:`recompute_blocks`, and say whether it was in use."""
+    found = False
     for module in model.modules():
         if isinstance(getattr(module, "_gradient_checkpointing_func", None), BlockRecomputation):
             del module._gradient_checkpointing_func
             module.gradient_checkpointing = False  # type: ignore[assignment]
+            found = True
+    return found
 
 
 def check_recomputable(model: nn.Module) -> list[PreTrainedModel]:
