@@ -140,8 +140,9 @@ def estimate_wasi(
 
     Returns:
         The estimate. The loss of a language model is counted with all its logits, also where `memory_mode` computes it
-        in chunks: there it is an upper bound. What kernels take inside them is counted on the CPU where it matters: exactly for
-        eigen-decompositions, by a rule of thumb (from patch embeddings) for the gradient of a convolution's weight.
+        in chunks: there it is an upper bound. What kernels take inside them is counted on the CPU where it matters:
+        exactly for eigen-decompositions, by a rule of thumb (from patch embeddings) for the gradient of a
+        convolution's weight.
 
     Raises:
         ValueError: If a rank is left to a threshold, the batch is empty, nothing trains, the optimizer is unknown, the

@@ -15,7 +15,7 @@ from .config import WasiConfig
 from .recompute import check_recomputable, recompute_blocks, stop_recomputation
 from .saved import keep_saved_tensors_exact, store_saved_tensors
 
-CHUNK_ROWS = 1024  # tokens of an MLP at a time
+CHUNK_ROWS = 256  # tokens of an MLP at a time
 BLOCK_INPUTS = "int8"  # how the input of a recomputed block is kept
 
 
