@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import ARCHITECTURES, train
+from models import ARCHITECTURES, Architecture, train
 from peft import get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +20,7 @@ from wasi_peft.autograd import factored_linear
 from wasi_peft.calibration import Calibration, calibrate_wasi
 from wasi_peft.config import UPDATES
 from wasi_peft.costs import break_even_rank
-from wasi_peft.estimate import PlannedPeaks, estimate_peak, estimate_wasi
+from wasi_peft.estimate import PlannedPeaks, estimate_peak, estimate_wasi, input_sizes
 from wasi_peft.planner import (
     AIM,
     BUDGETS,
@@ -30,6 +30,7 @@ from wasi_peft.planner import (
     _Flops,
     _next_bound,
     _Problem,
+    _run_for_sizes,
     input_shapes,
     plan_wasi,
 )
@@ -218,6 +219,39 @@ def test_tokens_that_vary_in_number() -> None:
     assert plan != planned(model, calibration, training_flops=0.6, batch=data[0])
     assert all("token" not in spectrum.gradient_energies for spectrum in calibration.spectra())
     assert train(get_peft_model(model, WasiConfig(plan=plan, update="subspace")), data[1])
+
+
+# -------------------------------------------------------------------- shapes of inputs
+
+
+def test_shapes_are_those_of_a_real_run(architecture: Architecture) -> None:
+    model, batch = architecture.model(), architecture.batch(3)
+    targets = {name: model.get_submodule(name) for name in architecture.targets(model)}
+    mode, sizes = model.training, _run_for_sizes(model, targets, batch)
+    assert input_sizes(model, targets, batch) == sizes
+    assert set(input_shapes(model, targets, batch)) == set(targets)
+    assert model.training == mode and not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Picks(nn.Module):
+    """Goes on with the rows that are positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x[x[:, 0] > 0])
+
+
+def test_shapes_that_depend_on_values_are_found_by_running() -> None:
+    model, x = Picks(), torch.tensor([[1.0] * 4, [-1.0] * 4, [2.0] * 4])
+    assert input_sizes(model, ["fc"], x) is None
+    assert input_shapes(model, {"fc": model.fc}, x) == {"fc": (1, 2)}
+    with pytest.raises(ValueError, match=r"fc: the batch must have at least one row, got an input of \(0, 4\)"):
+        input_shapes(model, {"fc": model.fc}, -x.abs())
+    with pytest.raises(ValueError, match="unused: the batch must reach every planned layer; it misses 1"):
+        input_shapes(model, {"fc": model.fc, "unused": model.unused}, x)
 
 
 # -------------------------------------------------------------------- FLOPs
@@ -430,7 +464,7 @@ def test_the_configuration_must_not_decide_ranks(options: dict[str, Any]) -> Non
 def test_the_batch_must_have_rows() -> None:
     model, calibration = calibrated("vit")
     batch = {"pixel_values": torch.zeros(0, 3, 8, 8)}
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="at least one tensor and no empty one, got shapes"):
         planned(model, calibration, training_flops=0.5, batch=batch)
 
 

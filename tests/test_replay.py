@@ -18,14 +18,31 @@ from wasi_peft.replay import Recipes
 
 aten = torch.ops.aten
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
+MODE.cache_enabled = False
 
 OPERATIONS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "mm": (aten.mm.default, ("x", "w"), {}),
     "addmm": (aten.addmm.default, ("row", "x", "w"), {"beta": 1, "alpha": 2.0}),
+    "mul": (aten.mul.Tensor, ("swapped", 2), {}),
+    "mul of two": (aten.mul.Tensor, ("part", "swapped"), {}),
+    "mul of two types": (aten.mul.Tensor, ("whole", 2.5), {}),
+    "sum": (aten.sum.default, ("part",), {}),
+    "sum of another type": (aten.sum.default, ("part",), {"dtype": torch.float64}),
+    "abs": (aten.abs.default, ("swapped",), {}),
+    "norm": (aten.linalg_vector_norm.default, ("part", 2), {"dtype": torch.float32}),
+    "qr": (aten.linalg_qr.default, ("x",), {}),
+    "cholesky": (aten.linalg_cholesky_ex.default, ("square",), {}),
+    "triangular": (aten.linalg_solve_triangular.default, ("square", "x"), {"upper": True, "left": False}),
     "slice of a slice": (aten.slice.Tensor, ("part", 0, 1, 3), {}),
     "transpose": (aten.t.default, ("x",), {}),
+    "permute": (aten.permute.default, ("part", [1, 0]), {}),
+    "transpose of two": (aten.transpose.int, ("part", 0, 1), {}),
     "view": (aten.view.default, ("x", [2, 3, 5]), {}),
     "unsafe view": (aten._unsafe_view.default, ("x", [30]), {}),
+    "diagonal": (aten.diagonal.default, ("part",), {}),
+    "detach": (aten.detach.default, ("part",), {}),
+    "zeros like": (aten.zeros_like.default, ("swapped",), {"memory_format": torch.preserve_format}),
+    "zeros like on a device": (aten.zeros_like.default, ("swapped",), {"device": torch.device("cpu")}),
     "expand": (aten.expand.default, ("row", [6, 4]), {}),
     "list of views": (aten.split.Tensor, ("x", 4), {}),
     "tuple": (aten.max.dim, ("x", 1), {}),
@@ -37,6 +54,7 @@ OPERATIONS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "argument comes back": (aten.add_.Tensor, ("x", 1), {}),
     "lists of tensors": (aten.cat.default, (["x", "part"],), {}),
     "another type": (aten._to_copy.default, ("x",), {"dtype": torch.bfloat16}),
+    "another type on a device": (aten._to_copy.default, ("x",), {"dtype": torch.half, "device": torch.device("cpu")}),
     "memory format": (aten.clone.default, ("swapped",), {"memory_format": torch.contiguous_format}),
     "strides are kept": (aten.clone.default, ("swapped",), {"memory_format": torch.preserve_format}),
     "decomposition": (aten._linalg_eigh.default, ("square",), {}),
@@ -57,6 +75,7 @@ def tensors() -> dict[str, Tensor]:
             "part": torch.empty(9, 5)[2:8],
             "swapped": torch.empty(5, 6).T,
             "square": square,
+            "whole": torch.zeros(3, dtype=torch.long),
         }
 
 
@@ -80,6 +99,10 @@ def looks(out: Any, given: dict[str, Tensor]) -> Any:
         layout = tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), storage.nbytes()
         found.append((same, memory, layout, kind))
     return type(out), found
+
+
+def test_every_plain_operation_is_compared() -> None:
+    assert {func for func, _, _ in OPERATIONS.values()} > replay._PLAIN_OPERATIONS
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

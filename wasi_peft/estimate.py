@@ -8,11 +8,12 @@ tensors, gradient checkpointing and unusual architectures come out as they are, 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -169,8 +170,46 @@ def estimate_peak(
 ) -> int:
     """`peak_bytes` of :func:`estimate_wasi` alone, in bytes and in half the time."""
     with _simulated(model, config, batch) as run:
-        gc.collect()  # cycles may hold what injection let go
+        if config is not None:
+            gc.collect()  # cycles may hold what injection let go
         return run.peak(_optimizer_factory(optimizer))
+
+
+def input_sizes(model: nn.Module, names: Iterable[str], batch: Any) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of what modules read when the model runs on a batch, found without running it.
+
+    Args:
+        model: Any model. It is not changed.
+        names: Of the modules. Those that the batch does not reach are left out of what is returned.
+        batch: As in :func:`estimate_wasi`.
+
+    Returns:
+        Shapes by name of the module; None where they depend on values, so that only running the model would tell.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+        >>> input_sizes(layers, ["1"], torch.zeros(3, 4))
+        {'1': (3, 6)}
+    """
+    arguments = _call_arguments(batch)
+    autocast = _active_autocast(model)
+    sizes: dict[str, tuple[int, ...]] = {}
+    with isolated(autocast.device):
+        run = _prepared(model, None, arguments, autocast)
+        for name in names:
+            module = run.model.get_submodule(name)
+            module.register_forward_pre_hook(functools.partial(_note_size, sizes, name), with_kwargs=True)
+        try:
+            run.inference_flops()
+        except UnknownValue:
+            return None
+    return sizes
+
+
+def _note_size(
+    sizes: dict[str, tuple[int, ...]], name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    sizes[name] = tuple(args[0].shape if args else next(iter(kwargs.values())).shape)
 
 
 class PlannedPeaks:
@@ -220,14 +259,14 @@ def _prepared(
     twin = simulation.without_memory(model)
     if config is not None:
         twin = _injected(simulation, twin, copy.deepcopy(config))
-    if not any(parameter.requires_grad for parameter in twin.parameters()):
-        raise ValueError(NOTHING_TRAINS)
     return _Run(simulation, twin, simulation.batch(arguments[0]), simulation.batch(arguments[1]), autocast)
 
 
 @contextmanager
 def _explained(twin: nn.Module) -> Iterator[None]:
-    """Turns what a step asks of values into an error that says what to do."""
+    """Turns what a step cannot do into an error that says what to do."""
+    if not any(parameter.requires_grad for parameter in twin.parameters()):
+        raise ValueError(NOTHING_TRAINS)
     try:
         yield
     except UnknownValue as error:

@@ -233,7 +233,7 @@ def orthonormalize(matrix: Tensor) -> Tensor:
 def leading_subspace(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Energies and right singular vectors of a matrix, from the eigen-decomposition of its smaller Gram matrix.
 
-    The Gram matrix is summed in float64 over square blocks of the matrix, so that no float64 copy of the whole exists.
+    That of a tall matrix is summed in float64 over square blocks, so that no float64 copy of the whole exists.
 
     **Shape**
         - matrix: (m, n)
@@ -246,19 +246,18 @@ def leading_subspace(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     exact = torch.float64 if matrix.device.type != "mps" else torch.float32
     rows, columns = matrix.shape
-    side = min(rows, columns)
-    tall = matrix if columns <= rows else matrix.T
-    gram = matrix.new_zeros(side, side, dtype=exact)
-    for rows_of_block in tall.split(side):
+    if rows < columns:
+        work = matrix.to(exact)
+        energies, vectors = _symmetric_eigen(work @ work.T)
+        images = work.T @ vectors
+        del work  # QR takes as much again
+        return energies, torch.linalg.qr(images).Q.to(matrix.dtype)
+    gram = matrix.new_zeros(columns, columns, dtype=exact)
+    for rows_of_block in matrix.split(columns):
         block = rows_of_block.to(exact)
         gram.addmm_(block.T, block)
-    energies, vectors = _symmetric_eigen(gram)
-    if columns > rows:
-        images = matrix.new_empty(columns, side, dtype=exact)
-        for rows_of_block, image in zip(tall.split(side), images.split(side), strict=True):
-            torch.mm(rows_of_block.to(exact), vectors, out=image)
-        vectors = torch.linalg.qr(images).Q
-    return energies, vectors.to(matrix.dtype)
+    energies, basis = _symmetric_eigen(gram)
+    return energies, basis.to(matrix.dtype)
 
 
 def subspace_iteration(matrix: Tensor, basis: Tensor) -> Tensor:

@@ -159,6 +159,7 @@ class Simulation(TorchDispatchMode):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._fake.cache_enabled = False  # the recipes are cheaper
         self._recipes = Recipes(self._fake)
+        self._small_factories: set[Any] = set()  # signatures of operations without tensors
         self._injecting = False
 
     @classmethod
@@ -181,7 +182,7 @@ class Simulation(TorchDispatchMode):
         symbolic = any(isinstance(tensor, FakeTensor) for tensor in operands(args, kwargs))
         if symbolic and func is aten._local_scalar_dense.default:
             return self._number(args[0])
-        without_memory = symbolic or self._injecting or not self._small(func, args, kwargs)
+        without_memory = symbolic or self._injecting or not self._small(func, args, kwargs, signature)
         out = self._without_memory(func, args, kwargs, tensors) if without_memory else func(*args, **kwargs)
         outputs = operands(out if isinstance(out, tuple) else (out,), {})
         operation, flops, workspace = func._overloadpacket, 0, 0
@@ -202,15 +203,20 @@ class Simulation(TorchDispatchMode):
             self.memory.workspace(workspace_bytes)
         self.flops += flops
 
-    def _small(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _small(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], signature: Any) -> bool:
         """Whether an operation on computed tensors, or on none, gives small ones."""
         if func._schema.is_mutable:
+            return True
+        if signature in self._small_factories:
             return True
         try:
             outputs = tensors_in(self._without_memory(func, args, kwargs, []))
         except UnknownValue:  # it reads values, which computed tensors have
             return True
-        return all(tensor.numel() <= LARGEST_COMPUTED for tensor in outputs)
+        small = all(tensor.numel() <= LARGEST_COMPUTED for tensor in outputs)
+        if small and signature is not None:
+            self._small_factories.add(signature)
+        return small
 
     def _without_memory(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[FakeTensor]
