@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wasi_peft import WasiConfig
 from wasi_peft.autograd import factored_linear
 from wasi_peft.calibration import Calibration, calibrate_wasi
-from wasi_peft.config import UPDATES
+from wasi_peft.config import MEMORY_MODES, UPDATES
 from wasi_peft.costs import break_even_rank
 from wasi_peft.estimate import PlannedPeaks, estimate_peak, estimate_wasi, input_sizes
 from wasi_peft.planner import (
@@ -338,9 +338,23 @@ def test_a_step_fits_and_uses_what_it_may(name: str, caplog: pytest.LogCaptureFi
     assert 0.85 * budget <= peak(model, plan, batch, **options) <= (1 - PEAK_MARGIN) * budget
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "cyclic"])
-@pytest.mark.parametrize("update", UPDATES)
-def test_peaks_of_several_plans_are_those_of_fresh_estimates(update: Any, optimizer: str) -> None:
+@pytest.mark.parametrize("memory_mode", MEMORY_MODES)
+def test_a_plan_is_for_the_step_that_will_run(memory_mode: Any) -> None:
+    model, calibration = calibrated("vit")
+    batch = ARCHITECTURES["vit"].batch(64)
+    config = WasiConfig(update="subspace", memory_mode=memory_mode)
+    least = peak(model, planned(model, calibration, weight_share=0.3), batch, memory_mode=memory_mode)
+    budget = int(1.1 * least)
+    plan = planned(model, calibration, peak_bytes=budget, batch=batch, config=config)
+    assert 0.85 * budget <= peak(model, plan, batch, memory_mode=memory_mode) <= budget
+
+
+@pytest.mark.parametrize(
+    ("update", "memory_mode", "optimizer"),
+    [(update, "exact", "adamw") for update in UPDATES]
+    + [("subspace", "exact", "cyclic"), ("low_rank", "fast", "adamw"), ("low_rank", "small", "adamw")],
+)
+def test_peaks_of_several_plans_are_those_of_fresh_estimates(update: Any, memory_mode: Any, optimizer: str) -> None:
     class Cyclic(torch.optim.AdamW):
         def __init__(self, model: nn.Module) -> None:
             super().__init__([p for p in model.parameters() if p.requires_grad], fused=True)
@@ -357,7 +371,9 @@ def test_peaks_of_several_plans_are_those_of_fresh_estimates(update: Any, optimi
     small = planned(model, calibration, weight_share=0.3)
     found = []
     for plan in (compressed, exact, small, compressed):
-        config = WasiConfig(plan=plan, update=update, update_rank=2, modules_to_save=["classifier"])
+        config = WasiConfig(
+            plan=plan, update=update, update_rank=2, memory_mode=memory_mode, modules_to_save=["classifier"]
+        )
         found.append(peaks(config))
         assert found[-1] == estimate_peak(model, config, **options)
     assert found[0] == found[3] != found[1]

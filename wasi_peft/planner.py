@@ -67,6 +67,8 @@ _KEPT_FIELDS = (
     "activation_interval",
     "update",
     "update_rank",
+    "memory_mode",
+    "saved_tensors",
     "base_weight",
 )
 _DECIDED_FIELDS = ("weight_rank", "rank_pattern", "weight_share", "plan", "activation_ranks")
