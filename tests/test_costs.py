@@ -17,6 +17,7 @@ from wasi_peft.costs import (
     factored_elements,
     factored_forward_flops,
     input_elements,
+    rank_step,
 )
 from wasi_peft.linalg import factorize_weight
 from wasi_peft.profiling import measure_peak_memory
@@ -40,6 +41,15 @@ def test_break_even_rank_is_the_last_that_saves(out_features: int, in_features: 
     assert 0 <= last < min(out_features, in_features)
     assert factored_elements(out_features, in_features, last) < dense
     assert factored_elements(out_features, in_features, last + 1) >= dense
+
+
+@QUICK
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_the_rank_step_leaves_eight_ranks_to_choose_from(out_features: int, in_features: int) -> None:
+    step, last = rank_step(out_features, in_features), break_even_rank(out_features, in_features)
+    assert step in (1, 2, 4, 8, 16)
+    assert step == 1 or 8 * step <= last
+    assert step == 16 or 8 * 2 * step > last
 
 
 @QUICK

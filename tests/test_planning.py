@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import QUICK, descending, spectrum
 
-from wasi_peft.costs import break_even_rank
+from wasi_peft.costs import break_even_rank, rank_step
 from wasi_peft.planning import (
     InputGroup,
     LayerPlan,
@@ -42,6 +42,20 @@ def small_spectra(draw: st.DrawFn) -> list[LayerSpectrum]:
         energies = draw(st.lists(energy, min_size=size, max_size=size))
         spectra.append(LayerSpectrum(f"l{index}", out_features, in_features, f"l{index}", descending(energies)))
     return spectra
+
+
+@st.composite
+def larger_spectra(draw: st.DrawFn) -> list[LayerSpectrum]:
+    """One to four layers with steps from 1 to 16, whose energies fall fast or slowly, some down to zero."""
+    reserved = draw(st.integers(0, 40))
+    spectra = []
+    for index in range(draw(st.integers(1, 4))):
+        out_features, in_features = draw(st.integers(1, 500)), draw(st.integers(1, 500))
+        size = min(out_features, in_features)
+        first, rate, known = draw(st.floats(0.01, 100)), draw(st.floats(0.5, 1)), draw(st.integers(0, size))
+        energies = tuple(first * rate**k if k < known else 0.0 for k in range(size))
+        spectra.append(spectrum(f"l{index}", out_features, in_features, weight_energies=energies))
+    return [dataclasses.replace(layer, reserved_rank=reserved) for layer in spectra]
 
 
 # -------------------------------------------------------------------- spectra
@@ -71,6 +85,21 @@ def test_a_spectrum_that_cannot_be(changed: dict[str, Any], match: str) -> None:
 def test_the_largest_rank_is_break_even_or_1() -> None:
     assert spectrum("a", 64, 64).largest_rank == break_even_rank(64, 64) == 31
     assert break_even_rank(1, 5) == 0 and spectrum("a", 1, 5).largest_rank == 1
+
+
+@QUICK
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(0, 60))
+def test_aligned_ranks_give_widths_that_are_multiples_of_the_step(out: int, in_features: int, reserved: int) -> None:
+    layer, step = spectrum("a", out, in_features, reserved_rank=reserved), rank_step(out, in_features)
+    every = range(1, layer.largest_rank + 1)
+    aligned = [rank for rank in every if (rank + reserved) % step == 0]
+    assert list(layer.aligned_ranks) == (aligned or list(every))
+    assert layer.rank_choices == tuple(sorted({1, *layer.aligned_ranks}))
+
+
+def test_a_large_update_leaves_no_room_for_a_step() -> None:
+    layer = spectrum("a", 384, 384, reserved_rank=180)
+    assert layer.rank_choices == tuple(range(1, 12))
 
 
 def test_groups_keep_the_order_and_sum_the_energies() -> None:
@@ -249,7 +278,24 @@ def kept_energy(spectra: list[LayerSpectrum], ranks: dict[str, int]) -> float:
 
 
 def parameters(spectra: list[LayerSpectrum], ranks: dict[str, int]) -> int:
-    return sum(ranks[layer.name] * (layer.out_features + layer.in_features) for layer in spectra)
+    return sum(
+        (ranks[layer.name] + layer.reserved_rank) * (layer.out_features + layer.in_features) for layer in spectra
+    )
+
+
+def single_directions(spectra: list[LayerSpectrum], budget: float) -> dict[str, int]:
+    """Ranks without steps: the best direction that fits, again and again."""
+    ranks = {layer.name: 1 for layer in spectra}
+    while True:
+        affordable = []
+        for layer in spectra:
+            rank, price = ranks[layer.name], layer.out_features + layer.in_features
+            fits = parameters(spectra, ranks) + price <= budget and rank < layer.largest_rank
+            if fits and layer.weight_energies[rank] > 0:
+                affordable.append((layer.weight_energies[rank] / price, layer.name))
+        if not affordable:
+            return ranks
+        ranks[max(affordable)[1]] += 1
 
 
 @QUICK
@@ -277,6 +323,39 @@ def test_allocation_against_brute_force(spectra: list[LayerSpectrum], share: flo
     next_energies = {layer.name: layer.weight_energies[ranks[layer.name]] for layer in beyond}
     assert all(next_energies[x.name] == 0 or x.out_features + x.in_features > left for x in beyond)
     assert kept_energy(spectra, ranks) >= best - max(next_energies.values(), default=0.0) - 1e-9
+
+
+@QUICK
+@given(larger_spectra(), st.floats(0.01, 1))
+def test_allocation_in_steps(spectra: list[LayerSpectrum], share: float) -> None:
+    """As feasible as single directions, and no worse than these cut to the steps."""
+    budget = share * sum(layer.out_features * layer.in_features for layer in spectra)
+    if parameters(spectra, {layer.name: 1 for layer in spectra}) > budget:
+        with pytest.raises(ValueError, match="share must be at least"):
+            allocate_ranks(spectra, share)
+        return
+    ranks = allocate_ranks(spectra, share)
+    assert parameters(spectra, ranks) <= budget
+    left = budget - parameters(spectra, ranks)
+    for layer in spectra:
+        rank, price = ranks[layer.name], layer.out_features + layer.in_features
+        assert 1 <= rank <= layer.largest_rank
+        assert rank in layer.aligned_ranks or rank < layer.aligned_ranks.start
+        step = next((choice for choice in layer.rank_choices if choice > rank), rank)
+        assert not any(layer.weight_energies[rank:step]) or (step - rank) * price > left
+    single = single_directions(spectra, budget)
+    cut = {layer.name: max(x for x in layer.rank_choices if x <= single[layer.name]) for layer in spectra}
+    assert kept_energy(spectra, ranks) >= kept_energy(spectra, cut) * (1 - 1e-9)
+
+
+def test_steps_go_where_they_keep_the_most() -> None:
+    """Widths of 16 and 32 for ranks of 12 and 28 beside an update of rank 4."""
+    strong, weak = (spectrum(name, 400, 400, rate, reserved_rank=4) for name, rate in (("a", 0.95), ("b", 0.9)))
+    assert rank_step(400, 400) == 16
+    assert allocate_ranks([strong, weak], (32 + 16) / 400) == {"a": 28, "b": 12}
+    assert allocate_ranks([strong, weak], (48 + 31) / 400) == {"a": 44, "b": 12}
+    # not even the first step fits: what is there is spent all the same
+    assert allocate_ranks([strong], 15 / 200) == {"a": 11}
 
 
 def test_allocation_is_the_optimum_for_equal_shapes_and_prefers_energy_per_parameter() -> None:

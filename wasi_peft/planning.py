@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .costs import break_even_rank, dense_elements, factored_elements
+from .costs import break_even_rank, dense_elements, factored_elements, rank_step
 
 FORMAT = 1
 _ACTIVATION_MODES = ("feature", "token", "batch")
@@ -78,6 +78,23 @@ class LayerSpectrum:
     def largest_rank(self) -> int:
         """Largest rank worth considering: the last that saves anything, 1 where none does."""
         return max(1, break_even_rank(self.out_features, self.in_features) - self.reserved_rank)
+
+    @property
+    def aligned_ranks(self) -> range:
+        """Ranks K up to the largest for which `K + reserved_rank` is a multiple of :func:`costs.rank_step`.
+
+        Every rank where the update leaves no room for such a multiple.
+        """
+        step = rank_step(self.out_features, self.in_features)
+        first = step - self.reserved_rank % step
+        if first > self.largest_rank:
+            first = step = 1
+        return range(first, self.largest_rank + 1, step)
+
+    @property
+    def rank_choices(self) -> tuple[int, ...]:
+        """Ranks to choose from: the aligned ones, and 1 where even the first of them may be too much."""
+        return tuple(sorted({1, *self.aligned_ranks}))
 
 
 @dataclass(frozen=True)
@@ -357,12 +374,17 @@ def build_plan(
 
 
 def allocate_ranks(spectra: Sequence[LayerSpectrum], share: float) -> dict[str, int]:
-    """Weight ranks of all layers under one budget of parameters, `sum K (out + in) <= share * sum out * in`.
+    """Weight ranks of all layers under one budget, `sum (K + reserved_rank) (out + in) <= share * sum out * in`.
 
     Every layer gets rank 1; then the direction with the most energy per parameter, `e_k / (out + in)`, is taken as
     long as it fits, never past break-even. Because energies descend, dropped energy is convex in the rank, and the
     result is optimal but for the first direction that did not fit: no other allocation keeps more than its energy on
-    top. What it leaves over goes to cheaper directions further down. Directions without energy are never taken.
+    top. What it leaves over goes to cheaper directions further down.
+
+    These ranks are cut to :attr:`LayerSpectrum.rank_choices`, whose widths multiply fast, and what that frees goes to
+    whole steps between choices in the same way: no less energy is kept than after the cut, and what is left over is
+    less than the next step of any layer. It goes to single directions of layers that stay below their first aligned
+    rank. Nothing without energy is taken.
 
     Args:
         spectra: All layers, with comparable weight energies.
@@ -384,24 +406,59 @@ def allocate_ranks(spectra: Sequence[LayerSpectrum], share: float) -> dict[str, 
         raise ValueError(f"share must be a number in (0, 1], got {share!r}.")
     input_groups(spectra)  # refuses repeated names
     dense = sum(dense_elements(spectrum.out_features, spectrum.in_features) for spectrum in spectra)
-    prices = [factored_elements(spectrum.out_features, spectrum.in_features, 1) for spectrum in spectra]
-    least = sum(price * (1 + spectrum.reserved_rank) for price, spectrum in zip(prices, spectra, strict=True))
-    left = share * dense - least
-    if left < 0:
+    ranks = [1] * len(spectra)
+    least = _elements(spectra, ranks)
+    if share * dense < least:
         raise ValueError(
             f"share must be at least {least / dense:.4g} (rank 1 in every layer, and what a low-rank update takes), "
             f"got {share!r}."
         )
-    gains, layers = [np.zeros(0)], [np.zeros(0, np.int64)]
-    for index, spectrum in enumerate(spectra):
-        energies = np.asarray(spectrum.weight_energies[1 : spectrum.largest_rank], np.float64)
-        gains.append(energies[energies > 0] / prices[index])
-        layers.append(np.full(len(gains[-1]), index))
-    order = np.argsort(-np.concatenate(gains), kind="stable")
-    ranks = [1] * len(spectra)
-    for index in np.concatenate(layers)[order].tolist():
-        # a layer whose next direction did not fit gets no later one either: they cost the same
-        if prices[index] <= left:
-            left -= prices[index]
-            ranks[index] += 1
+    choices = [spectrum.rank_choices for spectrum in spectra]
+    ranks = _spend(spectra, ranks, [range(1, spectrum.largest_rank + 1) for spectrum in spectra], share * dense)
+    ranks = [max(choice for choice in each if choice <= rank) for each, rank in zip(choices, ranks, strict=True)]
+    ranks = _spend(spectra, ranks, choices, share * dense)
+    # below the first aligned rank, no other is aligned either
+    ranks = _spend(spectra, ranks, [range(1, spectrum.aligned_ranks.start) for spectrum in spectra], share * dense)
     return {spectrum.name: rank for spectrum, rank in zip(spectra, ranks, strict=True)}
+
+
+def _elements(spectra: Sequence[LayerSpectrum], ranks: Sequence[int]) -> int:
+    """Elements of all factors, those of the update included."""
+    return sum(
+        factored_elements(spectrum.out_features, spectrum.in_features, rank + spectrum.reserved_rank)
+        for spectrum, rank in zip(spectra, ranks, strict=True)
+    )
+
+
+def _spend(
+    spectra: Sequence[LayerSpectrum], ranks: Sequence[int], choices: Sequence[Sequence[int]], budget: float
+) -> list[int]:
+    """Larger ranks for a budget of elements: steps from choice to choice, by energy per element, as long as they fit.
+
+    Args:
+        spectra: All layers.
+        ranks: Where to start.
+        choices: Ascending ranks of each layer, no step shorter than the one before; a layer without its rank among
+            them stays.
+        budget: Elements of all factors.
+    """
+    prices = [factored_elements(spectrum.out_features, spectrum.in_features, 1) for spectrum in spectra]
+    steps = [np.zeros((3, 0))]  # gain, layer and width of each
+    for index, spectrum in enumerate(spectra):
+        path = np.array([choice for choice in choices[index] if choice >= ranks[index]], np.int64)
+        if len(path) < 2:
+            continue
+        energies = np.asarray(spectrum.weight_energies[path[0] : path[-1]], np.float64)
+        width = np.diff(path)
+        gain = np.add.reduceat(energies, path[:-1] - path[0]) / (width * prices[index])
+        gain = np.minimum.accumulate(gain)  # means of what descends: only rounding can order them otherwise
+        steps.append(np.stack([gain, np.full(len(gain), index), width])[:, gain > 0])
+    every = np.concatenate(steps, axis=1)
+    layers, widths = every[1:, np.argsort(-every[0], kind="stable")].astype(np.int64).tolist()
+    ranks, left = list(ranks), budget - _elements(spectra, ranks)
+    for index, width in zip(layers, widths, strict=True):
+        # a layer whose next step did not fit gets no later one either: none costs less
+        if width * prices[index] <= left:
+            left -= width * prices[index]
+            ranks[index] += width
+    return ranks
