@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from strategies import QUICK, descending, spectrum
 
 from wasi_peft import knapsack
-from wasi_peft.choosing import activation_options, candidate_ranks, choose_activations, choose_plan, weight_options
+from wasi_peft.choosing import (
+    CANDIDATES,
+    activation_options,
+    candidate_ranks,
+    choose_activations,
+    choose_plan,
+    weight_options,
+)
 from wasi_peft.costs import input_elements
 from wasi_peft.knapsack import InfeasibleError, Option
 from wasi_peft.planning import InputGroup, LayerSpectrum, WasiPlan, build_plan, input_groups
@@ -22,7 +29,7 @@ from wasi_peft.planning import InputGroup, LayerSpectrum, WasiPlan, build_plan, 
 @given(st.integers(1, 3000), st.integers(4, 64), st.floats(0.3, 1.0))
 def test_candidate_ranks_are_spread_evenly(largest: int, count: int, rate: float) -> None:
     energies = rate ** np.arange(largest + 5)
-    ranks = candidate_ranks(energies.tolist(), largest, count)
+    ranks = candidate_ranks(energies.tolist(), range(1, largest + 1), count)
     assert ranks[0] == 1 and ranks[-1] == largest and len(ranks) <= max(count, 1)
     assert list(ranks) == sorted(set(ranks))
     kept = np.cumsum(energies[:largest])
@@ -30,6 +37,15 @@ def test_candidate_ranks_are_spread_evenly(largest: int, count: int, rate: float
         if high - low > 1:
             assert (high - low - 1) / (largest - 1) <= 2 / (count - 1) + 1e-9
             assert (kept[high - 2] - kept[low - 1]) / (kept[-1] - kept[0]) <= 2 / (count - 1) + 1e-9
+
+
+@QUICK
+@given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 200), st.floats(0.3, 1.0))
+def test_candidate_ranks_are_some_of_those_offered(first: int, step: int, count: int, rate: float) -> None:
+    offered = range(first, first + count * step, step)
+    ranks = candidate_ranks([rate**k for k in range(offered[-1] + 3)], offered, 8)
+    assert set(ranks) <= set(offered) and list(ranks) == sorted(set(ranks))
+    assert (ranks[0], ranks[-1]) == (offered[0], offered[-1]) and len(ranks) in range(min(count, 2), 9)
 
 
 def test_weight_options() -> None:
@@ -154,10 +170,58 @@ def test_without_activation_costs_every_input_stays_exact() -> None:
 
 
 def test_ranks_between_the_spread_candidates_are_found() -> None:
-    layer = spectrum("a", 1000, 1000, 0.999)
-    for rank in (37, 123, 333):
+    """The aligned ones, and below the first of them every rank."""
+    layer = spectrum("a", 4000, 4000, 0.999)
+    assert len(layer.rank_choices) > 3 * CANDIDATES
+    for rank, chosen in ((7, 7), (37, 32), (123, 112), (333, 320), (1001, 992)):
         budget = weight_cost(layer, rank) * 1.001
-        assert choose_plan([layer], weight_cost=weight_cost, budget=budget).layers[0].weight_rank == rank
+        assert choose_plan([layer], weight_cost=weight_cost, budget=budget).layers[0].weight_rank == chosen
+
+
+def in_steps() -> list[LayerSpectrum]:
+    """Steps of 16 and 8, and an update of rank 5."""
+    return [spectrum("a", 300, 300, 0.97, reserved_rank=5), spectrum("b", 200, 250, 0.99, reserved_rank=5)]
+
+
+def ranks_of(plan: WasiPlan) -> tuple[int, ...]:
+    return tuple(layer.weight_rank for layer in plan.layers)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.35, 0.5, 0.8, 1.0])
+def test_aligned_ranks_under_a_budget_against_brute_force(share: float) -> None:
+    spectra = in_steps()
+    assert [x.rank_choices[:3] for x in spectra] == [(1, 11, 27), (1, 3, 11)]
+    budget = share * 16 * (300 * 300 + 200 * 250)
+    plan = choose_plan(spectra, weight_cost=weight_cost, budget=budget)
+    assert all(K in x.aligned_ranks or K < x.aligned_ranks.start for K, x in zip(ranks_of(plan), spectra, strict=True))
+    assert sum(map(weight_cost, spectra, ranks_of(plan))) <= budget
+
+    def dropped(ranks: tuple[int, ...]) -> float:
+        return sum(sum(x.weight_energies[K:]) for x, K in zip(spectra, ranks, strict=True))
+
+    reachable = budget * (1 - 2 / knapsack.CELLS)
+    every = itertools.product(*(x.rank_choices for x in spectra))
+    best = min(dropped(ranks) for ranks in every if sum(map(weight_cost, spectra, ranks)) <= reachable)
+    assert dropped(ranks_of(plan)) <= best + 1e-12
+
+
+def test_an_error_bound_that_only_break_even_meets() -> None:
+    """What was feasible without steps still is, and the least feasible bound is that of the largest ranks."""
+    spectra = in_steps()
+    total = sum(sum(x.weight_energies) for x in spectra)
+    largest, last = [x.largest_rank for x in spectra], [x.rank_choices[-1] for x in spectra]
+    least, aligned = (
+        sum(sum(x.weight_energies[K:]) for x, K in zip(spectra, ranks, strict=True)) / total
+        for ranks in (largest, last)
+    )
+    assert least < aligned
+    plan = choose_plan(spectra, weight_cost=weight_cost, error_bound=least * (1 + 1e-9))
+    assert list(ranks_of(plan)) == largest
+    plan = choose_plan(spectra, weight_cost=weight_cost, error_bound=aligned * (1 + 1e-9))
+    assert list(ranks_of(plan)) == last
+    with pytest.raises(InfeasibleError) as error:
+        choose_plan(spectra, weight_cost=weight_cost, error_bound=least / 2)
+    assert error.value.least == pytest.approx(least)
 
 
 def test_activations_alone() -> None:

@@ -19,7 +19,7 @@ from wasi_peft import WasiConfig
 from wasi_peft.autograd import factored_linear
 from wasi_peft.calibration import Calibration, calibrate_wasi
 from wasi_peft.config import MEMORY_MODES, UPDATES
-from wasi_peft.costs import break_even_rank
+from wasi_peft.costs import break_even_rank, rank_step
 from wasi_peft.estimate import PlannedPeaks, estimate_peak, estimate_wasi, input_sizes
 from wasi_peft.planner import (
     AIM,
@@ -127,6 +127,18 @@ def test_a_plan_can_be_injected_and_trained(name: str, field: str) -> None:
         get_peft_model(ARCHITECTURES[name].model(), WasiConfig(plan=plan, update="subspace")), BATCH[name], steps=3
     )
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("field", "value"), [*ASKED.items(), ("peak_bytes", 10**12)])
+def test_ranks_make_widths_that_are_multiples_of_a_step(field: str, value: Any) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(272, 272), nn.ReLU(), nn.Linear(272, 160)))
+    x = torch.randn(64, 272, generator=torch.Generator().manual_seed(0))
+    calibration = calibrate_wasi(model, [x], progress_bar=False)
+    plan = plan_wasi(model, calibration, batch=x, timer=CountingTimer(), **{field: value})  # type: ignore[arg-type]
+    spectra = calibration.spectra(reserved_rank=16)
+    assert [rank_step(x.out_features, x.in_features) for x in spectra] == [16, 8]
+    for layer, spectrum in zip(plan.layers, spectra, strict=True):
+        assert layer.weight_rank in spectrum.rank_choices[1:]
 
 
 @pytest.mark.parametrize("field", ["weight_share", "training_flops", "inference_flops", "inference_seconds"])

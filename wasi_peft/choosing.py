@@ -12,27 +12,29 @@ from typing import Any
 
 import numpy as np
 
-from .knapsack import Option, least_cost, least_error
+from .knapsack import InfeasibleError, Option, least_cost, least_error
 from .planning import InputGroup, LayerSpectrum, WasiPlan, build_plan, input_groups
 
 CANDIDATES = 32  # ranks offered per layer
 TOKEN_CANDIDATES = 8
 
 
-def candidate_ranks(energies: Sequence[float], largest: int, count: int = CANDIDATES) -> tuple[int, ...]:
-    """About `count` ranks from 1 to `largest`: neighbours differ little in cost and in energy.
+def candidate_ranks(energies: Sequence[float], ranks: Sequence[int], count: int = CANDIDATES) -> tuple[int, ...]:
+    """About `count` of the ascending `ranks`: neighbours differ little in cost and in energy.
 
     Example:
-        >>> candidate_ranks([2.0**-k for k in range(100)], 90, 8)
+        >>> candidate_ranks([2.0**-k for k in range(100)], range(1, 91), 8)
         (1, 2, 3, 4, 14, 40, 65, 90)
     """
-    if largest <= count:
-        return tuple(range(1, largest + 1))
-    kept = np.cumsum(np.asarray(energies[:largest], np.float64))
-    gained = (kept - kept[0]) / (kept[-1] - kept[0]) if kept[-1] > kept[0] else np.zeros(largest)
-    position = gained + np.linspace(0, 1, largest)  # how far a rank is from 1, in energy and in cost
+    if len(ranks) <= count:
+        return tuple(ranks)
+    costs = np.asarray(ranks, np.float64)
+    kept = np.cumsum(np.asarray(energies, np.float64))[np.asarray(ranks) - 1]
+    gained = (kept - kept[0]) / (kept[-1] - kept[0]) if kept[-1] > kept[0] else np.zeros(len(ranks))
+    # how far a rank is from the first, in energy and in cost
+    position = gained + (costs - costs[0]) / (costs[-1] - costs[0])
     chosen = np.searchsorted(position, np.linspace(0, position[-1], count))
-    return tuple(int(index) + 1 for index in np.unique(chosen))
+    return tuple(ranks[index] for index in np.unique(chosen).tolist())
 
 
 def weight_options(
@@ -52,8 +54,8 @@ def activation_options(
     that of two modes is bounded by the sum over both. Options whose cost is infinite are left out.
     """
     feature, token = group.energies("feature"), group.energies("token")
-    features = candidate_ranks(feature, group.in_features - 1) if feature else ()
-    tokens = candidate_ranks(token, len(token) - 1, TOKEN_CANDIDATES) if features and token else ()
+    features = candidate_ranks(feature, range(1, group.in_features)) if feature else ()
+    tokens = candidate_ranks(token, range(1, len(token)), TOKEN_CANDIDATES) if features and token else ()
     dropped, dropped_tokens = _tails(feature), _tails(token)
     options = [Option(cost(group, None), 0.0, None)]
     for r in features:
@@ -104,7 +106,8 @@ def choose_plan(
     """Weight and activation ranks together, under a budget of any cost that adds up over layers and inputs.
 
     The error is `dropped / total` weight energy plus `gradient_weight * dropped / total` gradient energy. Solved
-    twice: over ranks spread from 1 to break-even, then over those around the first choice.
+    twice: over ranks spread over :attr:`LayerSpectrum.rank_choices`, then over those around the first choice. An
+    error bound that these cannot meet may take layers up to break-even.
 
     Args:
         spectra: All layers.
@@ -125,7 +128,7 @@ def choose_plan(
     Example:
         >>> spectrum = LayerSpectrum("fc", 64, 64, "fc", tuple(2.0**-k for k in range(64)))
         >>> choose_plan([spectrum], weight_cost=lambda layer, rank: 4 * 128 * rank, budget=3000).layers[0].weight_rank
-        5
+        4
     """
     groups = input_groups(spectra)
     weight_scale = _inverse(sum(sum(spectrum.weight_energies) for spectrum in spectra))
@@ -134,13 +137,21 @@ def choose_plan(
     if activation_cost is not None:
         inputs = [activation_options(group, activation_cost, gradient_scale) for group in groups]
 
-    def solve(ranks: list[Iterable[int]]) -> list[Option]:
+    def solve(ranks: Iterable[Iterable[int]]) -> list[Option]:
         weights = [weight_options(s, r, weight_cost, weight_scale) for s, r in zip(spectra, ranks, strict=True)]
         return _choose([*weights, *inputs], budget, error_bound)
 
-    spread = [candidate_ranks(spectrum.weight_energies, spectrum.largest_rank) for spectrum in spectra]
-    first = solve(list(spread))
-    second = solve([_around(ranks, option.choice) for ranks, option in zip(spread, first, strict=False)])
+    def solve_twice(choices: Sequence[tuple[int, ...]]) -> tuple[list[Option], list[Option]]:
+        spread = [candidate_ranks(s.weight_energies, ranks) for s, ranks in zip(spectra, choices, strict=True)]
+        first = solve(spread)
+        return first, solve(map(_around, spectra, choices, spread, (option.choice for option in first)))
+
+    choices = [spectrum.rank_choices for spectrum in spectra]
+    try:
+        first, second = solve_twice(choices)
+    except InfeasibleError:  # an error bound may need what lies between the last aligned rank and break-even
+        last = [spectrum.largest_rank for spectrum in spectra]
+        first, second = solve_twice([(*c, r) if r > c[-1] else c for c, r in zip(choices, last, strict=True)])
     goal = 1 if error_bound is None else 0  # Option.error, Option.cost
     chosen = min(second, first, key=lambda options: math.fsum(option[goal] for option in options))
     weight_ranks = {spectrum.name: option.choice for spectrum, option in zip(spectra, chosen, strict=False)}
@@ -158,12 +169,15 @@ def _choose(items: list[list[Option]], budget: float | None, error_bound: float 
     raise ValueError(f"give either budget or error_bound, got budget={budget!r} and error_bound={error_bound!r}.")
 
 
-def _around(candidates: tuple[int, ...], rank: int) -> list[int]:
-    """About :data:`CANDIDATES` ranks between the candidates next to `rank`, with itself."""
+def _around(spectrum: LayerSpectrum, choices: tuple[int, ...], candidates: tuple[int, ...], rank: int) -> list[int]:
+    """About :data:`CANDIDATES` of the choices between the candidates next to `rank`, with itself."""
     index = candidates.index(rank)
-    low, high = candidates[max(index - 1, 0)], candidates[min(index + 1, len(candidates) - 1)]
-    stride = max(1, (high - low) // CANDIDATES)
-    return sorted({rank, *range(low, high + 1, stride)})
+    low = choices.index(candidates[max(index - 1, 0)])
+    high = choices.index(candidates[min(index + 1, len(candidates) - 1)])
+    ranks = {rank, *choices[low : high + 1 : max(1, (high - low) // CANDIDATES)]}
+    if rank == 1:  # below the first aligned rank, no other is aligned either
+        ranks.update(range(1, spectrum.aligned_ranks.start))
+    return sorted(ranks)
 
 
 def _inverse(total: float) -> float:

@@ -92,10 +92,11 @@ def plan_wasi(
 ) -> WasiPlan:
     """Choose the ranks of all layers under exactly one budget; hand the plan to `WasiConfig(plan=...)`.
 
-    No rank goes past break-even; layers where no rank saves anything are not in the plan and stay dense. Where the
-    budget does not depend on the compressed inputs (`weight_share`, `inference_flops`, `inference_seconds`, `error`),
-    each of them takes the fewest features that keep all but 8 % of the energy of the weight gradients. A calibration
-    without gradients says nothing about them: inputs stay exact then.
+    No rank goes past break-even; layers where no rank saves anything are not in the plan and stay dense. Ranks, with
+    that of the update, are multiples of 16 wherever the budget and the layer's size allow (:func:`costs.rank_step`).
+    Where the budget does not depend on the compressed inputs (`weight_share`, `inference_flops`, `inference_seconds`,
+    `error`), each of them takes the fewest features that keep all but 8 % of the energy of the weight gradients. A
+    calibration without gradients says nothing about them: inputs stay exact then.
 
     Args:
         model: The dense model. It is not changed.
@@ -343,7 +344,7 @@ def _fit(
     Raises:
         InfeasibleError: If the cheapest plan costs more than the budget; it carries that cost.
     """
-    costs = [[weight_cost(spectrum, rank) for rank in (1, spectrum.largest_rank)] for spectrum in problem.spectra]
+    costs = [[weight_cost(x, rank) for rank in (1, x.rank_choices[-1])] for x in problem.spectra]
     for group in input_groups(problem.spectra):
         costs.append([option.cost for option in activation_options(group, activation_cost)])
     least, most = math.fsum(map(min, costs)), math.fsum(map(max, costs))
@@ -651,18 +652,18 @@ class _Seconds:
             return self._curve(("dense", sizes, training), [0], lambda _: self._timer.dense(*sizes, training), 0)
         return self._curve(
             ("factored", sizes, feature_rank, training),
-            _spread(spectrum.largest_rank, 5),
+            _spread(spectrum.rank_choices, 5),
             lambda K: self._timer.factored(*sizes, K, feature_rank, training),
             rank,
         )
 
     def compression(self, group: InputGroup, rank: int) -> float:
-        points = _spread(group.in_features - 1, 4)
+        points = _spread(range(1, max(2, group.in_features)), 4)
         seconds = 0.0
         for spectrum in group.spectra:
-            sizes, middle = self._sizes(spectrum), max(1, spectrum.largest_rank // 2)
+            sizes, choices = self._sizes(spectrum), spectrum.rank_choices
 
-            def layer(r: int, sizes: tuple[int, int, int] = sizes, middle: int = middle) -> float:
+            def layer(r: int, sizes: tuple[int, int, int] = sizes, middle: int = choices[len(choices) // 2]) -> float:
                 return self._timer.factored(*sizes, middle, r, True)
 
             key = ("gradient", sizes)
@@ -684,6 +685,6 @@ class _Seconds:
         return float(np.interp(rank, *self._curves[key]))
 
 
-def _spread(largest: int, count: int) -> list[int]:
-    """About `count` ranks from 1 to `largest`."""
-    return sorted({int(rank) for rank in np.linspace(1, max(1, largest), count)})
+def _spread(ranks: Sequence[int], count: int) -> list[int]:
+    """About `count` of the ascending ranks, the first and the last among them."""
+    return sorted({ranks[int(index)] for index in np.linspace(0, len(ranks) - 1, count)})
