@@ -65,8 +65,8 @@ class WasiConfig(PeftConfig):
         weight_share (`Optional[float]`):
             Budget for all targeted layers together instead of the threshold: elements of all factors over those of all
             dense weights, in (0, 1]. Ranks are allocated across layers by kept energy per parameter, from the energies
-            of [`preprocess_wasi`], else from those of the weights, each relative to its layer's total. Not together
-            with `weight_rank` or `rank_pattern`.
+            of [`preprocess_wasi`], else from those of the weights, each relative to its layer's total, in steps that
+            suit matrix products. Not together with `weight_rank` or `rank_pattern`.
         plan (`Optional[Union[WasiPlan, dict, str]]`):
             Weight and activation ranks of every layer: a [`WasiPlan`], its dict, or the path of its JSON file. The
             plan's layers are the targets. Stored as a dict and saved with the adapter. Not together with anything
