@@ -186,7 +186,7 @@ def test_cost_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     arguments = ["--quick", "--rounds", "1", "--results", str(results)]
     cost_curves.main(arguments)
     entries = json.loads(results.read_text())
-    assert sorted(entry["sweep"] for entry in entries.values()) == ["activations", "batch", "rank", "tokens"]
+    assert sorted(entry["sweep"] for entry in entries.values()) == ["activations", "batch", "image", "rank", "tokens"]
     for entry in entries.values():
         assert "versions" in entry["environment"]
         for point in entry.get("points", ()):

@@ -1,6 +1,7 @@
 """What dense and WASI cost against weight rank, batch size and tokens, and where WASI stops paying.
 
-A ViT of a few blocks, by default of DINOv2-small's width; one variable moves at a time, the others stay at a default.
+A ViT of a few blocks, by default of DINOv2-small's width; one variable moves at a time, the others stay at a default
+(the sweep "image" is that of the tokens with a single image, to find the fewest rows at which a step pays).
 Random weights and images: costs do not depend on values, since all ranks are fixed. Every gain is dense over WASI
 (`update="low_rank"`), above 1 where WASI is better:
 
@@ -75,6 +76,7 @@ SWEEPS = {  # what moves, as the axis says it
     "rank": "(K + update_rank) / min(out, in)",
     "batch": "images in a batch",
     "tokens": "tokens of an image",
+    "image": "tokens of the only image",
     "activations": "feature rank",
 }
 CURVES: dict[str, tuple[str, dict[str, Any]]] = {  # gains that are drawn
@@ -96,7 +98,7 @@ class Scale:
         width: Of the models; MLPs are four times as wide.
         blocks: Of every model.
         activation_ranks: Features of an input that are kept.
-        default: Values of what does not move.
+        default: Values of what does not move; the sweep "image" has one image.
         values: Values of what moves, by sweep.
         paper_blocks: Blocks of ViT-B/32 in the paper's accounting.
         paper_ranks: Activation ranks by mode that are reported there.
@@ -120,6 +122,7 @@ FULL = Scale(
         "rank": [1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1],
         "batch": [1, 2, 4, 8, 16, 32, 64],
         "tokens": [16, 32, 64, 128, 256, 512],
+        "image": [2, 4, 8, 16, 32, 64, 128],
     },
     paper_blocks=12,
     paper_ranks=[
@@ -136,7 +139,7 @@ QUICK = Scale(
     blocks=1,
     activation_ranks=8,
     default={"rank": 0.5, "batch": 4, "tokens": 17},
-    values={"rank": [0.5, 1], "batch": [1, 4], "tokens": [5, 17]},
+    values={"rank": [0.5, 1], "batch": [1, 4], "tokens": [5, 17], "image": [2, 5]},
     paper_blocks=1,
     paper_ranks=[{"feature": 48, "token": 10}],
 )
@@ -224,19 +227,28 @@ def count(model: nn.Module, batch: Batch) -> dict[str, Any]:
     }
 
 
+def variable(sweep: str, scale: Scale) -> tuple[str, dict[str, Any]]:
+    """What moves in a sweep, and the values of the others."""
+    moving = "tokens" if sweep == "image" else sweep
+    values = {**scale.default, "batch": 1} if sweep == "image" else scale.default
+    return moving, {name: value for name, value in values.items() if name != moving}
+
+
 def sweep_curve(sweep: str, width: int, scale: Scale, mode: str, rounds: int) -> dict[str, Any]:
     """All points of one sweep, and where the gains are 1."""
-    fixed = scale.default
+    moving, fixed = variable(sweep, scale)
     points: list[Point] = []
     for value in [None] if sweep == "rank" else scale.values[sweep]:
-        samples, tokens = (value if sweep == name else fixed[name] for name in ("batch", "tokens"))
+        samples, tokens = (value if moving == name else fixed[name] for name in ("batch", "tokens"))
         shares = scale.values["rank"] if value is None else [fixed["rank"]]
         points += measure(width, scale, samples, tokens, shares, mode, rounds)
         for point in points[-len(shares) :]:
             gains = ", ".join(f"{name} {gain:.2f}" for name, gain in point["gains"].items())
-            print(f"  {sweep} {point[sweep]:g}: {gains}", flush=True)
+            print(f"  {moving} {point[moving]:g}: {gains}", flush=True)
     against = [point["rank"] if sweep == "rank" else point["batch"] * point["tokens"] for point in points]
     return {
+        "moving": moving,
+        "fixed": fixed,
         "points": points,
         "crossovers_against": "rank" if sweep == "rank" else "batch * tokens",
         "crossovers": {
@@ -387,7 +399,7 @@ def summary(entry: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def words(ranks: Mapping[str, int | str]) -> str:
+def words(ranks: Ranks) -> str:
     """Ranks by mode as text."""
     return ", ".join(f"{mode} {rank}" for mode, rank in ranks.items())
 
@@ -404,33 +416,38 @@ def plot(entries: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = min(2, len(entries))
+    columns = min(3, len(entries))
     rows = -(-len(entries) // columns)
-    figure, panels = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 3.9 * rows), squeeze=False)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(4.8 * columns, 3.9 * rows), squeeze=False)
+    shared: tuple[list[Any], list[str]] = ([], [])  # the legend of all curves
     order = list(SWEEPS)
     panels_of = sorted(entries.values(), key=lambda e: (e["settings"].get("width", math.inf), order.index(e["sweep"])))
     for panel, entry in itertools.zip_longest(panels.flat, panels_of):
         if entry is None:
             panel.set_axis_off()
             continue
-        draw = draw_activations if entry["sweep"] == "activations" else draw_curves
-        draw(panel, entry)
+        if entry["sweep"] == "activations":
+            draw_activations(panel)
+        else:
+            draw_curves(panel, entry)
+            shared = panel.get_legend_handles_labels()
         panel.set(xlabel=SWEEPS[entry["sweep"]], ylabel="dense / WASI")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log", base=2)
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_formatter("{x:g}")
-        panel.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    if shared[0]:
+        figure.legend(*shared, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, handlelength=3.2)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
 
 def draw_curves(panel: Any, entry: Mapping[str, Any]) -> None:
     """Gains of one sweep; circles where they are 1."""
-    sweep, settings, points = entry["sweep"], entry["settings"], entry["points"]
-    values = [point[sweep] for point in points]
-    per_value = 1 if sweep == "rank" else points[0]["batch"] * points[0]["tokens"] / values[0]
+    moving, settings, points = entry["moving"], entry["settings"], entry["points"]
+    values = [point[moving] for point in points]
+    per_value = 1 if moving == "rank" else points[0]["batch"] * points[0]["tokens"] / values[0]
     for name, (label, style) in CURVES.items():
         if name not in points[0]["gains"]:
             continue  # not timed
@@ -438,24 +455,26 @@ def draw_curves(panel: Any, entry: Mapping[str, Any]) -> None:
         at = [value / per_value for value in entry["crossovers"][name]["at"]]
         panel.plot(at, [1] * len(at), "o", markersize=9, fillstyle="none", color=style["color"])
     panel.axhline(1, color="black", linestyle=":", label="dense (circles: crossovers)")
-    fixed = ", ".join(f"{name} {value:g}" for name, value in settings["default"].items() if name != sweep)
+    fixed = ", ".join(f"{name} {value:g}" for name, value in entry["fixed"].items())
     panel.set_title(f'width {settings["width"]}, memory_mode="{settings["mode"]}"; {fixed}', fontsize=9)
 
 
-def draw_activations(panel: Any, entry: Mapping[str, Any]) -> None:
+def draw_activations(panel: Any) -> None:
     """The paper's ratio against the feature rank, without and with the rows for B."""
     config = ViTConfig(patch_size=32)  # a ratio does not depend on the number of blocks
     features = [2**power for power in range(1, 9)]
     for color, given in enumerate(given for given, mode in SEARCHES if mode == "feature"):
         for update_rank, line in ((0, "-"), (UPDATE_RANK, "--")):
             curve = [ratios(config, {"feature": rank, **given}, update_rank)["ratio"] for rank in features]
-            label = f"{words({'feature': '*', **given})}{' and rows for B' if update_rank else ''}"
+            label = None if update_rank else ", ".join(filter(None, ["features", words(given)]))
             panel.plot(features, curve, line, color=f"C{color}", marker=".", label=label)
             reached = largest_rank(config, given, "feature", update_rank)
             if reached is not None:
                 panel.plot(reached, ASKED_RATIO, "o", markersize=9, fillstyle="none", color=f"C{color}")
+    panel.plot([], [], "--", color="grey", label=f"with {UPDATE_RANK} a row for B")
     panel.axhline(ASKED_RATIO, color="black", linestyle=":", label=f"{ASKED_RATIO}x")
-    panel.set_title(f"inputs of ViT-B/32's Linear layers, batch {PAPER_SAMPLES}, paper's accounting", fontsize=9)
+    panel.set_title(f"inputs of ViT-B/32's Linears, batch {PAPER_SAMPLES}, the paper's count", fontsize=9)
+    panel.legend(fontsize=7, handlelength=3.2, loc="lower left")
 
 
 def settings_of(sweep: str, width: int, scale: Scale, mode: str, rounds: int) -> tuple[str, dict[str, Any]]:
