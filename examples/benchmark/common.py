@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import ViTConfig, ViTForImageClassification
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler behind measure_peak_memory logs every start and stop
 
@@ -89,6 +90,21 @@ def add_entry(path: Path, key: str, entry: Any, lock: Path) -> None:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         write_json(path, dict(sorted({**read_json(path), key: entry}.items())))
+
+
+def vit_b32(**changes: Any) -> nn.Module:
+    """ViT-B/32 from its configuration, or from a changed one, with seeded random weights."""
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(**{"patch_size": 32, "num_labels": 10, **changes}))
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over everything that trains, fused as transformers' Trainer makes it and `estimate_wasi` takes it.
+
+    At its learning rate the factors stay nearly orthonormal, as they do in any sensible training.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:

@@ -21,12 +21,11 @@ import wasi_peft
 from wasi_peft.estimate import estimate_wasi
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmark.common import Batch, environment, step_peak_bytes, write_json
+from benchmark.common import Batch, adamw, environment, step_peak_bytes, write_json
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "estimate_accuracy.json"
 MIB = 2**20
 VOCABULARY = 8000
-LEARNING_RATE = 1e-5  # the factors stay nearly orthonormal, as they do in any sensible training
 
 
 def build(architecture: str, width: int, layers: int) -> nn.Module:
@@ -69,12 +68,6 @@ def methods(rank: int) -> dict[str, Callable[[], peft.PeftConfig | None]]:
     }
 
 
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """What 'adamw' means to `estimate_wasi`, and to transformers' Trainer by default."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Estimates and measures every combination, prints a table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,7 +92,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 estimate = estimate_wasi(model, config(), batch=batch)
                 adapter = config()
                 model = model if adapter is None else peft.get_peft_model(model, adapter)
-                measured = step_peak_bytes(model, make_optimizer, batch)
+                measured = step_peak_bytes(model, adamw, batch)
                 difference = estimate.peak_bytes / measured - 1
                 entry = {"measured_peak_bytes": measured, "relative_difference": difference, **estimate.to_dict()}
                 results.setdefault(architecture, {}).setdefault(str(samples), {})[method] = entry

@@ -34,6 +34,7 @@ from texts import load_mails, smollm2_folder
 
 from benchmark.common import (
     Batch,
+    adamw,
     environment,
     inference,
     interleaved_seconds,
@@ -41,9 +42,9 @@ from benchmark.common import (
     read_json,
     step_peak_bytes,
     training_step,
+    vit_b32,
     write_json,
 )
-from benchmark.step_costs import vit_b32
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "memory_modes.json"
 LORA = "lora, checkpointing"
@@ -140,12 +141,6 @@ def build(variant: str, workload: Workload) -> nn.Module:
         return peft.get_peft_model(model, config)
 
 
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW as the Trainer makes it by default, over everything that trains."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-
-
 def measure(name: str, variants: list[str], rounds: int) -> dict[str, dict[str, Any]]:
     """Peaks, and with rounds also times, of one workload."""
     workload = WORKLOADS[name]
@@ -154,15 +149,14 @@ def measure(name: str, variants: list[str], rounds: int) -> dict[str, dict[str, 
     results: dict[str, dict[str, Any]] = {variant: {} for variant in variants}
     for variant, model in models.items():
         entry = results[variant]
-        entry["peak_bytes"] = step_peak_bytes(model, make_optimizer, batch)
+        entry["peak_bytes"] = step_peak_bytes(model, adamw, batch)
         entry["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if variant.startswith("wasi"):
             entry["kept_share"] = model.wasi_summary().kept_share
         print(f"{name} {variant}: {entry['peak_bytes'] / MIB:.0f} MiB", flush=True)
     if rounds:
         steps = {
-            variant: functools.partial(training_step, model, make_optimizer(model), batch)
-            for variant, model in models.items()
+            variant: functools.partial(training_step, model, adamw(model), batch) for variant, model in models.items()
         }
         deployed = {variant: models[variant] for variant in ("full", "wasi exact") if variant in models}
         if LORA in models:

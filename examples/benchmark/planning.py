@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from assets import load_images, load_vit
 from finetune import unlabelled
 
-from benchmark.common import environment, step_peak_bytes, write_json
+from benchmark.common import adamw, environment, step_peak_bytes, write_json
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "planning.json"
 MIB = 2**20
@@ -147,11 +147,6 @@ def many_layers(blocks: int, tokens: int) -> dict[str, Any]:
         results[name] = timing
         print(f"{len(calibration.layers)} layers, {name}={value}: {timing}")
     return results
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over everything that trains, fused as in transformers' Trainer."""
-    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], fused=True)
 
 
 def fits(budgets: Iterable[int], images: int, batch_size: int) -> dict[str, Any]:

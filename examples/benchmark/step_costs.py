@@ -15,21 +15,14 @@ import peft
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ViTConfig, ViTForImageClassification
 
 import wasi_peft
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmark.common import Batch, environment, step_peak_bytes, training_step, write_json
+from benchmark.common import Batch, environment, step_peak_bytes, training_step, vit_b32, write_json
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "step_costs.json"
 LINEAR_OPS = ("mm", "addmm")  # what Linear layers, dense or factored, run as; attention runs as others
-
-
-def vit_b32() -> nn.Module:
-    """ViT-B/32 from its configuration, with seeded random weights."""
-    torch.manual_seed(0)
-    return ViTForImageClassification(ViTConfig(patch_size=32, num_labels=10))
 
 
 def factor(model: nn.Module, share: float, activation_share: float, update: str) -> nn.Module:
