@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .tucker import Tucker, expand_rows
+from .tucker import Tucker, expand_rows, roundable
 
 
 def joined(
@@ -58,6 +58,7 @@ class LowRankLinear(torch.autograd.Function):
         needs_x, _, _, needs_B, needs_A = ctx.needs_input_grad[:5]
         # a copy: a view would keep all columns alive
         trained = hidden[..., L.shape[1] :].clone(memory_format=torch.contiguous_format) if needs_B else None
+        trained = None if trained is None else roundable(trained)
         kept: tuple[Tensor | None, ...] = (None, None, None, None)
         ctx.compressed = core is not None
         if needs_A:

@@ -1,7 +1,7 @@
 """Memory modes: what a training step does, beyond compressing inputs, to need little memory.
 
 Every part is a switch of the model, taken from the configuration when the adapter is injected: how blocks keep what
-backward needs, MLPs in chunks of tokens, a loss that never holds all logits.
+backward needs, blocks in slices of the batch, MLPs in chunks of tokens, a loss that never holds all logits.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from .chunked_mlp import chunk_mlps, position_wise_modules, unchunk_mlps
 from .config import WasiConfig
 from .recompute import check_recomputable, recompute_blocks, stop_recomputation
 from .saved import keep_saved_tensors_exact, store_saved_tensors
+from .slices import SLICE_ROWS, slice_blocks, unslice_blocks
 
-CHUNK_ROWS = 256  # tokens of an MLP at a time
+CHUNK_ROWS = SLICE_ROWS  # tokens of an MLP at a time, where one sample alone is longer than a slice
 BLOCK_INPUTS = "int8"  # how the input of a recomputed block is kept
 
 
@@ -38,11 +39,13 @@ def apply_memory_mode(model: nn.Module, config: WasiConfig) -> None:
     """
     kind = config.resolved_saved_tensors
     if kind == "recompute":
-        recompute_blocks(model, BLOCK_INPUTS)
+        recompute_blocks(model, BLOCK_INPUTS, SLICE_ROWS if config.memory_mode == "small" else None)
     elif kind != "exact":
         store_saved_tensors(model, kind)
     if kind == "recompute" and config.memory_mode == "small" and position_wise_modules(model):
         chunk_mlps(model, chunk_rows=CHUNK_ROWS)
+    if config.memory_mode == "fast" and kind != "recompute":
+        slice_blocks(model)
     if config.memory_mode != "exact" and has_vocabulary(model):
         use_chunked_loss(model)
 
@@ -52,6 +55,7 @@ def leave_memory_mode(model: nn.Module) -> None:
     if stop_recomputation(model) and isinstance(model, PreTrainedModel):
         model.disable_input_require_grads()  # which PEFT enables for models that recompute
     keep_saved_tensors_exact(model)
+    unslice_blocks(model)
     unchunk_mlps(model)
     remove_chunked_loss(model)
 

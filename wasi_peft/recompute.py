@@ -7,7 +7,6 @@ gradient is taken, and does not add up from block to block.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel
 
 from . import quantization
 from .quantization import Quantized, bits_per_value, dequantize, quantize
+from .slices import BatchSlices, block_input, unpartial
 
 KINDS = ("exact", *quantization.KINDS)
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
@@ -102,9 +102,6 @@ class _Call:
     """The call of a function, its tensor arguments taken out: `tensors` holds each of them once."""
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if isinstance(function, functools.partial):
-            args, kwargs = function.args + args, {**function.keywords, **kwargs}
-            function = function.func
         leaves, self._spec = tree_flatten((args, kwargs))
         self._function = function
         self._fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -137,10 +134,16 @@ class _Sources(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor) and value.requires_grad:
-                self.met[id(value)] = value
+        self._note(args)
+        self._note(kwargs.values())
         return func(*args, **kwargs)
+
+    def _note(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                self._note(value)
+            elif isinstance(value, Tensor) and value.requires_grad:
+                self.met[id(value)] = value
 
 
 def _check_independent(captured: Sequence[Tensor]) -> None:
@@ -251,12 +254,6 @@ class _Recompute(torch.autograd.Function):
         return None, None, None, *ctx.plan.gradients(ctx.saved_tensors, grads)
 
 
-def _block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The hidden states: the first positional argument, or the keyword argument of that name."""
-    first = args[0] if args else kwargs.get("hidden_states")
-    return first if isinstance(first, Tensor) else None
-
-
 @dataclass(frozen=True)
 class BlockRecomputation:
     """Runs a function without recording it, keeps its input, and runs it again in backward.
@@ -301,8 +298,8 @@ class BlockRecomputation:
         """
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        keywords = {**function.keywords, **kwargs} if isinstance(function, functools.partial) else kwargs
-        hidden = _block_input(args, keywords)
+        function, args, kwargs = unpartial(function, args, kwargs)
+        hidden = block_input(args, kwargs)
         call = _Call(function, args, kwargs)
         arguments, call.tensors = call.tensors, []
         surroundings = _Surroundings.now(arguments)
@@ -348,7 +345,7 @@ def _is_new(leaf: Any, own: set[int]) -> bool:
 # -------------------------------------------------------------------- models
 
 
-def recompute_blocks(model: nn.Module, kind: str = "exact") -> None:
+def recompute_blocks(model: nn.Module, kind: str = "exact", slice_rows: int | None = None) -> None:
     """Have a transformers model recompute its blocks in backward.
 
     Installed by the model's own gradient checkpointing, so it holds in training mode, and a later
@@ -357,11 +354,16 @@ def recompute_blocks(model: nn.Module, kind: str = "exact") -> None:
     Args:
         model: A transformers model, or a module around some: a PEFT model, for instance.
         kind: How the input of a block is kept (:class:`BlockRecomputation`).
+        slice_rows: Run and recompute a block over that many tokens at a time, about (:class:`BatchSlices`); None for
+            the whole batch at once.
 
     Raises:
-        ValueError: If `kind` is unknown, or the model cannot recompute its blocks. Nothing has changed then.
+        ValueError: If `kind` is unknown, `slice_rows` is not positive, or the model cannot recompute its blocks.
+            Nothing has changed then.
     """
-    recomputation = BlockRecomputation(kind)
+    recomputation: Callable[..., Any] = BlockRecomputation(kind)
+    if slice_rows is not None:
+        recomputation = BatchSlices(recomputation, slice_rows)
     for host in check_recomputable(model):
         host._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recomputation)
 
@@ -370,7 +372,8 @@ def stop_recomputation(model: nn.Module) -> bool:
     """Undo :func:`recompute_blocks`, and say whether it was in use."""
     found = False
     for module in model.modules():
-        if isinstance(getattr(module, "_gradient_checkpointing_func", None), BlockRecomputation):
+        installed = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(getattr(installed, "run", installed), BlockRecomputation):
             del module._gradient_checkpointing_func
             module.gradient_checkpointing = False  # type: ignore[assignment]
             found = True

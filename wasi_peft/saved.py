@@ -2,13 +2,14 @@
 
 Everything that the layers of this package do not compress themselves: inputs of norms and activations, gated products,
 attention's queries, keys, values and output. Exact stay: all that no gradient flows through (parameters, buffers, the
-batch, masks, rotary tables, the statistics that a kernel keeps for itself: logsumexp, mean, rstd, and compressed
-inputs, which are computed without a graph), views and casts of parameters, per-row statistics, and small tensors.
+batch, masks, rotary tables, the statistics that a kernel keeps for itself: logsumexp, mean, rstd), views and casts of
+parameters, per-row statistics, and small tensors.
 
-Attention is special. A fused kernel recomputes `p = exp(q k - logsumexp)` in backward, and the row sums of `p dp` from
-its output, so errors in q, k, p or the output leave sums that do not cancel. On DINOv2-small, int8 there made the
-gradients wrong by 18 %, bfloat16 by 27 %. Hence tensors of four and more dimensions, which is what attention works on,
-are kept as 'int16'.
+Attention by torch's function keeps rounded queries, keys and values and runs again (:mod:`wasi_peft.attention`). Where it
+cannot (dropout, attention written out), errors in its tensors leave sums that do not cancel, so tensors of four and more
+dimensions, which is what attention works on, are kept as 'int16'.
+
+Tensors without a graph stay exact, but for those that a layer of this package marks (:func:`tucker.roundable`).
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from .attention import LowBitAttention
 from .config import WasiConfig
 from .quantization import Quantized, dense_stride, dequantize_flat, is_dense, quantize
 from .targets import default_target_names
+from .tucker import is_roundable
 
 SAVED_KINDS = ("bf16", "int8", "int4")
 MINIMUM_ELEMENTS = 4096
@@ -55,8 +58,8 @@ class LowBitSavedTensors(saved_tensors_hooks):
     context replace it, as always with such hooks.
 
     Args:
-        kind: 'bf16', 'int8' or 'int4'. Tensors of four and more dimensions (attention's) take 16 bits
-            with every kind.
+        kind: 'bf16', 'int8' or 'int4'. Tensors of four and more dimensions take 16 bits with every kind, unless
+            :func:`low_bit_attention` keeps them.
         minimum_elements: Smaller tensors stay exact.
 
     Raises:
@@ -74,6 +77,15 @@ class LowBitSavedTensors(saved_tensors_hooks):
     def __init__(self, kind: str = "int8", minimum_elements: int = MINIMUM_ELEMENTS) -> None:
         _check(kind, minimum_elements)
         super().__init__(lambda tensor: _pack(tensor, kind, minimum_elements), _unpack)
+        self._attention = LowBitAttention(kind)
+
+    def __enter__(self) -> None:
+        self._attention.__enter__()
+        super().__enter__()
+
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)
+        self._attention.__exit__(*args)
 
 
 def store_saved_tensors(
@@ -220,8 +232,10 @@ def stays_exact(tensor: Tensor) -> bool:
     """Whether a tensor that an operation saves is none of those that may be stored in few bits, whatever its size."""
     if type(tensor) not in (Tensor, FakeTensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
         return True
-    if tensor.grad_fn is None or tensor.is_meta or tensor.dim() == 0 or tensor.shape[-1] == 1:
+    if tensor.is_meta or tensor.dim() == 0 or tensor.shape[-1] == 1:
         return True
+    if tensor.grad_fn is None:
+        return not is_roundable(tensor)
     if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
         return True  # expanded: it holds less memory than its elements would need
     node: Any = tensor.grad_fn

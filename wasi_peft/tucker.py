@@ -66,6 +66,17 @@ class CompressionRule(NamedTuple):
         return rank_for_threshold(energies, self.threshold)
 
 
+def roundable(tensor: Tensor) -> Tensor:
+    """Marks what a layer keeps for the gradients of its own parameters as fit to be stored in few bits."""
+    tensor._wasi_roundable = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def is_roundable(tensor: Tensor) -> bool:
+    """Whether :func:`roundable` marked a tensor."""
+    return getattr(tensor, "_wasi_roundable", False)
+
+
 def canonical(x: Tensor) -> Tensor:
     """View an input as [batch, tokens, features]; a 2-D input is one sequence, dims between are tokens.
 
@@ -155,7 +166,7 @@ def compress(x: Tensor, rule: CompressionRule, bases: Bases, advance: bool = Tru
     kept = sum(part.numel() for part in (core, feature, token, batch) if part is not None)
     if kept >= x.numel():
         return None
-    return Tucker(core.contiguous(), feature, token, batch), Bases(feature, token)
+    return Tucker(roundable(core.contiguous()), feature, token, batch), Bases(feature, token)
 
 
 def expand_rows(compressed: Tucker) -> Tensor:
