@@ -36,6 +36,7 @@ ORDER = [
     "repair",
     "preprocessing",
     "optimizer",
+    "optimizer_in_backward",
     "profiling",
     "replay",
     "simulation",
