@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -26,6 +28,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def seed() -> None:
     """Start every test from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def quick_garbage_collection() -> Iterator[None]:
+    """Collecting and listing objects need not visit all imported libraries each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(params=list(ARCHITECTURES))

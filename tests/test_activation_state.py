@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +17,8 @@ import wasi_peft.layer as layer_module
 from wasi_peft import SubspaceSGD, WasiConfig, WasiLayer
 from wasi_peft.layer import _SharedInput, wasi_layers
 from wasi_peft.tucker import Tucker
+
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 WIDTH = 16
 MODES = [["feature"], ["feature", "token"], ["feature", "token", "batch"]]
@@ -101,15 +103,6 @@ def live_bytes() -> int:
         tensors = [item for item in gc.get_objects() if isinstance(item, Tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection() -> Iterator[None]:
-    """Collecting and listing objects need not visit all imported libraries each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -317,10 +310,17 @@ def test_layers_that_read_one_tensor_get_the_same_object(
         assert all(other is first for other in others)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"update": "low_rank"}, {"activation_modes": MODES[2], "activation_ranks": dict.fromkeys(MODES[2], 3)}],
+    ids=["subspace", "low_rank", "all modes"],
+)
 @pytest.mark.parametrize("name", ["vit", "bert", "gpt2", "llama", "t5"])
-def test_sharing_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run() -> tuple[list[float], dict[str, Tensor]]:
-        model = architecture_model(name)
+def test_sharing_changes_no_bit(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, every reader has a basis of its own, which is that of the one that compresses for all."""
+
+    def run() -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+        model = architecture_model(name, **options)
         optimizer = sgd(model, lr=0.05)
         losses = []
         for step in range(3):
@@ -329,13 +329,16 @@ def test_sharing_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> N
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        return losses, {**gradients(model), **{f"{n}.value": p.detach() for n, p in model.named_parameters()}}
+        values = {f"{n}.value": p.detach() for n, p in model.named_parameters()}
+        return losses, {**gradients(model), **values}, bases(model)
 
-    shared_losses, shared = run()
+    shared_losses, shared, shared_bases = run()
     monkeypatch.setattr(layer_module, "_shared", lambda x: _SharedInput(x._version))
-    alone_losses, alone = run()
+    alone_losses, alone, alone_bases = run()
     assert shared_losses == alone_losses
     assert_same(shared, alone)
+    assert (len(shared_bases) < len(alone_bases)) == (name != "gpt2")  # where one layer makes q, k and v
+    assert_same({key: alone_bases[key] for key in shared_bases}, shared_bases)
 
 
 def test_input_changed_in_place_is_not_taken_for_the_old_one() -> None:

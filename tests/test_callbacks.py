@@ -244,6 +244,30 @@ def test_training_goes_on_at_another_rank(kind: str, rank: int, update: str) -> 
     assert orthonormality_error(layer.wasi_L["default"]) < 1e-4 or update == "factor"
 
 
+class EightBits(torch.optim.SGD):
+    """Keeps codes of the parameter's own shape, as 8-bit optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["state1"] = torch.full_like(parameter, 200, dtype=torch.uint8)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Rprop, torch.optim.Adadelta, EightBits])
+def test_state_that_cannot_be_rotated_starts_afresh(cls: Any) -> None:
+    """Step sizes and codes are no gradients."""
+    model = build()
+    optimizer = cls([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    steps(model, optimizer)
+    factors = [layer_of(model).wasi_L["default"], layer_of(model).wasi_R["default"]]
+    count = len(optimizer.state)
+    resize_rank(model, NAME, 9, optimizer)
+    assert len(optimizer.state) == count - 2 and not any(factor in optimizer.state for factor in factors)
+    steps(model, optimizer)
+    assert all(factor in optimizer.state for factor in factors)
+
+
 @pytest.mark.parametrize("update", ["subspace", "factor"])
 def test_growing_changes_nothing_that_the_layer_computes(update: str) -> None:
     model = build(update=update)

@@ -38,6 +38,7 @@ ORDER = [
     "repair",
     "preprocessing",
     "optimizer",
+    "optimizer_in_backward",
     "profiling",
     "replay",
     "simulation",

@@ -21,6 +21,8 @@ import wasi_peft.tucker as tucker_module
 from wasi_peft import SubspaceSGD, WasiConfig, create_wasi_optimizer
 from wasi_peft.layer import wasi_layers
 
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")  # every `train` collects garbage
+
 NAMES = ["vit", "bert", "llama"]
 NO_COMPRESSION = {"activation_threshold": None}
 COMPRESSION = {"activation_ranks": 4, "activation_interval": 1}
@@ -137,15 +139,6 @@ def assert_orthonormal(model: nn.Module, tolerance: float = 1e-5) -> None:
         L = layer.wasi_L["default"].detach()
         error = (L.T @ L - torch.eye(L.shape[1])).abs().max().item()
         assert error <= tolerance, (name, error)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection() -> Iterator[None]:
-    """Every `train` collects garbage; it need not visit all imported libraries each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

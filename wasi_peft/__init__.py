@@ -15,6 +15,7 @@ from .estimate import Estimate, estimate_wasi
 from .layer import Linear, WasiLayer, after_optimizer_step
 from .model import WasiModel
 from .optimizer import SubspaceSGD, create_wasi_optimizer
+from .optimizer_in_backward import OptimizerInBackward
 from .planner import plan_wasi
 from .planning import WasiPlan
 from .preprocessing import preprocess_wasi
@@ -36,6 +37,7 @@ __all__ = [
     "Estimate",
     "Linear",
     "LowBitSavedTensors",
+    "OptimizerInBackward",
     "PeakMemory",
     "StepProfile",
     "SubspaceSGD",

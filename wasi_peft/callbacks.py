@@ -21,6 +21,7 @@ Subspaces = tuple[Tensor | None, Tensor | None]  # of the weight's columns and o
 SLACK = 0.01  # of the energy: batches differ, and a warm basis is not quite the best one
 USED_ENERGY = 0.99
 MEASURE_STEPS = 50  # between two measurements of compressed inputs where the log goes by epochs
+_LINEAR_STATES = {"exp_avg", "momentum_buffer", "grad_avg"}  # averages of gradients
 _SQUARED_STATES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"}  # of squared gradients
 
 
@@ -298,7 +299,7 @@ def resize_rank(model: Any, name: str, rank: int, optimizer: torch.optim.Optimiz
     L, orthonormal to the others, and zero rows to R, so that the layer computes the same. Parameters stay the same
     objects, so they keep their places in the optimizer. Its state follows: averages of gradients are rotated into the
     new basis, those of squares by the squared rotation, new directions start at zero. State of other shapes
-    (Adafactor's) is dropped for this layer and starts afresh. Gradients are cleared.
+    (Adafactor's) or of unknown meaning (in 8 bits) is dropped for this layer and starts afresh. Gradients are cleared.
 
     Not for models wrapped for distributed training, which remember the sizes of parameters.
 
@@ -380,7 +381,9 @@ def _carry(
     if optimizer is None or not state:
         return
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim() > 0}
-    if any(value.shape != parameter.shape for value in tensors.values()):
+    known = tensors.keys() <= _LINEAR_STATES | _SQUARED_STATES
+    # a subclass of Tensor (torchao's) holds codes, which cannot be written to like values
+    if not known or any(type(value) is not Tensor or value.shape != parameter.shape for value in tensors.values()):
         del optimizer.state[parameter]
         return
     for key, value in tensors.items():

@@ -518,7 +518,9 @@ def after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """
     layers = list(_live_layers)
     found_inf = getattr(optimizer, "found_inf", None)  # set by torch.amp.GradScaler for fused optimizers
-    if not layers or (found_inf is not None and bool(found_inf)):
+    skipped = found_inf is not None and bool(found_inf)
+    partial = getattr(optimizer, "steps_in_parts", False)  # an OptimizerInBackward around it says when all are done
+    if not layers or skipped or partial:
         return
     _shared_inputs.clear()
     retracts = getattr(optimizer, "retracts", False)

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from .layer import WasiLayer, product_gradient_sink, record_product_gradient, wasi_layers
 from .linalg import paper_step
 
+NOT_REDUCED = (
+    "SubspaceSGD does not reduce product gradients over processes; use another optimizer with update='subspace'"
+)
+
 
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
@@ -167,7 +171,7 @@ class SubspaceSGD(torch.optim.Optimizer):
         _check_weight_decay(weight_decay)
         if max_grad_norm is not None:
             _check_positive("max_grad_norm", max_grad_norm)
-        _check_single_process()
+        check_single_process(NOT_REDUCED)
         self._layers: list[tuple[nn.Parameter, nn.Parameter, _ProductGradient]] = []
         for name, layer in wasi_layers(model):
             active = layer.active_name
@@ -194,7 +198,7 @@ class SubspaceSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _check_single_process()
+        check_single_process(NOT_REDUCED)
         rates = {id(p): (g["lr"], g["weight_decay"]) for g in self.param_groups for p in g["params"]}
         factors = {id(p) for L, R, _ in self._layers for p in (L, R)}
         others = [p for g in self.param_groups for p in g["params"] if id(p) not in factors and p.grad is not None]
@@ -234,10 +238,8 @@ class SubspaceSGD(torch.optim.Optimizer):
         return min(1.0, self.max_grad_norm / (norm + 1e-6))
 
 
-def _check_single_process() -> None:
+def check_single_process(reason: str) -> None:
+    """Raise RuntimeError in a run of several processes; the reason also says what to use there."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "SubspaceSGD does not reduce product gradients over processes; use another optimizer with "
-            f"update='subspace' in a distributed run, got {distributed.get_world_size()} processes."
-        )
+        raise RuntimeError(f"{reason} in a distributed run, got {distributed.get_world_size()} processes.")
