@@ -1,9 +1,9 @@
 """Scaled dot-product attention that keeps queries, keys and values in few bits, and its output not at all.
 
-A fused kernel keeps q, k, v, the output o and the row sums of the exponentials. Its backward takes p from q, k and those
-sums, and `sum_k p dp` from o, so that rounded tensors leave sums that do not cancel: on DINOv2-small, int8 made the
-gradients wrong by 18 %. Here backward runs attention again on the rounded q, k, v, a few heads at a time, and takes all
-it needs from that, so the result is the exact gradient at a point nearby.
+A fused kernel keeps q, k, v, the output o and the row sums of the exponentials. Its backward takes p from q, k and
+those sums, and `sum_k p dp` from o, so that rounded tensors leave sums that do not cancel: on DINOv2-small, int8 made
+the gradients wrong by 18 %. Here backward runs attention again on the rounded q, k, v, a few heads at a time, and
+takes all it needs from that, so the result is the exact gradient at a point nearby.
 """
 
 from __future__ import annotations

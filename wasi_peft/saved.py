@@ -5,9 +5,9 @@ attention's queries, keys, values and output. Exact stay: all that no gradient f
 batch, masks, rotary tables, the statistics that a kernel keeps for itself: logsumexp, mean, rstd), views and casts of
 parameters, per-row statistics, and small tensors.
 
-Attention by torch's function keeps rounded queries, keys and values and runs again (:mod:`wasi_peft.attention`). Where it
-cannot (dropout, attention written out), errors in its tensors leave sums that do not cancel, so tensors of four and more
-dimensions, which is what attention works on, are kept as 'int16'.
+Attention by torch's function keeps rounded queries, keys and values and runs again (:mod:`wasi_peft.attention`). Where
+it cannot (dropout, attention written out), errors in its tensors leave sums that do not cancel, so tensors of four and
+more dimensions, which is what attention works on, are kept as 'int16'.
 
 Tensors without a graph stay exact, but for those that a layer of this package marks (:func:`tucker.roundable`).
 """

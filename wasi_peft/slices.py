@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -31,9 +32,12 @@ _verdicts: dict[tuple[type, tuple[int, ...]], bool] = {}
 def unpartial(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """A call without `functools.partial`: function and all its arguments."""
+    """A call without `functools.partial`: function and all its arguments; a method is bound to its module."""
     if isinstance(function, functools.partial):
-        return function.func, function.args + args, {**function.keywords, **kwargs}
+        args, kwargs = function.args + args, {**function.keywords, **kwargs}
+        function = function.func
+    if args and isinstance(args[0], nn.Module) and isinstance(function, FunctionType):
+        function, args = MethodType(function, args[0]), args[1:]
     return function, args, kwargs
 
 
@@ -48,8 +52,9 @@ class BatchSlices:
     """Calls a block once for every few samples and joins what it returns.
 
     Arguments whose first dimension is the batch's are cut, all others are handed through. Before a block of a class is
-    sliced for the first time it answers one batch whole and in slices; where the answers differ, or it fails, its class
-    is never sliced. Nor is one with forward hooks, batch normalisation, or arguments that are no plain data (caches).
+    sliced for the first time, it answers one batch whole and in slices; where the answers differ, or it fails, its
+    class is never sliced. Nor is one with forward hooks, batch normalisation, or arguments that are no plain data
+    (caches).
 
     Args:
         run: What calls the block: `run(block, *args, **kwargs)`.
@@ -204,7 +209,7 @@ def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _forward_in_slices(block: nn.Module, slices: BatchSlices, *args: Any, **kwargs: Any) -> Any:
-    forward = type(block).forward.__get__(block)
+    forward = MethodType(type(block).forward, block)
     if torch.compiler.is_compiling():
         return forward(*args, **kwargs)
     return slices(forward, *args, **kwargs)
