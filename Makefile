@@ -13,7 +13,7 @@ CONSTRAINTS ?= constraints.txt
 TORCH ?= torch
 PYTEST_FLAGS ?= -n logical --maxprocesses 4 --dist worksteal
 DEMO_FLAGS ?=
-BENCHMARKS ?= $(filter-out %/__init__.py %/common.py,$(sort $(wildcard examples/benchmark/*.py)))
+BENCHMARKS ?= $(filter-out %/__init__.py %/common.py %/prepared.py,$(sort $(wildcard examples/benchmark/*.py)))
 BENCHMARK_FLAGS ?=
 
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.10

@@ -38,6 +38,7 @@ METHODS = ("full", "lora", "wasi")
 # tuned on 6,000 images, see docs/benchmarks
 LEARNING_RATES = {"full": 2e-5, "lora": 5e-4, "wasi": 5e-4}
 HEAD = "classifier"
+CALIBRATION_BATCH = 32
 MIB = 2**20
 
 
@@ -79,13 +80,18 @@ def build(
         return peft.get_peft_model(model, config)
     if method == "wasi":
         wasi_config = wasi_peft.WasiConfig(modules_to_save=[HEAD], weight_share=target_share, **(wasi_options or {}))
-        order = torch.Generator().manual_seed(0)
-        loader = DataLoader(train_set, batch_size=32, shuffle=True, generator=order, collate_fn=unlabelled)
+        batches = math.ceil(calibration_images / CALIBRATION_BATCH)
         wasi_peft.preprocess_wasi(
-            model, wasi_config, loader, max_batches=math.ceil(calibration_images / 32), repair_steps=repair_steps
+            model, wasi_config, calibration_loader(train_set), max_batches=batches, repair_steps=repair_steps
         )
         return peft.get_peft_model(model, wasi_config)
     raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+
+
+def calibration_loader(train_set: ImageSet) -> DataLoader:
+    """Returns batches of all images without their labels, in an order that is mixed but always the same."""
+    order = torch.Generator().manual_seed(0)
+    return DataLoader(train_set, batch_size=CALIBRATION_BATCH, shuffle=True, generator=order, collate_fn=unlabelled)
 
 
 def unlabelled(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

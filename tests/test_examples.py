@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -221,6 +223,108 @@ def test_crossovers_of_cost_curves(
     monkeypatch.syspath_prepend(str(EXAMPLES))
     crossover = importlib.import_module("benchmark.cost_curves").crossover
     assert crossover([0.25, 0.75, 1.25], gains) == {"at": pytest.approx(at, abs=0.001), "pays": pays}
+
+
+@pytest.fixture
+def accuracy_benchmark(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the accuracy benchmark, for the tiny model and small images, with a cache of its own."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("WASI_CACHE", str(tmp_path / "cache"))
+    module = importlib.import_module("benchmark.finetune_accuracy")
+    assets = importlib.import_module("assets")
+    monkeypatch.setattr(module, "load_vit", functools.partial(assets.load_vit, str(model_folder)))
+    monkeypatch.setattr(module, "load_images", functools.partial(assets.load_images, image_size=16))
+    return module
+
+
+TINY_RUN = (
+    *("--train", "48", "--validation", "20", "--test", "20", "--steps", "10", "--calibration-images", "32"),
+    *("--repair-steps", "12", "--lr", "1e-3"),
+)
+
+
+def test_entries_keep_their_names(accuracy_benchmark: Any) -> None:
+    entries = json.loads((ROOT / "docs" / "benchmarks" / "finetune_accuracy.json").read_text())
+    assert entries
+    for key, entry in entries.items():
+        assert accuracy_benchmark.key_of(entry["settings"]) == key
+    args = accuracy_benchmark.parse(
+        ["--target-share", "0.4", "--wasi", '{"update": "factor"}', "--train", "64", "--memory-mode", "exact"]
+    )
+    (settings,) = accuracy_benchmark.every_settings(args, ["wasi"])
+    assert accuracy_benchmark.key_of(settings).startswith(
+        'method=wasi wasi={"update": "factor"} target_share=0.4 calibration_images=512 repair_steps=400 train=64 '
+    )
+
+
+def test_prepared_factors_depend_on_no_seed_and_no_mode(
+    accuracy_benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, each prepared afresh; and whether the file was there changes nothing in the run that uses it."""
+    monkeypatch.chdir(tmp_path)
+    wasi = {"update_rank": 2, "activation_ranks": 4}
+    entries = []
+    for folder, seed, mode in (("a", 0, "exact"), ("b", 1, "exact"), ("c", 0, "small"), ("a", 1, "exact")):
+        monkeypatch.setenv("WASI_CACHE", str(tmp_path / folder))
+        results = tmp_path / f"{len(entries)}.json"
+        accuracy_benchmark.main(
+            [
+                *("--method", "wasi", "--target-share", "0.5", "--wasi", json.dumps(wasi), "--memory-mode", mode),
+                *("--seed", str(seed), "--results", str(results), *TINY_RUN),
+            ]
+        )
+        (entry,) = json.loads(results.read_text()).values()
+        entries.append(entry)
+        assert len(list((tmp_path / folder).glob("factors-*.safetensors"))) == 1
+    assert len({entry["initial_factors"] for entry in entries}) == 1
+    (files,) = {tuple(path.name for path in tmp_path.glob(f"{folder}/factors-*.safetensors")) for folder in "abc"}
+    assert len(files) == 1
+    assert entries[3]["losses"] == entries[1]["losses"] != entries[0]["losses"]
+    assert entries[3]["validation_accuracy"] == entries[1]["validation_accuracy"]
+
+
+def test_modes_and_variants_are_compared(
+    accuracy_benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is prepared once is not prepared again; the plot has a curve a variant and a band a baseline."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    results, picture = tmp_path / "accuracy.json", tmp_path / "curve.png"
+    prepared = importlib.import_module("benchmark.prepared")
+    made: list[Path] = []
+    original = prepared.save_factors
+    monkeypatch.setattr(prepared, "save_factors", lambda path, *rest: (made.append(path), original(path, *rest)))
+
+    command = ["--wasi", '{"update_rank": 2}', "--results", str(results), *TINY_RUN]
+    modes = ("--method", "wasi", "--memory-mode", "exact", "small", "--seed", "0", "1")
+    accuracy_benchmark.main([*command, "--target-share", "0.6", *modes])
+    assert len(made) == 1
+    table = capsys.readouterr().out.partition("Difference to the same run with memory_mode exact")[2]
+    (row,) = [line for line in table.splitlines() if '"memory_mode": "small"' in line and line.startswith("|")]
+    entries = json.loads(results.read_text())
+    changes = [
+        small["test_accuracy"] - exact["test_accuracy"]
+        for seed in (0, 1)
+        for small in entries.values()
+        for exact in entries.values()
+        if small["settings"]["seed"] == exact["settings"]["seed"] == seed
+        and small["settings"]["wasi"] == {"update_rank": 2, "memory_mode": "small"}
+        and exact["settings"]["wasi"] == {"update_rank": 2}
+    ]
+    assert len(changes) == 2
+    assert f"({changes[0]:+.4f}, {changes[1]:+.4f})" in row and '| {"update_rank": 2} | 0, 1 |' in row
+
+    variants = ("plain", "one-sided", "two-sided", "repaired")
+    shares = ("--target-share", "0.6", "0.4", "--variant", *variants)
+    accuracy_benchmark.main([*command, *shares, "--seed", "0", "--plot", str(picture)])
+    assert len(made) == 6  # nothing is prepared for plain factors
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    runs = [entry for entry in json.loads(results.read_text()).values() if entry["settings"]["method"] == "wasi"]
+    assert len(runs) == 2 * 2 + 7
+    for entry in runs:
+        assert entry["kept_share"] == pytest.approx(entry["settings"]["target_share"], abs=0.06)
+    first = [entry["losses"] for entry in runs if entry["settings"]["seed"] == 0]
+    assert len({tuple(losses) for losses in first}) > 4
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from wasi_peft import SubspaceSGD, WasiConfig, costs_table, measure_peak_memory, plot_profiles, profiles_table
 from wasi_peft import step_profile as implementation
+from wasi_peft.config import MEMORY_MODES
 from wasi_peft.estimate import CATEGORIES, OPTIMIZERS, estimate_wasi
 from wasi_peft.layer import wasi_layers
 from wasi_peft.step_profile import TRAINING, Cost, StepProfile, profile_wasi
@@ -83,6 +84,61 @@ def test_memory_is_what_is_estimated(name: str, kind: str) -> None:
     assert profile.saved_bytes == pytest.approx(estimate.saved_bytes, rel=1e-3)
     for category in CATEGORIES:
         assert profile.at_peak[category] == pytest.approx(estimate.at_peak[category], rel=1e-3, abs=256)
+
+
+# ---------------------------------------------------------------- memory modes
+
+
+MANY = {"vit": 256, "llama": 64}  # samples; fewer, and no tensor is worth rounding
+
+
+def in_mode(name: str, mode: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = WasiConfig(weight_rank=3, update_rank=2, activation_threshold=None, memory_mode=mode)
+    return get_peft_model(ARCHITECTURES[name].model(), config)
+
+
+@functools.cache
+def profiled_in_mode(name: str, mode: str) -> StepProfile:
+    """One profile for all tests that look at it."""
+    return profile_wasi(in_mode(name, mode), batch=ARCHITECTURES[name].batch(MANY[name]), rounds=1)
+
+
+def bytes_after_forward(model: nn.Module, batch: Batch) -> int:
+    """What a forward pass of the step leaves behind besides the loss, in a copy of the model."""
+    twin = copy.deepcopy(model).train()
+    losses: list[Tensor] = []
+    left = measure_peak_memory(lambda: losses.append(twin(**batch).loss)).left_bytes
+    return left - losses[0].untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+@pytest.mark.parametrize("name", MANY)
+def test_the_step_runs_in_its_memory_mode(name: str, mode: str) -> None:
+    """Nothing that looks at the step may take the place of how it keeps what backward needs."""
+    profile = profiled_in_mode(name, mode)
+    model, batch = in_mode(name, mode), ARCHITECTURES[name].batch(MANY[name])
+    assert profile.peak_bytes == measured_peak(model, batch)
+    assert profile.saved_bytes == bytes_after_forward(model, batch)
+    assert sum(cost.saved_bytes for cost in profile.by_module().values()) == profile.saved_bytes
+    others = [profiled_in_mode(name, other).saved_bytes for other in MEMORY_MODES[: MEMORY_MODES.index(mode)]]
+    assert all(profile.saved_bytes < 0.8 * other for other in others)
+
+
+def test_rounded_tensors_belong_to_what_keeps_them() -> None:
+    """Exactly, a norm keeps its input; in few bits, it keeps what the rounding made of it, and the same statistics."""
+    profiles = [profiled_in_mode("vit", mode) for mode in ("exact", "fast")]
+    exact, fast = (profile.by_module() for profile in profiles)
+    rows, width = 256 * 5, 16
+    norm = "vit.layers.0.layernorm_after"
+    statistics = 2 * rows * 4
+    assert exact[norm].saved_bytes == rows * width * 4 + statistics
+    assert rows * width < fast[norm].saved_bytes - statistics < 1.3 * rows * width
+    operations = [set(profile.saved_by_operation) for profile in profiles]
+    assert operations[0] == operations[1] >= {"layer_norm", "gelu", "scaled_dot_product_attention", "LowRankLinear"}
+
+
+# ---------------------------------------------------------------- sums
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -48,8 +48,8 @@ from .trace import (
     MemoryTrace,
     Site,
     Times,
+    kept_by,
     marked_modules,
-    marked_saving,
     one_round,
     phase,
     read_memory,
@@ -307,11 +307,13 @@ class _Runner:
         self.model, self.autocast, self.optimizer = model, autocast, optimizer
         self._batch = arguments, keywords
 
-    def step(self, watch: Watch) -> None:
+    def step(self, watch: Watch, look: Callable[[Tensor], None] = lambda loss: None) -> None:
+        """One step; `look` is called with the loss between forward and backward."""
         self.model.train()
         batch = self.fresh_batch()
         with watch("forward"):
             loss = _loss_of(self.forward(batch))
+        look(loss)
         with watch("backward"):
             loss.backward()
         with watch("optimizer"):
@@ -366,13 +368,19 @@ class _Runner:
     def trace_memory(self, modules: dict[str, nn.Module]) -> list[_StepMemory]:
         """The first step, and one that meets what it made and in which the bases move."""
         gradients: set[int] = set()
+        kept: list[dict[int, int]] = []
+        losses: list[int] = []
 
         @contextmanager
         def watch(name: str) -> Iterator[None]:
-            with phase(name), marked_saving() if name == "forward" else nullcontext():
+            with phase(name):
                 yield
             if name == "backward":
                 gradients.update(_blocks(p.grad for p in self.model.parameters() if p.grad is not None))
+
+        def look(loss: Tensor) -> None:
+            kept.append(kept_by(loss))
+            losses.append(loss.untyped_storage().data_ptr())
 
         gc.collect()
         snapshots = []
@@ -381,13 +389,13 @@ class _Runner:
                 age(self.model)
                 before = self.kept()
                 with one_round():
-                    self.step(watch)
-                snapshots.append((before, self.kept(), frozenset(gradients)))
+                    self.step(watch, look)
+                snapshots.append((before, self.kept(), frozenset(gradients), losses[-1]))
                 gradients.clear()
                 _age_bases(self.model)
                 # warms up, and makes new bases: the end of those from before the profile would not be seen
                 self.step(_unwatched)
-        traces = read_memory(profile, [_all_blocks(before) for before, _, _ in snapshots])
+        traces = read_memory(profile, [_all_blocks(before) for before, *_ in snapshots], kept)
         return [_step_memory(trace, *parts) for trace, parts in zip(traces, snapshots, strict=True)]
 
     def kept(self) -> Blocks:
@@ -523,8 +531,10 @@ class _StepMemory:
         return dict(sizes.most_common())
 
 
-def _step_memory(trace: MemoryTrace, before: Blocks, after: Blocks, gradients: frozenset[int]) -> _StepMemory:
-    category = _categories(trace, before, after, gradients)
+def _step_memory(
+    trace: MemoryTrace, before: Blocks, after: Blocks, gradients: frozenset[int], loss: int
+) -> _StepMemory:
+    category = _categories(trace, before, after, gradients, loss)
     saved: Counter[Site] = Counter()
     for number, name in category.items():
         if name == "saved":
@@ -537,21 +547,25 @@ def _step_memory(trace: MemoryTrace, before: Blocks, after: Blocks, gradients: f
     return _StepMemory(moments, dict(saved))
 
 
-def _categories(trace: MemoryTrace, before: Blocks, after: Blocks, gradients: frozenset[int]) -> dict[int, str]:
+def _categories(
+    trace: MemoryTrace, before: Blocks, after: Blocks, gradients: frozenset[int], loss: int
+) -> dict[int, str]:
     """Category, for its whole life, of each block that is not temporary.
 
-    Kept for backward is what was made in this step, was there when forward ended and was gone when backward ended.
+    Kept for backward is what was made in this step, was there when forward ended, is not the loss and does not outlive
+    the step. Some of it may go only after backward, with the graph: leaves, random states.
     """
     names = [name for name, part in before.items() for _ in part]
     category = dict(enumerate(names))
     ends = trace.alive
-    kept = set(ends["forward"].values()) - set(ends["backward"].values()) - set(category)
-    category |= dict.fromkeys(kept, "saved")
     made = {"gradients": ("backward", gradients)} | {name: ("optimizer", part) for name, part in after.items()}
     for name, (end, addresses) in made.items():
         for address in addresses:
             if address in ends[end]:
                 category.setdefault(ends[end][address], name)
+    for address, number in ends["forward"].items():
+        if address != loss:
+            category.setdefault(number, "saved")
     return category
 
 

@@ -1,12 +1,14 @@
 """Reading `torch.profiler`: to which module, operation and phase each nanosecond and each allocation belongs.
 
-What runs is marked with names (phases, modules, tensors that autograd keeps), and the profiler's tree of events then
-says what lies inside what. Backward work belongs to the module whose forward operation has the same sequence number.
+What runs is marked with names (phases, modules), and the profiler's tree of events then says what lies inside what.
+Backward work, and what autograd keeps for it, belong to the forward operation that has the same sequence number. What
+is kept is read from the autograd graph: saved-tensor hooks would take the place of the model's own.
 """
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import SavedTensor
 from torch.profiler import record_function
 
 ROUND = "wasi round"
-PHASE, MODULE, SAVED = "wasi phase ", "wasi module ", "wasi saved "
+PHASE, MODULE = "wasi phase ", "wasi module "
 NODE = "autograd::engine::evaluate_function: "
 KINDS = ("matrix products", "attention", "normalisation", "elementwise", "copies", "optimizer", "other")
 
@@ -39,13 +42,16 @@ class Site(NamedTuple):
     operation: str
 
 
+NOWHERE = Site("", "")
+
+
 @dataclass
 class MemoryTrace:
     """All blocks of memory of a traced round, numbered; first those that were there before.
 
     Attributes:
         sizes: Bytes by number.
-        sites: Where a block was first kept for backward, else where it was allocated.
+        sites: The first operation that keeps a block for backward, else the one that allocated it.
         changes: (phase, number, bytes that come or go) in order.
         alive: Number by address at the end of each phase.
     """
@@ -89,14 +95,40 @@ def marked_modules(modules: Mapping[str, nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
-def marked_saving() -> Any:
-    """A context that marks what autograd keeps, with its address."""
+def kept_by(loss: Tensor) -> dict[int, int]:
+    """Addresses of the memory that autograd keeps for the backward pass, with the first node that keeps each.
 
-    def pack(tensor: Tensor) -> Tensor:
-        with record_function(f"{SAVED}{tensor.untyped_storage().data_ptr()}"):
-            return tensor
+    Nothing is unpacked: where saved-tensor hooks made something else of a tensor, that is what is kept.
+    """
+    first: dict[int, int] = {}
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting.extend(below for below, _ in node.next_functions)
+        number = node._sequence_nr()
+        for name in dir(node):
+            if name.startswith("_raw_saved_"):
+                for tensor in _stored(getattr(node, name)):
+                    address = tensor.untyped_storage().data_ptr()
+                    first[address] = min(number, first.get(address, number))
+    return first
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+def _stored(value: Any) -> Iterator[Tensor]:
+    """Tensors in what autograd keeps: by themselves, in containers, or in what a hook packed them into."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, SavedTensor):
+        yield from _stored(value.data)  # type: ignore[attr-defined]
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _stored(item)
+    elif dataclasses.is_dataclass(value):
+        for item in dataclasses.fields(value):
+            yield from _stored(getattr(value, item.name))
 
 
 @functools.cache
@@ -139,31 +171,39 @@ def _is_allocation(event: Any) -> bool:
     return bool(event.typed[0] == torch._C._profiler._EventType.Allocation)
 
 
-class _Modules:
-    """The module that an event belongs to, given that of the event around it; events come in order of time."""
+class _Sites:
+    """The site of an event, given that of the event around it; events come in order of time."""
 
     def __init__(self) -> None:
         self._numbers: list[int] = []  # of the next autograd node, when an operation began; ascending
-        self._callers: list[str] = []  # module of the last operation that began at that number
+        self._makers: list[Site] = []  # of the last operation that began at that number
         self._last = ""
 
-    def of(self, event: Any, around: str) -> str:
+    def of(self, event: Any, around: Site) -> Site:
         if event.name.startswith(MODULE):
-            return str(event.name.removeprefix(MODULE))
+            return Site(event.name.removeprefix(MODULE), "")
+        if event.name.startswith(PHASE):
+            return around
         kind, details = event.typed
         number = details.sequence_number if kind == torch._C._profiler._EventType.TorchOp else -1
         if event.name.startswith(NODE):
             if number >= 0:  # a gradient is accumulated, without number, right after the node that gives it
-                index = bisect.bisect_right(self._numbers, number) - 1  # an operation may make several nodes
-                self._last = self._callers[index] if index >= 0 else around
-            return self._last
+                maker = self.maker(number)
+                self._last = around.module if maker is None else maker.module
+            return Site(self._last, "")
+        site = Site(around.module, around.operation or event.name.removeprefix("aten::"))
         if number >= 0 and details.scope == torch._C._profiler.RecordScope.FUNCTION:
             if not self._numbers or number > self._numbers[-1]:
                 self._numbers.append(number)
-                self._callers.append(around)
+                self._makers.append(site)
             else:
-                self._callers[-1] = around
-        return around
+                self._makers[-1] = site
+        return site
+
+    def maker(self, number: int) -> Site | None:
+        """Site of the operation that made an autograd node, if it was seen; one operation may make several nodes."""
+        index = bisect.bisect_right(self._numbers, number) - 1
+        return self._makers[index] if index >= 0 else None
 
 
 def read_times(profile: torch.profiler.profile) -> list[Times]:
@@ -172,17 +212,18 @@ def read_times(profile: torch.profiler.profile) -> list[Times]:
     Python and the autograd engine, between operations, are of the kind "other"; in the phase "optimizer" everything is
     of the kind "optimizer".
     """
-    modules = _Modules()
+    sites = _Sites()
 
-    def visit(times: Times, event: Any, name: str, module: str, inherited: str | None) -> None:
-        module = modules.of(event, module)
+    def visit(times: Times, event: Any, name: str, around: Site, inherited: str | None) -> None:
+        site = sites.of(event, around)
         kind = inherited or operation_kind(event.name)
         inner = [child for child in event.children if not _is_allocation(child)]
         own = event.duration_time_ns - sum(child.duration_time_ns for child in inner)
-        times[name, module, kind] = times.get((name, module, kind), 0) + max(0, own)
+        key = (name, site.module, kind)
+        times[key] = times.get(key, 0) + max(0, own)
         passed_on = kind if inherited or _takes_all(event.name) else None
         for child in inner:
-            visit(times, child, name, module, passed_on)
+            visit(times, child, name, site, passed_on)
 
     rounds: list[Times] = []
     for one in _rounds(profile):
@@ -190,45 +231,57 @@ def read_times(profile: torch.profiler.profile) -> list[Times]:
         for event in one.children:
             if event.name.startswith(PHASE):
                 name = event.name.removeprefix(PHASE)
-                visit(rounds[-1], event, name, "", "optimizer" if name == "optimizer" else None)
+                visit(rounds[-1], event, name, NOWHERE, "optimizer" if name == "optimizer" else None)
     return rounds
 
 
-def read_memory(profile: torch.profiler.profile, before: Sequence[Mapping[int, int]]) -> list[MemoryTrace]:
+def read_memory(
+    profile: torch.profiler.profile, before: Sequence[Mapping[int, int]], kept: Sequence[Mapping[int, int]]
+) -> list[MemoryTrace]:
     """What came and went in each round, from the beginning of its first phase on.
 
     Args:
         profile: A profile with memory.
         before: Of each round, bytes by address of what was there before. Of other such blocks the end is not counted,
             and of blocks from before the profile the profiler does not see it.
+        kept: Of each round, what :func:`kept_by` found when the phase "forward" had ended.
     """
-    modules = _Modules()
+    sites = _Sites()
     return [
-        _MemoryReader(modules, held).read(one.children) for one, held in zip(_rounds(profile), before, strict=True)
+        _MemoryReader(sites, *given).read(one.children)
+        for one, *given in zip(_rounds(profile), before, kept, strict=True)
     ]
 
 
 class _MemoryReader:
     """Reads the events of one round."""
 
-    def __init__(self, modules: _Modules, before: Mapping[int, int]) -> None:
+    def __init__(self, sites: _Sites, before: Mapping[int, int], kept: Mapping[int, int]) -> None:
         self._trace = MemoryTrace()
-        self._modules = modules
+        self._sites = sites
+        self._kept = kept
         self._alive: dict[int, int] = {}
-        self._kept: set[int] = set()
         self._phase = ""
         for address, size in before.items():
-            self._begin(address, size, Site("", ""))
+            self._begin(address, size, NOWHERE)
 
     def read(self, events: Sequence[Any]) -> MemoryTrace:
         for event in events:
             if event.name.startswith(PHASE):
                 self._phase = event.name.removeprefix(PHASE)
-                self._visit(event, Site("", ""))
+                self._visit(event, NOWHERE)
                 self._trace.alive[self._phase] = dict(self._alive)
+                if self._phase == "forward":
+                    self._name_keepers()
             elif self._phase and _is_allocation(event):
-                self._visit(event, Site("", ""))
+                self._visit(event, NOWHERE)
         return self._trace
+
+    def _name_keepers(self) -> None:
+        for address, number in self._kept.items():
+            maker = self._sites.maker(number)
+            if maker is not None and address in self._alive:
+                self._trace.sites[self._alive[address]] = maker
 
     def _begin(self, address: int, size: int, site: Site) -> int:
         number = self._alive[address] = len(self._trace.sizes)
@@ -236,18 +289,13 @@ class _MemoryReader:
         self._trace.sites.append(site)
         return number
 
-    def _visit(self, event: Any, site: Site) -> None:
+    def _visit(self, event: Any, around: Site) -> None:
         if _is_allocation(event):
-            self._change(event.typed[1].ptr, event.typed[1].alloc_size, site)
-        elif event.name.startswith(SAVED):
-            number = self._alive.get(int(event.name.removeprefix(SAVED)))
-            if number is not None and number not in self._kept:
-                self._kept.add(number)
-                self._trace.sites[number] = site
-        else:
-            site = self._inside(event, site)
-            for child in event.children:
-                self._visit(child, site)
+            self._change(event.typed[1].ptr, event.typed[1].alloc_size, around)
+            return
+        site = self._sites.of(event, around)
+        for child in event.children:
+            self._visit(child, site)
 
     def _change(self, address: int, size: int, site: Site) -> None:
         if address in self._alive:  # where something new begins, the end of the old one went unnoticed
@@ -255,9 +303,3 @@ class _MemoryReader:
             self._trace.changes.append((self._phase, number, -self._trace.sizes[number]))
         if size > 0:
             self._trace.changes.append((self._phase, self._begin(address, size, site), size))
-
-    def _inside(self, event: Any, site: Site) -> Site:
-        module = self._modules.of(event, site.module)
-        if event.name.startswith((PHASE, MODULE, NODE)):
-            return Site(module, "")
-        return Site(module, site.operation or event.name.removeprefix("aten::"))

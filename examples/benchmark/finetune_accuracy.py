@@ -14,18 +14,33 @@ method's learning rates of ``GRID`` are run with seed 0, then the best of them w
     python examples/benchmark/finetune_accuracy.py --method wasi --target-share 0.5
     python examples/benchmark/finetune_accuracy.py --method full --lr 3e-5 --seed 0 --threads 1
     python examples/benchmark/finetune_accuracy.py --summarise
+
+WASI's initial factors come in the four variants of ``initial_factors.py``. Their preparation, minutes long, depends
+neither on the seed nor on learning rates or the memory mode, so it is done once and kept in the cache folder for all
+the runs that differ in these only (``prepared.py``). Several shares, variants or memory modes can be given at once::
+
+    python examples/benchmark/finetune_accuracy.py --method wasi --memory-mode exact fast small --lr 5e-4 --seed 0 1 2
+    python examples/benchmark/finetune_accuracy.py --method wasi --target-share 0.5 0.33 0.25 --lr 5e-4 --seed 0 1 2 \\
+        --variant plain one-sided two-sided repaired --plot docs/benchmarks/finetune_accuracy.png
+
+The first also gives a table of what rounding costs: each run minus the one that differs from it in exact memory only.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
+from torch import nn
 
 import wasi_peft
 
@@ -35,9 +50,13 @@ from assets import SHIPPED_IMAGES, ImageSet, cache_dir, fashion_mnist_folder, lo
 from finetune import METHODS, accuracy, build, build_optimizer, predict, train
 
 from benchmark.common import add_entry, environment, read_json
+from benchmark.prepared import VARIANTS, attach_factors, build_config
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "finetune_accuracy.json"
 GRID = {"full": (2e-5, 5e-5, 1e-4), "lora": (2e-4, 5e-4, 1e-3), "wasi": (2e-5, 5e-5, 1e-4, 2e-4)}
+SCORES = ("validation_accuracy", "test_accuracy", "test_accuracy_first_2000")
+DEFAULT_VARIANT, DEFAULT_MODE = "repaired", "exact"
+MODE_FIELDS = ("memory_mode", "saved_tensors")
 Settings = dict[str, Any]
 
 
@@ -81,15 +100,11 @@ def run(settings: Settings) -> dict[str, Any]:
     train_set, validation_set = part(pool, 0, count), part(pool, count, count + held_out)
     transformers.set_seed(settings["seed"])
     model = load_vit(num_labels=len(pool.classes), seed=settings["seed"])
-    model = build(
-        settings["method"],
-        model,
-        train_set,
-        settings["wasi"],
-        settings["target_share"],
-        settings["calibration_images"] or 0,
-        settings["repair_steps"] or 0,
-    )
+    factors = None
+    if settings["method"] == "wasi":
+        model, factors = build_wasi(settings, model, train_set)
+    else:
+        model = build(settings["method"], model, train_set)
     optimizer = build_optimizer(settings["method"], model, settings["lr"], settings["head_lr"])
     with tempfile.TemporaryDirectory() as scratch:
         log = train(
@@ -110,7 +125,36 @@ def run(settings: Settings) -> dict[str, Any]:
     }
     if settings["method"] == "wasi":
         entry["kept_share"] = model.wasi_summary().kept_share
+        entry["initial_factors"] = factors
     return entry
+
+
+def build_wasi(settings: Settings, model: nn.Module, train_set: ImageSet) -> tuple[nn.Module, str | None]:
+    """Returns the model with its adapter, and the digest of the prepared factors that it starts from."""
+    variant, options = settings["variant"] or DEFAULT_VARIANT, settings["wasi"]
+    config = build_config(variant, model, settings["target_share"], options)
+    images, steps = settings["calibration_images"] or 0, settings["repair_steps"] or 0
+    factors = attach_factors(variant, model, config, options, train_set, images, steps)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
+        return peft.get_peft_model(model, config), factors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def chosen_runs(entries: dict[str, Any], group: str) -> list[dict[str, Any]]:
+    """Returns a group's runs, by seed, at the learning rates that are best on the held-out images.
+
+    Raises:
+        ValueError: If the group has no run with seed 0 yet.
+    """
+    rates = best_rates(entries, group)
+    runs = [entry for entry in entries.values() if group_of(entry["settings"]) == group]
+    runs = [entry for entry in runs if (entry["settings"]["lr"], entry["settings"]["head_lr"]) == rates]
+    return sorted(runs, key=lambda entry: entry["settings"]["seed"])
 
 
 def summary(entries: dict[str, Any]) -> str:
@@ -122,29 +166,112 @@ def summary(entries: dict[str, Any]) -> str:
     groups = dict.fromkeys(group_of(entry["settings"]) for entry in entries.values())
     for group in groups:
         try:
-            rates = best_rates(entries, group)
+            runs = chosen_runs(entries, group)
         except ValueError:
             continue  # no run with seed 0 yet
-        runs = [
-            entry
-            for entry in entries.values()
-            if group_of(entry["settings"]) == group
-            and (entry["settings"]["lr"], entry["settings"]["head_lr"]) == rates
-        ]
-        columns = ("validation_accuracy", "test_accuracy", "test_accuracy_first_2000")
-        spread = [mean_and_spread([entry[column] for entry in runs]) for column in columns]
-        seeds = ", ".join(str(seed) for seed in sorted(entry["settings"]["seed"] for entry in runs))
-        lines.append(f"| {group} | {rates[0]:g} ({rates[1] or rates[0]:g}) | {seeds} | {' | '.join(spread)} |")
+        lr, head_lr = runs[0]["settings"]["lr"], runs[0]["settings"]["head_lr"]
+        spread = [mean_and_spread([entry[score] for entry in runs]) for score in SCORES]
+        seeds = ", ".join(str(entry["settings"]["seed"]) for entry in runs)
+        lines.append(f"| {group} | {lr:g} ({head_lr or lr:g}) | {seeds} | {' | '.join(spread)} |")
+    lines += ["", *differences(entries)]
     lines += ["", "Every run on held-out images (these chose the learning rates):", ""]
     lines += [f"* {entry['validation_accuracy']:.4f}  {key}" for key, entry in entries.items()]
     return "\n".join(lines)
 
 
-def mean_and_spread(values: list[float]) -> str:
+def differences(entries: dict[str, Any]) -> list[str]:
+    """Returns the lines of a table: runs minus their exact twins, seed by seed, and mean and spread of that."""
+    lines = [
+        "Difference to the same run with memory_mode exact:",
+        "",
+        "| runs | minus those with | seeds | held-out | test | first 2,000 of the test |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    pairs: dict[tuple[str, str], list[tuple[Any, Any]]] = {}
+    for entry in entries.values():
+        twin = exact_twin(entries, entry)
+        if twin is not None:
+            name = key_of({**entry["settings"], "seed": None})
+            pairs.setdefault((name, json.dumps(twin["settings"]["wasi"], sort_keys=True)), []).append((entry, twin))
+    for (name, options), found in pairs.items():
+        found.sort(key=lambda pair: pair[0]["settings"]["seed"])
+        cells = [", ".join(str(entry["settings"]["seed"]) for entry, _ in found)]
+        for score in SCORES:
+            each = [entry[score] - twin[score] for entry, twin in found]
+            cells.append(f"{mean_and_spread(each, sign='+')} ({', '.join(f'{value:+.4f}' for value in each)})")
+        lines.append(f"| {name} | {options} | {' | '.join(cells)} |")
+    return lines if pairs else []
+
+
+def exact_twin(entries: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the run that differs from another one only in what is kept exactly for backward; None if it is missing.
+
+    That is the run without ``memory_mode`` and ``saved_tensors``, else the one that keeps exact inputs too. It must
+    have started from the same factors.
+    """
+    settings = entry["settings"]
+    without_mode = {key: value for key, value in settings["wasi"].items() if key not in MODE_FIELDS}
+    others = {key: value for key, value in without_mode.items() if not key.startswith("activation_")}
+    for options in (without_mode, {**others, "activation_threshold": None}):
+        twin = entries.get(key_of({**settings, "wasi": options}))
+        if twin is not None and twin is not entry and twin.get("initial_factors") == entry.get("initial_factors"):
+            return twin
+    return None
+
+
+def mean_and_spread(values: list[float], sign: str = "") -> str:
     """Formats a mean, with the sample standard deviation if there are several values."""
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+    mean = f"{statistics.mean(values):{sign}.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+def plot(entries: dict[str, Any], args: argparse.Namespace, path: Path) -> None:
+    """Draws test accuracy against the share of weights kept, one curve a variant and memory mode.
+
+    Error bars, and the bands of full fine-tuning and LoRA, are the sample standard deviation over seeds.
+
+    Raises:
+        ValueError: If no run of WASI that was asked for is finished.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    bands: dict[str, tuple[float, float]] = {}
+    for settings in every_settings(args, METHODS):
+        try:
+            runs = chosen_runs(entries, group_of(settings))
+        except ValueError:
+            continue  # no run with seed 0 yet
+        scores = [entry["test_accuracy"] for entry in runs]
+        mean, spread = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+        if settings["method"] == "wasi":
+            mode = settings["wasi"].get("memory_mode")
+            label = " ".join(filter(None, (settings["variant"] or DEFAULT_VARIANT, mode)))
+            curves.setdefault(label, []).append((runs[0]["kept_share"], mean, spread))
+        else:
+            bands[settings["method"]] = mean, spread
+    if not curves:
+        raise ValueError("--plot needs finished runs of WASI with seed 0 and the given settings, got none")
+    figure, axis = pyplot.subplots(figsize=(6.4, 4.4))
+    for (label, (mean, spread)), color in zip(bands.items(), ("black", "tab:gray"), strict=False):
+        axis.axhline(mean, color=color, linestyle=":", label=label)
+        axis.axhspan(mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
+    for label, points in curves.items():
+        shares, means, spreads = zip(*sorted(points), strict=True)
+        axis.errorbar(shares, means, yerr=spreads, marker="o", markersize=4, capsize=3, label=label)
+    axis.set(xlabel="share of weights kept", ylabel="test accuracy after fine-tuning")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -157,7 +284,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--head-lr", type=float, help="learning rate of the head (default: the same)")
     add("--seed", type=int, nargs="+", help="seeds (default: 0 with --lr, else 0, 1 and 2)")
     add("--wasi", type=json.loads, default={}, metavar="JSON", help='fields of WasiConfig, as {"weight_rank": 64}')
-    add("--target-share", type=float, help="WASI: share of the weights to keep")
+    add("--memory-mode", nargs="+", choices=wasi_peft.config.MEMORY_MODES, help="the same, one run a mode")
+    add("--target-share", type=float, nargs="+", default=[None], help="WASI: shares of the weights to keep")
+    add("--variant", nargs="+", choices=VARIANTS, default=[DEFAULT_VARIANT], help="WASI: initial factors")
     add("--calibration-images", type=int, default=512, help="WASI: unlabelled training images looked at first")
     add("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS, help="WASI: steps of the label-free repair")
     add("--train", type=int, default=6000 if full else 5000, help="images trained on")
@@ -168,18 +297,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=1)
     add("--results", type=Path, default=RESULTS, help="the JSON file")
     add("--summarise", action="store_true", help="run nothing, print mean and spread of the finished runs")
+    add("--plot", type=Path, metavar="FILE", help="draw accuracy against the share kept, of the runs asked for")
     return parser.parse_args(arguments)
 
 
-def settings_of(method: str, args: argparse.Namespace) -> Settings:
-    """Returns a method's settings, but for learning rates and seed."""
+def every_settings(args: argparse.Namespace, methods: list[str] | tuple[str, ...]) -> Iterator[Settings]:
+    """Yields the settings of all runs asked for, but for learning rates and seed."""
+    for method in methods:
+        if method != "wasi":
+            yield settings_of(args, method)
+            continue
+        for variant, share, mode in itertools.product(args.variant, args.target_share, args.memory_mode or [None]):
+            yield settings_of(args, method, variant, share, mode)
+
+
+def settings_of(
+    args: argparse.Namespace,
+    method: str,
+    variant: str = DEFAULT_VARIANT,
+    share: float | None = None,
+    mode: str | None = None,
+) -> Settings:
+    """Returns the settings of a run, but for learning rates and seed; None is what a key leaves out."""
     wasi = method == "wasi"
     return {
         "method": method,
-        "wasi": args.wasi if wasi else {},
-        "target_share": args.target_share if wasi else None,
-        "calibration_images": args.calibration_images if wasi else None,
-        "repair_steps": args.repair_steps if wasi else None,
+        "variant": None if variant == DEFAULT_VARIANT else variant,
+        "wasi": {**args.wasi, **({} if mode in (None, DEFAULT_MODE) else {"memory_mode": mode})} if wasi else {},
+        "target_share": share,
+        "calibration_images": args.calibration_images if wasi and variant != "plain" else None,
+        "repair_steps": args.repair_steps if wasi and variant == "repaired" else None,
         "train": args.train,
         "validation": args.validation,
         "test": args.test,
@@ -188,12 +335,11 @@ def settings_of(method: str, args: argparse.Namespace) -> Settings:
     }
 
 
-def run_missing(method: str, rate: str | float, seed: int, args: argparse.Namespace) -> None:
+def run_missing(settings: Settings, rate: str | float, seed: int, args: argparse.Namespace) -> None:
     """Does one run and stores its entry, unless it was done before."""
-    settings = settings_of(method, args)
     entries = read_json(args.results)
     rates = best_rates(entries, group_of(settings)) if rate == "best" else (float(rate), args.head_lr)
-    settings |= {"lr": rates[0], "head_lr": rates[1], "seed": seed}
+    settings = {**settings, "lr": rates[0], "head_lr": rates[1], "seed": seed}
     key = key_of(settings)
     if key in entries:
         print(f"finished before: {key}", flush=True)
@@ -209,12 +355,16 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()  # the new head is reported as missing, which is meant
-    for method in [] if args.summarise else args.method:
+    for settings in [] if args.summarise else every_settings(args, args.method):
         seeds = args.seed or ([0] if args.lr else [0, 1, 2])
-        plan = [(rate, seed) for seed in seeds for rate in args.lr or (GRID[method] if seed == 0 else ["best"])]
+        grid = GRID[settings["method"]]
+        plan = [(rate, seed) for seed in seeds for rate in args.lr or (grid if seed == 0 else ["best"])]
         for rate, seed in plan:
-            run_missing(method, rate, seed, args)
-    print(summary(read_json(args.results)))
+            run_missing(settings, rate, seed, args)
+    entries = read_json(args.results)
+    print(summary(entries))
+    if args.plot:
+        plot(entries, args, args.plot)
 
 
 if __name__ == "__main__":

@@ -175,11 +175,12 @@ TASKS = {"dinov2": dinov2, "minilm": minilm, "smollm2": smollm2}
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def uniform_ranks(model: nn.Module, share: float) -> dict[str, int]:
-    """Ranks that keep the same share of every target layer."""
+def uniform_ranks(model: nn.Module, share: float, reserved_rank: int = 0) -> dict[str, int]:
+    """Ranks that keep the same share of every target layer, together with what is reserved for a later change."""
     layers = wasi_peft.calibration.dense_targets(model, None)
     sizes = {name: wasi_peft.calibration.dense_weight(module).shape for name, module in layers.items()}
-    return {name: max(1, int(share * out * size / (out + size))) for name, (out, size) in sizes.items()}
+    ranks = {name: int(share * out * size / (out + size)) - reserved_rank for name, (out, size) in sizes.items()}
+    return {name: max(1, rank) for name, rank in ranks.items()}
 
 
 def factored(
