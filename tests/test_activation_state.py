@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from models import ARCHITECTURES
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import wasi_peft.layer as layer_module
 from wasi_peft import SubspaceSGD, WasiConfig, WasiLayer
@@ -417,6 +419,85 @@ def test_a_kept_batch_takes_part_in_every_step() -> None:
         return bases(model)
 
     assert_same(run(fresh=False), run(fresh=True))
+
+
+# -------------------------------------------------------------------- non-reentrant checkpointing
+
+CHECKPOINTED = {
+    "rank": {"activation_ranks": 4},
+    "threshold": {"activation_ranks": None, "activation_threshold": 0.8},
+    "tokens": {"activation_ranks": {"feature": 4, "token": 3}, "activation_modes": ["feature", "token"]},
+    "batch": {"activation_ranks": dict.fromkeys(MODES[2], 3), "activation_modes": MODES[2]},
+}
+
+
+@pytest.mark.parametrize("options", CHECKPOINTED)
+@pytest.mark.parametrize("name", DISTINCT_INPUTS)
+def test_nothing_is_compressed_in_a_pass_that_is_thrown_away(
+    name: str, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once bases exist, each input is compressed once a step as in the plain run: same gradients, bases and moves."""
+
+    def run(checkpointing: bool) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]], list[list[bool]]]:
+        model = architecture_model(name, activation_interval=2, **CHECKPOINTED[options])
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = sgd(model)
+        found, kept, advances = [], [], []
+        for step in range(5):
+            compressions = Recorder(monkeypatch, "compress")
+            model(**ARCHITECTURES[name].batch(samples=8, seed=step)).loss.backward()
+            monkeypatch.undo()
+            advances.append(sorted(advance for (_, _, _, advance), _ in compressions.calls))
+            found.append(gradients(model))
+            kept.append(bases(model))
+            optimizer.step()
+            optimizer.zero_grad()
+        return found, kept, advances
+
+    plain, checkpointed = run(checkpointing=False), run(checkpointing=True)
+    for step in range(5):
+        assert_same(checkpointed[0][step], plain[0][step], rtol=1e-3, atol=1e-5)
+        assert_same(checkpointed[1][step], plain[1][step], rtol=1e-3, atol=1e-4)
+    assert len(checkpointed[2][0]) > len(plain[2][0])  # blocks are recomputed; the first pass made the bases
+    once = plain[2][1:]
+    assert [len(calls) for calls in once] == [DISTINCT_INPUTS[name]] * 4
+    assert any(map(any, once)) and not all(map(any, once))
+    if options != "batch":  # whose rank is known only by compressing
+        assert checkpointed[2][1:] == once
+    assert [sum(calls) for calls in checkpointed[2]] == [sum(calls) for calls in plain[2]]
+
+
+def checkpointed_step(model: nn.Module, x: Tensor, **options: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    checkpoint(lambda x: model(1.5 * x), x, use_reentrant=False, **options).square().mean().backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_an_input_without_a_subspace_is_recomputed_in_the_form_that_was_announced(bad: float) -> None:
+    model = readers()
+    optimizer = sgd(model)
+    good = torch.randn(8, 10, WIDTH, generator=torch.Generator().manual_seed(1))
+    checkpointed_step(model, good)
+    optimizer.step()  # the bases are due to move
+    checkpointed_step(model, torch.full_like(good, bad))
+    assert all(bool(basis.isfinite().all()) for basis in bases(model).values())
+    assert all(bool(grad.isfinite().all()) for grad in checkpointed_step(model, good).values())
+
+
+def test_operations_that_checkpointing_replays_are_the_same_in_both_passes() -> None:
+    """A selective policy hands the second pass the results of the first one's products, in their order."""
+    save_products = functools.partial(
+        create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    )
+    x = torch.randn(8, 10, WIDTH, generator=torch.Generator().manual_seed(1))
+    results = []
+    for options in ({}, {"context_fn": save_products}):
+        model = readers(activation_interval=8)
+        checkpointed_step(model, x)
+        results.append(checkpointed_step(model, x, **options))
+    assert_same(results[1], results[0])
 
 
 # -------------------------------------------------------------------- the order of passes

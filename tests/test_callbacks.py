@@ -122,6 +122,25 @@ def test_the_kept_energy_is_that_of_the_logged_step(tmp_path: Path) -> None:
     assert values[:3] == pytest.approx(kept, rel=1e-4)
 
 
+def test_checkpointing_hides_no_layer(tmp_path: Path) -> None:
+    """Inputs are compressed in the recomputation only, which ends before the last layer of a block has returned."""
+
+    class Seeing(WasiCallback):
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            if self._energies:
+                found.append(set(self._energies))
+            super().on_log(*args, **kwargs)
+
+    logs = []
+    for arguments in ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}):
+        found: list[set[str]] = []
+        logs.append(wasi_logs(fit(build(), Seeing(), tmp_path, max_steps=4, logging_steps=1, **arguments)))
+        assert {len(names) for names in found} == {12}
+    for plain, checkpointed in zip(*logs, strict=True):
+        for key in ("wasi/activation_energy_mean", "wasi/activation_energy_min"):
+            assert checkpointed[key] == pytest.approx(plain[key], abs=1e-4)
+
+
 def test_no_hook_stays_behind(tmp_path: Path) -> None:
     model = build()
     fit(model, WasiCallback(), tmp_path)

@@ -30,6 +30,7 @@ from wasi_peft.tucker import (
     expand,
     expand_rows,
     mode_dot,
+    placeholder,
     unfold,
 )
 
@@ -410,3 +411,19 @@ def test_a_basis_keeps_no_other_vectors_alive(rank: int) -> None:
     assert result is not None
     feature = result[0].feature
     assert feature.untyped_storage().nbytes() == feature.numel() * feature.element_size()
+
+
+@pytest.mark.parametrize("options", [rule(("feature",), 0.9), rule(("feature", "token"), 0.9), rule(feature=3)])
+@pytest.mark.parametrize("advance", [True, False])
+def test_a_placeholder_has_the_form_that_compressing_gives(options: CompressionRule, advance: bool) -> None:
+    x = decaying(4, 9, 20, seed=40)
+    assert placeholder(x, options, Bases()) is None
+    first = compress(x, options, Bases())
+    assert first is not None
+    announced = placeholder(x, options, first[1])
+    result = compress(decaying(4, 9, 20, seed=41), options, first[1], advance)
+    assert announced is not None and result is not None
+    for form, part in zip(announced, result[0], strict=True):
+        assert (form is None) == (part is None)
+        assert form is None or (form.shape, form.dtype) == (part.shape, part.dtype)
+    assert announced.core.untyped_storage().nbytes() == x.itemsize

@@ -92,7 +92,9 @@ class WasiCallback(TrainerCallback):
         if not self._energies or (state.global_step + 1) % interval == 0:
             self._energies = {}
             for name, layer in _layers(model).items():
-                self._handles.append(layer.register_forward_hook(self._look(name), with_kwargs=True))
+                # recomputation stops inside the last layer of a block, once it has what it needs
+                handle = layer.register_forward_hook(self._look(name), with_kwargs=True, always_call=True)
+                self._handles.append(handle)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

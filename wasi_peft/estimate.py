@@ -562,8 +562,9 @@ def _input_elements(layer: nn.Module, x: Tensor) -> int:
     image = x.shape[:-1].numel() * outer.shape[1]  # of the input, from which the gradient of `outer` can come
     if not inner.requires_grad:
         return image if outer.requires_grad else 0
-    kept = x.numel()
-    for (rule, _), compressed in _shared(x).compressed.items():
-        if rule == layer.wasi_rule[name] and compressed is not None:
-            kept = sum(part.numel() for part in compressed if part is not None)
+    kept, seen = x.numel(), _shared(x)
+    announced = ((rule, form) for (rule, *_), (_, form) in seen.announced.items())
+    for rule, form in (*announced, *((rule, form) for (rule, _), form in seen.compressed.items())):
+        if rule == layer.wasi_rule[name] and form is not None:
+            kept = sum(part.numel() for part in form if part is not None)
     return kept + (image if trained and outer.requires_grad else 0)

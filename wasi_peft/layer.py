@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachingTorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +22,7 @@ from .config import WasiConfig
 from .linalg import retraction
 from .low_rank import joined, low_rank_linear
 from .released import FactoredWeight, ReleasedLinear, build_dense
-from .tucker import Bases, CompressionRule, Tucker, canonical, compress
+from .tucker import Bases, CompressionRule, Tucker, canonical, compress, placeholder
 
 RELEASED = (
     "The dense weights were released when the WASI adapter was injected, so {action} is not possible. "
@@ -50,6 +52,9 @@ class _SharedInput:
         self.version = version
         self.casts: dict[torch.dtype, Tensor] = {}
         self.compressed: dict[tuple[CompressionRule, torch.dtype], Tucker | None] = {}
+        # by adapter too: what form a first pass gave out, and whose bases it has; recomputation may come to another
+        # reader of the input first
+        self.announced: dict[tuple[CompressionRule, torch.dtype, str], tuple[WasiLayer, Tucker | None]] = {}
 
 
 # Keyed by identity and weakly: an entry lives as long as the input tensor it describes, at most until the next
@@ -468,26 +473,51 @@ class Linear(nn.Module, WasiLayer):
         """The compressed form of the input, shared with the other layers that read the same tensor.
 
         The basis takes one iteration every `activation_interval` optimizer steps, in the first forward pass that
-        trains: a block that is recomputed, or a further micro-batch, meets the same basis again.
+        trains: a further micro-batch meets the same basis again. In a pass whose saved tensors are thrown away nothing
+        is compressed as soon as bases exist; the first step makes them there.
         """
         rule = self.wasi_rule[name]
         assert rule is not None
-        shared, key = _shared(x).compressed, (rule, rows.dtype)
-        if key not in shared:
-            advance = self.wasi_basis_age[name] >= self.wasi_basis_interval[name]
-            with torch.no_grad(), torch.autocast(device_type=x.device.type, enabled=False):
-                result = compress(canonical(rows.detach()), rule, self.wasi_bases[name], advance)
-            if result is not None:
-                self.wasi_bases[name] = result[1]
-                self.wasi_basis_age[name] = 0 if advance else self.wasi_basis_age[name]
-            shared[key] = None if result is None else result[0]
-        return shared[key]
+        seen, key = _shared(x), (rule, rows.dtype)
+        if key in seen.compressed:
+            return seen.compressed[key]
+        owner, _ = seen.announced.get((*key, name), (self, None))
+        rows, bases = canonical(rows.detach()), owner.wasi_bases[name]
+        if _saved_tensors_are_dropped():
+            form = placeholder(rows, rule, bases)
+            seen.announced[(*key, name)] = owner, form
+            if form is not None:
+                return form
+        advance = owner.wasi_basis_age[name] >= owner.wasi_basis_interval[name]
+        with torch.no_grad(), torch.autocast(device_type=x.device.type, enabled=False):
+            result = compress(rows, rule, bases, advance)
+            if result is None and advance:  # NaN and Inf move no basis, but the form may have been announced
+                advance, result = False, compress(rows, rule, bases, False)
+        if result is not None:
+            owner.wasi_bases[name] = result[1]
+            owner.wasi_basis_age[name] = 0 if advance else owner.wasi_basis_age[name]
+        seen.compressed[key] = None if result is None else result[0]
+        return seen.compressed[key]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
 
     def __repr__(self) -> str:
         return "wasi." + super().__repr__()
+
+
+def _saved_tensors_are_dropped() -> bool:
+    """Whether this is the first pass of non-reentrant checkpointing, which looks only at what form saved tensors have.
+
+    Where it also keeps the results of some operations, to replay them in their order, both passes must run the same.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    pack = None if hooks is None else hooks[0]
+    if getattr(pack, "__module__", "") != "torch.utils.checkpoint":
+        return False
+    if not getattr(pack, "__qualname__", "").startswith("_checkpoint_hook."):  # the other one is of the second pass
+        return False
+    return not any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
 
 
 def _two_linears(x: Tensor, outer: Tensor, inner: Tensor, bias: Tensor | None) -> Tensor:

@@ -169,6 +169,30 @@ def compress(x: Tensor, rule: CompressionRule, bases: Bases, advance: bool = Tru
     return Tucker(roundable(core.contiguous()), feature, token, batch), Bases(feature, token)
 
 
+def placeholder(x: Tensor, rule: CompressionRule, bases: Bases) -> Tucker | None:
+    """What :func:`compress` would return, with the bases of before and a core without values, which takes no memory.
+
+    **Shape**
+        - x: (B, N, I); returns the shapes of :func:`compress`
+
+    Returns:
+        None where they depend on the values of the input: a basis cannot be continued, or the batch is compressed; and
+        where the form would not be smaller than the input.
+    """
+    if "batch" in rule.modes or x.numel() == 0 or not _fits(unfold(x, 2), bases.feature, "feature", rule):
+        return None
+    feature, token = bases.feature, None
+    assert feature is not None
+    core = x.new_empty(()).expand(*x.shape[:2], feature.shape[1])
+    if "token" in rule.modes and x.shape[1] > 1:
+        token = bases.token
+        if token is None or not _fits(unfold(core, 1), token, "token", rule):
+            return None
+        core = core[:, :1].expand(-1, token.shape[1], -1)
+    kept = sum(part.numel() for part in (core, feature, token) if part is not None)
+    return None if kept >= x.numel() else Tucker(core, feature, token)
+
+
 def expand_rows(compressed: Tucker) -> Tensor:
     """Rows of the compressed input in the feature basis: `Z` with `X ~ Z U_f^T`.
 
