@@ -5,9 +5,9 @@ attention's queries, keys, values and output. Exact stay: all that no gradient f
 batch, masks, rotary tables, the statistics that a kernel keeps for itself: logsumexp, mean, rstd), views and casts of
 parameters, per-row statistics, and small tensors.
 
-Attention by torch's function keeps rounded queries, keys and values and runs again (:mod:`wasi_peft.attention`). Where
-it cannot (dropout, attention written out), errors in its tensors leave sums that do not cancel, so tensors of four and
-more dimensions, which is what attention works on, are kept as 'int16'.
+Attention by torch's function keeps queries, keys and values in 8 bits (16 with 'bf16') and runs again
+(:mod:`wasi_peft.attention`). Where it cannot (dropout, attention written out), errors in its tensors leave sums that
+do not cancel, so tensors of four and more dimensions, which is what attention works on, are kept as 'int16'.
 
 Tensors without a graph stay exact, but for those that a layer of this package marks (:func:`tucker.roundable`).
 """
@@ -37,6 +37,7 @@ from .tucker import is_roundable
 
 SAVED_KINDS = ("bf16", "int8", "int4")
 MINIMUM_ELEMENTS = 4096
+_ATTENTION = {"bf16": "int16", "int8": "int8", "int4": "int8"}  # how attention's tensors are kept with each kind
 _BYTES = {"bf16": 2, "int16": 2, "int8": 1, "int4": 0.5}
 
 # operations whose result has the values of their first input
@@ -77,7 +78,7 @@ class LowBitSavedTensors(saved_tensors_hooks):
     def __init__(self, kind: str = "int8", minimum_elements: int = MINIMUM_ELEMENTS) -> None:
         _check(kind, minimum_elements)
         super().__init__(lambda tensor: _pack(tensor, kind, minimum_elements), _unpack)
-        self._attention = LowBitAttention(kind)
+        self._attention = LowBitAttention(_ATTENTION[kind])
 
     def __enter__(self) -> None:
         self._attention.__enter__()
@@ -245,7 +246,7 @@ def stays_exact(tensor: Tensor) -> bool:
 
 
 def _kind_for(tensor: Tensor, kind: str) -> str:
-    """The kind, or 'int16' for what may be a query, key, output or softmax of attention."""
+    """The kind, or 'int16' for what may be a query, key, output or softmax of attention that is written out."""
     return "int16" if tensor.dim() >= 4 else kind
 
 

@@ -191,7 +191,8 @@ def slice_blocks(model: nn.Module, rows: int = SLICE_ROWS) -> list[str]:
     blocks = {name: model.get_submodule(name) for name in block_names(default_target_names(model, WasiConfig()))}
     for name, block in blocks.items():
         if "forward" in block.__dict__ and not _is_sliced(block):
-            raise ValueError(f"{name}: its forward was replaced by {block.forward!r}, which must be undone first.")
+            replaced = type(block.__dict__["forward"]).__name__
+            raise ValueError(f"{name}: its forward was replaced by a {replaced}, which must be undone first.")
     for block in blocks.values():
         block.__dict__["forward"] = functools.partial(_forward_in_slices, block, slices)
     return list(blocks)
