@@ -6,6 +6,7 @@ Importing this package registers the PEFT type `WASI`.
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._registration import register
+from .attention import low_bit_attention
 from .calibration import Calibration, calibrate_wasi
 from .callbacks import WasiCallback, resize_rank
 from .chunked_loss import chunked_cross_entropy, remove_chunked_loss, use_chunked_loss
@@ -25,6 +26,7 @@ from .recompute import BlockRecomputation, recompute_blocks
 from .repair import REPAIR_STEPS, repair_factors
 from .report import plot_calibration, plot_estimates, plot_plan
 from .saved import LowBitSavedTensors, store_saved_tensors
+from .slices import BatchSlices, slice_blocks, unslice_blocks
 from .step_profile import StepProfile, profile_wasi
 from .summary import WasiSummary, wasi_summary
 
@@ -32,6 +34,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "REPAIR_STEPS",
+    "BatchSlices",
     "BlockRecomputation",
     "Calibration",
     "Estimate",
@@ -53,6 +56,7 @@ __all__ = [
     "costs_table",
     "create_wasi_optimizer",
     "estimate_wasi",
+    "low_bit_attention",
     "measure_peak_memory",
     "plan_wasi",
     "plot_calibration",
@@ -66,8 +70,10 @@ __all__ = [
     "remove_chunked_loss",
     "repair_factors",
     "resize_rank",
+    "slice_blocks",
     "store_saved_tensors",
     "unchunk_mlps",
+    "unslice_blocks",
     "use_chunked_loss",
     "wasi_summary",
 ]
