@@ -21,7 +21,7 @@ from .config import WasiConfig
 from .saved import block_names
 from .targets import default_target_names
 
-SLICE_ROWS = 768  # tokens of a slice, about
+SLICE_ROWS = 1600  # tokens of a slice, about: fewer cost time in small operations, more cost memory
 TOLERANCE = 0.01  # of the norm of a block's output; samples that meet change it by far more
 _PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 
