@@ -111,7 +111,7 @@ def attention_gradients(
     return dq, dk, dv
 
 
-class _LowBitAttention(torch.autograd.Function):
+class LowBitAttentionFunction(torch.autograd.Function):
     """Attention by torch's kernel; the rounded q, k, v are all that is kept."""
 
     @staticmethod
@@ -204,7 +204,7 @@ def low_bit_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    return _LowBitAttention.apply(query, key, value, attn_mask, is_causal, scale, enable_gqa, kind)
+    return LowBitAttentionFunction.apply(query, key, value, attn_mask, is_causal, scale, enable_gqa, kind)
 
 
 class LowBitAttention(TorchFunctionMode):
