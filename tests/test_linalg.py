@@ -33,6 +33,7 @@ from wasi_peft.linalg import (
     leading_subspace,
     orthonormalize,
     paper_step,
+    range_finder,
     rank_for_threshold,
     retract,
     subspace_iteration,
@@ -466,6 +467,34 @@ def test_tangent_gradient_of_a_rank_deficient_factor(gradient_rank: int) -> None
     expected = reference.tangent_gradient(L, R, left @ right)
     assert float((grad_L - expected).norm()) < 1e-9 * float(expected.norm())
     assert float(grad_L[:, 2].norm()) < 1e-9 * float(expected.norm())
+
+
+@QUICK
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 12), st.floats(0.5, 2.0), SEEDS)
+def test_a_range_finder_keeps_nearly_the_leading_energy(m: int, n: int, rank: int, decay: float, seed: int) -> None:
+    rank = min(rank, m, n)
+    rotation = torch.linalg.qr(normal(n, n, seed=seed)).Q
+    matrix = normal(m, n, seed=seed + 1) * torch.arange(1, n + 1).double() ** -decay @ rotation
+    basis = range_finder(matrix, rank)
+    assert basis.shape == (n, rank)
+    assert orthonormality_error(basis) < 1e-10
+    best = torch.linalg.svdvals(matrix)[:rank].square().sum()
+    assert 0.98 * best <= (matrix @ basis).square().sum() <= best * (1 + 1e-9)
+    assert torch.equal(basis, range_finder(matrix, rank))
+
+
+@pytest.mark.parametrize("rank_of_matrix", [1, 4])
+def test_a_range_finder_meets_the_whole_of_a_matrix_of_low_rank(rank_of_matrix: int) -> None:
+    matrix = normal(30, rank_of_matrix, seed=0) @ normal(rank_of_matrix, 20, seed=1)
+    basis = range_finder(matrix, 5)
+    assert orthonormality_error(basis) < 1e-10
+    assert relative_error(matrix @ basis @ basis.T, matrix) < 1e-10
+
+
+def test_a_range_finder_needs_less_memory_than_all_vectors() -> None:
+    matrix = normal(400, 300, seed=0).float()
+    most = measure_peak_memory(lambda: leading_subspace(matrix)).peak_bytes
+    assert measure_peak_memory(lambda: range_finder(matrix, 12)).peak_bytes < most / 5
 
 
 @QUICK

@@ -129,7 +129,7 @@ class LowBitAttentionFunction(torch.autograd.Function):
         ctx.is_causal, ctx.scale = is_causal, scale
         kept = [quantize(tensor, kind) for tensor in (q, k, v)]
         ctx.forms = [(tensor.kind, tensor.dtype, tensor.shape, tensor.stride) for tensor in kept]
-        parts = [(tensor.codes, tensor.scale, tensor.zero, tensor.rest) for tensor in kept]
+        parts = [(tensor.packed, tensor.rest) for tensor in kept]
         ctx.save_for_backward(mask, *(part for tensor in parts for part in tensor))
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
@@ -139,7 +139,7 @@ class LowBitAttentionFunction(torch.autograd.Function):
         mask, *parts = ctx.saved_tensors
         tensors = []
         for index, (kind, *form) in enumerate(ctx.forms):
-            tensors.append(dequantize(Quantized(kind, *parts[4 * index : 4 * index + 4], *form)))
+            tensors.append(dequantize(Quantized(kind, *parts[2 * index : 2 * index + 2], *form)))
         with torch.autocast(device_type=grad.device.type, enabled=False):
             grads = attention_gradients(tensors[0], tensors[1], tensors[2], grad, mask, ctx.is_causal, ctx.scale)
         return *grads, *[None] * 5

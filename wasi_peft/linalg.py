@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 
+_OVERSAMPLING = 8  # directions that a range finder iterates beyond those it returns
+
+
 class WeightFactors(NamedTuple):
     """Factors of one weight and the spectrum they were cut from.
 
@@ -258,6 +261,33 @@ def leading_subspace(matrix: Tensor) -> tuple[Tensor, Tensor]:
         gram.addmm_(block.T, block)
     energies, basis = _symmetric_eigen(gram)
     return energies, basis.to(matrix.dtype)
+
+
+def range_finder(matrix: Tensor, rank: int, iterations: int = 3) -> Tensor:
+    """Nearly the leading right singular vectors of a matrix, by block power iterations from random directions.
+
+    A few directions more than asked for are iterated, and the best of their span are taken (Rayleigh-Ritz). Matrix
+    products only, in a fraction of the memory of :func:`leading_subspace`; the same result for the same input.
+    Source: Halko, Martinsson and Tropp 2011, algorithm 4.4.
+
+    **Shape**
+        - matrix: (m, n)
+        - returns (n, rank), orthonormal columns, rank <= min(m, n)
+
+    Example:
+        >>> basis = range_finder(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=1)
+        >>> [round(value, 3) for value in basis.abs().flatten().tolist()]
+        [1.0, 0.0, 0.0]
+    """
+    block = min(rank + _OVERSAMPLING, *matrix.shape)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], block, generator=generator, dtype=torch.float64)
+    basis = orthonormalize(start.to(matrix))
+    for _ in range(iterations):
+        basis = subspace_iteration(matrix, basis)
+    image = matrix @ basis
+    _, vectors = _symmetric_eigen(image.T @ image)
+    return basis @ vectors[:, :rank]
 
 
 def subspace_iteration(matrix: Tensor, basis: Tensor) -> Tensor:

@@ -52,20 +52,15 @@ def _keep(tensor: Tensor, kind: str) -> _Kept:
     if not smaller:
         return _Kept((tensor,), lambda part: part)
     rounded = quantize(tensor, kind)
-    parts = (rounded.codes, rounded.scale, rounded.zero, rounded.rest)
-    dtypes = [None if part is None else part.dtype for part in parts]
+    parts = (rounded.packed, rounded.rest)
+    dtypes = [part.dtype for part in parts]
     form = (rounded.dtype, rounded.shape, rounded.stride)
 
-    def restore(*parts: Tensor | None) -> Tensor:
-        codes, scale, zero, rest = map(_viewed, parts, dtypes)
-        assert codes is not None and rest is not None
-        return dequantize(Quantized(kind, codes, scale, zero, rest, *form))
+    def restore(*parts: Tensor) -> Tensor:
+        packed, rest = map(Tensor.view, parts, dtypes)
+        return dequantize(Quantized(kind, packed, rest, *form))
 
-    return _Kept(tuple(_viewed(part, None if part is None else INTEGERS[part.itemsize]) for part in parts), restore)
-
-
-def _viewed(part: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return None if part is None or dtype is None else part.view(dtype)
+    return _Kept(tuple(part.view(INTEGERS[part.itemsize]) for part in parts), restore)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ an already small tensor (ST-HOSVD, Vannieuwenhoven et al. 2012). State is a valu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .linalg import leading_subspace, rank_for_threshold, subspace_iteration
+from .linalg import leading_subspace, range_finder, rank_for_threshold, subspace_iteration
 
 MODES = ("feature", "token", "batch")
 _AXIS = {"batch": 0, "token": 1, "feature": 2}
@@ -121,13 +122,15 @@ def _basis(
         return previous
     # products of three factors leave the range of float16
     work = unfolded if unfolded.dtype in (torch.float32, torch.float64) else unfolded.float()
-    if not bool(torch.isfinite(work.square().sum())):
+    norm = float(torch.linalg.vector_norm(work))
+    if not math.isfinite(norm) or norm == 0:
         return None
     if fits and previous is not None:
         return subspace_iteration(work, previous.to(work.dtype)).to(unfolded.dtype)
+    rank = dict(rule.ranks).get(mode)
+    if rank is not None and 4 * rank < min(work.shape):  # beyond, random directions cost as much as all of them
+        return range_finder(work, rank).to(unfolded.dtype)
     energies, vectors = leading_subspace(work)
-    if float(energies[0]) == 0:
-        return None
     # a copy: a view, or what `contiguous` takes for contiguous, would keep all vectors alive
     kept = vectors[:, : rule.rank(mode, energies)]
     return kept.to(unfolded.dtype).clone(memory_format=torch.contiguous_format)
