@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wasi_peft import WasiConfig
 from wasi_peft.autograd import factored_linear
 from wasi_peft.calibration import Calibration, calibrate_wasi
+from wasi_peft.choosing import plan_error
 from wasi_peft.config import MEMORY_MODES, UPDATES
 from wasi_peft.costs import break_even_rank, rank_step
 from wasi_peft.estimate import PlannedPeaks, estimate_peak, estimate_wasi, input_sizes
@@ -25,8 +27,10 @@ from wasi_peft.planner import (
     AIM,
     BUDGETS,
     GRADIENT_ERROR,
+    MODE_TOLERANCE,
     PEAK_MARGIN,
     LayerTimer,
+    _comparable,
     _Flops,
     _next_bound,
     _Problem,
@@ -359,6 +363,49 @@ def test_a_plan_is_for_the_step_that_will_run(memory_mode: Any) -> None:
     budget = int(1.1 * least)
     plan = planned(model, calibration, peak_bytes=budget, batch=batch, config=config)
     assert 0.85 * budget <= peak(model, plan, batch, memory_mode=memory_mode) <= budget
+
+
+def test_the_memory_mode_is_chosen_with_the_ranks() -> None:
+    model, calibration = calibrated("vit")
+    batch = ARCHITECTURES["vit"].batch(64)
+    config = WasiConfig(update="subspace")
+    least = {}
+    for mode in MEMORY_MODES:
+        with pytest.raises(ValueError, match="peak_bytes must be at least") as failure:
+            planned(model, calibration, peak_bytes=10, batch=batch, config=replace(config, memory_mode=mode))
+        found = re.search(r"\(([\d,]+) bytes\)", str(failure.value))
+        assert found is not None
+        least[mode] = int(found[1].replace(",", ""))
+    leanest = min(least, key=least.__getitem__)
+    assert leanest != "exact"
+
+    def chosen(budget: int, modes: tuple[str, ...] = MEMORY_MODES) -> WasiPlan:
+        plan = planned(model, calibration, peak_bytes=budget, batch=batch, config=config, memory_modes=modes)
+        assert WasiConfig(plan=plan).memory_mode == plan.memory_mode
+        assert peak(model, plan, batch) <= budget
+        return plan
+
+    assert chosen(10**12).memory_mode == "exact"
+    assert chosen(10**12, ("small", "exact")).memory_mode == "small"
+    assert chosen(int(1.01 * least[leanest])).memory_mode == leanest
+    tight = int(1.05 * least["exact"])
+    targets = {name: model.get_submodule(name) for name in calibration.layers}
+    spectra = _comparable(calibration.spectra(targets), input_shapes(model, targets, batch), exact=False)
+    errors = {}
+    for mode in [mode for mode in MEMORY_MODES if least[mode] <= tight]:
+        errors[mode] = plan_error(spectra, chosen(tight, (mode,)))
+    plan = chosen(tight)
+    assert len(errors) > 1
+    assert plan.memory_mode == next(m for m in errors if errors[m] <= (1 + MODE_TOLERANCE) * min(errors.values()))
+    with pytest.raises(ValueError, match=r"peak_bytes must be at least .* for this model, got 0\.1 MiB"):
+        chosen(10)
+    for modes in ((), "small", ("tiny",)):
+        with pytest.raises(
+            ValueError, match=r"memory_modes must be a list of any of \['exact', 'fast', 'small'\], got"
+        ):
+            planned(model, calibration, peak_bytes=10**12, batch=batch, memory_modes=modes)
+    with pytest.raises(ValueError, match="memory_modes is for peak_bytes alone, got it with weight_share"):
+        planned(model, calibration, weight_share=0.5, memory_modes=("small",))
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ def test_plan_round_trip(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {
         "format": 1,
         "budget": {"peak_bytes": 1000, "batch": [32, 197], "optimizer": "adamw"},
+        "memory_mode": None,
         "layers": {
             "blocks.0.q": {
                 "out_features": 8,
@@ -193,6 +194,7 @@ def test_plan_numbers_and_text() -> None:
         "WASI plan for peak_bytes=1000, batch=[32, 197], optimizer=adamw: 2 layers, rank 2 to 4 (median 4), "
         "83.3% of their weights kept, 1 with the exact input"
     )
+    assert WasiPlan(PLAN.layers, memory_mode="small").headline().startswith("WASI plan with memory_mode='small': 2")
     assert WasiPlan(PLAN.layers[:1]).headline() == (
         "WASI plan: 1 layers, rank 2 to 2 (median 2), 50.0% of their weights kept"
     )
@@ -209,6 +211,10 @@ def test_plan_numbers_and_text() -> None:
         ({**PLAN.to_dict(), "author": "me"}, r"a plan must have the keys \[.*it has the unknown key 'author'"),
         ({"format": 1, "layers": {}}, r"a plan must have the keys \[.*it misses 'budget'"),
         ({**PLAN.to_dict(), "layers": {}}, "a plan must have at least one layer, got none"),
+        (
+            {**PLAN.to_dict(), "memory_mode": "tiny"},
+            r"memory_mode must be one of \['exact', 'fast', 'small'\], got 'tiny'",
+        ),
         ({**PLAN.to_dict(), "budget": None}, "a plan's budget must be a dict of JSON values, got None"),
         ({**PLAN.to_dict(), "layers": {"a": 3}}, "a: a layer of a plan must be a dict, got 3"),
         (changed_plan(rank=2), r"blocks.0.q must have the keys \[.*it has the unknown key 'rank'"),

@@ -17,6 +17,7 @@ from .planning import InputGroup, LayerSpectrum, WasiPlan, build_plan, input_gro
 
 CANDIDATES = 32  # ranks offered per layer
 TOKEN_CANDIDATES = 8
+GRADIENT_WEIGHT = 0.1  # of a share of gradient energy, against the same share of weight energy
 
 
 def candidate_ranks(energies: Sequence[float], ranks: Sequence[int], count: int = CANDIDATES) -> tuple[int, ...]:
@@ -100,7 +101,7 @@ def choose_plan(
     activation_cost: Callable[[InputGroup, dict[str, int] | None], float] | None = None,
     budget: float | None = None,
     error_bound: float | None = None,
-    gradient_weight: float = 0.1,
+    gradient_weight: float = GRADIENT_WEIGHT,
     asked: dict[str, Any] | None = None,
 ) -> WasiPlan:
     """Weight and activation ranks together, under a budget of any cost that adds up over layers and inputs.
@@ -159,6 +160,19 @@ def choose_plan(
         group.name: option.choice for group, option in zip(groups, chosen[len(spectra) :], strict=False)
     }
     return build_plan(spectra, weight_ranks, activation_ranks, asked or {})
+
+
+def plan_error(spectra: Sequence[LayerSpectrum], plan: WasiPlan, gradient_weight: float = GRADIENT_WEIGHT) -> float:
+    """The error that :func:`choose_plan` makes small, of a plan for all of these layers."""
+    layers = {layer.name: layer for layer in plan.layers}
+    weights = sum(_tails(spectrum.weight_energies)[layers[spectrum.name].weight_rank] for spectrum in spectra)
+    groups, inputs = input_groups(spectra), 0.0
+    for group in groups:
+        for mode, rank in (layers[group.spectra[0].name].activation_ranks or {}).items():
+            inputs += _tails(group.energies(mode))[rank]
+    weight_scale = _inverse(sum(sum(spectrum.weight_energies) for spectrum in spectra))
+    gradient_scale = gradient_weight * _inverse(sum(sum(group.energies("feature")) for group in groups))
+    return weight_scale * weights + gradient_scale * inputs
 
 
 def _choose(items: list[list[Option]], budget: float | None, error_bound: float | None) -> list[Option]:

@@ -35,7 +35,7 @@ from .loading import (
     task_heads,
 )
 from .planner import BUDGETS, plan_wasi
-from .planning import WasiPlan
+from .planning import MEMORY_MODES, WasiPlan
 from .profile_report import GROUPINGS, costs_table, plot_profiles, profiles_table
 from .step_profile import ROUNDS, StepProfile, profile_wasi
 from .summary import LayerSummary, WasiSummary
@@ -110,6 +110,10 @@ def _parser() -> argparse.ArgumentParser:
         ("--error", "error", _share, "tolerated share of the energy to lose, in (0, 1]"),
     ):
         budget.add_argument(flag, dest=dest, type=kind, metavar=flag.split("-")[-1].upper(), help=text)
+    command.add_argument(
+        "--memory-mode", nargs="+", choices=MEMORY_MODES, dest="memory_modes", metavar="MODE",
+        help=f"with --peak-memory: modes to choose from, best first ({' '.join(MEMORY_MODES)})",
+    )  # fmt: skip
     command.add_argument("--data", metavar="PATH", help="folder of images, or text file (a sample a line) or .jsonl")
     command.add_argument("--text-key", default="text", help="key of the text in a .jsonl file (text)")
     command.add_argument("--samples", type=_count, default=SAMPLES, help=f"how many to calibrate on ({SAMPLES})")
@@ -410,6 +414,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         batch=batch,
         optimizer=arguments.optimizer,
         config=WasiConfig(modules_to_save=task_heads(model, task), **_update(arguments)),
+        memory_modes=arguments.memory_modes or (MEMORY_MODES if arguments.peak_bytes else None),
     )
     if arguments.output:
         plan.save(arguments.output)

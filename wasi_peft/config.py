@@ -11,12 +11,11 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from ._registration import PEFT_TYPE, WASI_IMPORT_NOTE
-from .planning import LayerPlan, WasiPlan, layer_plan
+from .planning import MEMORY_MODES, LayerPlan, WasiPlan, layer_plan
 from .tucker import MODES, CompressionRule
 
 UPDATES = ("low_rank", "subspace", "factor", "frozen_basis")
 BASE_WEIGHTS = ("release", "cpu", "keep")
-MEMORY_MODES = ("exact", "fast", "small")
 SAVED_TENSORS = ("exact", "bf16", "int8", "int4", "recompute")
 BIASES = ("none", "all", "wasi_only")
 _PLANNED = (  # what a plan decides instead
@@ -105,12 +104,12 @@ class WasiConfig(PeftConfig):
             that R keeps its initial row space.
         update_rank (`int`, default 16):
             Rank of the change that trains with `update="low_rank"`. It counts in `weight_share` and in plans.
-        memory_mode (`str`, default 'exact'):
-            How far a training step goes to need little memory. 'exact': only the inputs of the targeted layers are
-            compressed. 'fast': what runs no layer twice on top, namely `saved_tensors='int8'`, blocks in slices of the
-            batch and, in language models, a loss that never holds all logits. 'small': everything that lowers the
-            peak, `saved_tensors='recompute'`, the same slices, the same loss, and MLPs that run some tokens at a time
-            where one sample is longer than a slice.
+        memory_mode (`Optional[str]`):
+            How far a training step goes to need little memory; by default what `plan` says, else 'exact'. 'exact':
+            only the inputs of the targeted layers are compressed. 'fast': what runs no layer twice on top, namely
+            `saved_tensors='int8'`, blocks in slices of the batch and, in language models, a loss that never holds all
+            logits. 'small': everything that lowers the peak, `saved_tensors='recompute'`, the same slices, the same
+            loss, and MLPs that run some tokens at a time where one sample is longer than a slice.
         saved_tensors (`Optional[str]`):
             How the transformer blocks keep what else backward needs (attention, activation functions, norms), instead
             of what `memory_mode` says: 'exact'; rounded to 'bf16', 'int8' or 'int4'; or not at all, 'recompute', which
@@ -182,8 +181,8 @@ class WasiConfig(PeftConfig):
         metadata={"help": "What trains and how: 'low_rank', 'subspace', 'factor' or 'frozen_basis'."},
     )
     update_rank: int = field(default=16, metadata={"help": "Rank of what trains with update='low_rank'."})
-    memory_mode: Literal["exact", "fast", "small"] = field(
-        default="exact", metadata={"help": "How far a step goes to need little memory: 'exact', 'fast' or 'small'."}
+    memory_mode: Literal["exact", "fast", "small"] | None = field(
+        default=None, metadata={"help": "How far a step goes to need little memory: 'exact', 'fast' or 'small'."}
     )
     saved_tensors: Literal["exact", "bf16", "int8", "int4", "recompute"] | None = field(
         default=None,
@@ -211,6 +210,8 @@ class WasiConfig(PeftConfig):
         if self.plan is not None:
             plan = self.plan if isinstance(self.plan, WasiPlan) else WasiPlan.from_dict(self.plan)
             self.plan = plan.to_dict()
+            self.memory_mode = self.memory_mode or plan.memory_mode  # type: ignore[assignment]
+        self.memory_mode = self.memory_mode or "exact"
         self._validate()
         self._validate_budgets()
 
@@ -280,7 +281,7 @@ class WasiConfig(PeftConfig):
     @property
     def resolved_saved_tensors(self) -> str:
         """`saved_tensors`, or what `memory_mode` stands for."""
-        return self.saved_tensors or {"exact": "exact", "fast": "int8", "small": "recompute"}[self.memory_mode]
+        return self.saved_tensors or {"fast": "int8", "small": "recompute"}.get(self.memory_mode or "", "exact")
 
     def planned_names(self) -> set[str]:
         """Names of the plan's layers; none without a plan."""

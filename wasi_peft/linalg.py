@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 _OVERSAMPLING = 8  # directions that a range finder iterates beyond those it returns
 
 

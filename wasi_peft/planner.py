@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .autograd import factored_linear
 from .calibration import Calibration, dense_targets, evaluating
-from .choosing import activation_options, choose_plan
+from .choosing import activation_options, choose_plan, plan_error
 from .config import WasiConfig
 from .costs import (
     break_even_rank,
@@ -36,7 +36,7 @@ from .knapsack import InfeasibleError
 from .layer import dense_weight
 from .linalg import orthonormalize
 from .low_rank import joined, low_rank_linear
-from .planning import InputGroup, LayerSpectrum, WasiPlan, allocate_ranks, build_plan, input_groups
+from .planning import MEMORY_MODES, InputGroup, LayerSpectrum, WasiPlan, allocate_ranks, build_plan, input_groups
 from .tucker import Tucker, canonical
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ BUDGETS = (
 )
 SHARES = ("weight_share", "step_seconds", "inference_seconds", "error")  # never above 1
 GRADIENT_ERROR = 0.08  # of a weight gradient's energy, where activation ranks are not part of the budget
+MODE_TOLERANCE = 0.1  # how much more the ranks of a better memory mode may lose
 PEAK_MARGIN = 0.02  # of a peak in bytes, left free for what the estimate may miss
 OPTIMIZER_STATES = {"sgd": 0, "sgd_momentum": 1}  # elements per parameter; 2 for the others
 AIM = 0.96  # of a budget that is met by trying
@@ -88,6 +89,7 @@ def plan_wasi(
     batch: Any = None,
     optimizer: str | OptimizerFactory | None = "adamw",
     config: WasiConfig | None = None,
+    memory_modes: Sequence[str] | None = None,
     timer: LayerTimer | None = None,
 ) -> WasiPlan:
     """Choose the ranks of all layers under exactly one budget; hand the plan to `WasiConfig(plan=...)`.
@@ -117,12 +119,15 @@ def plan_wasi(
         optimizer: For `peak_bytes`; as :func:`estimate_wasi` takes it.
         config: What else will be injected: targets, `modules_to_save`, `update` and so on. With
             `activation_threshold=None` inputs stay exact. By default all layers of the calibration are planned.
+        memory_modes: For `peak_bytes`, the values of `memory_mode` to choose from, best first, such as `("exact",
+            "fast", "small")`: the first under which the ranks that fit lose at most a tenth more than under any other.
+            The plan says which; `WasiConfig(plan=...)` takes it from there. By default the configuration's alone.
         timer: Measures the layers for `step_seconds` and `inference_seconds`; by default on the model's device.
 
     Raises:
         ValueError: If there is not exactly one budget, it is out of range or below the least feasible one (which the
-            message names), the batch is missing, the calibration is of another model, the model has an adapter, or
-            the configuration decides ranks itself.
+            message names), the batch is missing, `memory_modes` is empty, unknown or given with another budget, the
+            calibration is of another model, the model has an adapter, or the configuration decides ranks itself.
 
     Example:
         >>> from wasi_peft import WasiConfig, calibrate_wasi
@@ -136,6 +141,7 @@ def plan_wasi(
     name, value = _one_budget(dict(zip(BUDGETS, values, strict=True)), batch)
     targets = _planned_targets(model, calibration, config)
     config = WasiConfig() if config is None else config
+    modes = _modes_to_try(memory_modes, name, config)
     shapes = dict.fromkeys(targets, (1, calibration.rows))
     if batch is not None:
         shapes = input_shapes(model, targets, batch)
@@ -149,7 +155,7 @@ def plan_wasi(
         if name == "error":
             return problem.weights_alone(_rank_elements, error_bound=value)
         if name == "peak_bytes":
-            return _plan_peak(problem, model, config, value, batch, optimizer, calibration.bytes_per_element)
+            return _plan_peak(problem, model, config, modes, value, batch, optimizer, calibration.bytes_per_element)
         subspace = config.update == "subspace"
         work: _Work = _Flops(problem, subspace, config.activation_interval)
         if name.endswith("_seconds"):
@@ -178,6 +184,16 @@ def _one_budget(budgets: Mapping[str, float | None], batch: Any) -> tuple[str, f
     if batch is None and (name == "peak_bytes" or name.endswith("_seconds") or (name not in SHARES and value > 1)):
         raise ValueError(f"{name}={value!r} depends on the batch; give one of the real shapes as `batch`, got None.")
     return name, value
+
+
+def _modes_to_try(memory_modes: Sequence[str] | None, budget: str, config: WasiConfig) -> tuple[str, ...]:
+    if memory_modes is None:
+        return (config.memory_mode or "exact",)
+    if budget != "peak_bytes":
+        raise ValueError(f"memory_modes is for peak_bytes alone, got it with {budget}.")
+    if isinstance(memory_modes, str) or not memory_modes or not set(memory_modes) <= set(MEMORY_MODES):
+        raise ValueError(f"memory_modes must be a list of any of {list(MEMORY_MODES)}, got {memory_modes!r}.")
+    return tuple(memory_modes)
 
 
 def _planned_targets(model: nn.Module, calibration: Calibration, config: WasiConfig | None) -> dict[str, nn.Module]:
@@ -404,6 +420,37 @@ def _plan_peak(
     problem: _Problem,
     model: nn.Module,
     config: WasiConfig,
+    modes: Sequence[str],
+    budget: float,
+    batch: Any,
+    optimizer: str | OptimizerFactory | None,
+    bytes_per_element: int,
+) -> WasiPlan:
+    """The plan of the first mode that loses little more than the best one."""
+    spectra = problem.spectra
+    unlimited = build_plan(spectra, {spectrum.name: spectrum.rank_choices[-1] for spectrum in spectra}, {}, {})
+    plans: list[tuple[float, WasiPlan]] = []
+    least = math.inf
+    for mode in modes:
+        chosen = replace(config, memory_mode=mode)  # type: ignore[arg-type]
+        try:
+            plan = _plan_peak_in_mode(problem, model, chosen, budget, batch, optimizer, bytes_per_element)
+        except InfeasibleError as error:
+            least = min(least, error.least)
+            continue
+        plans.append((plan_error(spectra, plan), plan))
+        if plans[-1][0] <= (1 + MODE_TOLERANCE) * plan_error(spectra, unlimited):
+            break  # no other mode loses less
+    if not plans:
+        raise InfeasibleError("peak_bytes", budget, least)
+    bound = (1 + MODE_TOLERANCE) * min(error for error, _ in plans)
+    return next(plan for error, plan in plans if error <= bound)
+
+
+def _plan_peak_in_mode(
+    problem: _Problem,
+    model: nn.Module,
+    config: WasiConfig,
     budget: float,
     batch: Any,
     optimizer: str | OptimizerFactory | None,
@@ -444,7 +491,7 @@ def _plan_peak(
             needed / MIB,
             dense / MIB,
         )
-    return plan
+    return replace(plan, memory_mode=config.memory_mode)
 
 
 # -------------------------------------------------------------------- FLOPs and time

@@ -17,6 +17,7 @@ import numpy as np
 
 from .costs import break_even_rank, dense_elements, factored_elements, rank_step
 
+MEMORY_MODES = ("exact", "fast", "small")
 FORMAT = 1
 _ACTIVATION_MODES = ("feature", "token", "batch")
 
@@ -210,9 +211,12 @@ class WasiPlan:
     Args:
         layers: One entry per layer to replace.
         budget: What was asked, plain data for the reader; nothing is computed from it.
+        memory_mode: The mode that the plan was made for, if its budget depends on that. A configuration with the plan
+            takes it, unless it names another one.
 
     Raises:
-        ValueError: If there is no layer, a name appears twice, or `budget` is not a dict of JSON values.
+        ValueError: If there is no layer, a name appears twice, `budget` is not a dict of JSON values, or the mode is
+            unknown.
 
     Example:
         >>> plan = WasiPlan((LayerPlan("fc1", 8, 8, 2, {"feature": 3}, 0.9),), {"weight_share": 0.5})
@@ -224,8 +228,11 @@ class WasiPlan:
 
     layers: tuple[LayerPlan, ...]
     budget: dict[str, Any] = field(default_factory=dict)
+    memory_mode: str | None = None
 
     def __post_init__(self) -> None:
+        if self.memory_mode not in (None, *MEMORY_MODES):
+            raise ValueError(f"a plan's memory_mode must be one of {list(MEMORY_MODES)}, got {self.memory_mode!r}.")
         names = [layer.name for layer in self.layers]
         if not names:
             raise ValueError("a plan must have at least one layer, got none.")
@@ -251,6 +258,7 @@ class WasiPlan:
         exact = sum(layer.activation_ranks is None for layer in self.layers)
         asked = ", ".join(f"{key}={value}" for key, value in self.budget.items())
         text = f"WASI plan for {asked}" if asked else "WASI plan"
+        text += f" with memory_mode={self.memory_mode!r}" if self.memory_mode else ""
         return (
             f"{text}: {len(ranks)} layers, rank {ranks[0]} to {ranks[-1]} (median {ranks[len(ranks) // 2]}), "
             f"{self.kept_share:.1%} of their weights kept" + (f", {exact} with the exact input" if exact else "")
@@ -275,6 +283,7 @@ class WasiPlan:
         return {
             "format": FORMAT,
             "budget": dict(self.budget),
+            "memory_mode": self.memory_mode,
             "layers": {entry.pop("name"): entry for entry in entries},
         }
 
@@ -289,8 +298,9 @@ class WasiPlan:
             raise ValueError(f"a plan must be a dict with the dict 'layers', got {_shortened(data)}.")
         if type(data.get("format")) is not int or data["format"] != FORMAT:
             raise ValueError(f"a plan must have format {FORMAT}, got {data.get('format')!r}.")
-        _check_keys("a plan", data, ("format", "budget", "layers"))
-        return cls(tuple(layer_plan(name, entry) for name, entry in data["layers"].items()), data["budget"])
+        _check_keys("a plan", data, ("format", "budget", "memory_mode", "layers"))
+        layers = tuple(layer_plan(name, entry) for name, entry in data["layers"].items())
+        return cls(layers, data["budget"], data["memory_mode"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON file; a previous one is replaced as a whole or not at all."""
