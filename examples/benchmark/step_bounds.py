@@ -1,0 +1,79 @@
+"""What bounds a training step: time by kind of operation, bytes at the peak, for the workloads of memory_modes.py.
+
+Matrix products are the part of a step that only other ranks, or a faster library, could shorten; what is kept between
+forward and backward, with the parameters and their state, is the part of the peak that only fewer bits or
+recomputation could lower. Times are those of a few traced steps on an idle machine, bytes are deterministic. Results:
+docs/benchmarks/step_bounds.json::
+
+    python examples/benchmark/step_bounds.py
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+import wasi_peft
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmark.common import adamw, environment, read_json, write_json
+from benchmark.memory_modes import MIB, MODES, WORKLOADS, build
+
+RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "step_bounds.json"
+VARIANTS = ("full", *(f"wasi {mode}" for mode in MODES))
+FIELDS = ("peak_bytes", "at_peak", "saved_bytes", "saved_by_operation", "seconds_by_kind", "inference_seconds_by_kind")
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    """Profiles every variant of a workload, one after the other."""
+    workload = WORKLOADS[name]
+    batch = workload.batch()
+    results = {}
+    for variant in VARIANTS:
+        profile = wasi_peft.profile_wasi(build(variant, workload), batch=batch, optimizer=adamw, rounds=rounds)
+        content = dataclasses.asdict(profile)
+        results[variant] = {field: content[field] for field in FIELDS}
+        print(f"{name} {variant}: {profile.step_seconds:.2f} s", flush=True)
+    return results
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Formats one workload as a Markdown table; the last column is how much faster a step could be at most."""
+    lines = [
+        "| variant | parameters and state MiB | kept for backward MiB | else MiB | products s | all s | bound |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    full = sum(results["full"]["seconds_by_kind"].values())
+    for variant, entry in results.items():
+        at_peak, seconds = entry["at_peak"], entry["seconds_by_kind"]
+        lasting = sum(at_peak.get(kind, 0) for kind in ("weights", "state", "optimizer"))
+        kept = at_peak.get("saved", 0)
+        cells = [f"{size / MIB:.0f}" for size in (lasting, kept, entry["peak_bytes"] - lasting - kept)]
+        products = seconds["matrix products"]
+        cells += [f"{products:.2f}", f"{sum(seconds.values()):.2f}", f"{full / products:.2f}x"]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, prints tables and writes the JSON; workloads measured before stay in it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=5, help="timed and traced steps")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+    content = read_json(args.results)
+    for name in args.workloads:
+        results = measure(name, args.rounds)
+        print(f"\n{name}\n\n{table(results)}\n", flush=True)
+        content[name] = {"rounds": args.rounds, "results": results, "environment": environment()}
+        write_json(args.results, content)
+
+
+if __name__ == "__main__":
+    main()
