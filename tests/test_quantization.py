@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import QUICK, SEEDS, normal
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wasi_peft import quantization
 from wasi_peft.profiling import measure_peak_memory
@@ -172,6 +173,18 @@ def test_no_float_copy_of_the_tensor_is_made(kind: str, strided: bool) -> None:
     quantised = quantize(x, kind)
     peak = measure_peak_memory(lambda: dequantize(quantised)).peak_bytes
     assert peak < x.nbytes * 1.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tensors_without_values_take_the_same_form(kind: str, dtype: torch.dtype) -> None:
+    x = normal(6, 40, seed=0).to(dtype)
+    kept = quantize(x, kind)
+    with FakeTensorMode():
+        fake = quantize(torch.empty(6, 40, dtype=dtype), kind)
+        back = dequantize(fake)
+    for ours, theirs in ((fake.packed, kept.packed), (fake.rest, kept.rest), (back, x)):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
 
 
 def test_bad_input_is_refused() -> None:

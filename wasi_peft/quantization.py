@@ -26,9 +26,6 @@ _CODE_BYTES = {"int16": 2 * GROUP, "int8": GROUP, "int4": GROUP // 2}  # of a gr
 _TAIL_BYTES = 8  # of a group: scale and least value in float32
 _CHUNK = 2**17  # elements that are converted at a time: the only float temporary
 
-_pack_kernel = torch.ops.quantized.embedding_bag_byte_prepack
-_unpack_kernel = torch.ops.quantized.embedding_bag_byte_unpack
-
 
 @dataclass(frozen=True)
 class Quantized:
@@ -180,6 +177,23 @@ def _suits_kernel(rows: Tensor) -> bool:
     if isinstance(rows, FakeTensor):
         return True
     return 1e-5 * math.sqrt(rows.numel()) < float(torch.linalg.vector_norm(rows, dtype=torch.float32)) < math.inf
+
+
+# The kernels' own rules for tensors without values get the dtype wrong.
+
+
+def _pack_kernel(rows: Tensor) -> Tensor:
+    if isinstance(rows, FakeTensor):
+        return rows.new_empty((len(rows), GROUP + _TAIL_BYTES), dtype=torch.uint8)
+    packed: Tensor = torch.ops.quantized.embedding_bag_byte_prepack(rows)
+    return packed
+
+
+def _unpack_kernel(packed: Tensor) -> Tensor:
+    if isinstance(packed, FakeTensor):
+        return packed.new_empty((len(packed), GROUP), dtype=torch.float32)
+    values: Tensor = torch.ops.quantized.embedding_bag_byte_unpack(packed)
+    return values
 
 
 def _pack_at_once(rows: Tensor) -> Tensor:
