@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import QUICK, descending, spectrum
 
-from wasi_peft import knapsack
+from wasi_peft import choosing, knapsack
 from wasi_peft.choosing import (
     CANDIDATES,
     activation_options,
@@ -117,6 +117,19 @@ def plan_error(spectra: list[LayerSpectrum], plan: WasiPlan, gradient_weight: fl
             gradient += sum(layer.gradient_energies["feature"][planned.activation_ranks["feature"] :])
     weight /= sum(sum(layer.weight_energies) for layer in spectra)
     return weight + gradient_weight * gradient / sum(sum(x.gradient_energies["feature"]) for x in spectra)
+
+
+def test_the_error_of_a_plan() -> None:
+    spectra = two_groups()
+    for plan in every_plan(spectra)[::7]:
+        assert choosing.plan_error(spectra, plan, 0.5) == pytest.approx(plan_error(spectra, plan, 0.5), abs=1e-12)
+
+
+def test_the_error_of_a_plan_counts_tokens() -> None:
+    layer = spectrum("q", 8, 8, 0.7, gradient_energies={"feature": (3.0, 1.0, *[0.0] * 6), "token": (2.0, 1.5, 0.5)})
+    exact = choosing.plan_error([layer], build_plan([layer], {"q": 4}, {}, {}))
+    both = choosing.plan_error([layer], build_plan([layer], {"q": 4}, {"q": {"feature": 1, "token": 2}}, {}))
+    assert both - exact == pytest.approx(0.1 * (1.0 + 0.5) / 4.0)
 
 
 def every_plan(spectra: list[LayerSpectrum]) -> list[WasiPlan]:

@@ -358,6 +358,16 @@ def test_every_budget_reaches_the_planner(
     assert asked["optimizer"] == "sgd" and asked["batch"]["pixel_values"].shape == (3, 3, 8, 8)
 
 
+def test_plan_with_memory_modes(run: Any, tmp_path: Path) -> None:
+    output = tmp_path / "plan.json"
+    asked = ("plan", "vit", "--calibration", "calibration", "--batch-size", "3", "--update", "factor")
+    for options, mode in (((), "exact"), (("--memory-mode", "small", "exact"), "small")):
+        text = run(*asked, "--peak-memory", "1GiB", *options, "--output", str(output))
+        assert f"memory_mode={mode!r}" in text
+        assert WasiPlan.load(output).memory_mode == mode
+    assert "memory_modes is for peak_bytes alone" in run(*asked, "--error", "0.1", "--memory-mode", "fast", code=2)
+
+
 @pytest.mark.parametrize(
     ("model", "data"),
     [("bert", ("texts.txt",)), ("llama", ("texts.jsonl", "--text-key", "body")), ("t5", ("texts.txt",))],

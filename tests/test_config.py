@@ -155,6 +155,14 @@ def test_compression_rule() -> None:
     assert same != WasiConfig(activation_ranks=5).compression_rule("fc1")
 
 
+def test_a_plan_brings_its_memory_mode_unless_another_is_named() -> None:
+    plan = dataclasses.replace(PLAN, memory_mode="small")
+    assert WasiConfig().memory_mode == WasiConfig(plan=PLAN).memory_mode == "exact"
+    assert WasiConfig(plan=plan).memory_mode == "small"
+    assert WasiConfig(plan=plan, memory_mode="fast").memory_mode == "fast"
+    assert WasiConfig(**WasiConfig(plan=plan).to_dict()).memory_mode == "small"
+
+
 def test_compression_rule_of_a_plan() -> None:
     exact = dataclasses.replace(PLAN.layers[0], name="layers.1.fc1", activation_ranks=None)
     config = WasiConfig(plan=WasiPlan((*PLAN.layers, exact)))

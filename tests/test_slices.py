@@ -182,7 +182,7 @@ def test_a_replaced_forward_is_refused_before_anything_changes() -> None:
 @pytest.mark.parametrize("kind", ["exact", "int8"])
 def test_recomputed_blocks_in_slices(kind: str) -> None:
     architecture = ARCHITECTURES["llama"]
-    model, batch = architecture.model(), architecture.batch()
+    model, batch = architecture.model(), architecture.batch(16)
     model.train()
     recompute_blocks(model, kind)
     loss, whole = gradients(model, batch)
@@ -190,7 +190,7 @@ def test_recomputed_blocks_in_slices(kind: str) -> None:
     assert isinstance(model.model.layers[0]._gradient_checkpointing_func, BatchSlices)
     sliced_loss, sliced = gradients(model, batch)
     assert torch.allclose(loss, sliced_loss, atol=1e-6)
-    tolerance = {"exact": 1e-5, "int8": 0.1}[kind]  # groups of 64 values are others in a slice
+    tolerance = {"exact": 1e-5, "int8": 0.05}[kind]  # groups of 64 values are others in a slice
     for name, grad in whole.items():
         assert float((sliced[name] - grad).norm()) <= tolerance * float(grad.norm()) + 1e-7, name
     assert stop_recomputation(model) and not model.is_gradient_checkpointing

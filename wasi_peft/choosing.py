@@ -132,8 +132,7 @@ def choose_plan(
         4
     """
     groups = input_groups(spectra)
-    weight_scale = _inverse(sum(sum(spectrum.weight_energies) for spectrum in spectra))
-    gradient_scale = gradient_weight * _inverse(sum(sum(group.energies("feature")) for group in groups))
+    weight_scale, gradient_scale = _error_scales(spectra, groups, gradient_weight)
     inputs = []
     if activation_cost is not None:
         inputs = [activation_options(group, activation_cost, gradient_scale) for group in groups]
@@ -170,9 +169,17 @@ def plan_error(spectra: Sequence[LayerSpectrum], plan: WasiPlan, gradient_weight
     for group in groups:
         for mode, rank in (layers[group.spectra[0].name].activation_ranks or {}).items():
             inputs += _tails(group.energies(mode))[rank]
-    weight_scale = _inverse(sum(sum(spectrum.weight_energies) for spectrum in spectra))
-    gradient_scale = gradient_weight * _inverse(sum(sum(group.energies("feature")) for group in groups))
+    weight_scale, gradient_scale = _error_scales(spectra, groups, gradient_weight)
     return weight_scale * weights + gradient_scale * inputs
+
+
+def _error_scales(
+    spectra: Sequence[LayerSpectrum], groups: Sequence[InputGroup], gradient_weight: float
+) -> tuple[float, float]:
+    """What a unit of dropped weight energy, and one of dropped gradient energy, counts in the error of a plan."""
+    weight_energy = sum(sum(spectrum.weight_energies) for spectrum in spectra)
+    gradient_energy = sum(sum(group.energies("feature")) for group in groups)
+    return _inverse(weight_energy), gradient_weight * _inverse(gradient_energy)
 
 
 def _choose(items: list[list[Option]], budget: float | None, error_bound: float | None) -> list[Option]:

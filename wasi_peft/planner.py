@@ -429,6 +429,7 @@ def _plan_peak(
     """The plan of the first mode that loses little more than the best one."""
     spectra = problem.spectra
     unlimited = build_plan(spectra, {spectrum.name: spectrum.rank_choices[-1] for spectrum in spectra}, {}, {})
+    good_enough = (1 + MODE_TOLERANCE) * plan_error(spectra, unlimited)
     plans: list[tuple[float, WasiPlan]] = []
     least = math.inf
     for mode in modes:
@@ -439,8 +440,8 @@ def _plan_peak(
             least = min(least, error.least)
             continue
         plans.append((plan_error(spectra, plan), plan))
-        if plans[-1][0] <= (1 + MODE_TOLERANCE) * plan_error(spectra, unlimited):
-            break  # no other mode loses less
+        if plans[-1][0] <= good_enough:
+            break  # no mode after it can lose so much less that it would be chosen
     if not plans:
         raise InfeasibleError("peak_bytes", budget, least)
     bound = (1 + MODE_TOLERANCE) * min(error for error, _ in plans)

@@ -122,8 +122,7 @@ def _basis(
         return previous
     # products of three factors leave the range of float16
     work = unfolded if unfolded.dtype in (torch.float32, torch.float64) else unfolded.float()
-    norm = float(torch.linalg.vector_norm(work))
-    if not math.isfinite(norm) or norm == 0:
+    if not 0 < float(torch.linalg.vector_norm(work)) < math.inf:
         return None
     if fits and previous is not None:
         return subspace_iteration(work, previous.to(work.dtype)).to(unfolded.dtype)

@@ -193,6 +193,31 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def measure_workloads(
+    args: argparse.Namespace,
+    measure_one: Callable[[str], dict[str, dict[str, Any]]],
+    format_one: Callable[[dict[str, dict[str, Any]]], str],
+) -> dict[str, Any]:
+    """Measures the workloads asked for and prints a table of each; those measured before stay in the JSON.
+
+    Args:
+        args: ``workloads``, ``rounds`` and ``results``, the JSON file, which is written after every workload.
+        measure_one: Results by variant, of the workload of that name.
+        format_one: Makes the table.
+
+    Returns:
+        The content of the JSON file.
+    """
+    transformers.logging.set_verbosity_error()
+    content = read_json(args.results)
+    for name in args.workloads:
+        results = measure_one(name)
+        print(f"\n{name}\n\n{format_one(results)}\n", flush=True)
+        content[name] = {"rounds": args.rounds, "results": results, "environment": environment()}
+        write_json(args.results, content)
+    return content
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measures, prints tables and writes the JSON; workloads measured before stay in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,14 +226,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; 0: peaks only")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
-    transformers.logging.set_verbosity_error()
-    content = read_json(args.results)
-    for name in args.workloads:
-        results = measure(name, args.variants, args.rounds)
-        print(f"\n{name}\n\n{table(results)}\n", flush=True)
-        content[name] = {"rounds": args.rounds, "results": results, "environment": environment()}
-        write_json(args.results, content)
-    return content
+    return measure_workloads(args, lambda name: measure(name, args.variants, args.rounds), table)
 
 
 if __name__ == "__main__":

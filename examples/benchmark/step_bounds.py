@@ -14,14 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 import wasi_peft
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmark.common import adamw, environment, read_json, write_json
-from benchmark.memory_modes import MIB, MODES, WORKLOADS, build
+from benchmark.common import adamw
+from benchmark.memory_modes import MIB, MODES, WORKLOADS, build, measure_workloads
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "step_bounds.json"
 VARIANTS = ("full", *(f"wasi {mode}" for mode in MODES))
@@ -66,13 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed and traced steps")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
-    transformers.logging.set_verbosity_error()
-    content = read_json(args.results)
-    for name in args.workloads:
-        results = measure(name, args.rounds)
-        print(f"\n{name}\n\n{table(results)}\n", flush=True)
-        content[name] = {"rounds": args.rounds, "results": results, "environment": environment()}
-        write_json(args.results, content)
+    measure_workloads(args, lambda name: measure(name, args.rounds), table)
 
 
 if __name__ == "__main__":
