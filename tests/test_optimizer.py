@@ -533,6 +533,14 @@ def test_subspace_sgd_needs_the_subspace_update(update: str) -> None:
         SubspaceSGD(adapted(update=update))
 
 
+def test_subspace_sgd_needs_both_factors() -> None:
+    model = adapted()
+    _, layer = next(iter(wasi_layers(model)))
+    layer.wasi_R[layer.active_name].requires_grad_(False)
+    with pytest.raises(ValueError, match="SubspaceSGD needs both factors to train, but R is frozen"):
+        SubspaceSGD(model)
+
+
 @pytest.mark.parametrize("model", [lambda: reference.tiny_net(0), lambda: adapted(inference_mode=True)])
 def test_subspace_sgd_needs_trainable_factors(model: Callable[[], nn.Module]) -> None:
     with pytest.raises(ValueError, match="trainable WASI factors, got none"):

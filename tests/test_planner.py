@@ -529,6 +529,13 @@ def test_the_model_must_be_dense(config: peft.PeftConfig) -> None:
         plan_wasi(get_peft_model(ARCHITECTURES["vit"].model(), config), calibration, weight_share=0.5)
 
 
+def test_some_layer_must_be_worth_it() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    calibration = calibrate_wasi(model, [torch.randn(8, 2)], progress_bar=False)
+    with pytest.raises(ValueError, match="no rank of any target saves anything, got 1 targets"):
+        plan_wasi(model, calibration, weight_share=0.5)
+
+
 @pytest.mark.parametrize("options", [{"weight_rank": 4}, {"weight_share": 0.5}, {"activation_ranks": 3}])
 def test_the_configuration_must_not_decide_ranks(options: dict[str, Any]) -> None:
     model, calibration = calibrated("vit")

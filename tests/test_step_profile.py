@@ -448,6 +448,8 @@ def test_profiles_side_by_side() -> None:
     assert f"{profiles['factor'].peak_bytes / profiles['dense'].peak_bytes:.1%}" in profiles_table(profiles)
     for by, row in (("class", "GELUActivation"), ("block", "vit.layers.1"), ("module", "vit.layers.1.mlp.fc1")):
         assert row in costs_table(profiles["factor"], by)
+    with pytest.raises(ValueError, match="by must be one of 'class', 'block', 'module', got 'layer'"):
+        costs_table(profiles["factor"], "layer")
     assert "(model)" in costs_table(profiles["dense"], "block")
     with pytest.raises(ValueError, match="must be one of 'class', 'block', 'module', got 'layer'"):
         costs_table(profiles["dense"], "layer")
