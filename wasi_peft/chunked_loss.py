@@ -15,14 +15,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 CHUNK_BYTES = 16 * 2**20  # of one chunk of float32 logits
@@ -223,6 +225,18 @@ def chunked_cross_entropy(
 # -------------------------------------------------------------------- logits that are computed only when used
 
 
+_StandIn = TypeVar("_StandIn", bound=Tensor)
+
+
+def _stand_in(kind: type[_StandIn], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _StandIn:
+    """A tensor of this subclass and shape that takes no memory, also where a mode would make a tensor of its own.
+
+    It holds NaN, so that code which reads its memory past the subclass cannot take that for values.
+    """
+    with _disable_current_modes():
+        return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape).as_subclass(kind)
+
+
 @dataclass
 class _Head:
     """What all tensors derived from one call of the head share; `used` once anything looked at the logits' values."""
@@ -250,9 +264,7 @@ class DeferredLogits(Tensor):
     @staticmethod
     def create(hidden: Tensor, head: _Head, dtype: torch.dtype, compute: Callable[[Any], Tensor]) -> DeferredLogits:
         """Stand-in for the product of `hidden` with the head's weight, which `compute` returns when it is needed."""
-        # NaN, so that code which reads the memory past this class cannot take it for logits
-        nan = torch.full((), torch.nan, dtype=dtype, device=hidden.device)
-        logits = nan.expand(*hidden.shape[:-1], len(head.weight)).as_subclass(DeferredLogits)
+        logits = _stand_in(DeferredLogits, (*hidden.shape[:-1], len(head.weight)), dtype, hidden.device)
         logits._hidden, logits._head, logits._compute, logits._value = hidden, head, compute, None
         return logits
 
@@ -361,24 +373,25 @@ _METADATA: set[Any] = {
 
 
 class _HeadInput(Tensor):
-    """Hidden states on their way into the head: `F.linear` on them gives :class:`DeferredLogits`."""
+    """Stands for hidden states on their way into the head: `F.linear` on it gives :class:`DeferredLogits`."""
 
+    _hidden: Tensor
     _chunk_rows: int | None
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is F.linear and type(args[0]) is _HeadInput:
-                return _defer_linear(*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {}))
+        if func is F.linear and type(args[0]) is _HeadInput:
+            return _defer_linear(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(_HeadInput, lambda x: x._hidden, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _defer_linear(x: _HeadInput, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if type(weight) not in (Tensor, nn.Parameter):  # quantized or distributed weights know better how to multiply
-        return F.linear(x.as_subclass(Tensor), weight, bias)
-    hidden, weight, bias = _lowered_by_autocast(x.as_subclass(Tensor), weight, bias)
+    if type(weight) not in (Tensor, nn.Parameter, FakeTensor):  # quantized or distributed ones multiply their own way
+        return F.linear(x._hidden, weight, bias)
+    hidden, weight, bias = _lowered_by_autocast(x._hidden, weight, bias)
     head = _Head(weight, bias, x._chunk_rows, torch.is_grad_enabled())
     return DeferredLogits.create(hidden, head, hidden.dtype, lambda _: F.linear(hidden, weight, bias))
 
@@ -391,11 +404,12 @@ class _DeferProduct:
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         symbolic = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not head.training or symbolic or len(args) != 1 or type(args[0]) is not Tensor:
+        if not head.training or symbolic or len(args) != 1 or type(args[0]) not in (Tensor, FakeTensor):
             return None
-        hidden = args[0].as_subclass(_HeadInput)
-        hidden._chunk_rows = self.chunk_rows
-        return (hidden,)
+        hidden = args[0]
+        x = _stand_in(_HeadInput, hidden.shape, hidden.dtype, hidden.device)
+        x._hidden, x._chunk_rows = hidden, self.chunk_rows
+        return (x,)
 
 
 def use_chunked_loss(model: nn.Module, *, chunk_rows: int | None = None) -> None:

@@ -140,10 +140,8 @@ def estimate_wasi(
             temporary tensors), 'sgd', 'sgd_momentum', a function from the model to an optimizer, or None for no step.
 
     Returns:
-        The estimate. The loss of a language model is counted with all its logits, also where `memory_mode` computes it
-        in chunks: there it is an upper bound. What kernels take inside them is counted on the CPU where it matters:
-        exactly for eigen-decompositions, by a rule of thumb (from patch embeddings) for the gradient of a
-        convolution's weight.
+        The estimate. What kernels take inside them is counted on the CPU where it matters: exactly for
+        eigen-decompositions, by a rule of thumb (from patch embeddings) for the gradient of a convolution's weight.
 
     Raises:
         ValueError: If a rank is left to a threshold, the batch is empty, nothing trains, the optimizer is unknown, the
