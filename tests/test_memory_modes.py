@@ -308,6 +308,16 @@ def test_estimates_know_the_mode(case: str, mode: str) -> None:
     assert 0.9 * measured < estimate.peak_bytes < 1.1 * measured
 
 
+def test_estimates_of_labels_without_values_count_every_token() -> None:
+    make, make_batch = CASES["llama"]
+    config = WasiConfig(weight_rank=24, activation_threshold=None, memory_mode="fast")
+    batch = make_batch(8, 128)
+    assert int(batch["labels"].min()) >= 0
+    without_values = {key: value.to("meta") for key, value in batch.items()}
+    peaks = [estimate_wasi(make(), config, batch=tokens).peak_bytes for tokens in (batch, without_values)]
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
+
+
 # -------------------------------------------------------------------- bad input
 
 

@@ -48,7 +48,7 @@ def _to_loss_and_gradient(logits: Tensor, targets: Tensor, needs_gradient: bool)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `hidden weight^T + bias`, its gradients computed chunk by chunk along with the loss.
+    """Cross-entropy of the `kept` rows of `hidden weight^T + bias`, and its gradients, chunk by chunk.
 
     One chunk of logits is alive at a time; backward only scales what forward computed. The products run in the dtype
     of the inputs, the softmax in float32 (float64 for float64 inputs), gradients of half-precision weights are summed
@@ -62,13 +62,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        ignore_index: int,
+        kept: Tensor,
         mean: bool,
         chunk_rows: int,
     ) -> Tensor:
         needs = ctx.needs_input_grad[:3]
         precise = torch.promote_types(hidden.dtype, torch.float32)
-        kept = (labels != ignore_index).nonzero().squeeze(1)
         product = hidden.new_empty(min(chunk_rows, len(kept)), len(weight))
         work = product if precise == product.dtype else torch.empty_like(product, dtype=precise)
         grad_hidden = torch.zeros_like(hidden) if needs[0] else None
@@ -124,6 +123,20 @@ def _lowered_by_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
+def _kept_rows(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
+    """Indices of the rows whose label counts: all of them where labels have no values, as in an estimate."""
+    if isinstance(labels, FakeTensor):
+        return torch.arange(len(labels), device=labels.device)
+    kept = (labels != ignore_index).nonzero().squeeze(1)
+    if len(kept):
+        least, most = int(labels[kept].min()), int(labels[kept].max())
+        if least < 0 or most >= vocabulary:
+            raise ValueError(
+                f"labels must be {ignore_index} (ignored) or in [0, {vocabulary}), got values from {least} to {most}."
+            )
+    return kept
+
+
 def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -134,18 +147,13 @@ def _linear_cross_entropy(
     chunk_rows: int | None,
 ) -> Tensor:
     """`LinearCrossEntropy` of (rows, hidden) states and (rows,) labels, outside autocast."""
-    kept = labels[labels != ignore_index]
-    if len(kept) and not (0 <= int(kept.min()) and int(kept.max()) < len(weight)):
-        raise ValueError(
-            f"labels must be {ignore_index} (ignored) or in [0, {len(weight)}), "
-            f"got values from {int(kept.min())} to {int(kept.max())}."
-        )
+    kept = _kept_rows(labels, ignore_index, len(weight))
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     rows = chunk_rows or default_chunk_rows(len(weight))
     # what is saved are gradients, not activations: no pack hook in force may make them small
     with torch.autocast(hidden.device.type, enabled=False), saved_tensors_hooks(lambda x: x, lambda x: x):
-        return LinearCrossEntropy.apply(hidden, weight, bias, labels, ignore_index, mean, rows)
+        return LinearCrossEntropy.apply(hidden, weight, bias, labels, kept, mean, rows)
 
 
 def _check_chunk_rows(chunk_rows: int | None) -> None:
