@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +16,9 @@ from reference import tiny_net
 from strategies import relative_error
 from torch import Tensor, nn
 
-from wasi_peft import WasiConfig, calibrate_wasi, plan_wasi, preprocess_wasi, wasi_summary
-from wasi_peft.layer import wasi_layers
-from wasi_peft.low_rank import low_rank_linear
+from wasi_peft import WasiConfig, calibrate_wasi, plan_wasi, preprocess_wasi, resize_rank, wasi_summary
+from wasi_peft.layer import WasiLayer, wasi_layers
+from wasi_peft.low_rank import lay_side_by_side, low_rank_linear
 from wasi_peft.tucker import Bases, CompressionRule, canonical, compress, expand
 
 RANK = 3
@@ -97,6 +100,112 @@ def test_low_precision_inputs_with_float32_factors(dtype: torch.dtype) -> None:
     x = given.pop("x").to(dtype)
     low_rank_linear(x, **given).float().square().sum().backward()
     assert {given[name].grad.dtype for name in ("B", "A", "bias")} == {torch.float32}
+
+
+# -------------------------------------------------------------------- where factors lie in memory
+
+
+def are_views(layer: WasiLayer) -> bool:
+    """Whether nothing is copied to multiply by all directions at once."""
+    with torch.no_grad():
+        outer, inner = layer.factors("default")
+    return all(
+        whole.untyped_storage().data_ptr() == part["default"].untyped_storage().data_ptr()
+        for whole, parts in ((outer, (layer.wasi_L, layer.wasi_B)), (inner, (layer.wasi_R, layer.wasi_A)))
+        for part in parts
+    )
+
+
+def assert_laid_out(model: nn.Module) -> None:
+    for _, layer in wasi_layers(model):
+        L, R, B, A = (part["default"] for part in (layer.wasi_L, layer.wasi_R, layer.wasi_B, layer.wasi_A))
+        assert are_views(layer)
+        with torch.no_grad():
+            outer, inner = layer.factors("default")
+        assert torch.equal(outer, torch.cat([L, B], 1)) and torch.equal(inner, torch.cat([R, A]))
+
+
+def trained(model: nn.Module, steps: int = 3) -> list[Tensor]:
+    """Loss after each step of AdamW."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    losses = []
+    for _ in range(steps):
+        loss = (model(data()[0]) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return losses
+
+
+def through_a_file(model: PeftModel) -> PeftModel:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model,
+        lambda model: model.double().float(),
+        copy.deepcopy,
+        through_a_file,
+        lambda model: resize_rank(model, "blocks.0.fc1", 2) or model,
+        lambda model: resize_rank(model, "blocks.0.fc1", 6) or model,
+    ],
+    ids=["injected", "converted", "copied", "through a file", "shrunk", "grown"],
+)
+def test_factors_lie_side_by_side(change: Callable[[PeftModel], PeftModel]) -> None:
+    model = adapted(tiny_net(5), weight_rank=4)
+    trained(model)
+    output = model(data()[0])
+    changed = change(model)
+    assert_laid_out(changed)
+    if changed is not model:
+        assert torch.equal(changed(data()[0]), output)
+    trained(changed)  # the optimizer changes what the views show
+    assert_laid_out(changed)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loaded_factors_lie_side_by_side(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+    model = adapted(tiny_net(6), weight_rank=4)
+    trained(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_net(6), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(loaded(data()[0]), model(data()[0]))
+    assert_laid_out(loaded)
+
+
+def test_training_does_not_depend_on_where_factors_lie() -> None:
+    model = adapted(tiny_net(7), weight_rank=4)
+    apart = copy.deepcopy(model)
+    for _, layer in wasi_layers(apart):
+        for parts in (layer.wasi_L, layer.wasi_R, layer.wasi_B, layer.wasi_A):
+            parts["default"].data = parts["default"].detach().clone(memory_format=torch.contiguous_format)
+        assert not are_views(layer)
+    for ours, theirs in zip(trained(model, 5), trained(apart, 5), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for (name, ours), theirs in zip(model.named_parameters(), apart.parameters(), strict=True):
+        assert relative_error(ours, theirs) < 1e-4, name
+
+
+def test_factors_are_copies_where_a_gradient_is_asked_for() -> None:
+    model = adapted(tiny_net(8), weight_rank=4)
+    for _, layer in wasi_layers(model):
+        outer, inner = layer.factors("default")
+        found = torch.autograd.grad(outer.sum() + inner.sum(), [layer.wasi_B["default"], layer.wasi_A["default"]])
+        assert all(bool((gradient == 1).all()) for gradient in found)
+
+
+def test_factors_of_different_dtypes_stay_where_they_are() -> None:
+    given = {name: nn.Parameter(value) for name, value in operands().items() if name in ("L", "R", "B", "A")}
+    given["B"].data, given["A"].data = given["B"].data.float(), given["A"].data.float()
+    before = {name: value.data_ptr() for name, value in given.items()}
+    lay_side_by_side(given["L"], given["R"], given["B"], given["A"])
+    assert {name: value.data_ptr() for name, value in given.items()} == before
 
 
 # -------------------------------------------------------------------- in a model

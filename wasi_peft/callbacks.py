@@ -330,6 +330,7 @@ def resize_rank(model: Any, name: str, rank: int, optimizer: torch.optim.Optimiz
         _shrink(L, R, rank, optimizer)
     elif rank > L.shape[1]:
         _grow(L, R, rank, optimizer)
+    layer._lay_out(adapter)
     config = model.peft_config[adapter]
     if config.ranks is not None:
         config.ranks[name] = rank

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .autograd import ProductGradientSink, factored_linear
 from .config import WasiConfig
 from .linalg import retraction
-from .low_rank import joined, low_rank_linear
+from .low_rank import joined, lay_side_by_side, low_rank_linear
 from .released import FactoredWeight, ReleasedLinear, build_dense
 from .tucker import Bases, CompressionRule, Tucker, canonical, compress, placeholder
 
@@ -164,6 +164,7 @@ class WasiLayer(BaseTunerLayer):
                 A, B = torch.full_like(A, torch.nan), torch.full_like(B, torch.nan)
             self.wasi_A[adapter_name] = nn.Parameter(A)
             self.wasi_B[adapter_name] = nn.Parameter(B)
+            self._lay_out(adapter_name)
         frozen = {"frozen_basis": ("wasi_R",), "low_rank": ("wasi_L", "wasi_R")}.get(config.update, ())
         self.frozen_peft_weight_names[adapter_name] = frozen + (("wasi_bias",) if config.bias == "none" else ())
         self.wasi_update[adapter_name] = config.update
@@ -214,6 +215,7 @@ class WasiLayer(BaseTunerLayer):
             if not any(part.is_meta for part in parts) and all(bool(torch.isfinite(part).all()) for part in parts):
                 self._awaiting.discard(name)
                 self._freeze_non_trainable_peft_weights(name)  # a loader may have replaced the parameters
+                self._lay_out(name)
         group = self._loading_group
         if self._awaiting or any(layer._awaiting for layer in group.values()):
             return
@@ -222,13 +224,23 @@ class WasiLayer(BaseTunerLayer):
             if layer._release_to is not None:
                 layer.release_base(layer._release_to)
 
+    def _lay_out(self, adapter_name: str) -> None:
+        """Make the factors lie in memory as they are multiplied by."""
+        if adapter_name in self.wasi_A:
+            parts = (part[adapter_name] for part in (self.wasi_L, self.wasi_R, self.wasi_B, self.wasi_A))
+            lay_side_by_side(*parts)
+
+    def _lay_out_all(self) -> None:
+        for name in self.wasi_A:
+            self._lay_out(name)
+
     def rank(self, adapter_name: str) -> int:
         """Directions that an adapter's weight is made of: K, and those of a low-rank change."""
         trained = self.wasi_A[adapter_name].shape[0] if adapter_name in self.wasi_A else 0
         return int(self.wasi_L[adapter_name].shape[1]) + int(trained)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """All directions of an adapter's weight, (out, rank) and (rank, in); copies where a change is beside L R."""
+        """All directions of an adapter's weight, (out, rank) and (rank, in)."""
         return joined(*self._parts(adapter_name))
 
     def _parts(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -422,6 +434,12 @@ class Linear(nn.Module, WasiLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _live_layers.add(self)  # a copy retracts after its own optimizer's steps
+        self._lay_out_all()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+        super()._apply(fn, recurse)  # each parameter for itself: `to`, `half`, `cuda`
+        self._lay_out_all()
+        return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from .tucker import Tucker, expand_rows, roundable
@@ -22,11 +23,54 @@ def joined(
 ) -> tuple[Tensor, Tensor]:
     """One pair of factors for a weight, `[L B]` and `[R; A]`; L and R themselves where there is no B A.
 
+    These are views where :func:`lay_side_by_side` was applied and no gradient is asked for, else copies.
+
     **Shape**
         - L: (out, K); R: (K, in); B: (out, r); A: (r, in); returns (out, K + r), (K + r, in)
     """
-    outer, inner = (L, R) if B is None or A is None else (torch.cat([L, B], 1), torch.cat([R, A], 0))
+    outer, inner = (L, R) if B is None or A is None else (_stacked(L.T, B.T).T, _stacked(R, A))
     return outer.to(dtype or L.dtype), inner.to(dtype or L.dtype)
+
+
+@torch.no_grad()
+def lay_side_by_side(L: nn.Parameter, R: nn.Parameter, B: nn.Parameter, A: nn.Parameter) -> None:
+    """Move factors in memory, in place, so that `[L B]^T` and `[R; A]` are there without a copy.
+
+    Copying them in every pass costs as much as multiplying a few tokens by them, which is what generating text does.
+    L and B are then transposed views. Parameters stay the same objects, each with its own version counter. Those of
+    different dtypes or devices, and sharded or quantized ones, stay where they are.
+    """
+    if any(type(part.data) not in (Tensor, FakeTensor) for part in (L, R, B, A)):
+        return
+    if not _contiguous_after(L.T, B.T) and _same_kind(L, B):
+        rows = torch.cat([L.T, B.T])
+        L.data, B.data = rows[: L.shape[1]].T, rows[L.shape[1] :].T
+    if not _contiguous_after(R, A) and _same_kind(R, A):
+        rows = torch.cat([R, A])
+        R.data, A.data = rows[: len(R)], rows[len(R) :]
+
+
+def _same_kind(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and first.device == second.device
+
+
+def _stacked(first: Tensor, second: Tensor) -> Tensor:
+    """Rows of both: a view where they follow each other in memory, unless it would hide a gradient."""
+    differentiable = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
+    if torch.compiler.is_compiling() or differentiable or not _contiguous_after(first, second):
+        return torch.cat([first, second])
+    return first.as_strided((len(first) + len(second), first.shape[1]), (first.shape[1], 1))
+
+
+def _contiguous_after(first: Tensor, second: Tensor) -> bool:
+    """Whether the second begins where the first ends, in one storage."""
+    return (
+        first.is_contiguous()
+        and second.is_contiguous()
+        and _same_kind(first, second)
+        and second.storage_offset() == first.storage_offset() + first.numel()
+        and first.untyped_storage()._cdata == second.untyped_storage()._cdata
+    )
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -83,7 +127,7 @@ class LowRankLinear(torch.autograd.Function):
         if needs_bias:
             grad_bias = dY.sum(0, dtype=ctx.bias_dtype)
         if needs_B:
-            grad_B = (dY.T @ trained.reshape(-1, trained.shape[-1])).to(B.dtype)
+            grad_B = (trained.reshape(-1, trained.shape[-1]).T @ dY).T.to(B.dtype)  # laid out like B
         hidden_grad = None
         if needs_x:
             outer, inner = joined(L, R, B, A, ctx.dtype)

@@ -297,7 +297,8 @@ class WasiModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        selected = {key: value for key, value in selected.items() if ".base_layer." not in key}
+        # contiguous: L and B may be transposed views (`lay_side_by_side`), which files cannot hold
+        selected = {key: value.contiguous() for key, value in selected.items() if ".base_layer." not in key}
         if config.train_vectors:
             selected.update({name: state_dict[name] for name in vector_parameter_names(model) if name in state_dict})
         return selected

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .autograd import factored_linear
 from .calibration import Calibration, dense_targets, evaluating
 from .choosing import activation_options, choose_plan, plan_error
 from .config import WasiConfig
@@ -34,10 +31,9 @@ from .costs import (
 from .estimate import GIGA, MIB, OptimizerFactory, PlannedPeaks, estimate_peak, input_sizes
 from .knapsack import InfeasibleError
 from .layer import dense_weight
-from .linalg import orthonormalize
-from .low_rank import joined, low_rank_linear
 from .planning import MEMORY_MODES, InputGroup, LayerSpectrum, WasiPlan, allocate_ranks, build_plan, input_groups
-from .tucker import Tucker, canonical
+from .timing import LayerTimer
+from .tucker import canonical
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +53,6 @@ PEAK_MARGIN = 0.02  # of a peak in bytes, left free for what the estimate may mi
 OPTIMIZER_STATES = {"sgd": 0, "sgd_momentum": 1}  # elements per parameter; 2 for the others
 AIM = 0.96  # of a budget that is met by trying
 TRIES = 6
-SMALLEST_SAMPLE_SECONDS = 0.05
-SMALLEST_SAMPLE_RUNS = 5
 
 # what a plan does not decide, so that the step it is checked in is the one that will run
 _KEPT_FIELDS = (
@@ -600,81 +594,6 @@ class _Flops:
         if spectrum.reserved_rank:
             return 2 * rank * spectrum.reserved_rank * spectrum.in_features
         return 2 * factored_forward_flops(rank, spectrum.out_features, spectrum.in_features, weight_rank)
-
-
-class LayerTimer:
-    """Seconds of single layers with random values on this machine: the best of several runs.
-
-    Args:
-        dtype: Of weights and inputs.
-        device: Where to run.
-        tangent: Whether L takes tangent gradients (`update="subspace"`).
-        change_rank: Rank of what trains beside frozen factors (`update="low_rank"`); 0 where the factors train.
-    """
-
-    def __init__(
-        self, dtype: torch.dtype = torch.float32, device: Any = "cpu", tangent: bool = False, change_rank: int = 0
-    ) -> None:
-        self._options: dict[str, Any] = {"dtype": dtype, "device": device}
-        self._tangent = tangent
-        self._change_rank = change_rank
-
-    def dense(self, rows: int, out_features: int, in_features: int, training: bool) -> float:
-        """Forward pass of a dense layer, with backward if `training`."""
-        weight = self._random(out_features, in_features)
-        return self._layer(lambda x, *weights: F.linear(x, *weights), rows, (weight,), training)
-
-    def factored(
-        self, rows: int, out_features: int, in_features: int, rank: int, feature_rank: int | None, training: bool
-    ) -> float:
-        """The same for a factored layer whose input is compressed already, or exact for None."""
-        L, R = orthonormalize(self._random(out_features, rank)), self._random(rank, in_features)
-        compressed = None
-        if feature_rank is not None:
-            compressed = Tucker(self._random(1, rows, feature_rank), self._random(in_features, feature_rank))
-
-        change = None
-        if self._change_rank:
-            change = self._random(out_features, self._change_rank), self._random(self._change_rank, in_features)
-
-        def layer(x: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
-            if not training:
-                outer, inner = joined(L, R, *(change or (None, None)))
-                return F.linear(F.linear(x, inner), outer)
-            if change is not None:
-                return low_rank_linear(x, L, R, outer, inner, None, compressed)
-            return factored_linear(x, outer, inner, None, compressed, self._tangent)
-
-        return self._layer(layer, rows, change or (L, R), training)
-
-    def compression(self, rows: int, in_features: int, rank: int) -> float:
-        """Compression of an input onto a basis that is there."""
-        x, basis = self._random(rows, in_features), self._random(in_features, rank)
-        return self._seconds(lambda: x @ basis)
-
-    def _random(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(**self._options)
-
-    def _layer(self, layer: Callable[..., Tensor], rows: int, weights: tuple[Tensor, ...], training: bool) -> float:
-        inputs = [self._random(1, rows, weights[-1].shape[1]), *weights]
-        if not training:
-            with torch.no_grad():
-                return self._seconds(lambda: layer(*inputs))
-        inputs = [tensor.requires_grad_() for tensor in inputs]
-        gradient = self._random(1, rows, weights[0].shape[0])
-        return self._seconds(lambda: torch.autograd.grad(layer(*inputs), inputs, gradient))
-
-    def _seconds(self, task: Callable[[], Any]) -> float:
-        device = torch.device(self._options["device"])
-        seconds: list[float] = []
-        task()
-        while len(seconds) < SMALLEST_SAMPLE_RUNS or sum(seconds) < SMALLEST_SAMPLE_SECONDS:
-            start = time.perf_counter()
-            task()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
 
 
 class _Seconds:

@@ -253,7 +253,9 @@ class Simulation(TorchDispatchMode):
         for parameter in model.parameters():
             memo[id(parameter)] = nn.Parameter(self.like(parameter), parameter.requires_grad)
         with _CopyWithoutMemory(self):
-            return copy.deepcopy(model, memo)
+            twin = copy.deepcopy(model, memo)
+        self.memory.numbers(twin.parameters())  # layers may have moved theirs into storages that they share
+        return twin
 
     @contextmanager
     def injecting(self) -> Iterator[None]:

@@ -1,0 +1,104 @@
+"""How long single layers take on this machine, dense and factored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .autograd import factored_linear
+from .linalg import orthonormalize
+from .low_rank import joined, lay_side_by_side, low_rank_linear
+from .tucker import Tucker
+
+SMALLEST_SAMPLE_RUNS = 5
+SMALLEST_SAMPLE_SECONDS = 0.05
+
+Factors = tuple[nn.Parameter, nn.Parameter, nn.Parameter | None, nn.Parameter | None]
+
+
+class LayerTimer:
+    """Seconds of single layers with random values on this machine: the best of several runs.
+
+    Args:
+        dtype: Of weights and inputs.
+        device: Where to run.
+        tangent: Whether L takes tangent gradients (`update="subspace"`).
+        change_rank: Rank of what trains beside frozen factors (`update="low_rank"`); 0 where the factors train.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, device: Any = "cpu", tangent: bool = False, change_rank: int = 0
+    ) -> None:
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self._tangent = tangent
+        self._change_rank = change_rank
+
+    def dense(self, rows: int, out_features: int, in_features: int, training: bool) -> float:
+        """Forward pass of a dense layer, with backward if `training`."""
+        weight = self._random(out_features, in_features)
+        return self._layer(lambda x, *weights: F.linear(x, *weights), rows, (weight,), training)
+
+    def factored(
+        self, rows: int, out_features: int, in_features: int, rank: int, feature_rank: int | None, training: bool
+    ) -> float:
+        """The same for a factored layer whose input is compressed already, or exact for None."""
+        factors = self._factors(out_features, in_features, rank)
+        compressed = None
+        if feature_rank is not None:
+            compressed = Tucker(self._random(1, rows, feature_rank), self._random(in_features, feature_rank))
+
+        def layer(x: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+            if not training:
+                outer, inner = joined(*factors)
+                return F.linear(F.linear(x, inner), outer)
+            if self._change_rank:
+                return low_rank_linear(x, factors[0], factors[1], outer, inner, None, compressed)
+            return factored_linear(x, outer, inner, None, compressed, self._tangent)
+
+        trained = [factor for factor in factors if factor is not None][-2:]
+        return self._layer(layer, rows, trained, training)
+
+    def compression(self, rows: int, in_features: int, rank: int) -> float:
+        """Compression of an input onto a basis that is there."""
+        x, basis = self._random(rows, in_features), self._random(in_features, rank)
+        return self._seconds(lambda: x @ basis)
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(**self._options)
+
+    def _factors(self, out_features: int, in_features: int, rank: int) -> Factors:
+        """L, R and what trains beside them, as a layer holds them."""
+        L = nn.Parameter(orthonormalize(self._random(out_features, rank)), requires_grad=False)
+        R = nn.Parameter(self._random(rank, in_features), requires_grad=False)
+        if not self._change_rank:
+            return L, R, None, None
+        B = nn.Parameter(self._random(out_features, self._change_rank), requires_grad=False)
+        A = nn.Parameter(self._random(self._change_rank, in_features), requires_grad=False)
+        lay_side_by_side(L, R, B, A)
+        return L, R, B, A
+
+    def _layer(self, layer: Callable[..., Tensor], rows: int, weights: Sequence[Tensor], training: bool) -> float:
+        inputs = [self._random(1, rows, weights[-1].shape[1]), *weights]
+        if not training:
+            with torch.no_grad():
+                return self._seconds(lambda: layer(*inputs))
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        gradient = self._random(1, rows, weights[0].shape[0])
+        return self._seconds(lambda: torch.autograd.grad(layer(*inputs), inputs, gradient))
+
+    def _seconds(self, task: Callable[[], Any]) -> float:
+        device = torch.device(self._options["device"])
+        seconds: list[float] = []
+        task()
+        while len(seconds) < SMALLEST_SAMPLE_RUNS or sum(seconds) < SMALLEST_SAMPLE_SECONDS:
+            start = time.perf_counter()
+            task()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
