@@ -13,30 +13,31 @@ from safetensors.torch import load_file
 from strategies import relative_error
 from torch import Tensor, nn
 
-from wasi_peft import WasiConfig, merge_slow_layers
-from wasi_peft.layer import wasi_layers
-from wasi_peft.timing import LayerTimer
+from wasi_peft import WasiConfig, inference, merge_slow_layers
+from wasi_peft.layer import WasiLayer, wasi_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The initial factors come from a plain truncated SVD")
 
 
-class KnownTimer(LayerTimer):
-    """A machine on which a multiplication takes a second, and each call `call` seconds."""
+class KnownMachine:
+    """A multiplication takes a second, and each product `call` seconds besides."""
 
     def __init__(self, call: float = 0.0) -> None:
-        super().__init__()
         self.call = call
         self.asked: list[tuple[int, int, int, int]] = []
 
-    def dense(self, rows: int, out_features: int, in_features: int, training: bool) -> float:
-        return rows * out_features * in_features + self.call
+    def __call__(self, layer: WasiLayer, rows: int, evicted_bytes: int) -> float:
+        assert evicted_bytes > 0
+        rank, sizes = layer.rank("default"), (layer.out_features, layer.in_features)
+        self.asked.append((rows, *sizes, rank))
+        return (rows * sizes[0] * sizes[1] + self.call) / (rows * rank * sum(sizes) + 2 * self.call)
 
-    def factored(
-        self, rows: int, out_features: int, in_features: int, rank: int, feature_rank: int | None, training: bool
-    ) -> float:
-        assert feature_rank is None and not training
-        self.asked.append((rows, out_features, in_features, rank))
-        return rows * rank * (out_features + in_features) + 2 * self.call
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> KnownMachine:
+    known = KnownMachine()
+    monkeypatch.setattr(inference, "dense_over_factored", known)
+    return known
 
 
 def batch(samples: int = 4) -> Tensor:
@@ -55,21 +56,16 @@ def merged(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("update", ["factor", "low_rank"])
-def test_only_layers_that_gain_are_merged(update: str) -> None:
+def test_only_layers_that_gain_are_merged(machine: KnownMachine, update: str) -> None:
     # 8 x 8 layers lose a fifth with 5 directions, 12 x 8 layers a twenty-fifth, and a fifth with 6
     ranks = {r"blocks\.0\.[qkvo]": 5, r"blocks\.0\.fc[12]": 5, r"blocks\.1\.[qkvo]": 3, r"blocks\.1\.fc[12]": 6}
     update_rank = 1 if update == "low_rank" else 0
     ranks = {name: rank - update_rank for name, rank in ranks.items()}
     options = {"update_rank": update_rank} if update_rank else {}
     model = adapted(rank_pattern=ranks, weight_rank=2, update=update, **options)
-
-    class CountingTheChange(KnownTimer):
-        def factored(self, rows: int, out: int, inner: int, rank: int, *args: Any, **kwargs: Any) -> float:
-            return super().factored(rows, out, inner, rank + update_rank, *args, **kwargs)
-
     with torch.no_grad():
         before = model(batch())
-        found = merge_slow_layers(model, batch(), timer=CountingTheChange())
+        found = merge_slow_layers(model, batch())
         after = model(batch())
     wanted = {f"blocks.0.{name}" for name in "qkvo"} | {f"blocks.1.fc{number}" for number in (1, 2)}
     assert {name.removeprefix("base_model.model.") for name in found} == wanted
@@ -82,30 +78,23 @@ def test_only_layers_that_gain_are_merged(update: str) -> None:
         assert torch.equal(model(batch()), before)
 
 
-def test_every_kind_is_timed_once_with_the_rows_of_the_batch() -> None:
-    model, timer = adapted(weight_rank=3), KnownTimer()
-    merge_slow_layers(model, batch(7), timer=timer)
-    assert sorted(timer.asked) == [(35, 8, 8, 3), (35, 8, 12, 3), (35, 12, 8, 3)]
+def test_every_kind_is_timed_once_with_the_rows_of_the_batch(machine: KnownMachine) -> None:
+    merge_slow_layers(adapted(weight_rank=3), batch(7))
+    assert sorted(machine.asked) == [(35, 8, 8, 3), (35, 8, 12, 3), (35, 12, 8, 3)]
 
 
-def test_few_rows_are_decided_by_the_calls() -> None:
+def test_few_rows_are_decided_by_the_calls(machine: KnownMachine) -> None:
+    machine.call = 1000.0
     for samples, all_merged in ((1, True), (100, False)):
         model = adapted(weight_rank=2)
-        found = merge_slow_layers(model, batch(samples), timer=KnownTimer(call=1000.0))
+        found = merge_slow_layers(model, batch(samples))
         assert len(found) == (len(list(wasi_layers(model))) if all_merged else 0)
 
 
 @pytest.mark.parametrize(("least_gain", "count"), [(0.0, 12), (0.24, 12), (0.26, 0)])
-def test_what_a_layer_must_gain(least_gain: float, count: int) -> None:
-    class Slower(KnownTimer):
-        def dense(self, *args: Any, **kwargs: Any) -> float:
-            return 0.75 * self.factored(1, 1, 1, 1, None, False)
-
-        def factored(self, *args: Any, **kwargs: Any) -> float:
-            return 1.0
-
-    model = adapted(weight_rank=2)
-    assert len(merge_slow_layers(model, batch(), least_gain=least_gain, timer=Slower())) == count
+def test_what_a_layer_must_gain(monkeypatch: pytest.MonkeyPatch, least_gain: float, count: int) -> None:
+    monkeypatch.setattr(inference, "dense_over_factored", lambda *_: 0.75)
+    assert len(merge_slow_layers(adapted(weight_rank=2), batch(), least_gain=least_gain)) == count
 
 
 def test_this_machine_is_measured() -> None:
@@ -118,10 +107,10 @@ def test_this_machine_is_measured() -> None:
     assert all(0 < ratio <= 0.95 for ratio in found.values())
 
 
-def test_saving_is_not_affected(tmp_path: Path) -> None:
+def test_saving_is_not_affected(machine: KnownMachine, tmp_path: Path) -> None:
     model = adapted(weight_rank=7)
     model.save_pretrained(tmp_path / "before")
-    assert merge_slow_layers(model, batch(), timer=KnownTimer())
+    assert merge_slow_layers(model, batch())
     model.save_pretrained(tmp_path / "after")
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
     assert before.keys() == after.keys()
@@ -132,18 +121,18 @@ def test_saving_is_not_affected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("least_gain", [-0.1, 1, 1.5, "0", True, None])
-def test_gain_out_of_range(least_gain: Any) -> None:
+def test_gain_out_of_range(machine: KnownMachine, least_gain: Any) -> None:
     model = adapted(weight_rank=7)
     with pytest.raises(ValueError, match=r"least_gain must be in \[0, 1\)"):
-        merge_slow_layers(model, batch(), least_gain=least_gain, timer=KnownTimer())
+        merge_slow_layers(model, batch(), least_gain=least_gain)
     assert not merged(model)
 
 
 @pytest.mark.parametrize("wrong", [{}, torch.zeros(0, 5, 8)])
-def test_empty_batch(wrong: Any) -> None:
+def test_empty_batch(machine: KnownMachine, wrong: Any) -> None:
     model = adapted(weight_rank=7)
     with pytest.raises(ValueError, match="batch must hold at least one tensor"):
-        merge_slow_layers(model, wrong, timer=KnownTimer())
+        merge_slow_layers(model, wrong)
     assert not merged(model)
 
 
@@ -162,7 +151,7 @@ def test_merged_already() -> None:
         merge_slow_layers(model, batch())
 
 
-def test_shapes_that_depend_on_values() -> None:
+def test_shapes_that_depend_on_values(machine: KnownMachine) -> None:
     class Picky(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -173,5 +162,5 @@ def test_shapes_that_depend_on_values() -> None:
 
     model = get_peft_model(Picky(), WasiConfig(weight_rank=7, target_modules=["fc"], update="factor"))
     with pytest.raises(ValueError, match="depend on values"):
-        merge_slow_layers(model, batch(), timer=KnownTimer())
+        merge_slow_layers(model, batch())
     assert not merged(model)

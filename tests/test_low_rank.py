@@ -180,7 +180,8 @@ def test_loaded_factors_lie_side_by_side(tmp_path: Path, low_cpu_mem_usage: bool
 
 
 def test_training_does_not_depend_on_where_factors_lie() -> None:
-    model = adapted(tiny_net(7), weight_rank=4)
+    # without biases: that of the keys has a gradient of zero, whose rounding Adam would make steps of
+    model = adapted(tiny_net(7), weight_rank=4, bias="none")
     apart = copy.deepcopy(model)
     for _, layer in wasi_layers(apart):
         for parts in (layer.wasi_L, layer.wasi_R, layer.wasi_B, layer.wasi_A):

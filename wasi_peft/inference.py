@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
+import torch
 from torch import nn
 
 from .estimate import input_sizes
 from .layer import WasiLayer, wasi_layers
-from .timing import LayerTimer
+
+TIMED_RUNS = 15
+LARGEST_EVICTION = 2**26  # bytes; more than caches hold
 
 
-def merge_slow_layers(
-    model: nn.Module, batch: Any, *, least_gain: float = 0.05, timer: LayerTimer | None = None
-) -> dict[str, float]:
+def merge_slow_layers(model: nn.Module, batch: Any, *, least_gain: float = 0.05) -> dict[str, float]:
     """Multiply out the layers that this machine runs faster dense, for inference on batches of this size.
 
     Two products cost twice the calls of one: with a few tokens, or at ranks near break-even, that can be more than the
-    smaller products save. Every kind of layer (its sizes, its rank, its number of rows in the batch) is timed alone
-    with random values, in both forms, and those that gain are merged. The model then computes the same up to
-    rounding; dense weights take memory beside the factors, which stay. `model.unmerge_adapter()` undoes it, before
-    training. Saving is not affected.
+    smaller products save. Of every kind of layer (its sizes, its rank, its number of rows in the batch) one is timed
+    in both forms on random input, its weights no nearer in the caches than they are when the whole model runs; the
+    kinds that gain are merged. The model then computes the same up to rounding; dense weights take memory beside the
+    factors, which stay. `model.unmerge_adapter()` undoes it, before training. Saving is not affected.
 
     Args:
         model: A PEFT model with a WASI adapter.
         batch: What the model will be called with: a mapping of arguments, a tuple, or one tensor, of the real shapes.
         least_gain: Share of a layer's time that the dense form must save. Timing varies by a few percent.
-        timer: Measures the layers; by default in their dtype and on their device.
 
     Returns:
         Time of the dense form over that of the factors, by name of the layers that were merged.
@@ -37,7 +38,7 @@ def merge_slow_layers(
             empty or its shapes cannot be followed without running the model.
 
     Example:
-        >>> import peft, torch, wasi_peft
+        >>> import peft, wasi_peft
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         >>> config = wasi_peft.WasiConfig(target_modules=["0"], weight_rank=7, update="factor")
         >>> model = peft.get_peft_model(net, config)
@@ -56,13 +57,14 @@ def merge_slow_layers(
     sizes = input_sizes(model, layers, batch)
     if sizes is None:
         raise ValueError("shapes in the model depend on values of its tensors, so its layers' inputs are not known.")
+    rows = {name: math.prod(sizes[name][:-1]) for name in layers if name in sizes}
+    between = min(LARGEST_EVICTION, sum(parameter.nbytes for parameter in model.parameters()))
     ratios: dict[tuple[Any, ...], float] = {}
     found = {}
-    for name in (name for name in layers if name in sizes):
-        layer, rows = layers[name], math.prod(sizes[name][:-1])
-        kind = _kind(layer, rows)
+    for name, count in rows.items():
+        kind = count, *_kind(layers[name])
         if kind not in ratios:
-            ratios[kind] = _dense_over_factored(layer, rows, timer)
+            ratios[kind] = dense_over_factored(layers[name], count, between)
         if ratios[kind] <= 1 - least_gain:
             found[name] = ratios[kind]
     for name in found:
@@ -70,17 +72,39 @@ def merge_slow_layers(
     return found
 
 
-def _kind(layer: WasiLayer, rows: int) -> tuple[Any, ...]:
+def _kind(layer: WasiLayer) -> tuple[Any, ...]:
     assert layer.active_name is not None
     L = layer.wasi_L[layer.active_name]
-    return rows, layer.out_features, layer.in_features, layer.rank(layer.active_name), L.dtype, L.device
+    return layer.out_features, layer.in_features, layer.rank(layer.active_name), L.dtype, L.device
 
 
-def _dense_over_factored(layer: WasiLayer, rows: int, timer: LayerTimer | None) -> float:
-    """Time of a forward pass of the dense layer, over that of the factors."""
+@torch.no_grad()
+def dense_over_factored(layer: WasiLayer, rows: int, evicted_bytes: int) -> float:
+    """Time of a layer's forward pass in dense form, over that of its factors: the best of several runs each.
+
+    Args:
+        layer: A layer with an active adapter.
+        rows: Tokens of its input.
+        evicted_bytes: Memory that is written before each run, so that weights leave the caches as they do when all
+            other layers run in between.
+    """
     assert layer.active_name is not None
     L = layer.wasi_L[layer.active_name]
-    timer = timer or LayerTimer(L.dtype, L.device, change_rank=layer.rank(layer.active_name) - L.shape[1])
-    out_features, in_features = layer.out_features, layer.in_features
-    dense = timer.dense(rows, out_features, in_features, training=False)
-    return dense / timer.factored(rows, out_features, in_features, L.shape[1], None, training=False)
+    x = torch.randn(rows, layer.in_features, dtype=L.dtype, device=L.device)
+    forms: tuple[Any, ...] = layer, layer.get_dense_layer(layer.active_name)
+    scratch = torch.zeros(evicted_bytes, dtype=torch.uint8, device=L.device)
+    best = [math.inf, math.inf]
+    for _ in range(TIMED_RUNS):
+        for index, form in enumerate(forms):
+            scratch.add_(1)
+            _wait_for(L.device)
+            start = time.perf_counter()
+            form(x)
+            _wait_for(L.device)
+            best[index] = min(best[index], time.perf_counter() - start)
+    return best[1] / best[0]
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
