@@ -226,6 +226,63 @@ def test_crossovers_of_cost_curves(
 
 
 @pytest.fixture
+def tiny_workload(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a small language model among the workloads of the benchmarks."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    memory_modes = importlib.import_module("benchmark.memory_modes")
+
+    def load() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, vocab_size=500,
+            )
+        )  # fmt: skip
+
+    def batch() -> dict[str, torch.Tensor]:
+        tokens = torch.randint(0, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+    workload = memory_modes.Workload(load, batch, None, None, 0.6, 8)
+    monkeypatch.setattr(memory_modes, "WORKLOADS", {"tiny": workload})
+    monkeypatch.setattr(importlib.import_module("benchmark.step_bounds"), "WORKLOADS", memory_modes.WORKLOADS)
+    monkeypatch.setattr(importlib.import_module("benchmark.inference_time"), "WORKLOADS", memory_modes.WORKLOADS)
+    return "tiny"
+
+
+def test_memory_modes_and_bounds(tiny_workload: str, tmp_path: Path) -> None:
+    module, results = importlib.import_module("benchmark.memory_modes"), tmp_path / "modes.json"
+    content = module.main(["--rounds", "1", "--results", str(results)])
+    assert content == json.loads(results.read_text())
+    entries = content[tiny_workload]["results"]
+    assert list(entries) == list(module.VARIANTS)
+    peaks = [entries[name]["peak_bytes"] for name in ("full", "wasi exact", "wasi fast", "wasi small")]
+    assert peaks == sorted(peaks, reverse=True)
+    assert all(entry["step_speedup_against_full"] > 0 for entry in entries.values())
+    bounds = tmp_path / "bounds.json"
+    importlib.import_module("benchmark.step_bounds").main(["--rounds", "1", "--results", str(bounds)])
+    at_peak = json.loads(bounds.read_text())[tiny_workload]["results"]["wasi fast"]["at_peak"]
+    assert sum(at_peak.values()) == pytest.approx(entries["wasi fast"]["peak_bytes"], rel=0.15)
+
+
+def test_inference_time(tiny_workload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, results = importlib.import_module("benchmark.inference_time"), tmp_path / "inference.json"
+    cases = {
+        "reading": (tiny_workload, None, module.inference, True, None),
+        "writing": (tiny_workload, 1, module.generate, False, 1),
+    }
+    monkeypatch.setattr(module, "CASES", cases)
+    content = module.main(["--rounds", "1", "--no-compile", "--results", str(results)])
+    assert content == json.loads(results.read_text())
+    for case in cases:
+        entries = content[case]["results"]
+        assert list(entries) == ["dense", "wasi", "wasi, slow layers dense"]
+        assert all(len(entry["seconds"]) == 1 and entry["faster_than_dense"] > 0 for entry in entries.values())
+        assert all(0 < ratio < 1 for ratio in entries["wasi, slow layers dense"]["merged"].values())
+
+
+@pytest.fixture
 def accuracy_benchmark(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module of the accuracy benchmark, for the tiny model and small images, with a cache of its own."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
