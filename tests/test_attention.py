@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from strategies import relative_error
 from torch import Tensor
 
-from wasi_peft import attention
-from wasi_peft.attention import LowBitAttention, attention_gradients, low_bit_attention
+from wasi_peft import LowBitSavedTensors, attention
+from wasi_peft.attention import attention_gradients, low_bit_attention
 from wasi_peft.profiling import measure_peak_memory
 
 
@@ -134,7 +134,7 @@ def test_an_unknown_kind_is_refused() -> None:
 
 def test_the_context_takes_the_place_of_torchs_function() -> None:
     q, k, v = inputs(1, 2, 2, 4, 4, 8)
-    with LowBitAttention("int8"):
+    with LowBitSavedTensors("int8"):
         inside = F.scaled_dot_product_attention(q, key=k, value=v)
     outside = F.scaled_dot_product_attention(q, k, v)
     assert "LowBit" in type(inside.grad_fn).__name__ and "LowBit" not in type(outside.grad_fn).__name__

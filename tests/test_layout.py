@@ -26,6 +26,7 @@ ORDER = [
     "targets",
     "quantization",
     "attention",
+    "activation",
     "saved",
     "slices",
     "recompute",

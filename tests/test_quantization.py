@@ -16,16 +16,17 @@ from wasi_peft.profiling import measure_peak_memory
 from wasi_peft.quantization import GROUP, KINDS, bits_per_value, dequantize, is_dense, quantize
 
 INTEGER_KINDS = [kind for kind in KINDS if kind.startswith("int")]
-LEVELS = {"int16": 2**16 - 1, "int8": 2**8 - 1, "int4": 2**4 - 1}
+LEVELS = {"int16": 2**16 - 1, "int8": 2**8 - 1, "int4": 2**4 - 1, "int4_half": 2**4 - 1}
+TAILS = {"int4_half": np.float16}  # of scale and least value; others take float32
 
 
-def slow(values: np.ndarray, levels: int) -> np.ndarray:
+def slow(values: np.ndarray, levels: int, tail: type[np.floating] = np.float32) -> np.ndarray:
     """One group of 64 after the other, in float64 but for the scale and the least value."""
     result = values.astype(np.float64).copy()
     for start in range(0, len(values) // GROUP * GROUP, GROUP):
         group = result[start : start + GROUP]
-        low, high = group.min(), group.max()
-        step, low = float(np.float32((high - low) / levels)), float(np.float32(low))
+        low, high = float(tail(group.min())), group.max()
+        step = float(tail((high - low) / levels))
         if step > 0:
             codes = np.clip(np.round((group - low) / step), 0, levels)
             result[start : start + GROUP] = low + codes * step
@@ -36,39 +37,41 @@ def slow(values: np.ndarray, levels: int) -> np.ndarray:
 @given(st.integers(1, 700), st.sampled_from(INTEGER_KINDS), st.floats(-3, 3), SEEDS)
 def test_the_result_is_that_of_the_slow_reference(count: int, kind: str, shift: float, seed: int) -> None:
     x = normal(count, seed=seed).double() + shift
-    expected = slow(x.numpy(), LEVELS[kind])
+    expected = slow(x.numpy(), LEVELS[kind], TAILS.get(kind, np.float32))
     torch.testing.assert_close(dequantize(quantize(x, kind)), torch.from_numpy(expected), rtol=0, atol=1e-12)
 
 
 @QUICK
 @given(
     st.integers(1, 20), st.integers(0, 63), st.sampled_from([torch.float16, torch.float32]),
-    st.floats(-3, 3), st.floats(-3, 6), st.booleans(), SEEDS,
+    st.floats(-3, 3), st.floats(-3, 6), st.booleans(), st.sampled_from(["int8", "int4_half"]), SEEDS,
 )  # fmt: skip
 def test_the_kernel_agrees_with_the_plain_operations(
-    groups: int, rest: int, dtype: torch.dtype, exponent: float, shift: float, gaps: bool, seed: int
+    groups: int, rest: int, dtype: torch.dtype, exponent: float, shift: float, gaps: bool, kind: str, seed: int
 ) -> None:
     x = (normal(groups, GROUP, seed=seed) + shift) * 10**exponent
     x = torch.cat([x.flatten(), x.new_zeros(rest)]).to(dtype)
     if gaps:
         x = torch.stack([x[: groups * GROUP].view(groups, GROUP)] * 2, 1)[:, 0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantization, "_suits_kernel", lambda rows: False)
-        plain = quantize(x, "int8")
-    fast = quantize(x, "int8")
+        patch.setattr(quantization, "_suits_kernel", lambda rows, kind: False)
+        plain = quantize(x, kind)
+    fast = quantize(x, kind)
     assert fast.checked
     assert not plain.checked
     assert fast.is_finite()
     assert plain.is_finite()
     # a value half way between two codes may go either way
-    step = (x.float().max() - x.float().min()) / 255
+    step = (x.float().max() - x.float().min()) / LEVELS[kind]
     near = 1.01 * step + 1e-6 * x.float().abs().max() + torch.finfo(dtype).eps * x.float().abs().max()
     assert float((dequantize(fast).float() - dequantize(plain).float()).abs().max()) <= float(near)
-    codes = [kept.packed[:, :GROUP].int() for kept in (fast, plain)]
-    assert int((codes[0] - codes[1]).abs().max()) <= 1
+    code_bytes = quantization._CODE_BYTES[kind]
+    codes = [kept.packed[:, :code_bytes].int() for kept in (fast, plain)]
+    if kind == "int8":
+        assert int((codes[0] - codes[1]).abs().max()) <= 1
     assert float((codes[0] != codes[1]).float().mean()) < 0.05
-    unpacked = quantization._unpack(fast.packed, "int8", torch.float32)
-    torch.testing.assert_close(quantization._unpack_kernel(fast.packed), unpacked)
+    unpacked = quantization._unpack(fast.packed, kind, torch.float32)
+    torch.testing.assert_close(quantization._unpack_kernel(fast.packed, kind), unpacked)
 
 
 @QUICK
@@ -97,13 +100,13 @@ def test_any_shape_order_and_dtype_comes_back(
     by_memory = [dim for dim in sorted(range(x.dim()), key=lambda dim: -x.stride(dim)) if x.shape[dim] > 1]
     strides = [back.stride(dim) for dim in by_memory]
     assert strides == sorted(strides, reverse=True)
-    bound = {"bf16": 2**-8, "int16": 2**-15, "int8": 2**-7, "int4": 2**-3}[kind] * x.abs().max()
+    bound = {"bf16": 2**-8, "int16": 2**-15, "int8": 2**-7, "int4": 2**-3, "int4_half": 2**-3}[kind] * x.abs().max()
     assert (
         float((back.double() - x.double()).abs().max()) <= float(bound) + torch.finfo(dtype).eps * float(bound) * 128
     )
 
 
-@pytest.mark.parametrize("kind", INTEGER_KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in INTEGER_KINDS if kind not in TAILS])
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1.0, 1e30])
 def test_values_of_any_size_keep_their_relative_error(kind: str, scale: float) -> None:
     x = torch.linspace(-1, 2, 4 * GROUP) * scale
@@ -146,6 +149,8 @@ def test_values_too_large_for_the_format_are_told() -> None:
     assert not quantize(wide, "int8").is_finite()
     assert quantize(wide / 4, "int8").is_finite()
     assert not quantize(wide.double() * 1e20, "int8").is_finite()
+    assert not quantize(torch.linspace(-1e5, 1e5, 64), "int4_half").is_finite()
+    assert quantize(torch.linspace(-3e4, 3e4, 64), "int4_half").is_finite()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -188,7 +193,9 @@ def test_tensors_without_values_take_the_same_form(kind: str, dtype: torch.dtype
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"kind must be one of \['bf16', 'int16', 'int8', 'int4'\], got 'int2'"):
+    with pytest.raises(
+        ValueError, match=r"kind must be one of \['bf16', 'int16', 'int8', 'int4', 'int4_half'\], got 'int2'"
+    ):
         quantize(torch.zeros(3), "int2")
     with pytest.raises(ValueError, match=r"floating point tensors can be quantised, got torch\.int64"):
         quantize(torch.zeros(3, dtype=torch.long), "int8")

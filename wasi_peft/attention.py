@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 
 from .quantization import Quantized, bits_per_value, check_kind, dequantize, quantize
 
@@ -205,16 +204,3 @@ def low_bit_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     return LowBitAttentionFunction.apply(query, key, value, attn_mask, is_causal, scale, enable_gqa, kind)
-
-
-class LowBitAttention(TorchFunctionMode):
-    """Context in which :func:`low_bit_attention` takes the place of torch's function."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return low_bit_attention(*args, **(kwargs or {}), kind=self.kind)
-        return func(*args, **(kwargs or {}))

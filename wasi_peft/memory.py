@@ -41,7 +41,7 @@ def apply_memory_mode(model: nn.Module, config: WasiConfig) -> None:
     if kind == "recompute":
         recompute_blocks(model, BLOCK_INPUTS, SLICE_ROWS if config.memory_mode == "small" else None)
     elif kind != "exact":
-        store_saved_tensors(model, kind)
+        store_saved_tensors(model, kind, low_bit_activations=config.memory_mode == "fast" and kind == "int8")
     if kind == "recompute" and config.memory_mode == "small" and position_wise_modules(model):
         chunk_mlps(model, chunk_rows=CHUNK_ROWS)
     if config.memory_mode == "fast" and kind != "recompute":

@@ -5,8 +5,9 @@ least value m of the group, `x ~ m + s code`, so that where nothing is negative 
 backward of ReLU, and of masked softmax, relies on). Rounding is to nearest: stochastic rounding gave gradient errors
 1.4 times as large.
 
-For 8 bits this is the row format of torch's compressed embedding tables, whose kernels do a whole tensor in one pass
-each way. What they cannot do (other devices and dtypes, other kinds, NaN, groups of tiny values) is done here.
+For 'int8' and 'int4_half' this is the row format of torch's compressed embedding tables, whose kernels do a whole
+tensor in one pass each way. What they cannot do (other devices and dtypes, other kinds, NaN, groups of tiny values) is
+done here. 'int4_half' keeps scale and least value in float16, for values known to be neither large nor tiny.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 GROUP = 64
-KINDS = ("bf16", "int16", "int8", "int4")
-_LEVELS = {"int16": 2**16 - 1, "int8": 2**8 - 1, "int4": 2**4 - 1}
-_CODE_BYTES = {"int16": 2 * GROUP, "int8": GROUP, "int4": GROUP // 2}  # of a group
-_TAIL_BYTES = 8  # of a group: scale and least value in float32
+KINDS = ("bf16", "int16", "int8", "int4", "int4_half")
+_LEVELS = {"int16": 2**16 - 1, "int8": 2**8 - 1, "int4": 2**4 - 1, "int4_half": 2**4 - 1}
+_CODE_BYTES = {"int16": 2 * GROUP, "int8": GROUP, "int4": GROUP // 2, "int4_half": GROUP // 2}  # of a group
+_KERNELS = {"int8": "byte", "int4_half": "4bit"}
+LARGEST_HALF = 2.0**15  # of values that float16 holds with room for their range
 _CHUNK = 2**17  # elements that are converted at a time: the only float temporary
 
 
@@ -32,7 +34,7 @@ class Quantized:
     """A tensor in few bits.
 
     **Shape**
-        - packed: (groups, bytes), a group's codes, then its scale and least value in float32; (n,) values for 'bf16'
+        - packed: (groups, bytes), a group's codes, then its scale and least value; (n,) values for 'bf16'
         - rest: (n % 64,), the values after the last full group, exact; empty for 'bf16'
 
     `checked` is True where it is known already that all values of the groups are finite.
@@ -53,7 +55,7 @@ class Quantized:
 
     def is_finite(self) -> bool:
         """Whether no value was NaN or Inf, or too large for the format."""
-        groups = [] if self.checked else [self.packed if self.kind == "bf16" else _tail(self.packed)]
+        groups = [] if self.checked else [self.packed if self.kind == "bf16" else _tail(self.packed, self.kind)]
         parts = [*groups, self.rest]
         return all(bool(torch.isfinite(bound)) for part in parts if part.numel() for bound in torch.aminmax(part))
 
@@ -65,11 +67,11 @@ def bits_per_value(kind: str) -> float:
         ValueError: If the kind is unknown.
 
     Example:
-        >>> [bits_per_value(kind) for kind in ("bf16", "int16", "int8", "int4")]
-        [16.0, 17.0, 9.0, 5.0]
+        >>> [bits_per_value(kind) for kind in ("bf16", "int16", "int8", "int4", "int4_half")]
+        [16.0, 17.0, 9.0, 5.0, 4.5]
     """
     check_kind(kind)
-    return 16.0 if kind == "bf16" else 8 * (_CODE_BYTES[kind] + _TAIL_BYTES) / GROUP
+    return 16.0 if kind == "bf16" else 8 * _group_bytes(kind) / GROUP
 
 
 def check_kind(kind: str) -> None:
@@ -101,11 +103,26 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
+def largest_magnitude(tensor: Tensor) -> float:
+    """The largest absolute value, NaN if there is one. No copy is made.
+
+    Example:
+        >>> largest_magnitude(torch.tensor([[1.0, -3.0], [2.0, 0.0]]))
+        3.0
+    """
+    if not is_dense(tensor):
+        return float(torch.linalg.vector_norm(tensor, math.inf))
+    least, most = torch.aminmax(tensor.as_strided((tensor.numel(),), (1,)))  # much faster, but it copies what has gaps
+    return max(-float(least), float(most))
+
+
+@torch.no_grad()
 def quantize(tensor: Tensor, kind: str) -> Quantized:
     """Keep a float tensor in few bits.
 
     Per group: `m = min(x)`, `s = (max(x) - m) / levels`, `code = clamp(round((x - m) / s))`, so that
-    `|x - m - s code| <= s / 2`, up to the rounding of s and m to float32. A group with NaN or Inf comes back as such.
+    `|x - m - s code| <= s / 2`, up to the rounding of s and m to float32, or with 'int4_half' to float16, beyond whose
+    range values become NaN or Inf. A group with NaN or Inf comes back as such.
     Besides the result only a float buffer of 2^17 elements is made, unless the tensor has gaps in memory between runs
     that are no multiple of 64.
 
@@ -114,7 +131,7 @@ def quantize(tensor: Tensor, kind: str) -> Quantized:
 
     Args:
         tensor: float16, bfloat16, float32 or float64; not changed.
-        kind: 'bf16', 'int16', 'int8' or 'int4'.
+        kind: 'bf16', 'int16', 'int8', 'int4' or 'int4_half'.
 
     Raises:
         ValueError: If the kind is unknown or the tensor is not a floating point one.
@@ -135,8 +152,8 @@ def quantize(tensor: Tensor, kind: str) -> Quantized:
         values = ordered.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True).view(-1)
         return Quantized(kind, values, values[:0], *form)
     rows, rest = _groups(ordered)
-    if kind == "int8" and _suits_kernel(rows):
-        return Quantized(kind, _pack_at_once(rows), rest, *form, checked=True)
+    if kind in _KERNELS and _suits_kernel(rows, kind):
+        return Quantized(kind, _pack_at_once(rows, kind), rest, *form, checked=True)
     return Quantized(kind, _pack_in_chunks(rows, kind), rest, *form)
 
 
@@ -155,59 +172,70 @@ def dequantize_flat(kept: Quantized) -> Tensor:
     """
     if kept.kind == "bf16":
         return kept.packed.to(kept.dtype, copy=True)
-    fast = kept.kind == "int8" and kept.packed.device.type == "cpu" and kept.dtype != torch.float64
+    fast = kept.kind in _KERNELS and kept.packed.device.type == "cpu" and kept.dtype != torch.float64
     if fast and kept.dtype == torch.float32 and not kept.rest.numel() and kept.packed.numel():
-        return _unpack_kernel(kept.packed).view(-1)
+        return _unpack_kernel(kept.packed, kept.kind).view(-1)
     flat = torch.empty(kept.shape.numel(), dtype=kept.dtype, device=kept.packed.device)
     count = len(kept.packed) * GROUP
     flat[count:] = kept.rest
     groups = flat[:count].view(-1, GROUP)
     for part in _chunks(groups):
-        groups[part] = _unpack_kernel(kept.packed[part]) if fast else _unpack(kept.packed[part], kept.kind, kept.dtype)
+        packed = kept.packed[part]
+        groups[part] = _unpack_kernel(packed, kept.kind) if fast else _unpack(packed, kept.kind, kept.dtype)
     return flat
 
 
 # -------------------------------------------------------------------------------- groups
 
 
-def _suits_kernel(rows: Tensor) -> bool:
+def _group_bytes(kind: str) -> int:
+    return _CODE_BYTES[kind] + 2 * _tail_dtype(kind).itemsize
+
+
+def _tail_dtype(kind: str) -> torch.dtype:
+    return torch.float16 if kind == "int4_half" else torch.float32
+
+
+def _suits_kernel(rows: Tensor, kind: str) -> bool:
     """Whether torch's kernel does some groups well: it does not tell NaN, and its epsilon adds an error of 1e-8."""
     if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float16) or not rows.numel():
         return False
     if isinstance(rows, FakeTensor):
         return True
+    if kind == "int4_half":
+        return largest_magnitude(rows) <= LARGEST_HALF
     return 1e-5 * math.sqrt(rows.numel()) < float(torch.linalg.vector_norm(rows, dtype=torch.float32)) < math.inf
 
 
 # The kernels' own rules for tensors without values get the dtype wrong.
 
 
-def _pack_kernel(rows: Tensor) -> Tensor:
+def _pack_kernel(rows: Tensor, kind: str) -> Tensor:
     if isinstance(rows, FakeTensor):
-        return rows.new_empty((len(rows), GROUP + _TAIL_BYTES), dtype=torch.uint8)
-    packed: Tensor = torch.ops.quantized.embedding_bag_byte_prepack(rows)
+        return rows.new_empty((len(rows), _group_bytes(kind)), dtype=torch.uint8)
+    packed: Tensor = getattr(torch.ops.quantized, f"embedding_bag_{_KERNELS[kind]}_prepack")(rows)
     return packed
 
 
-def _unpack_kernel(packed: Tensor) -> Tensor:
+def _unpack_kernel(packed: Tensor, kind: str) -> Tensor:
     if isinstance(packed, FakeTensor):
         return packed.new_empty((len(packed), GROUP), dtype=torch.float32)
-    values: Tensor = torch.ops.quantized.embedding_bag_byte_unpack(packed)
+    values: Tensor = getattr(torch.ops.quantized, f"embedding_bag_{_KERNELS[kind]}_unpack")(packed)
     return values
 
 
-def _pack_at_once(rows: Tensor) -> Tensor:
+def _pack_at_once(rows: Tensor, kind: str) -> Tensor:
     """The groups by torch's kernel.
 
     **Shape**
         - rows: (..., 64), of CPU float32 or float16; returns (groups, bytes)
     """
     if rows.is_contiguous():
-        return _pack_kernel(rows.view(-1, GROUP))
-    packed = torch.empty((*rows.shape[:-1], GROUP + _TAIL_BYTES), dtype=torch.uint8)
+        return _pack_kernel(rows.view(-1, GROUP), kind)
+    packed = torch.empty((*rows.shape[:-1], _group_bytes(kind)), dtype=torch.uint8)
     for part in _chunks(rows):
-        packed[part] = _pack_kernel(rows[part].reshape(-1, GROUP)).view(packed[part].shape)
-    return packed.view(-1, GROUP + _TAIL_BYTES)
+        packed[part] = _pack_kernel(rows[part].reshape(-1, GROUP), kind).view(packed[part].shape)
+    return packed.view(-1, _group_bytes(kind))
 
 
 def _pack_in_chunks(rows: Tensor, kind: str) -> Tensor:
@@ -217,13 +245,13 @@ def _pack_in_chunks(rows: Tensor, kind: str) -> Tensor:
         - rows: (..., 64); returns (groups, bytes)
     """
     compute = torch.promote_types(rows.dtype, torch.float32)
-    levels, code_bytes = _LEVELS[kind], _CODE_BYTES[kind]
-    packed = torch.empty((*rows.shape[:-1], code_bytes + _TAIL_BYTES), dtype=torch.uint8, device=rows.device)
-    codes, tail = packed[..., :code_bytes], _tail(packed)
+    levels = _LEVELS[kind]
+    packed = torch.empty((*rows.shape[:-1], _group_bytes(kind)), dtype=torch.uint8, device=rows.device)
+    codes, tail = packed[..., : _CODE_BYTES[kind]], _tail(packed, kind)
     if rows.numel():
         least, most = (bound.to(compute) for bound in torch.aminmax(rows, dim=-1))
-        tail[..., 0] = (most - least) / levels
         tail[..., 1] = least
+        tail[..., 0] = (most - tail[..., 1]) / levels  # from what is kept of the least value
     inverse = tail[..., :1].to(compute).clamp_min(torch.finfo(torch.float32).tiny).reciprocal_()
     buffer = None
     for part in _chunks(rows):
@@ -236,9 +264,11 @@ def _pack_in_chunks(rows: Tensor, kind: str) -> Tensor:
         elif kind == "int4":
             half = GROUP // 2
             codes[part] = values[..., :half].add_(values[..., half:], alpha=16)
+        elif kind == "int4_half":  # neighbours share a byte in the kernels' format
+            codes[part] = values[..., ::2].add_(values[..., 1::2], alpha=16)
         else:
             codes[part] = values
-    return packed.view(-1, code_bytes + _TAIL_BYTES)
+    return packed.view(-1, _group_bytes(kind))
 
 
 def _unpack(packed: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -248,19 +278,21 @@ def _unpack(packed: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
         - packed: (groups, bytes); returns (groups, 64)
     """
     compute = torch.promote_types(dtype, torch.float32)
-    codes, tail = packed[:, : _CODE_BYTES[kind]], _tail(packed).to(compute)
+    codes, tail = packed[:, : _CODE_BYTES[kind]], _tail(packed, kind).to(compute)
     if kind == "int16":
         values = codes.view(torch.int16).to(compute).add_(2**15)
     elif kind == "int4":
         values = torch.cat([codes & 15, codes >> 4], -1).to(compute)
+    elif kind == "int4_half":
+        values = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(compute)
     else:
         values = codes.to(compute)
     return values.mul_(tail[:, :1]).add_(tail[:, 1:])
 
 
-def _tail(packed: Tensor) -> Tensor:
+def _tail(packed: Tensor, kind: str) -> Tensor:
     """Scale and least value of every group, a view (..., 2)."""
-    return packed[..., -_TAIL_BYTES:].view(torch.float32)
+    return packed[..., _CODE_BYTES[kind] :].view(_tail_dtype(kind))
 
 
 def _memory_order(tensor: Tensor) -> list[int]:

@@ -9,6 +9,8 @@ Attention by torch's function keeps queries, keys and values in 8 bits (16 with 
 (:mod:`wasi_peft.attention`). Where it cannot (dropout, attention written out), errors in its tensors leave sums that
 do not cancel, so tensors of four and more dimensions, which is what attention works on, are kept as 'int16'.
 
+On request the inputs of GELU and SiLU take 4 bits (:mod:`wasi_peft.activation`).
+
 Tensors without a graph stay exact, but for those that a layer of this package marks (:func:`tucker.roundable`).
 """
 
@@ -23,13 +25,16 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from .attention import LowBitAttention
+from .activation import low_bit_activation
+from .attention import low_bit_attention
 from .config import WasiConfig
 from .quantization import Quantized, dense_stride, dequantize_flat, is_dense, quantize
 from .targets import default_target_names
@@ -62,6 +67,7 @@ class LowBitSavedTensors(saved_tensors_hooks):
         kind: 'bf16', 'int8' or 'int4'. Tensors of four and more dimensions take 16 bits with every kind, unless
             :func:`low_bit_attention` keeps them.
         minimum_elements: Smaller tensors stay exact.
+        low_bit_activations: Keep the inputs of GELU and SiLU in 4 bits, by :func:`activation.low_bit_activation`.
 
     Raises:
         ValueError: If the kind is unknown or `minimum_elements` is negative.
@@ -75,22 +81,50 @@ class LowBitSavedTensors(saved_tensors_hooks):
         torch.Size([8192])
     """
 
-    def __init__(self, kind: str = "int8", minimum_elements: int = MINIMUM_ELEMENTS) -> None:
+    def __init__(
+        self, kind: str = "int8", minimum_elements: int = MINIMUM_ELEMENTS, low_bit_activations: bool = False
+    ) -> None:
         _check(kind, minimum_elements)
         super().__init__(lambda tensor: _pack(tensor, kind, minimum_elements), _unpack)
-        self._attention = LowBitAttention(_ATTENTION[kind])
+        self._functions = _LowBitFunctions(_ATTENTION[kind], minimum_elements if low_bit_activations else None)
 
     def __enter__(self) -> None:
-        self._attention.__enter__()
+        self._functions.__enter__()
         super().__enter__()
 
     def __exit__(self, *args: object) -> None:
         super().__exit__(*args)
-        self._attention.__exit__(*args)
+        self._functions.__exit__(*args)
+
+
+class _LowBitFunctions(TorchFunctionMode):
+    """Context in which functions that keep less take the place of torch's.
+
+    Args:
+        attention_kind: How attention keeps its inputs.
+        least_activation: Elements from which on GELU and SiLU keep theirs in 4 bits; None: they stay torch's.
+    """
+
+    def __init__(self, attention_kind: str, least_activation: int | None) -> None:
+        super().__init__()
+        self._attention_kind, self._least_activation = attention_kind, least_activation
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return low_bit_attention(*args, **kwargs, kind=self._attention_kind)
+        if func in (F.gelu, F.silu) and self._least_activation is not None and not kwargs.get("inplace"):
+            if len(args) == 1 and args[0].numel() >= self._least_activation:
+                return low_bit_activation(func, *args, **{key: kwargs[key] for key in kwargs if key != "inplace"})
+        return func(*args, **kwargs)
 
 
 def store_saved_tensors(
-    model: nn.Module, kind: str = "int8", *, minimum_elements: int = MINIMUM_ELEMENTS
+    model: nn.Module,
+    kind: str = "int8",
+    *,
+    minimum_elements: int = MINIMUM_ELEMENTS,
+    low_bit_activations: bool = False,
 ) -> list[RemovableHandle]:
     """Have every transformer block of a model run inside :class:`LowBitSavedTensors`.
 
@@ -103,6 +137,7 @@ def store_saved_tensors(
         model: Any transformer, with or without adapters.
         kind: As for :class:`LowBitSavedTensors`.
         minimum_elements: As for :class:`LowBitSavedTensors`.
+        low_bit_activations: As for :class:`LowBitSavedTensors`.
 
     Returns:
         Handles; `handle.remove()` on each detaches the hooks.
@@ -121,7 +156,7 @@ def store_saved_tensors(
     handles = []
     for name in block_names(default_target_names(model, WasiConfig())):
         block = model.get_submodule(name)
-        enter, leave = _EnterBlock(kind, minimum_elements), _LeaveBlock()
+        enter, leave = _EnterBlock(kind, minimum_elements, low_bit_activations), _LeaveBlock()
         handles.append(block.register_forward_pre_hook(enter, prepend=True))
         handles.append(block.register_forward_hook(leave, always_call=True))
     return handles
@@ -288,6 +323,7 @@ _running = _Running()
 class _EnterBlock:
     kind: str
     minimum_elements: int
+    low_bit_activations: bool
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -299,7 +335,7 @@ class _EnterBlock:
             return
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return
-        context = LowBitSavedTensors(self.kind, self.minimum_elements)
+        context = LowBitSavedTensors(self.kind, self.minimum_elements, self.low_bit_activations)
         context.__enter__()
         _running.frame, _running.context = frame, context
 
