@@ -107,9 +107,10 @@ class WasiConfig(PeftConfig):
         memory_mode (`Optional[str]`):
             How far a training step goes to need little memory; by default what `plan` says, else 'exact'. 'exact':
             only the inputs of the targeted layers are compressed. 'fast': what runs no layer twice on top, namely
-            `saved_tensors='int8'`, blocks in slices of the batch and, in language models, a loss that never holds all
-            logits. 'small': everything that lowers the peak, `saved_tensors='recompute'`, the same slices, the same
-            loss, and MLPs that run some tokens at a time where one sample is longer than a slice.
+            `saved_tensors='int8'` with the inputs of GELU and SiLU in 4 bits, blocks in slices of the batch and, in
+            language models, a loss that never holds all logits. 'small': everything that lowers the peak,
+            `saved_tensors='recompute'`, the same slices, the same loss, and MLPs that run some tokens at a time where
+            one sample is longer than a slice.
         saved_tensors (`Optional[str]`):
             How the transformer blocks keep what else backward needs (attention, activation functions, norms), instead
             of what `memory_mode` says: 'exact'; rounded to 'bf16', 'int8' or 'int4'; or not at all, 'recompute', which

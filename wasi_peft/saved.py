@@ -85,7 +85,7 @@ class LowBitSavedTensors(saved_tensors_hooks):
         self, kind: str = "int8", minimum_elements: int = MINIMUM_ELEMENTS, low_bit_activations: bool = False
     ) -> None:
         _check(kind, minimum_elements)
-        super().__init__(lambda tensor: _pack(tensor, kind, minimum_elements), _unpack)
+        super().__init__(lambda tensor: _pack_past_modes(tensor, kind, minimum_elements), _unpack)
         self._functions = _LowBitFunctions(_ATTENTION[kind], minimum_elements if low_bit_activations else None)
 
     def __enter__(self) -> None:
@@ -239,6 +239,12 @@ class _View:
 
 # an entry lives as long as some graph holds its region
 _regions: WeakValueDictionary[tuple[Any, ...], _Region] = WeakValueDictionary()
+
+
+def _pack_past_modes(tensor: Tensor, kind: str, minimum_elements: int) -> _Exact | _View:
+    """:func:`_pack`, its many small calls out of sight of the function mode, which would take each in Python."""
+    with torch._C.DisableTorchFunction():
+        return _pack(tensor, kind, minimum_elements)
 
 
 @torch.no_grad()
