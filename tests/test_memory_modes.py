@@ -24,6 +24,7 @@ from wasi_peft.config import MEMORY_MODES, SAVED_TENSORS
 NAMES = ["vit", "dinov2", "swin", "bert", "gpt2", "llama", "llama_tied", "t5"]
 LOW = {"update": "low_rank", "update_rank": 2, "explained_variance_threshold": 0.9}
 TOLERANCE = {"exact": 1e-5, "bf16": 2e-2, "int8": 5e-2, "int4": 0.7, "recompute": 5e-2}
+MODE_TOLERANCE = {"exact": 1e-5, "fast": 0.1, "small": 5e-2}
 
 
 @pytest.fixture(autouse=True)
@@ -102,21 +103,50 @@ def test_every_architecture_answers_as_before(name: str, mode: str) -> None:
         assert torch.allclose(exact(**batch).logits, other(**batch).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", SAVED_TENSORS)
-@pytest.mark.parametrize("case", CASES)
-def test_gradient_error_of_each_choice(case: str, kind: str) -> None:
+def check_gradient_error(case: str, tolerance: float, **choice: str) -> None:
     make, make_batch = CASES[case]
     options = {**LOW, "activation_threshold": None, "update_rank": 8}
     torch.manual_seed(0)
     exact = get_peft_model(make(), WasiConfig(**options))
     torch.manual_seed(0)
-    other = get_peft_model(make(), WasiConfig(**options, saved_tensors=kind))
+    other = get_peft_model(make(), WasiConfig(**options, **choice))
     loss, wanted = gradients(exact, make_batch())
     other_loss, found = gradients(other, make_batch())
     assert torch.allclose(loss, other_loss, rtol=1e-6)
     error = relative_error(flat(found), flat(wanted))
-    assert error < TOLERANCE[kind]
-    assert (error > 1e-6) == (kind != "exact")
+    assert error < tolerance
+    assert (error > 1e-6) == ("exact" not in choice.values())
+
+
+@pytest.mark.parametrize("kind", SAVED_TENSORS)
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_error_of_each_choice(case: str, kind: str) -> None:
+    check_gradient_error(case, TOLERANCE[kind], saved_tensors=kind)
+
+
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_error_of_each_mode(case: str, mode: str) -> None:
+    check_gradient_error(case, MODE_TOLERANCE[mode], memory_mode=mode)
+
+
+@pytest.mark.parametrize(("mode", "saved_tensors", "wanted"), [
+    ("fast", None, True), ("fast", "bf16", False), ("exact", "int8", False), ("small", None, False),
+])  # fmt: skip
+def test_only_the_fast_mode_keeps_activations_in_four_bits(
+    mode: str, saved_tensors: str | None, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wasi_peft import saved
+
+    calls: list[Any] = []
+    original = saved.low_bit_activation
+    monkeypatch.setattr(
+        saved, "low_bit_activation", lambda *args, **options: calls.append(1) or original(*args, **options)
+    )
+    make, make_batch = CASES["vit"]
+    options = {**LOW, "activation_threshold": None, "memory_mode": mode, "saved_tensors": saved_tensors}
+    gradients(get_peft_model(make(), WasiConfig(**options)), make_batch())
+    assert bool(calls) == wanted
 
 
 def test_a_mode_is_a_choice_of_saved_tensors() -> None:
