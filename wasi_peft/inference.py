@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import time
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from .estimate import input_sizes
 from .layer import WasiLayer, wasi_layers
+from .timing import timed
 
 TIMED_RUNS = 15
 LARGEST_EVICTION = 2**26  # bytes; more than caches hold
@@ -97,14 +98,5 @@ def dense_over_factored(layer: WasiLayer, rows: int, evicted_bytes: int) -> floa
     for _ in range(TIMED_RUNS):
         for index, form in enumerate(forms):
             scratch.add_(1)
-            _wait_for(L.device)
-            start = time.perf_counter()
-            form(x)
-            _wait_for(L.device)
-            best[index] = min(best[index], time.perf_counter() - start)
+            best[index] = min(best[index], timed(functools.partial(form, x), L.device))
     return best[1] / best[0]
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -21,6 +21,20 @@ SMALLEST_SAMPLE_SECONDS = 0.05
 Factors = tuple[nn.Parameter, nn.Parameter, nn.Parameter | None, nn.Parameter | None]
 
 
+def timed(task: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one run, from when the device has done all before it until it has done this."""
+    _wait_for(device)
+    start = time.perf_counter()
+    task()
+    _wait_for(device)
+    return time.perf_counter() - start
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class LayerTimer:
     """Seconds of single layers with random values on this machine: the best of several runs.
 
@@ -96,9 +110,5 @@ class LayerTimer:
         seconds: list[float] = []
         task()
         while len(seconds) < SMALLEST_SAMPLE_RUNS or sum(seconds) < SMALLEST_SAMPLE_SECONDS:
-            start = time.perf_counter()
-            task()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(timed(task, device))
         return min(seconds)
