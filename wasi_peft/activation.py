@@ -22,7 +22,7 @@ from .quantization import Quantized, dequantize, largest_magnitude, quantize
 LIMIT = 8.0
 KIND = "int4_half"
 
-_BACKWARD: dict[Any, Callable[..., Tensor]] = {
+_BACKWARD: dict[Any, Any] = {
     F.gelu: torch.ops.aten.gelu_backward,
     F.silu: torch.ops.aten.silu_backward,
 }
@@ -33,9 +33,9 @@ class LowBitActivationFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, function: Callable[..., Tensor], options: dict[str, Any], clamped: bool
+        ctx: Any, x: Tensor, function: Callable[..., Tensor], options: dict[str, Any], largest: float
     ) -> Tensor:
-        kept = quantize(x.clamp(-LIMIT, LIMIT) if clamped else x, KIND)
+        kept = quantize(x.clamp(-LIMIT, LIMIT) if largest > LIMIT else x, KIND, min(largest, LIMIT))
         ctx.form = kept.dtype, kept.shape, kept.stride
         ctx.function, ctx.options = function, options
         ctx.save_for_backward(kept.packed, kept.rest)
@@ -46,7 +46,10 @@ class LowBitActivationFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packed, rest = ctx.saved_tensors
         x = dequantize(Quantized(KIND, packed, rest, *ctx.form))
-        return _BACKWARD[ctx.function](grad, x, **ctx.options), None, None, None
+        backward = _BACKWARD[ctx.function]
+        if type(grad) is type(x) and grad.dtype == x.dtype and grad.stride() == x.stride():
+            return backward.grad_input(grad, x, **ctx.options, grad_input=x), None, None, None  # no third tensor
+        return backward(grad, x, **ctx.options), None, None, None
 
 
 def low_bit_activation(function: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
@@ -81,4 +84,4 @@ def low_bit_activation(function: Callable[..., Tensor], x: Tensor, **options: An
     largest = largest_magnitude(x)
     if not largest < math.inf:
         return function(x, **options)
-    return LowBitActivationFunction.apply(x, function, options, largest > LIMIT)
+    return LowBitActivationFunction.apply(x, function, options, largest)

@@ -85,15 +85,14 @@ def attention_gradients(
         mask = mask.expand(samples, heads, queries, keys).unflatten(1, (groups, shared))
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq_out = dq.unflatten(1, (groups, shared))
-    for piece in _pieces(samples, groups, queries, shared * keys):
-        at, heads_at, rows = piece
+    for at, heads_at, rows in _pieces(samples, groups, queries, shared * keys):
         seen = slice(0, min(keys, rows.stop)) if is_causal else slice(0, keys)
-        # (samples, groups, shared * queries, .): the queries of all heads that share a key
-        q_piece = q_in[at, heads_at, :, rows].to(work).mul(scale).flatten(2, 3)
-        grad_piece = grad_in[at, heads_at, :, rows].to(work).flatten(2, 3)
-        k_piece, v_piece = (tensor[at, heads_at, seen].to(work).contiguous() for tensor in (k, v))
-        scores = q_piece @ k_piece.mT
-        unmasked = scores.unflatten(2, (shared, -1))
+        # (samples * groups, shared * queries, .), copied once: the queries of all heads that share a key
+        q_piece, grad_piece = (_batched(tensor[at, heads_at, :, rows], work) for tensor in (q_in, grad_in))
+        k_piece, v_piece = (_batched(tensor[at, heads_at, seen], work) for tensor in (k, v))
+        place = q_in[at, heads_at, :, rows].shape[:-1]
+        scores = _scaled(q_piece, k_piece.mT, scale)
+        unmasked = scores.view(*place, -1)
         if mask is not None:
             part = mask[at, heads_at, :, rows, seen]
             unmasked.masked_fill_(~part, -math.inf) if part.dtype == torch.bool else unmasked.add_(part)
@@ -103,11 +102,21 @@ def attention_gradients(
             unmasked.masked_fill_(later, -math.inf)
         # a query that may look nowhere gets zeros, as it does in the forward pass
         p = F.softmax(scores, -1) if mask is None else torch._safe_softmax(scores, -1)
-        dv[at, heads_at, seen] += p.mT @ grad_piece
-        ds = torch._softmax_backward_data(grad_piece @ v_piece.mT, p, -1, work)
-        dq_out[at, heads_at, :, rows] = (ds @ k_piece).mul_(scale).unflatten(2, (shared, -1))
-        dk[at, heads_at, seen] += ds.mT @ q_piece
+        dv[at, heads_at, seen] += torch.bmm(p.mT, grad_piece).view(*place[:2], -1, v.shape[-1])
+        ds = torch._softmax_backward_data(torch.bmm(grad_piece, v_piece.mT), p, -1, work)
+        dq_out[at, heads_at, :, rows] = _scaled(ds, k_piece, scale).view(*place, width)
+        dk[at, heads_at, seen] += _scaled(ds.mT, q_piece, scale).view(*place[:2], -1, width)
     return dq, dk, dv
+
+
+def _batched(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous batch of matrices: the first two dimensions as one, all others but the last as the rows."""
+    return tensor.to(dtype).reshape(tensor.shape[:2].numel(), -1, tensor.shape[-1]).contiguous()
+
+
+def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """`scale left right` of batches of matrices, without a pass for the scale."""
+    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 class LowBitAttentionFunction(torch.autograd.Function):

@@ -16,6 +16,7 @@ from .recompute import check_recomputable, recompute_blocks, stop_recomputation
 from .saved import keep_saved_tensors_exact, store_saved_tensors
 from .slices import SLICE_ROWS, slice_blocks, unslice_blocks
 
+FAST_SLICE_ROWS = 2 * SLICE_ROWS  # of blocks, where MLPs have slices of their own: fewer small operations
 CHUNK_ROWS = SLICE_ROWS  # tokens of an MLP at a time, where one sample alone is longer than a slice
 BLOCK_INPUTS = "int8"  # how the input of a recomputed block is kept
 
@@ -45,7 +46,7 @@ def apply_memory_mode(model: nn.Module, config: WasiConfig) -> None:
     if kind == "recompute" and config.memory_mode == "small" and position_wise_modules(model):
         chunk_mlps(model, chunk_rows=CHUNK_ROWS)
     if config.memory_mode == "fast" and kind != "recompute":
-        slice_blocks(model)
+        slice_blocks(model, FAST_SLICE_ROWS, mlp_rows=SLICE_ROWS)
     if config.memory_mode != "exact" and has_vocabulary(model):
         use_chunked_loss(model)
 

@@ -25,7 +25,8 @@ KINDS = ("bf16", "int16", "int8", "int4", "int4_half")
 _LEVELS = {"int16": 2**16 - 1, "int8": 2**8 - 1, "int4": 2**4 - 1, "int4_half": 2**4 - 1}
 _CODE_BYTES = {"int16": 2 * GROUP, "int8": GROUP, "int4": GROUP // 2, "int4_half": GROUP // 2}  # of a group
 _KERNELS = {"int8": "byte", "int4_half": "4bit"}
-LARGEST_HALF = 2.0**15  # of values that float16 holds with room for their range
+# largest magnitudes that the kernels do well: their epsilon adds 1e-8 to a range, which the format must have room for
+_SUITABLE = {"int8": (1e-4, 2.0**126), "int4_half": (0.0, 2.0**15)}
 _CHUNK = 2**17  # elements that are converted at a time: the only float temporary
 
 
@@ -117,7 +118,7 @@ def largest_magnitude(tensor: Tensor) -> float:
 
 
 @torch.no_grad()
-def quantize(tensor: Tensor, kind: str) -> Quantized:
+def quantize(tensor: Tensor, kind: str, largest: float | None = None) -> Quantized:
     """Keep a float tensor in few bits.
 
     Per group: `m = min(x)`, `s = (max(x) - m) / levels`, `code = clamp(round((x - m) / s))`, so that
@@ -132,6 +133,7 @@ def quantize(tensor: Tensor, kind: str) -> Quantized:
     Args:
         tensor: float16, bfloat16, float32 or float64; not changed.
         kind: 'bf16', 'int16', 'int8', 'int4' or 'int4_half'.
+        largest: Its largest absolute value, where that is known.
 
     Raises:
         ValueError: If the kind is unknown or the tensor is not a floating point one.
@@ -152,7 +154,7 @@ def quantize(tensor: Tensor, kind: str) -> Quantized:
         values = ordered.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True).view(-1)
         return Quantized(kind, values, values[:0], *form)
     rows, rest = _groups(ordered)
-    if kind in _KERNELS and _suits_kernel(rows, kind):
+    if kind in _KERNELS and _suits_kernel(rows, kind, largest):
         return Quantized(kind, _pack_at_once(rows, kind), rest, *form, checked=True)
     return Quantized(kind, _pack_in_chunks(rows, kind), rest, *form)
 
@@ -196,15 +198,16 @@ def _tail_dtype(kind: str) -> torch.dtype:
     return torch.float16 if kind == "int4_half" else torch.float32
 
 
-def _suits_kernel(rows: Tensor, kind: str) -> bool:
-    """Whether torch's kernel does some groups well: it does not tell NaN, and its epsilon adds an error of 1e-8."""
+def _suits_kernel(rows: Tensor, kind: str, largest: float | None = None) -> bool:
+    """Whether torch's kernel does some groups well; it does not tell NaN."""
     if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float16) or not rows.numel():
         return False
     if isinstance(rows, FakeTensor):
         return True
-    if kind == "int4_half":
-        return largest_magnitude(rows) <= LARGEST_HALF
-    return 1e-5 * math.sqrt(rows.numel()) < float(torch.linalg.vector_norm(rows, dtype=torch.float32)) < math.inf
+    if largest is None:
+        largest = largest_magnitude(rows)
+    least, most = _SUITABLE[kind]
+    return least <= largest <= most
 
 
 # The kernels' own rules for tensors without values get the dtype wrong.

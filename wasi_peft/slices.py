@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .chunked_mlp import position_wise_modules
 from .config import WasiConfig
 from .saved import block_names
 from .targets import default_target_names
@@ -167,19 +168,21 @@ def _agree(whole: Any, joined: Any) -> bool:
 # -------------------------------------------------------------------- models
 
 
-def slice_blocks(model: nn.Module, rows: int = SLICE_ROWS) -> list[str]:
+def slice_blocks(model: nn.Module, rows: int = SLICE_ROWS, *, mlp_rows: int | None = None) -> list[str]:
     """Have the transformer blocks of a model run over a few samples at a time, in training.
 
     Args:
         model: Any transformer, with or without adapters.
         rows: As for :class:`BatchSlices`.
+        mlp_rows: Fewer tokens for the MLPs, which hold the largest intermediate tensors: each runs in slices of its
+            block's slice. None: they run as the rest of the block does.
 
     Returns:
         Names of the blocks, which are the outermost numbered containers of the Linear layers.
 
     Raises:
-        ValueError: If `rows` is not positive, or a block's forward was replaced by something else. Nothing is changed
-            then.
+        ValueError: If a number of rows is not positive, or the forward of a block or MLP was replaced by something
+            else. Nothing is changed then.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
@@ -187,14 +190,18 @@ def slice_blocks(model: nn.Module, rows: int = SLICE_ROWS) -> list[str]:
         >>> slice_blocks(ViTModel(small))
         ['layers.0', 'layers.1']
     """
-    slices = BatchSlices(_call, rows)
     blocks = {name: model.get_submodule(name) for name in block_names(default_target_names(model, WasiConfig()))}
-    for name, block in blocks.items():
-        if "forward" in block.__dict__ and not _is_sliced(block):
-            replaced = type(block.__dict__["forward"]).__name__
-            raise ValueError(f"{name}: its forward was replaced by a {replaced}, which must be undone first.")
-    for block in blocks.values():
-        block.__dict__["forward"] = functools.partial(_forward_in_slices, block, slices)
+    wanted = [(blocks, BatchSlices(_call, rows))]
+    if mlp_rows is not None:
+        wanted.append((position_wise_modules(model), BatchSlices(_call, mlp_rows)))
+    for modules, _ in wanted:
+        for name, module in modules.items():
+            if "forward" in module.__dict__ and not _is_sliced(module):
+                replaced = type(module.__dict__["forward"]).__name__
+                raise ValueError(f"{name}: its forward was replaced by a {replaced}, which must be undone first.")
+    for modules, slices in wanted:
+        for module in modules.values():
+            module.__dict__["forward"] = functools.partial(_forward_in_slices, module, slices)
     return list(blocks)
 
 

@@ -150,13 +150,9 @@ def smollm2(repeat: int) -> Task:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     dense = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def windows(mails: list[tuple[str, int]], count: int) -> torch.Tensor:
-        ids = [token for text, _ in mails for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-        return torch.tensor(ids[: count * 128]).reshape(count, 128)
-
     mails = texts.load_mails(2000)
-    held_out = windows(mails[1500:], 48)
-    sample = windows(mails[400 * repeat : 400 * (repeat + 1)], 256)
+    held_out = texts.token_windows(tokenizer, mails[1500:], 48)
+    sample = texts.token_windows(tokenizer, mails[400 * repeat : 400 * (repeat + 1)], 256)
     calibration = [{"input_ids": part} for part in sample.split(4)]
 
     @torch.inference_mode()
