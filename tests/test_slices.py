@@ -143,6 +143,10 @@ def test_rows_must_be_a_positive_integer(rows: Any) -> None:
         BatchSlices(call, rows)
     with pytest.raises(ValueError, match="rows must be"):
         slice_blocks(ARCHITECTURES["vit"].model(), rows)
+    model = ARCHITECTURES["vit"].model()
+    with pytest.raises(ValueError, match=rf"rows must be an integer of at least 1, got {rows}"):
+        slice_blocks(model, mlp_rows=rows)
+    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_a_failure_reaches_the_caller() -> None:
@@ -153,10 +157,11 @@ def test_a_failure_reaches_the_caller() -> None:
 # -------------------------------------------------------------------------------- models
 
 
-def test_models_give_the_same_gradients_in_slices(architecture: Architecture) -> None:
+@pytest.mark.parametrize("rows", [{"rows": 1}, {"rows": 10**6, "mlp_rows": 1}])
+def test_models_give_the_same_gradients_in_slices(architecture: Architecture, rows: dict[str, int]) -> None:
     model, batch = architecture.model(), architecture.batch()
     loss, exact = gradients(model, batch)
-    names = slice_blocks(model, rows=1)
+    names = slice_blocks(model, **rows)
     sliced_loss, sliced = gradients(model, batch)
     assert torch.allclose(loss, sliced_loss, atol=1e-6)
     for name, grad in exact.items():
@@ -177,6 +182,23 @@ def test_a_replaced_forward_is_refused_before_anything_changes() -> None:
     ):
         slice_blocks(model)
     assert "forward" not in model.get_submodule("vit.layers.0").__dict__
+
+
+def test_mlps_take_slices_of_their_own() -> None:
+    architecture = ARCHITECTURES["vit"]
+    model, batch = architecture.model(), architecture.batch(8)
+    counts: dict[str, list[int]] = {"attention": [], "mlp": []}
+    block = model.get_submodule("vit.layers.0")
+    for name, linears in counts.items():
+        layer = next(m for n, m in block.named_modules() if isinstance(m, nn.Linear) and name in n)
+        layer.register_forward_hook(lambda _, args, y, seen=linears: seen.append(len(args[0])))
+    tokens = model.vit(batch["pixel_values"]).last_hidden_state.shape[1]
+    slice_blocks(model, rows=4 * tokens, mlp_rows=tokens)
+    model(**batch)  # the first call also compares answers whole and in slices
+    for linears in counts.values():
+        linears.clear()
+    model(**batch)
+    assert counts == {"attention": [4, 4], "mlp": [1] * 8}
 
 
 @pytest.mark.parametrize("kind", ["exact", "int8"])

@@ -1,8 +1,8 @@
 """Perplexity of a language model fine-tuned in full, with LoRA and with WASI in the memory modes.
 
-SmolLM2-135M on the text of mails, in windows of 128 tokens. Windows of the first 1,500 mails are trained on, 96 windows
-of mails after them are what perplexity is measured on; 64 in between are for choosing learning rates. WASI calibrates
-on 128 of the training windows (two-sided factors, no repair), which depends on no seed and is kept in the cache folder.
+SmolLM2-135M on the text of mails, in windows of 128 tokens. Windows of the first 1,500 mails are trained on; on 96
+windows of mails after them perplexity is measured; 64 in between are for choosing learning rates. WASI calibrates on
+128 of the training windows (two-sided factors, no repair), which depends on no seed and is kept in the cache folder.
 Each run is one entry of docs/benchmarks/finetune_perplexity.json; finished runs are skipped::
 
     python examples/benchmark/finetune_perplexity.py --method wasi --memory-mode exact fast

@@ -2,6 +2,7 @@
 
 DINOv2-small at 98 px with one image and with 64, and SmolLM2-135M reading 8 mails of 128 tokens and writing 16 tokens
 after one of them, with its cache of keys and values; 0.40 of the weights kept, factors from plain decompositions.
+Prefill is what generation starts with: all tokens read into the cache, logits for the last one of each row only.
 LoRA, once merged, is the dense model. Interleaved rounds; ratios are taken round by round. Generation is not compiled:
 its cache changes shape with every token. Results: docs/benchmarks/inference_time.json. Run it on an idle machine::
 
@@ -49,11 +50,19 @@ def generate(model: nn.Module, batch: Batch) -> torch.Tensor:
     )  # fmt: skip
 
 
+@torch.inference_mode()
+def prefill(model: nn.Module, batch: Batch) -> None:
+    """Reads the tokens into a cache of keys and values, as `generate` does before it writes the first one."""
+    model.eval()
+    model(**batch, use_cache=True, logits_to_keep=1)
+
+
 # name: workload, samples of its batch, what is run, whether it can be compiled, tokens that count for slow layers
 CASES: dict[str, tuple[str, int | None, Callable[..., Any], bool, int | None]] = {
     "dinov2, 1 image": ("dinov2", 1, inference, True, None),
     "dinov2, 64 images": ("dinov2", None, inference, True, None),
     "smollm2, 8 x 128 tokens": ("smollm2", None, inference, True, None),
+    "smollm2, prefill of 8 x 128 tokens": ("smollm2", None, prefill, False, None),
     "smollm2, writing": ("smollm2", 1, generate, False, 1),
 }
 
