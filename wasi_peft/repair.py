@@ -25,7 +25,7 @@ from .layer import InitialFactors, Linear
 logger = logging.getLogger(__name__)
 
 REPAIR_STEPS = 400
-_ADAPTER = "repair"
+ADAPTER = "repair"
 _WARM_UP = 0.05
 _NUMBERED = re.compile(r"^.*?\.\d+(?=\.)")
 
@@ -75,7 +75,7 @@ def repair_factors(
         raise ValueError("repair needs batches, got a function.")
     check_repeatable(data)
     with evaluating(model, gradients=True):
-        student, layers = _student(model, factors)
+        student, layers = student_of(model, factors)
         blocks = compared_blocks(factors, every)
         losses = list(_train(model, student, layers, blocks, data, steps, lr, max_batches, progress_bar))
     span = max(1, min(10, len(losses) // 4))
@@ -104,7 +104,7 @@ def compared_blocks(names: Iterable[str], every: int) -> list[str]:
     return [block for stack in stacks.values() for block in reversed(stack[::-1][::every])]
 
 
-def _student(model: nn.Module, factors: Mapping[str, InitialFactors]) -> tuple[nn.Module, dict[str, Linear]]:
+def student_of(model: nn.Module, factors: Mapping[str, InitialFactors]) -> tuple[nn.Module, dict[str, Linear]]:
     """A second model that shares every tensor with the first, but has factored target layers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     student = copy.deepcopy(model, shared)
@@ -112,7 +112,7 @@ def _student(model: nn.Module, factors: Mapping[str, InitialFactors]) -> tuple[n
     layers = {}
     for name, given in factors.items():
         initial = InitialFactors(given.L.clone(), given.R.clone(), given.bias)  # a layer trains what it is given
-        layer = Linear(student.get_submodule(name), _ADAPTER, config, name, initial.L.shape[1], initial)
+        layer = Linear(student.get_submodule(name), ADAPTER, config, name, initial.L.shape[1], initial)
         layer.release_base("release")
         student.set_submodule(name, layer)
         layers[name] = layer
@@ -225,8 +225,8 @@ def _recording(model: nn.Module, blocks: Sequence[str], found: dict[str, Tensor]
 @torch.no_grad()
 def _orthonormal(layer: Linear) -> InitialFactors:
     """The factors of a trained layer in the form that training starts from: L with orthonormal columns."""
-    L, R = layer.wasi_L[_ADAPTER], layer.wasi_R[_ADAPTER]
+    L, R = layer.wasi_L[ADAPTER], layer.wasi_R[ADAPTER]
     basis, corner = torch.linalg.qr(L.double())
     right = corner @ R.double()
-    bias = layer.wasi_bias[_ADAPTER].detach() if _ADAPTER in layer.wasi_bias else None
+    bias = layer.wasi_bias[ADAPTER].detach() if ADAPTER in layer.wasi_bias else None
     return InitialFactors(basis.to(L.dtype), right.to(R.dtype), bias)
