@@ -282,7 +282,8 @@ class _Moments:
 
 def _refit_block(block: str, dense: _States, compressed: _States, layers: Mapping[str, Linear], ridge: float) -> None:
     """Refit the layers of a block in the order in which they run, those that read one input together."""
-    for names in _readers(block, dense, [name for name in layers if name.startswith(f"{block}.")]):
+    inside = [name for name in layers if f"{name}.".startswith(f"{block}.")]  # or the block itself
+    for names in _readers(block, dense, inside):
         moments = None
         for index in range(len(dense.hidden)):
             wanted = dense.rows_before(block, index, names[0])
