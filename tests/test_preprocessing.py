@@ -33,7 +33,6 @@ from wasi_peft import (
     calibrate_wasi,
     preprocess_wasi,
     preprocessing,
-    refit_factors,
     repair_factors,
 )
 from wasi_peft.layer import wasi_layers
@@ -41,8 +40,9 @@ from wasi_peft.planning import LayerPlan, WasiPlan
 
 
 def run(net: nn.Module, config: WasiConfig, data: Any = None, **options: Any) -> None:
-    """`preprocess_wasi` without progress bars, and without refit and repair unless asked for."""
-    preprocess_wasi(net, config, data, progress_bar=False, **{"refit_rows": 0, "repair_steps": 0, **options})
+    """`preprocess_wasi` without progress bars, and without repair unless asked for."""
+    rows = 20 if "repair_steps" in options else 0
+    preprocess_wasi(net, config, data, progress_bar=False, **{"repair_rows": rows, **options})
 
 
 def calibrate(net: nn.Module, **options: Any) -> Calibration:
@@ -215,59 +215,36 @@ def test_the_given_configuration_is_not_changed() -> None:
     assert config == WasiConfig(weight_share=0.5, update="factor")
 
 
-# -------------------------------------------------------------------------------- refit and repair
+# -------------------------------------------------------------------------------- repair
 
 
-@pytest.mark.parametrize(
-    ("option", "function", "given", "default"),
-    [
-        ("refit_rows", "refit_factors", "rows", preprocessing.REFIT_ROWS),
-        ("repair_steps", "repair_factors", "steps", preprocessing.REPAIR_STEPS),
-    ],
-)
-def test_they_are_on_with_batches_and_off_with_a_function(
-    option: str, function: str, given: str, default: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    amounts = []
+def test_repair_is_on_with_batches_and_off_with_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
 
     def recorded(model: nn.Module, factors: Any, data: Any, **options: Any) -> Any:
-        amounts.append(options[given])
+        rows.append(options["rows"])
         return factors
 
-    monkeypatch.setattr(preprocessing, function, recorded)
+    monkeypatch.setattr(preprocessing, "repair_factors", recorded)
     net, data, config = reference.tiny_net(6), batches(), WasiConfig(weight_rank=3)
     calibrated = calibrate(net)
-    run(net, config, data, **{option: None})
-    run(net, config, data, calibration=calibrated, **{option: None})
-    run(net, config, data, **{option: 7})
-    assert amounts == [default, default, 7]
-    run(net, config, lambda: [net(x) for x in data], **{option: None})
-    run(net, config, calibration=calibrated, **{option: None})
-    run(net, config, data, **{option: 0})
-    assert len(amounts) == 3
+    run(net, config, data, repair_rows=None)
+    run(net, config, data, calibration=calibrated, repair_rows=None)
+    run(net, config, data, repair_rows=7)
+    assert rows == [preprocessing.REPAIR_ROWS, preprocessing.REPAIR_ROWS, 7]
+    run(net, config, lambda: [net(x) for x in data], repair_rows=None)
+    run(net, config, calibration=calibrated, repair_rows=None)
+    run(net, config, data, repair_rows=0)
+    assert len(rows) == 3
 
 
-def test_refitted_factors_are_attached_and_then_repaired() -> None:
+@pytest.mark.parametrize("steps", [0, 3])
+def test_truncated_factors_are_repaired(steps: int) -> None:
     net, data = reference.tiny_net(6), batches()
     run(net, WasiConfig(weight_rank=3), data)
-    truncated = prepared(net)
-    for options in ({"refit_rows": 60}, {"refit_rows": 60, "repair_steps": 2}):
-        expected = refit_factors(net, truncated, data, rows=60, progress_bar=False)
-        if "repair_steps" in options:
-            expected = repair_factors(net, expected, data, steps=2, progress_bar=False)
-        run(net, WasiConfig(weight_rank=3), data, **options)
-        assert_same_factors(prepared(net), expected)
-
-
-def test_repaired_factors_are_attached() -> None:
-    net, data = reference.tiny_net(6), batches()
-    other = copy.deepcopy(net)
-    run(net, WasiConfig(weight_rank=3), data)
-    run(other, WasiConfig(weight_rank=3), data, repair_steps=30)
-    first, second = prepared(net), prepared(other)
-    assert first.keys() == second.keys()
-    assert all(not torch.equal(first[name].R, second[name].R) for name in first)
-    get_peft_model(other, WasiConfig(weight_rank=3))
+    expected = repair_factors(net, prepared(net), data, rows=60, steps=steps, progress_bar=False)
+    run(net, WasiConfig(weight_rank=3), data, repair_rows=60, repair_steps=steps)
+    assert_same_factors(prepared(net), expected)
 
 
 # -------------------------------------------------------------------------------- what may go wrong
@@ -285,11 +262,10 @@ def test_success_leaves_the_model_as_it_was() -> None:
     ("given", "message"),
     [
         ({}, "preprocess_wasi needs data, a calibration, or both; got neither"),
-        ({"repair_steps": 3}, "repair_steps=3 needs batches in `data`, got NoneType"),
-        ({"data": print, "repair_steps": 3}, "repair_steps=3 needs batches in `data`, got builtin_function"),
+        ({"repair_rows": 3}, "repair needs batches in `data`, got NoneType and repair_rows=3"),
+        ({"data": print, "repair_rows": 3}, "repair needs batches in `data`, got .* and repair_rows=3"),
+        ({"data": batches(), "repair_rows": -1}, "repair_rows must be at least 0, got -1"),
         ({"data": batches(), "repair_steps": -1}, "repair_steps must be at least 0, got -1"),
-        ({"data": print, "refit_rows": 3}, "refit_rows=3 needs batches in `data`, got builtin_function"),
-        ({"data": batches(), "refit_rows": -1}, "refit_rows must be at least 0, got -1"),
         ({"data": []}, "at least one batch, got none"),
         ({"data": iter(batches())}, "got an iterator"),
         ({"data": with_nan(batches())}, "NaN or Inf on the calibration data"),
@@ -310,8 +286,8 @@ def test_bad_arguments(given: dict[str, Any], message: str) -> None:
 def test_data_that_only_repair_sees(data: Any) -> None:
     net = reference.tiny_net(18)
     calibrated, untouched = calibrate(net), Untouched(net)
-    with pytest.raises(ValueError, match=r"got an iterator|the dense model answers NaN or Inf"):
-        run(net, WasiConfig(weight_rank=3), data, calibration=calibrated, repair_steps=3)
+    with pytest.raises(ValueError, match=r"got an iterator|its input holds NaN or Inf"):
+        run(net, WasiConfig(weight_rank=3), data, calibration=calibrated, repair_rows=60)
     untouched.check()
     assert prepared(net) == {}
 
@@ -335,7 +311,7 @@ def test_bad_configurations(config: WasiConfig, message: str) -> None:
     assert prepared(net) == {}
 
 
-@pytest.mark.parametrize("step", ["calibrate_wasi", "Calibration.factors", "refit_factors", "repair_factors"])
+@pytest.mark.parametrize("step", ["calibrate_wasi", "Calibration.factors", "repair_factors"])
 def test_nothing_is_attached_after_a_crash(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = reference.tiny_net(18)
     run(net, WasiConfig(weight_rank=2), batches())
@@ -343,7 +319,7 @@ def test_nothing_is_attached_after_a_crash(step: str, monkeypatch: pytest.Monkey
     call = 3 if step == "Calibration.factors" else 1
     monkeypatch.setattr(f"wasi_peft.preprocessing.{step}", crash_at(call, lambda *_: None))
     with pytest.raises(Interrupted):
-        run(net, WasiConfig(weight_rank=3), batches(), refit_rows=20, repair_steps=2)
+        run(net, WasiConfig(weight_rank=3), batches(), repair_steps=2)
     untouched.check()
     assert_same_factors(prepared(net), kept)
 

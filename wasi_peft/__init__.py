@@ -24,8 +24,7 @@ from .preprocessing import preprocess_wasi
 from .profile_report import costs_table, plot_profiles, profiles_table
 from .profiling import PeakMemory, measure_peak_memory
 from .recompute import BlockRecomputation, recompute_blocks
-from .refit import REFIT_ROWS, refit_factors
-from .repair import REPAIR_STEPS, repair_factors
+from .repair import REPAIR_ROWS, REPAIR_STEPS, repair_factors
 from .report import plot_calibration, plot_estimates, plot_plan
 from .saved import LowBitSavedTensors, store_saved_tensors
 from .slices import BatchSlices, slice_blocks, unslice_blocks
@@ -35,7 +34,7 @@ from .summary import WasiSummary, wasi_summary
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "REFIT_ROWS",
+    "REPAIR_ROWS",
     "REPAIR_STEPS",
     "BatchSlices",
     "BlockRecomputation",
@@ -71,7 +70,6 @@ __all__ = [
     "profile_wasi",
     "profiles_table",
     "recompute_blocks",
-    "refit_factors",
     "remove_chunked_loss",
     "repair_factors",
     "resize_rank",

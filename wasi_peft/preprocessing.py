@@ -1,4 +1,4 @@
-"""Initial factors for a model: calibration, ranks, truncation, refit and repair in one call."""
+"""Initial factors for a model: calibration, ranks, truncation and repair in one call."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from .layer import InitialFactors
 from .linalg import rank_for_threshold
 from .model import INITIAL_FACTORS, PreparedFactors
 from .planning import allocate_ranks
-from .refit import REFIT_ROWS, refit_factors
-from .repair import REPAIR_STEPS, repair_factors
+from .repair import REPAIR_ROWS, REPAIR_STEPS, repair_factors
 from .targets import asked_rank, resolve_targets
 
 
@@ -24,8 +23,8 @@ def preprocess_wasi(
     data: CalibrationData | None = None,
     *,
     calibration: Calibration | None = None,
-    refit_rows: int | None = None,
-    repair_steps: int | None = None,
+    repair_rows: int | None = None,
+    repair_steps: int = REPAIR_STEPS,
     max_batches: int | None = None,
     max_memory_bytes: int = 2**30,
     progress_bar: bool = True,
@@ -36,24 +35,27 @@ def preprocess_wasi(
         model: The dense model. Its weights are not changed; the prepared factors are attached to the target modules
             and consumed by the injection.
         config: The configuration that will be injected: it decides targets and ranks.
-        data: Calibration batches without labels, see [`calibrate_wasi`]; also what the factors are refitted
-            and repaired on.
-        calibration: A calibration made before, so that only the factors are computed (and, with `data`, refitted and
-            repaired).
-        refit_rows: Samples times tokens for [`refit_factors`] after the truncation; 2^15 by default where `data` are
-            batches, 0 (none) where they are a function or missing.
-        repair_steps: Steps of [`repair_factors`] after that; 400 by default where `data` are batches, else 0.
-        max_batches: Calibrate on that many batches; refit and repair are not bound by it.
+        data: Calibration batches without labels, see [`calibrate_wasi`]; also what the factors are repaired on.
+        calibration: A calibration made before, so that only the factors are computed (and repaired, with `data`).
+        repair_rows: Samples times tokens for [`repair_factors`] after the truncation; 2^15 by default where `data` are
+            batches, 0 (no repair) where they are a function or missing.
+        repair_steps: Steps of each block in that; 0 only refits, in closed form.
+        max_batches: Calibrate on that many batches; the repair is not bound by it.
         max_memory_bytes: Bound on the memory for sums during calibration, bytes.
         progress_bar: Show progress bars.
 
     Raises:
-        ValueError: If neither data nor a calibration is given, or refit or repair without batches; and whatever
+        ValueError: If neither data nor a calibration is given, or a repair without batches; and whatever
             [`calibrate_wasi`] finds. Nothing is attached then.
     """
     batches = None if data is None or callable(data) else data
-    refit_rows = _wanted("refit_rows", refit_rows, REFIT_ROWS, data)
-    repair_steps = _wanted("repair_steps", repair_steps, REPAIR_STEPS, data)
+    if repair_rows is None:
+        repair_rows = 0 if batches is None else REPAIR_ROWS
+    for name, value in (("repair_rows", repair_rows), ("repair_steps", repair_steps)):
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value!r}.")
+    if repair_rows and batches is None:
+        raise ValueError(f"repair needs batches in `data`, got {type(data).__name__} and repair_rows={repair_rows}.")
     resolved = copy.copy(config)
     resolve_targets(model, resolved)
     targets = dense_targets(model, resolved)
@@ -76,25 +78,13 @@ def preprocess_wasi(
     factors: dict[str, InitialFactors] = {}
     for name, module in tqdm(targets.items(), desc="WASI initial factors", disable=not progress_bar):
         factors[name] = calibration.factors(name, module, _rank(asked[name], calibration, name))
-    if refit_rows and batches is not None:
-        factors = refit_factors(model, factors, batches, rows=refit_rows, progress_bar=progress_bar)
-    if repair_steps and batches is not None:
-        factors = repair_factors(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
+    if repair_rows and batches is not None:
+        factors = repair_factors(
+            model, factors, batches, rows=repair_rows, steps=repair_steps, progress_bar=progress_bar
+        )
     budget = None if resolved.weight_share is None else (resolved.weight_share, resolved.reserved_rank)
     for name, initial in factors.items():
         targets[name].__dict__[INITIAL_FACTORS] = PreparedFactors(initial, asked[name], budget)
-
-
-def _wanted(name: str, value: int | None, default: int, data: CalibrationData | None) -> int:
-    """An amount of work that needs batches: as asked for, or as the data allow."""
-    batches = data is not None and not callable(data)
-    if value is None:
-        return default if batches else 0
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value!r}.")
-    if value and not batches:
-        raise ValueError(f"{name}={value} needs batches in `data`, got {type(data).__name__}.")
-    return value
 
 
 def _rank(asked: int | float, calibration: Calibration, name: str) -> int:
