@@ -40,7 +40,7 @@ def repair_factors(
     *,
     rows: int = REPAIR_ROWS,
     steps: int = REPAIR_STEPS,
-    rate: float = 5e-3,
+    rate: float = 2e-2,
     ridge: float = RIDGE,
     progress_bar: bool = True,
 ) -> dict[str, InitialFactors]:

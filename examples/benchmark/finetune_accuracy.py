@@ -15,7 +15,7 @@ method's learning rates of ``GRID`` are run with seed 0, then the best of them w
     python examples/benchmark/finetune_accuracy.py --method full --lr 3e-5 --seed 0 --threads 1
     python examples/benchmark/finetune_accuracy.py --summarise
 
-WASI's initial factors come in the four variants of ``initial_factors.py``. Their preparation, minutes long, depends
+WASI's initial factors come in the five variants of ``initial_factors.py``. Their preparation, minutes long, depends
 neither on the seed nor on learning rates or the memory mode, so it is done once and kept in the cache folder for all
 the runs that differ in these only (``prepared.py``). Several shares, variants or memory modes can be given at once::
 
@@ -133,8 +133,8 @@ def build_wasi(settings: Settings, model: nn.Module, train_set: ImageSet) -> tup
     """Returns the model with its adapter, and the digest of the prepared factors that it starts from."""
     variant, options = settings["variant"] or DEFAULT_VARIANT, settings["wasi"]
     config = build_config(variant, model, settings["target_share"], options)
-    images, steps = settings["calibration_images"] or 0, settings["repair_steps"] or 0
-    factors = attach_factors(variant, model, config, options, train_set, images, steps)
+    images, rows = settings["calibration_images"] or 0, settings["repair_rows"] or 0
+    factors = attach_factors(variant, model, config, options, train_set, images, rows, settings["repair_steps"] or 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
         return peft.get_peft_model(model, config), factors
@@ -288,7 +288,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--target-share", type=float, nargs="+", default=[None], help="WASI: shares of the weights to keep")
     add("--variant", nargs="+", choices=VARIANTS, default=[DEFAULT_VARIANT], help="WASI: initial factors")
     add("--calibration-images", type=int, default=512, help="WASI: unlabelled training images looked at first")
-    add("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS, help="WASI: steps of the label-free repair")
+    add("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS, help="WASI: steps of each block in the repair")
+    add("--repair-rows", type=int, default=wasi_peft.REPAIR_ROWS, help="WASI: images times tokens of the repair")
     add("--train", type=int, default=6000 if full else 5000, help="images trained on")
     add("--validation", type=int, default=2000 if full else 1000, help="images held out, those after them")
     add("--test", type=int, default=10000 if full else 2000, help="test images")
@@ -327,6 +328,7 @@ def settings_of(
         "target_share": share,
         "calibration_images": args.calibration_images if wasi and variant != "plain" else None,
         "repair_steps": args.repair_steps if wasi and variant == "repaired" else None,
+        "repair_rows": args.repair_rows if wasi and variant in ("refitted", "repaired") else None,
         "train": args.train,
         "validation": args.validation,
         "test": args.test,

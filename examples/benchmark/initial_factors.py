@@ -1,11 +1,12 @@
 """What initial factors keep of a pretrained model before any training, against the share of weights kept.
 
-Four ways to get factors, each at the same share of the weights of all block Linears:
+Five ways to get factors, each at the same share of the weights of all block Linears:
 
 * plain: truncated SVD of the weights, the same share in every layer (the paper);
 * one-sided: weighed by the input's covariance (SVD-LLM), the same share in every layer;
 * two-sided: weighed by the second moment of the output's gradient too, ranks allocated over the layers;
-* repaired: the same, then 400 label-free steps against the dense model's blocks (the default of ``preprocess_wasi``).
+* refitted: the same, then each layer's right factor refitted to the inputs that the layers before it leave;
+* repaired: the same, and each block trained for 128 label-free steps (the default of ``preprocess_wasi``).
 
 Three models (``--model``), three repeats on other samples each:
 
@@ -48,7 +49,7 @@ from finetune import unlabelled
 from benchmark.common import add_entry, environment, read_json
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "initial_factors.json"
-METHODS = ("plain", "one-sided", "two-sided", "repaired")
+METHODS = ("plain", "one-sided", "two-sided", "refitted", "repaired")
 Metrics = dict[str, float]
 Task = tuple[nn.Module, list[Any], Callable[[nn.Module], Metrics]]  # dense model, calibration batches, evaluation
 
@@ -196,8 +197,11 @@ def factored(
             calibrations[f"{kind} seconds"] = time.perf_counter() - start
         seconds["calibration"] = calibrations[f"{kind} seconds"]
         start = time.perf_counter()
+        rows = wasi_peft.REPAIR_ROWS if method in ("refitted", "repaired") else 0
         steps = repair_steps if method == "repaired" else 0
-        wasi_peft.preprocess_wasi(model, config, batches, calibration=calibrations[kind], repair_steps=steps)
+        wasi_peft.preprocess_wasi(
+            model, config, batches, calibration=calibrations[kind], repair_rows=rows, repair_steps=steps
+        )
         seconds["factors"] = time.perf_counter() - start
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")

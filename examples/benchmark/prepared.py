@@ -1,4 +1,4 @@
-"""Initial factors of WASI in four variants, kept in a file for the runs that start from the same ones.
+"""Initial factors of WASI in five variants, kept in a file for the runs that start from the same ones.
 
 Calibration and repair take minutes and see no label, no seed of a run, no learning rate, no memory mode and nothing of
 the head. Their result is therefore stored once, under a name that is a digest of all that it does depend on, and every
@@ -49,7 +49,7 @@ def build_config(variant: str, model: nn.Module, share: float | None, options: M
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
-    if share is None or variant in ("two-sided", "repaired"):
+    if share is None or variant not in ("plain", "one-sided"):
         return wasi_peft.WasiConfig(modules_to_save=[HEAD], weight_share=share, **options)
     reserved = wasi_peft.WasiConfig(**options).reserved_rank
     return wasi_peft.WasiConfig(modules_to_save=[HEAD], rank_pattern=uniform_ranks(model, share, reserved), **options)
@@ -62,6 +62,7 @@ def attach_factors(
     options: Mapping[str, Any],
     train_set: ImageSet,
     calibration_images: int,
+    repair_rows: int,
     repair_steps: int,
 ) -> str | None:
     """Attaches initial factors to a dense model, from a file if they were made before.
@@ -73,18 +74,21 @@ def attach_factors(
         options: Fields of ``WasiConfig`` given by the user.
         train_set: Images to calibrate and repair on, without their labels.
         calibration_images: How many of them to calibrate on.
-        repair_steps: Steps of the repair with "repaired", which repairs on all of them.
+        repair_rows: Images times tokens to repair on with "repaired", and to refit on with "refitted".
+        repair_steps: Steps of each block in that.
 
     Returns:
         Digest of the factors; None if there are none.
     """
     if variant == "plain":
         return None
+    rows = repair_rows if variant in ("refitted", "repaired") else 0
     steps = repair_steps if variant == "repaired" else 0
     key = {
         "model": digest({name: value for name, value in model.state_dict().items() if HEAD not in name.split(".")}),
         "images": images_digest(train_set),
         "calibration_images": calibration_images,
+        "repair_rows": rows,
         "repair_steps": steps,
         "gradients": None if variant == "one-sided" else "features",
         "weight_share": config.weight_share,
@@ -104,7 +108,9 @@ def attach_factors(
             calibration = wasi_peft.calibrate_wasi(
                 model, loader, config, gradients=key["gradients"], max_batches=batches
             )
-            wasi_peft.preprocess_wasi(model, config, loader, calibration=calibration, repair_steps=steps)
+            wasi_peft.preprocess_wasi(
+                model, config, loader, calibration=calibration, repair_rows=rows, repair_steps=steps
+            )
             save_factors(path, model, text)
     return load_factors(path, model)
 
