@@ -2,7 +2,7 @@
 
 SmolLM2-135M on the text of mails, in windows of 128 tokens. Windows of the first 1,500 mails are trained on; on 96
 windows of mails after them perplexity is measured; 64 in between are for choosing learning rates. WASI calibrates on
-128 of the training windows (two-sided factors, no repair), which depends on no seed and is kept in the cache folder.
+128 of the training windows and repairs on them, which depends on no seed and is kept in the cache folder.
 Each run is one entry of docs/benchmarks/finetune_perplexity.json; finished runs are skipped::
 
     python examples/benchmark/finetune_perplexity.py --method wasi --memory-mode exact fast
@@ -15,6 +15,7 @@ the memory mode only. "small" compresses no inputs, so its counterpart is the ru
 """
 
 import argparse
+import functools
 import math
 import sys
 import tempfile
@@ -37,6 +38,7 @@ from texts import load_mails, smollm2_folder, token_windows
 
 from benchmark.common import add_entry, environment, read_json
 from benchmark.finetune_accuracy import key_of, mean_and_spread
+from benchmark.prepared import digest, prepared_once
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "finetune_perplexity.json"
 RATES = {"full": 2e-5, "lora": 5e-4, "wasi": 5e-4}
@@ -68,10 +70,12 @@ def build(settings: Settings, model: nn.Module, train_set: torch.Tensor) -> nn.M
         activation_ranks=settings["activation_ranks"],
         memory_mode=settings["memory_mode"],
     )
-    batches = [{"input_ids": part} for part in train_set[:CALIBRATION_WINDOWS].split(CALIBRATION_BATCH)]
-    folder = cache_dir() / "calibration-smollm2-mails"
-    calibration = wasi_peft.calibrate_wasi(model, batches, config, directory=folder)
-    wasi_peft.preprocess_wasi(model, config, calibration=calibration)
+    windows = train_set[:CALIBRATION_WINDOWS]
+    batches = [{"input_ids": part} for part in windows.split(CALIBRATION_BATCH)]
+    steps = settings["repair_steps"]
+    key = {"model": digest(model.state_dict()), "windows": digest({"windows": windows}), "repair_steps": steps}
+    prepare = functools.partial(wasi_peft.preprocess_wasi, model, config, batches, repair_steps=steps)
+    prepared_once(model, config, key, prepare)
     return peft.get_peft_model(model, config)
 
 
@@ -140,6 +144,7 @@ def every_settings(args: argparse.Namespace) -> list[Settings]:
             "memory_mode": mode,
             "target_share": args.target_share if method == "wasi" else None,
             "activation_ranks": (args.activation_ranks or None) if method == "wasi" else None,
+            "repair_steps": args.repair_steps if method == "wasi" else None,
             "steps": args.steps,
             "batch_size": args.batch_size,
             "lr": rate,
@@ -161,6 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--lr", type=float, nargs="+", help=f"learning rates (default: {RATES})")
     add("--target-share", type=float, default=0.4, help="WASI: share of the weights to keep")
     add("--activation-ranks", type=int, default=48, help="WASI: features of each input kept, 0: all")
+    add("--repair-steps", type=int, default=64, help="WASI: steps of each block in the repair")
     add("--steps", type=int, default=60, help="optimizer steps")
     add("--batch-size", type=int, default=8, help="windows a step")
     add("--threads", type=int, default=torch.get_num_threads())

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +84,42 @@ def attach_factors(
         return None
     rows = repair_rows if variant in ("refitted", "repaired") else 0
     steps = repair_steps if variant == "repaired" else 0
+    gradients = None if variant == "one-sided" else "features"
     key = {
         "model": digest({name: value for name, value in model.state_dict().items() if HEAD not in name.split(".")}),
         "images": images_digest(train_set),
         "calibration_images": calibration_images,
         "repair_rows": rows,
         "repair_steps": steps,
-        "gradients": None if variant == "one-sided" else "features",
+        "gradients": gradients,
+        "options": {name: value for name, value in options.items() if name not in UNSEEN},
+    }
+
+    def prepare() -> None:
+        loader, batches = calibration_loader(train_set), math.ceil(calibration_images / CALIBRATION_BATCH)
+        calibration = wasi_peft.calibrate_wasi(model, loader, config, gradients=gradients, max_batches=batches)
+        wasi_peft.preprocess_wasi(model, config, loader, calibration=calibration, repair_rows=rows, repair_steps=steps)
+
+    return prepared_once(model, config, key, prepare)
+
+
+def prepared_once(model: nn.Module, config: Any, key: Mapping[str, Any], prepare: Callable[[], None]) -> str:
+    """Attaches initial factors to a dense model, from a file if they were made before.
+
+    Args:
+        model: The dense model.
+        config: The configuration that they are for.
+        key: What they depend on, besides the configuration's ranks, the code, its libraries and the threads.
+        prepare: Attaches them by ``preprocess_wasi``.
+
+    Returns:
+        Digest of the factors.
+    """
+    key = {
+        **key,
         "weight_share": config.weight_share,
         "rank_pattern": config.rank_pattern,
         "reserved_rank": config.reserved_rank,
-        "options": {name: value for name, value in options.items() if name not in UNSEEN},
         "versions": environment()["versions"],
         "code": code_digest(),
         "threads": torch.get_num_threads(),  # they decide in which order sums are taken
@@ -104,13 +129,7 @@ def attach_factors(
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # a run started at the same time waits rather than do the same
         if not path.is_file():
-            loader, batches = calibration_loader(train_set), math.ceil(calibration_images / CALIBRATION_BATCH)
-            calibration = wasi_peft.calibrate_wasi(
-                model, loader, config, gradients=key["gradients"], max_batches=batches
-            )
-            wasi_peft.preprocess_wasi(
-                model, config, loader, calibration=calibration, repair_rows=rows, repair_steps=steps
-            )
+            prepare()
             save_factors(path, model, text)
     return load_factors(path, model)
 
