@@ -54,7 +54,6 @@ def build(
     wasi_options: Mapping[str, Any] | None = None,
     target_share: float | None = None,
     calibration_images: int = 512,
-    repair_rows: int | None = None,
     repair_steps: int = wasi_peft.REPAIR_STEPS,
 ) -> nn.Module:
     """Makes ``model`` trainable by one of the methods.
@@ -62,12 +61,11 @@ def build(
     Args:
         method: "full", "lora" (r=16, alpha=32 on every attention and MLP layer, plus the head) or "wasi".
         model: A dense classifier. It is changed in place.
-        train_set: WASI calibrates on ``calibration_images`` of them and repairs on more, never looking at a label.
+        train_set: WASI calibrates on ``calibration_images`` of them and repairs on all, never looking at a label.
         wasi_options: Fields of ``WasiConfig`` that differ from the defaults.
         target_share: If given, WASI keeps this share of the weights, spread over the layers as it is best.
         calibration_images: Images for WASI's calibration.
-        repair_rows: Images times tokens of WASI's label-free repair; None for the default, 0 for no repair.
-        repair_steps: Steps of each block in that.
+        repair_steps: Steps of WASI's label-free repair.
 
     Returns:
         The model to train.
@@ -84,12 +82,7 @@ def build(
         wasi_config = wasi_peft.WasiConfig(modules_to_save=[HEAD], weight_share=target_share, **(wasi_options or {}))
         batches = math.ceil(calibration_images / CALIBRATION_BATCH)
         wasi_peft.preprocess_wasi(
-            model,
-            wasi_config,
-            calibration_loader(train_set),
-            max_batches=batches,
-            repair_rows=repair_rows,
-            repair_steps=repair_steps,
+            model, wasi_config, calibration_loader(train_set), max_batches=batches, repair_steps=repair_steps
         )
         return peft.get_peft_model(model, wasi_config)
     raise ValueError(f"method must be one of {METHODS}, got {method!r}")
@@ -237,7 +230,7 @@ def finetune(
         wasi_options(args),
         args.target_share,
         args.calibration_images,
-        repair_steps=args.repair_steps,
+        args.repair_steps,
     )
     lr, head_lr = getattr(args, f"lr_{method}"), args.head_lr or getattr(args, f"lr_{method}")
     optimizer = build_optimizer(method, model, lr, head_lr)
@@ -405,12 +398,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="WASI: what trains (default: low_rank; the others need another --lr-wasi)",
     )
     add("--calibration-images", type=int, default=512, help="WASI: unlabelled training images looked at first")
-    add(
-        "--repair-steps",
-        type=int,
-        default=wasi_peft.REPAIR_STEPS,
-        help="WASI: steps of each block in the label-free repair",
-    )
+    add("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS, help="WASI: steps of the label-free repair")
     add("--rounds", type=int, default=10, help="timed rounds")
     add("--seed", type=int, default=0)
     add("--threads", type=int, help="threads (default: what PyTorch chooses)")

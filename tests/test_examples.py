@@ -310,7 +310,7 @@ def test_entries_keep_their_names(accuracy_benchmark: Any) -> None:
     )
     (settings,) = accuracy_benchmark.every_settings(args, ["wasi"])
     assert accuracy_benchmark.key_of(settings).startswith(
-        'method=wasi wasi={"update": "factor"} target_share=0.4 calibration_images=512 repair_steps=128 '
+        'method=wasi wasi={"update": "factor"} target_share=0.4 calibration_images=512 repair_steps=400 train=64 '
     )
 
 

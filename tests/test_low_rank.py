@@ -32,7 +32,7 @@ def data() -> list[Tensor]:
 def adapted(net: nn.Module, **options: object) -> PeftModel:
     config = WasiConfig(**{"update": "low_rank", "update_rank": RANK, "activation_threshold": None, **options})
     batches = [x.to(next(net.parameters()).dtype) for x in data()]
-    preprocess_wasi(net, config, batches, repair_rows=0, progress_bar=False)
+    preprocess_wasi(net, config, batches, repair_steps=0, progress_bar=False)
     model: PeftModel = get_peft_model(net, config)
     return model
 
@@ -283,7 +283,7 @@ def test_the_change_counts_in_a_plan() -> None:
 
 def test_prepared_for_another_update() -> None:
     net = tiny_net(4)
-    preprocess_wasi(net, WasiConfig(weight_share=0.9, update="factor"), data(), repair_rows=0, progress_bar=False)
+    preprocess_wasi(net, WasiConfig(weight_share=0.9, update="factor"), data(), repair_steps=0, progress_bar=False)
     with pytest.raises(ValueError, match="rank of the update"):
         get_peft_model(net, WasiConfig(weight_share=0.9, update="low_rank", update_rank=1))
 

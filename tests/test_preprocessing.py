@@ -33,16 +33,16 @@ from wasi_peft import (
     calibrate_wasi,
     preprocess_wasi,
     preprocessing,
+    repair_blocks,
     repair_factors,
 )
 from wasi_peft.layer import wasi_layers
 from wasi_peft.planning import LayerPlan, WasiPlan
 
 
-def run(net: nn.Module, config: WasiConfig, data: Any = None, **options: Any) -> None:
+def run(net: nn.Module, config: WasiConfig, data: Any = None, *, repair_steps: int | None = 0, **options: Any) -> None:
     """`preprocess_wasi` without progress bars, and without repair unless asked for."""
-    rows = 20 if "repair_steps" in options else 0
-    preprocess_wasi(net, config, data, progress_bar=False, **{"repair_rows": rows, **options})
+    preprocess_wasi(net, config, data, repair_steps=repair_steps, progress_bar=False, **options)
 
 
 def calibrate(net: nn.Module, **options: Any) -> Calibration:
@@ -219,32 +219,61 @@ def test_the_given_configuration_is_not_changed() -> None:
 
 
 def test_repair_is_on_with_batches_and_off_with_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = []
+    steps = []
 
     def recorded(model: nn.Module, factors: Any, data: Any, **options: Any) -> Any:
-        rows.append(options["rows"])
+        steps.append(options["steps"])
         return factors
 
     monkeypatch.setattr(preprocessing, "repair_factors", recorded)
     net, data, config = reference.tiny_net(6), batches(), WasiConfig(weight_rank=3)
     calibrated = calibrate(net)
-    run(net, config, data, repair_rows=None)
-    run(net, config, data, calibration=calibrated, repair_rows=None)
-    run(net, config, data, repair_rows=7)
-    assert rows == [preprocessing.REPAIR_ROWS, preprocessing.REPAIR_ROWS, 7]
-    run(net, config, lambda: [net(x) for x in data], repair_rows=None)
-    run(net, config, calibration=calibrated, repair_rows=None)
-    run(net, config, data, repair_rows=0)
-    assert len(rows) == 3
+    run(net, config, data, repair_steps=None)
+    run(net, config, data, calibration=calibrated, repair_steps=None)
+    run(net, config, data, repair_steps=7)
+    assert steps == [preprocessing.REPAIR_STEPS, preprocessing.REPAIR_STEPS, 7]
+    run(net, config, lambda: [net(x) for x in data], repair_steps=None)
+    run(net, config, calibration=calibrated, repair_steps=None)
+    run(net, config, data, repair_steps=0)
+    assert len(steps) == 3
 
 
-@pytest.mark.parametrize("steps", [0, 3])
-def test_truncated_factors_are_repaired(steps: int) -> None:
+@pytest.mark.parametrize("repair", ["model", "blocks"])
+def test_each_repair(repair: Any) -> None:
     net, data = reference.tiny_net(6), batches()
     run(net, WasiConfig(weight_rank=3), data)
-    expected = repair_factors(net, prepared(net), data, rows=60, steps=steps, progress_bar=False)
-    run(net, WasiConfig(weight_rank=3), data, repair_rows=60, repair_steps=steps)
+    function = {"model": repair_factors, "blocks": repair_blocks}[repair]
+    expected = function(net, prepared(net), data, steps=3, progress_bar=False)
+    run(net, WasiConfig(weight_rank=3), data, repair=repair, repair_steps=3)
     assert_same_factors(prepared(net), expected)
+
+
+def test_language_models_are_repaired_block_by_block(
+    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    for name in ("repair_blocks", "repair_factors"):
+
+        def recorded(model: nn.Module, factors: Any, data: Any, name: str = name, **options: Any) -> Any:
+            called.append((name, options["steps"]))
+            return factors
+
+        monkeypatch.setattr(preprocessing, name, recorded)
+    model = architecture.model()
+    run(model, WasiConfig(weight_rank=2), [architecture.batch()], repair_steps=None)
+    writes = type(model).__name__.endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration"))
+    assert called == [("repair_blocks", 64) if writes else ("repair_factors", 400)]
+
+
+def test_repaired_factors_are_attached() -> None:
+    net, data = reference.tiny_net(6), batches()
+    other = copy.deepcopy(net)
+    run(net, WasiConfig(weight_rank=3), data)
+    run(other, WasiConfig(weight_rank=3), data, repair_steps=30)
+    first, second = prepared(net), prepared(other)
+    assert first.keys() == second.keys()
+    assert all(not torch.equal(first[name].R, second[name].R) for name in first)
+    get_peft_model(other, WasiConfig(weight_rank=3))
 
 
 # -------------------------------------------------------------------------------- what may go wrong
@@ -262,10 +291,10 @@ def test_success_leaves_the_model_as_it_was() -> None:
     ("given", "message"),
     [
         ({}, "preprocess_wasi needs data, a calibration, or both; got neither"),
-        ({"repair_rows": 3}, "repair needs batches in `data`, got NoneType and repair_rows=3"),
-        ({"data": print, "repair_rows": 3}, "repair needs batches in `data`, got .* and repair_rows=3"),
-        ({"data": batches(), "repair_rows": -1}, "repair_rows must be at least 0, got -1"),
+        ({"repair_steps": 3}, "repair needs batches in `data`, got NoneType and repair_steps=3"),
+        ({"data": print, "repair_steps": 3}, "repair needs batches in `data`, got .* and repair_steps=3"),
         ({"data": batches(), "repair_steps": -1}, "repair_steps must be at least 0, got -1"),
+        ({"data": batches(), "repair": "layers"}, "repair must be one of 'model', 'blocks', None, got 'layers'"),
         ({"data": []}, "at least one batch, got none"),
         ({"data": iter(batches())}, "got an iterator"),
         ({"data": with_nan(batches())}, "NaN or Inf on the calibration data"),
@@ -286,8 +315,8 @@ def test_bad_arguments(given: dict[str, Any], message: str) -> None:
 def test_data_that_only_repair_sees(data: Any) -> None:
     net = reference.tiny_net(18)
     calibrated, untouched = calibrate(net), Untouched(net)
-    with pytest.raises(ValueError, match=r"got an iterator|its input holds NaN or Inf"):
-        run(net, WasiConfig(weight_rank=3), data, calibration=calibrated, repair_rows=60)
+    with pytest.raises(ValueError, match=r"got an iterator|the dense model answers NaN or Inf"):
+        run(net, WasiConfig(weight_rank=3), data, calibration=calibrated, repair_steps=3)
     untouched.check()
     assert prepared(net) == {}
 

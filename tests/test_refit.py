@@ -15,17 +15,18 @@ from test_repair import Factors, compressed, final_hidden, plain_factors
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from wasi_peft import repair_factors
-from wasi_peft.blocks import blocks_of, segments
+from wasi_peft import repair_blocks
+from wasi_peft.blocks import segments
 from wasi_peft.layer import InitialFactors
 from wasi_peft.refit import RIDGE, input_map
+from wasi_peft.repair import compared_blocks
 
 VIT = ARCHITECTURES["vit"]
 
 
 def run(model: nn.Module, factors: Factors, data: Any, **options: Any) -> Factors:
     """The first half of repair alone, without a progress bar."""
-    return repair_factors(model, factors, data, steps=0, progress_bar=False, **options)
+    return repair_blocks(model, factors, data, steps=0, progress_bar=False, **options)
 
 
 def slow_refit(net: nn.Module, factors: Factors, data: list[Tensor], order: list[str], ridge: float) -> Factors:
@@ -183,7 +184,7 @@ def test_blocks_in_the_order_they_run(order: list[int], breaks: tuple[int, ...],
     net, data = Chain(order, breaks), batches()
     factors = plain_factors(net)
     with torch.no_grad():
-        chains, rows = segments(net, blocks_of(factors), data[0])
+        chains, rows = segments(net, compared_blocks(factors, 1), data[0])
     assert (chains, rows) == (expected, 20)
     refitted = run(net, factors, data)
     flat = [f"{block}.0" for chain in chains for block in chain]
@@ -254,9 +255,7 @@ def test_caches_do_not_grow() -> None:
     plain, cached = Decoder(False), Decoder(True)
     factors = plain_factors(plain)
     for steps in (0, 4):
-        first, second = (
-            repair_factors(net, factors, data, steps=steps, progress_bar=False) for net in (plain, cached)
-        )
+        first, second = (repair_blocks(net, factors, data, steps=steps, progress_bar=False) for net in (plain, cached))
         assert_same_factors(first, second)
 
 

@@ -7,6 +7,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._registration import register
 from .attention import low_bit_attention
+from .blockwise import repair_blocks
 from .calibration import Calibration, calibrate_wasi
 from .callbacks import WasiCallback, resize_rank
 from .chunked_loss import chunked_cross_entropy, remove_chunked_loss, use_chunked_loss
@@ -24,7 +25,7 @@ from .preprocessing import preprocess_wasi
 from .profile_report import costs_table, plot_profiles, profiles_table
 from .profiling import PeakMemory, measure_peak_memory
 from .recompute import BlockRecomputation, recompute_blocks
-from .repair import REPAIR_ROWS, REPAIR_STEPS, repair_factors
+from .repair import REPAIR_STEPS, repair_factors
 from .report import plot_calibration, plot_estimates, plot_plan
 from .saved import LowBitSavedTensors, store_saved_tensors
 from .slices import BatchSlices, slice_blocks, unslice_blocks
@@ -34,7 +35,6 @@ from .summary import WasiSummary, wasi_summary
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "REPAIR_ROWS",
     "REPAIR_STEPS",
     "BatchSlices",
     "BlockRecomputation",
@@ -71,6 +71,7 @@ __all__ = [
     "profiles_table",
     "recompute_blocks",
     "remove_chunked_loss",
+    "repair_blocks",
     "repair_factors",
     "resize_rank",
     "slice_blocks",

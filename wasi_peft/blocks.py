@@ -5,7 +5,6 @@ So a model can be worked on block by block, at the cost of a few passes over the
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,23 +17,6 @@ from transformers import Cache
 
 from .calibration import features_of, model_output, real_rows, token_mask
 from .slices import block_input
-
-_NUMBERED = re.compile(r"^.*?\.\d+(?=\.)")
-
-
-def blocks_of(names: Iterable[str]) -> list[str]:
-    """Names of the blocks that some layers are in, stack by stack; blocks are numbered containers of the layers.
-
-    Example:
-        >>> blocks_of(["encoder.layer.0.mlp.fc1", "encoder.layer.0.mlp.fc2", "encoder.layer.1.mlp.fc1", "head"])
-        ['encoder.layer.0', 'encoder.layer.1']
-    """
-    stacks: dict[str, dict[str, None]] = {}
-    for name in names:
-        match = _NUMBERED.match(f"{name}.")
-        if match is not None:
-            stacks.setdefault(match[0].rpartition(".")[0], {})[match[0]] = None
-    return [block for stack in stacks.values() for block in stack]
 
 
 class _Reached(Exception):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 from torch import nn
 from tqdm.auto import tqdm
 
+from .blockwise import BLOCK_STEPS, repair_blocks
 from .calibration import Calibration, CalibrationData, calibrate_wasi, dense_targets
 from .config import WasiConfig
 from .layer import InitialFactors
 from .linalg import rank_for_threshold
+from .memory import has_vocabulary
 from .model import INITIAL_FACTORS, PreparedFactors
 from .planning import allocate_ranks
-from .repair import REPAIR_ROWS, REPAIR_STEPS, repair_factors
+from .repair import REPAIR_STEPS, repair_factors
 from .targets import asked_rank, resolve_targets
+
+Repair = Literal["model", "blocks"]
 
 
 def preprocess_wasi(
@@ -23,8 +28,8 @@ def preprocess_wasi(
     data: CalibrationData | None = None,
     *,
     calibration: Calibration | None = None,
-    repair_rows: int | None = None,
-    repair_steps: int = REPAIR_STEPS,
+    repair: Repair | None = None,
+    repair_steps: int | None = None,
     max_batches: int | None = None,
     max_memory_bytes: int = 2**30,
     progress_bar: bool = True,
@@ -37,25 +42,28 @@ def preprocess_wasi(
         config: The configuration that will be injected: it decides targets and ranks.
         data: Calibration batches without labels, see [`calibrate_wasi`]; also what the factors are repaired on.
         calibration: A calibration made before, so that only the factors are computed (and repaired, with `data`).
-        repair_rows: Samples times tokens for [`repair_factors`] after the truncation; 2^15 by default where `data` are
-            batches, 0 (no repair) where they are a function or missing.
-        repair_steps: Steps of each block in that; 0 only refits, in closed form.
-        max_batches: Calibrate on that many batches; the repair is not bound by it.
+        repair: How the truncated factors are repaired: "model", all at once ([`repair_factors`]), or "blocks", block
+            after block ([`repair_blocks`]). By default "blocks" for language models, else "model", as measured.
+        repair_steps: Steps of that, with "blocks" of each block; by default 400 for the model or 64 for a block where
+            `data` are batches, 0 (no repair) where they are a function or missing.
+        max_batches: Calibrate on that many batches; the repair goes through all of them.
         max_memory_bytes: Bound on the memory for sums during calibration, bytes.
         progress_bar: Show progress bars.
 
     Raises:
-        ValueError: If neither data nor a calibration is given, or a repair without batches; and whatever
+        ValueError: If neither data nor a calibration is given, or repair is asked for without batches; and whatever
             [`calibrate_wasi`] finds. Nothing is attached then.
     """
     batches = None if data is None or callable(data) else data
-    if repair_rows is None:
-        repair_rows = 0 if batches is None else REPAIR_ROWS
-    for name, value in (("repair_rows", repair_rows), ("repair_steps", repair_steps)):
-        if value < 0:
-            raise ValueError(f"{name} must be at least 0, got {value!r}.")
-    if repair_rows and batches is None:
-        raise ValueError(f"repair needs batches in `data`, got {type(data).__name__} and repair_rows={repair_rows}.")
+    if repair not in ("model", "blocks", None):
+        raise ValueError(f"repair must be one of 'model', 'blocks', None, got {repair!r}.")
+    blockwise = repair == "blocks" or (repair is None and has_vocabulary(model))
+    if repair_steps is None:
+        repair_steps = 0 if batches is None else BLOCK_STEPS if blockwise else REPAIR_STEPS
+    if repair_steps < 0:
+        raise ValueError(f"repair_steps must be at least 0, got {repair_steps!r}.")
+    if repair_steps and batches is None:
+        raise ValueError(f"repair needs batches in `data`, got {type(data).__name__} and repair_steps={repair_steps}.")
     resolved = copy.copy(config)
     resolve_targets(model, resolved)
     targets = dense_targets(model, resolved)
@@ -78,10 +86,9 @@ def preprocess_wasi(
     factors: dict[str, InitialFactors] = {}
     for name, module in tqdm(targets.items(), desc="WASI initial factors", disable=not progress_bar):
         factors[name] = calibration.factors(name, module, _rank(asked[name], calibration, name))
-    if repair_rows and batches is not None:
-        factors = repair_factors(
-            model, factors, batches, rows=repair_rows, steps=repair_steps, progress_bar=progress_bar
-        )
+    if repair_steps and batches is not None:
+        repaired = repair_blocks if blockwise else repair_factors
+        factors = repaired(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
     budget = None if resolved.weight_share is None else (resolved.weight_share, resolved.reserved_rank)
     for name, initial in factors.items():
         targets[name].__dict__[INITIAL_FACTORS] = PreparedFactors(initial, asked[name], budget)

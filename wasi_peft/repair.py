@@ -1,9 +1,7 @@
-"""Repair: factors that make the blocks of the compressed model answer as those of the dense one, without labels.
+"""Repair: a short, label-free training of the factors so that the blocks answer as they did in the dense model.
 
 Truncation errors add up from layer to layer, and each layer's factors were cut as if the layers before it were exact.
-Block after block, first each layer is refitted to its present inputs (:mod:`wasi_peft.refit`), then all factors of the
-block are trained for a short while so that its output, of the compressed model's hidden states, is that of the dense
-model's. Blockwise reconstruction is known from quantisation (BRECQ, arXiv 2102.05426).
+A few hundred steps against the dense model's own hidden states ("healing") correct both at once.
 """
 
 from __future__ import annotations
@@ -11,26 +9,25 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .blocks import BlockStates, blocks_of, segments
-from .calibration import check_repeatable, evaluating, limited, real_rows
+from .calibration import check_repeatable, evaluating, features_of, limited, model_output, real_rows, token_mask
 from .config import WasiConfig
 from .layer import InitialFactors, Linear
-from .refit import RIDGE, refit_block
 
 logger = logging.getLogger(__name__)
 
-REPAIR_ROWS = 2**15
-REPAIR_STEPS = 128
-_ADAPTER = "repair"
-_WARM_UP = 0.1
-_BETAS = (0.9, 0.95)  # few steps: the second moment must follow them
+REPAIR_STEPS = 400
+ADAPTER = "repair"
+_WARM_UP = 0.05
+_NUMBERED = re.compile(r"^.*?\.\d+(?=\.)")
 
 
 def repair_factors(
@@ -38,84 +35,76 @@ def repair_factors(
     factors: Mapping[str, InitialFactors],
     data: Iterable[Any],
     *,
-    rows: int = REPAIR_ROWS,
     steps: int = REPAIR_STEPS,
-    rate: float = 2e-2,
-    ridge: float = RIDGE,
+    lr: float = 2e-4,
+    every: int = 3,
+    max_batches: int | None = None,
     progress_bar: bool = True,
 ) -> dict[str, InitialFactors]:
-    """Repair the factors of the layers in the transformer blocks, one block after the other.
+    """Train factors and biases until the compressed blocks answer like the dense ones.
 
-    The training minimises :func:`token_error` of the block's output, by AdamW (on float32 copies of factors in low
-    precision), warm-up, cosine decay. Each block runs alone, on hidden states of both models that are kept: on top of
-    the dense model there are the factors, twice these states, and gradients and optimizer state of one block. Layers
-    outside of blocks, and those of blocks that run more than once or not at all, stay as they are.
+    The loss is `sum_b mean((h_b - h*_b)^2) / var(h*_b)` over every third block's output h_b (and the last one's), h*_b
+    being that of the dense model; padded tokens do not count. AdamW (on float32 copies of factors in low precision),
+    warm-up, cosine decay. Both models share everything but the target layers; on top of the dense model there are the
+    factors, their gradients and two optimizer moments, and one batch.
 
     **Shape**
         - factors: by module name, L (out, K), R (K, in), bias (out,) or None
 
     Args:
         model: The dense model; not changed.
-        factors: Truncated factors of its target layers.
-        data: Batches without labels.
-        rows: Samples times tokens to look at, about: as many whole batches as hold them.
-        steps: Optimizer steps of each block, each on one batch; 0 only refits.
-        rate: Peak learning rate, relative to the root mean square of each factor.
-        ridge: How far the refit draws to the identity: the shift of :func:`refit.input_map`, relative to the mean of
-            the moment's diagonal.
+        factors: Initial factors of its target layers.
+        data: Batches without labels, gone through as often as the steps need.
+        steps: Optimizer steps.
+        lr: Peak learning rate.
+        every: Compare every that many blocks, counted from the last.
+        max_batches: Use only that many batches.
         progress_bar: Show a progress bar.
 
     Returns:
-        New factors, L with orthonormal columns. A block whose error the training does not lower is only refitted, with
-        a warning.
+        New factors, L with orthonormal columns; the given ones, with a warning, if the loss did not fall.
 
     Raises:
         ValueError: If a number is out of range; or if the data are empty, a function, can be iterated only once, or
-            make a layer's input NaN or Inf.
+            make the dense model answer NaN or Inf.
     """
-    for name, value in (("rows", rows), ("rate", rate), ("ridge", ridge)):
+    for name, value in (("steps", steps), ("lr", lr), ("every", every)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value!r}.")
-    if not 0 <= steps < math.inf:
-        raise ValueError(f"steps must be at least 0 and finite, got {steps!r}.")
     if callable(data):
         raise ValueError("repair needs batches, got a function.")
     check_repeatable(data)
-    with evaluating(model, gradients=False):
-        student, layers = _student(model, factors)
-        (first,) = limited(data, 1, None)
-        chains, first_rows = segments(model, blocks_of(factors), first)
-        batches = list(limited(data, math.ceil(rows / max(1, first_rows)), None))
-        with tqdm(total=sum(map(len, chains)), desc="WASI repair", disable=not progress_bar) as bar:
-            for chain in chains:
-                dense, compressed = (BlockStates.before(chain, each, batches) for each in (model, student))
-                for block in chain:
-                    inside = {name: layers[name] for name in layers if f"{name}.".startswith(f"{block}.")}
-                    refit_block(block, dense, compressed, inside, ridge)
-                    dense.advance(block)
-                    if steps:
-                        error = _train_block(block, dense.hidden, compressed, inside, steps, rate)
-                        bar.set_postfix(error=f"{error:.4f}")
-                    compressed.advance(block)
-                    bar.update()
-    return {name: _orthonormal(layer, factors[name]) for name, layer in layers.items()}
+    with evaluating(model, gradients=True):
+        student, layers = student_of(model, factors)
+        blocks = compared_blocks(factors, every)
+        losses = list(_train(model, student, layers, blocks, data, steps, lr, max_batches, progress_bar))
+    span = max(1, min(10, len(losses) // 4))
+    before, after = sum(losses[:span]) / span, sum(losses[-span:]) / span
+    if not after < before:
+        logger.warning("repair did not lower the blocks' error (%.4f to %.4f); its result is dropped.", before, after)
+        return dict(factors)
+    logger.info("repair: relative error of the compared blocks %.4f to %.4f in %d steps", before, after, steps)
+    return {name: _orthonormal(layer) for name, layer in layers.items()}
 
 
-def token_error(hidden: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over tokens of `|h - h*|^2 / |h*|^2`; padded tokens do not count.
+def compared_blocks(names: Iterable[str], every: int) -> list[str]:
+    """Names of every few blocks, counted from the last of each stack; blocks are numbered containers of the layers.
 
-    Relative to each token's own size, because that is how the norm of the next block sees it: the few tokens whose
-    hidden states are a hundred times as large as the others' would decide everything otherwise.
-
-    **Shape**
-        - hidden, wanted: (..., features); mask: (B, N) where these are (B, N, features), or None
+    Example:
+        >>> compared_blocks([f"encoder.layer.{i}.mlp.fc1" for i in range(5)], every=3)
+        ['encoder.layer.1', 'encoder.layer.4']
     """
-    hidden, wanted = real_rows(hidden, mask).float(), real_rows(wanted, mask).float()
-    size = wanted.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((hidden - wanted).square().sum(-1) / size).mean()
+    stacks: dict[str, list[str]] = {}
+    for name in names:
+        match = _NUMBERED.match(f"{name}.")
+        if match is not None:
+            stack = stacks.setdefault(match[0].rpartition(".")[0], [])
+            if match[0] not in stack:
+                stack.append(match[0])
+    return [block for stack in stacks.values() for block in reversed(stack[::-1][::every])]
 
 
-def _student(model: nn.Module, factors: Mapping[str, InitialFactors]) -> tuple[nn.Module, dict[str, Linear]]:
+def student_of(model: nn.Module, factors: Mapping[str, InitialFactors]) -> tuple[nn.Module, dict[str, Linear]]:
     """A second model that shares every tensor with the first, but has factored target layers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     student = copy.deepcopy(model, shared)
@@ -123,52 +112,57 @@ def _student(model: nn.Module, factors: Mapping[str, InitialFactors]) -> tuple[n
     layers = {}
     for name, given in factors.items():
         initial = InitialFactors(given.L.clone(), given.R.clone(), given.bias)  # a layer trains what it is given
-        layer = Linear(student.get_submodule(name), _ADAPTER, config, name, initial.L.shape[1], initial)
+        layer = Linear(student.get_submodule(name), ADAPTER, config, name, initial.L.shape[1], initial)
         layer.release_base("release")
         student.set_submodule(name, layer)
         layers[name] = layer
     return student, layers
 
 
-def _train_block(
-    block: str,
-    wanted: Sequence[Tensor],
-    states: BlockStates,
+def _train(
+    teacher: nn.Module,
+    student: nn.Module,
     layers: Mapping[str, Linear],
+    blocks: Sequence[str],
+    data: Iterable[Any],
     steps: int,
-    rate: float,
-) -> float:
-    """Train the factors of a block; returns its error, which is never larger than before."""
+    lr: float,
+    max_batches: int | None,
+    progress_bar: bool,
+) -> Iterator[float]:
+    """Yields the loss of every step, up to the first that is not finite.
+
+    Raises:
+        ValueError: If it is the dense model that answers NaN or Inf.
+    """
     parameters = [part for layer in layers.values() for part in layer.parameters() if part.requires_grad]
-    before, given = _error(block, wanted, states), [part.detach().clone() for part in parameters]
     # steps of this size are lost when bfloat16 rounds; a float32 parameter is its own copy
     precise = [part.detach().to(torch.promote_types(part.dtype, torch.float32)) for part in parameters]
-    sizes = [float(part.square().mean().sqrt()) or 1.0 for part in precise]  # a bias of zeros
-    groups = [{"params": [part], "lr": rate * size} for part, size in zip(precise, sizes, strict=True)]
-    optimizer = torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    for index in _order(len(wanted), steps):
-        with torch.enable_grad():
-            loss = token_error(states.run(block, index), wanted[index], states.masks[index])
-        loss.backward()
-        _step(optimizer, parameters, precise)
-        schedule.step()
-    after = _error(block, wanted, states)
-    if after < before:
-        return after
-    logger.warning("%s: training did not lower its error (%.4f to %.4f); it is only refitted.", block, before, after)
-    for part, old in zip(parameters, given, strict=True):
-        part.data.copy_(old)
-    return before
-
-
-def _error(block: str, wanted: Sequence[Tensor], states: BlockStates) -> float:
-    errors = [token_error(states.run(block, i), wanted[i], states.masks[i]) for i in range(len(wanted))]
-    return float(torch.stack(errors).mean())
+    optimizer = torch.optim.AdamW(precise, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decayed(step, steps))
+    with tqdm(total=steps, desc="WASI repair", disable=not progress_bar) as bar:
+        for batch in _cycle(data, max_batches, steps):
+            with torch.no_grad():
+                wanted = _hidden_states(teacher, blocks, batch)
+            hidden = _hidden_states(student, blocks, batch)
+            mask = token_mask(batch)
+            terms = [relative_error(ours, theirs, mask) for ours, theirs in zip(hidden, wanted, strict=True)]
+            loss = torch.stack(terms).sum()
+            value = float(loss.detach())
+            yield value
+            if not math.isfinite(value):
+                if not all(bool(torch.isfinite(state).all()) for state in wanted):
+                    raise ValueError("the dense model answers NaN or Inf on the calibration data.")
+                return
+            loss.backward()
+            one_step(optimizer, parameters, precise)
+            schedule.step()
+            bar.set_postfix(error=f"{value:.4f}")
+            bar.update()
 
 
 @torch.no_grad()
-def _step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], precise: Sequence[Tensor]) -> None:
+def one_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], precise: Sequence[Tensor]) -> None:
     """One optimizer step on precise copies of the parameters."""
     for parameter, copied in zip(parameters, precise, strict=True):
         copied.grad = None if parameter.grad is None else parameter.grad.to(copied.dtype)
@@ -178,23 +172,62 @@ def _step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], precis
         parameter.copy_(copied)
 
 
-def _rate(step: int, steps: int) -> float:
+def decayed(step: int, steps: int) -> float:
+    """Learning rate of a step, relative to the peak: warm-up, then cosine decay."""
     return min((step + 1) / max(1.0, _WARM_UP * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def _order(batches: int, steps: int) -> list[int]:
-    """Which batch each step takes: all of them in a new order, again and again, the same in every run."""
-    generator = torch.Generator().manual_seed(0)
-    rounds = (torch.randperm(batches, generator=generator) for _ in range(math.ceil(steps / batches)))
-    return torch.cat(list(rounds)).tolist()[:steps]
+def _cycle(data: Iterable[Any], max_batches: int | None, steps: int) -> Iterator[Any]:
+    count = 0
+    while True:
+        for batch in limited(data, max_batches, None):
+            yield batch
+            count += 1
+            if count == steps:
+                return
+
+
+def relative_error(hidden: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
+    """Squared error relative to the variance of what is wanted; padded tokens do not count.
+
+    **Shape**
+        - hidden, wanted: (..., features); mask: (B, N) where these are (B, N, features), or None
+    """
+    hidden, wanted = real_rows(hidden, mask).float(), real_rows(wanted, mask).float()
+    center = wanted.mean(0) if len(wanted) > 1 else 0  # one row alone has no variance
+    scale = (wanted - center).square().mean().clamp_min(torch.finfo(wanted.dtype).tiny)
+    return (hidden - wanted).square().mean() / scale
+
+
+def _hidden_states(model: nn.Module, blocks: Sequence[str], batch: Any) -> list[Tensor]:
+    """Outputs of the blocks, or the model's features where no layer lies in a block."""
+    found: dict[str, Tensor] = {}
+    with _recording(model, blocks, found):
+        output = model_output(model, batch)
+    return [found[name] for name in blocks if name in found] or [features_of(output)]
+
+
+@contextmanager
+def _recording(model: nn.Module, blocks: Sequence[str], found: dict[str, Tensor]) -> Iterator[None]:
+    handles = []
+    for name in blocks:
+
+        def hook(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            found[name] = features_of(output)
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
-def _orthonormal(layer: Linear, given: InitialFactors) -> InitialFactors:
-    """The factors of a layer in the form that training starts from: L with orthonormal columns."""
-    L, R = layer.wasi_L[_ADAPTER].detach(), layer.wasi_R[_ADAPTER].detach()
-    bias = layer.wasi_bias[_ADAPTER].detach() if _ADAPTER in layer.wasi_bias else None
-    if torch.equal(L, given.L):
-        return InitialFactors(given.L, R, bias)
+def _orthonormal(layer: Linear) -> InitialFactors:
+    """The factors of a trained layer in the form that training starts from: L with orthonormal columns."""
+    L, R = layer.wasi_L[ADAPTER], layer.wasi_R[ADAPTER]
     basis, corner = torch.linalg.qr(L.double())
-    return InitialFactors(basis.to(L.dtype), (corner @ R.double()).to(R.dtype), bias)
+    right = corner @ R.double()
+    bias = layer.wasi_bias[ADAPTER].detach() if ADAPTER in layer.wasi_bias else None
+    return InitialFactors(basis.to(L.dtype), right.to(R.dtype), bias)

@@ -133,8 +133,8 @@ def build_wasi(settings: Settings, model: nn.Module, train_set: ImageSet) -> tup
     """Returns the model with its adapter, and the digest of the prepared factors that it starts from."""
     variant, options = settings["variant"] or DEFAULT_VARIANT, settings["wasi"]
     config = build_config(variant, model, settings["target_share"], options)
-    images, rows = settings["calibration_images"] or 0, settings["repair_rows"] or 0
-    factors = attach_factors(variant, model, config, options, train_set, images, rows, settings["repair_steps"] or 0)
+    images, steps = settings["calibration_images"] or 0, settings["repair_steps"] or 0
+    factors = attach_factors(variant, model, config, options, train_set, images, steps)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
         return peft.get_peft_model(model, config), factors
@@ -288,8 +288,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--target-share", type=float, nargs="+", default=[None], help="WASI: shares of the weights to keep")
     add("--variant", nargs="+", choices=VARIANTS, default=[DEFAULT_VARIANT], help="WASI: initial factors")
     add("--calibration-images", type=int, default=512, help="WASI: unlabelled training images looked at first")
-    add("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS, help="WASI: steps of each block in the repair")
-    add("--repair-rows", type=int, default=wasi_peft.REPAIR_ROWS, help="WASI: images times tokens of the repair")
+    add("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS, help="WASI: steps of the label-free repair")
+    add(
+        "--block-steps", type=int, default=wasi_peft.blockwise.BLOCK_STEPS, help="the same of each block, if blockwise"
+    )
     add("--train", type=int, default=6000 if full else 5000, help="images trained on")
     add("--validation", type=int, default=2000 if full else 1000, help="images held out, those after them")
     add("--test", type=int, default=10000 if full else 2000, help="test images")
@@ -327,8 +329,7 @@ def settings_of(
         "wasi": {**args.wasi, **({} if mode in (None, DEFAULT_MODE) else {"memory_mode": mode})} if wasi else {},
         "target_share": share,
         "calibration_images": args.calibration_images if wasi and variant != "plain" else None,
-        "repair_steps": args.repair_steps if wasi and variant == "repaired" else None,
-        "repair_rows": args.repair_rows if wasi and variant in ("refitted", "repaired") else None,
+        "repair_steps": {"repaired": args.repair_steps, "blockwise": args.block_steps}.get(variant) if wasi else None,
         "train": args.train,
         "validation": args.validation,
         "test": args.test,

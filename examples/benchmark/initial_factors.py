@@ -5,8 +5,10 @@ Five ways to get factors, each at the same share of the weights of all block Lin
 * plain: truncated SVD of the weights, the same share in every layer (the paper);
 * one-sided: weighed by the input's covariance (SVD-LLM), the same share in every layer;
 * two-sided: weighed by the second moment of the output's gradient too, ranks allocated over the layers;
-* refitted: the same, then each layer's right factor refitted to the inputs that the layers before it leave;
-* repaired: the same, and each block trained for 128 label-free steps (the default of ``preprocess_wasi``).
+* repaired: the same, then 400 label-free steps of all factors together against the dense model's blocks;
+* blockwise: the same, but each block for itself, refitted in closed form and then trained for 64 steps.
+
+``preprocess_wasi`` takes the last for language models and the one before for others.
 
 Three models (``--model``), three repeats on other samples each:
 
@@ -29,7 +31,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
@@ -49,7 +51,8 @@ from finetune import unlabelled
 from benchmark.common import add_entry, environment, read_json
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "initial_factors.json"
-METHODS = ("plain", "one-sided", "two-sided", "refitted", "repaired")
+REPAIRS: dict[str, Literal["model", "blocks"]] = {"repaired": "model", "blockwise": "blocks"}
+METHODS = ("plain", "one-sided", "two-sided", "repaired", "blockwise")
 Metrics = dict[str, float]
 Task = tuple[nn.Module, list[Any], Callable[[nn.Module], Metrics]]  # dense model, calibration batches, evaluation
 
@@ -197,10 +200,9 @@ def factored(
             calibrations[f"{kind} seconds"] = time.perf_counter() - start
         seconds["calibration"] = calibrations[f"{kind} seconds"]
         start = time.perf_counter()
-        rows = wasi_peft.REPAIR_ROWS if method in ("refitted", "repaired") else 0
-        steps = repair_steps if method == "repaired" else 0
+        steps = {"repaired": repair_steps, "blockwise": None}.get(method, 0)
         wasi_peft.preprocess_wasi(
-            model, config, batches, calibration=calibrations[kind], repair_rows=rows, repair_steps=steps
+            model, config, batches, calibration=calibrations[kind], repair=REPAIRS.get(method), repair_steps=steps
         )
         seconds["factors"] = time.perf_counter() - start
     with warnings.catch_warnings():

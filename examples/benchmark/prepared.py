@@ -32,7 +32,7 @@ from finetune import CALIBRATION_BATCH, HEAD, calibration_loader
 
 from benchmark.common import environment
 from benchmark.initial_factors import METHODS as VARIANTS
-from benchmark.initial_factors import uniform_ranks
+from benchmark.initial_factors import REPAIRS, uniform_ranks
 
 # fields of WasiConfig that the preparation does not see; of the update it sees only the rank to set aside
 UNSEEN = (
@@ -62,7 +62,6 @@ def attach_factors(
     options: Mapping[str, Any],
     train_set: ImageSet,
     calibration_images: int,
-    repair_rows: int,
     repair_steps: int,
 ) -> str | None:
     """Attaches initial factors to a dense model, from a file if they were made before.
@@ -74,22 +73,21 @@ def attach_factors(
         options: Fields of ``WasiConfig`` given by the user.
         train_set: Images to calibrate and repair on, without their labels.
         calibration_images: How many of them to calibrate on.
-        repair_rows: Images times tokens to repair on with "repaired", and to refit on with "refitted".
-        repair_steps: Steps of each block in that.
+        repair_steps: Steps of the repair with "repaired" (of the whole model) and "blockwise" (of each block).
 
     Returns:
         Digest of the factors; None if there are none.
     """
     if variant == "plain":
         return None
-    rows = repair_rows if variant in ("refitted", "repaired") else 0
-    steps = repair_steps if variant == "repaired" else 0
+    repair = REPAIRS.get(variant)
+    steps = repair_steps if repair else 0
     gradients = None if variant == "one-sided" else "features"
     key = {
         "model": digest({name: value for name, value in model.state_dict().items() if HEAD not in name.split(".")}),
         "images": images_digest(train_set),
         "calibration_images": calibration_images,
-        "repair_rows": rows,
+        "repair": repair,
         "repair_steps": steps,
         "gradients": gradients,
         "options": {name: value for name, value in options.items() if name not in UNSEEN},
@@ -98,7 +96,7 @@ def attach_factors(
     def prepare() -> None:
         loader, batches = calibration_loader(train_set), math.ceil(calibration_images / CALIBRATION_BATCH)
         calibration = wasi_peft.calibrate_wasi(model, loader, config, gradients=gradients, max_batches=batches)
-        wasi_peft.preprocess_wasi(model, config, loader, calibration=calibration, repair_rows=rows, repair_steps=steps)
+        wasi_peft.preprocess_wasi(model, config, loader, calibration=calibration, repair=repair, repair_steps=steps)
 
     return prepared_once(model, config, key, prepare)
 

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for name in args.variants:
         method, options = VARIANTS[name]
         share = args.target_share if method == "wasi" else None
-        models[name] = build(method, load_vit(), images, options, share, repair_rows=0)
+        models[name] = build(method, load_vit(), images, options, share, repair_steps=0)
 
     def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(VARIANTS[name][0], model, 1e-5)
