@@ -289,9 +289,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--variant", nargs="+", choices=VARIANTS, default=[DEFAULT_VARIANT], help="WASI: initial factors")
     add("--calibration-images", type=int, default=512, help="WASI: unlabelled training images looked at first")
     add("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS, help="WASI: steps of the label-free repair")
-    add(
-        "--block-steps", type=int, default=wasi_peft.blockwise.BLOCK_STEPS, help="the same of each block, if blockwise"
-    )
+    add("--block-steps", type=int, default=wasi_peft.blockwise.BLOCK_STEPS, help="of each block, if blockwise")
     add("--train", type=int, default=6000 if full else 5000, help="images trained on")
     add("--validation", type=int, default=2000 if full else 1000, help="images held out, those after them")
     add("--test", type=int, default=10000 if full else 2000, help="test images")

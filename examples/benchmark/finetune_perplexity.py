@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--lr", type=float, nargs="+", help=f"learning rates (default: {RATES})")
     add("--target-share", type=float, default=0.4, help="WASI: share of the weights to keep")
     add("--activation-ranks", type=int, default=48, help="WASI: features of each input kept, 0: all")
-    add("--repair-steps", type=int, default=64, help="WASI: steps of each block in the repair")
+    add("--repair-steps", type=int, default=wasi_peft.blockwise.BLOCK_STEPS, help="WASI: steps of each block")
     add("--steps", type=int, default=60, help="optimizer steps")
     add("--batch-size", type=int, default=8, help="windows a step")
     add("--threads", type=int, default=torch.get_num_threads())
