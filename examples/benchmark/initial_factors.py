@@ -183,6 +183,11 @@ def uniform_ranks(model: nn.Module, share: float, reserved_rank: int = 0) -> dic
     return {name: max(1, rank) for name, rank in ranks.items()}
 
 
+def steps_of(method: str, repair_steps: int) -> int:
+    """Steps of the repair: of the whole model or of each block, none with the other methods."""
+    return {"repaired": repair_steps, "blockwise": wasi_peft.blockwise.BLOCK_STEPS}.get(method, 0)
+
+
 def factored(
     method: str, dense: nn.Module, share: float, batches: list[Any], calibrations: dict[str, Any], repair_steps: int
 ) -> tuple[nn.Module, dict[str, float]]:
@@ -200,7 +205,7 @@ def factored(
             calibrations[f"{kind} seconds"] = time.perf_counter() - start
         seconds["calibration"] = calibrations[f"{kind} seconds"]
         start = time.perf_counter()
-        steps = {"repaired": repair_steps, "blockwise": None}.get(method, 0)
+        steps = steps_of(method, repair_steps)
         wasi_peft.preprocess_wasi(
             model, config, batches, calibration=calibrations[kind], repair=REPAIRS.get(method), repair_steps=steps
         )
@@ -277,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
                     "model": name, "method": method, "share": share, "repeat": repeat, "kept_share": kept,
                     "metrics": evaluate(model), "seconds": seconds,
                     "calibration_batches": len(batches),
-                    "repair_steps": args.repair_steps if method == "repaired" else 0,
+                    "repair_steps": steps_of(method, args.repair_steps),
                     "process_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                     "environment": environment(),
                 }  # fmt: skip
