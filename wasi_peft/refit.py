@@ -39,7 +39,7 @@ def input_map(cross: Tensor, moment: Tensor, shift: float) -> Tensor:
     Example:
         >>> x = torch.randn(100, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         >>> wanted = x @ torch.tensor([[1.0, 0, 0], [0, 2, 0], [1, 0, 1]]).double()
-        >>> (input_map(wanted.T @ x, x.T @ x, shift=1e-9) + 0).round(decimals=2).abs().tolist()
+        >>> input_map(wanted.T @ x, x.T @ x, shift=1e-9).abs().round(decimals=4).tolist()
         [[1.0, 0.0, 1.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]
     """
     identity = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
