@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .calibration import features_of, model_output, real_rows, token_mask
+from .calibration import features_of, layer_input, model_output, real_rows, token_mask
 from .slices import block_input
 
 
@@ -42,16 +42,17 @@ def _without_cache(argument: Any) -> Any:
 
 
 @contextmanager
-def hooked(root: nn.Module, names: Iterable[str], before: Any, after: Any = None) -> Iterator[None]:
+def hooked(root: nn.Module, names: Iterable[str], before: Any = None, after: Any = None) -> Iterator[None]:
     """`before(name, args, kwargs)` and `after(name, output)` around every call of some modules."""
     handles = []
     for name in names:
         module = root.get_submodule(name)
+        if before is not None:
 
-        def on_call(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            before(name, args, kwargs)
+            def on_call(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                before(name, args, kwargs)
 
-        handles.append(module.register_forward_pre_hook(on_call, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(on_call, with_kwargs=True))
         if after is not None:
 
             def on_return(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
@@ -139,7 +140,7 @@ class BlockStates:
         found: list[Tensor] = []
 
         def on_call(_: str, args: Any, kwargs: Any) -> None:
-            found.append(args[0] if args else next(iter(kwargs.values())))
+            found.append(layer_input(args, kwargs))
             raise _Reached
 
         with hooked(self.root, [layer], on_call):

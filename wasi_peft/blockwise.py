@@ -18,10 +18,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .blocks import BlockStates, segments
-from .calibration import check_repeatable, evaluating, limited, real_rows
+from .calibration import evaluating, limited, real_rows
 from .layer import InitialFactors, Linear
 from .refit import RIDGE, refit_block
-from .repair import ADAPTER, compared_blocks, decayed, one_step, student_of
+from .repair import (
+    ADAPTER,
+    check_arguments,
+    compared_blocks,
+    decayed,
+    one_step,
+    orthonormal_factors,
+    student_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +78,9 @@ def repair_blocks(
         ValueError: If a number is out of range; or if the data are empty, a function, can be iterated only once, or
             make a layer's input NaN or Inf.
     """
-    for name, value in (("rows", rows), ("rate", rate), ("ridge", ridge)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value!r}.")
     if not 0 <= steps < math.inf:
         raise ValueError(f"steps must be at least 0 and finite, got {steps!r}.")
-    if callable(data):
-        raise ValueError("repair needs batches, got a function.")
-    check_repeatable(data)
+    check_arguments(data, rows=rows, rate=rate, ridge=ridge)
     with evaluating(model, gradients=False):
         student, layers = student_of(model, factors)
         (first,) = limited(data, 1, None)
@@ -95,7 +98,7 @@ def repair_blocks(
                         bar.set_postfix(error=f"{error:.4f}")
                     compressed.advance(block)
                     bar.update()
-    return {name: _orthonormal(layer, factors[name]) for name, layer in layers.items()}
+    return {name: _repaired(layer, factors[name]) for name, layer in layers.items()}
 
 
 def token_error(hidden: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
@@ -156,12 +159,9 @@ def _order(batches: int, steps: int) -> list[int]:
     return torch.cat(list(rounds)).tolist()[:steps]
 
 
-@torch.no_grad()
-def _orthonormal(layer: Linear, given: InitialFactors) -> InitialFactors:
-    """The factors of a layer in the form that training starts from: L with orthonormal columns."""
-    L, R = layer.wasi_L[ADAPTER].detach(), layer.wasi_R[ADAPTER].detach()
-    bias = layer.wasi_bias[ADAPTER].detach() if ADAPTER in layer.wasi_bias else None
-    if torch.equal(L, given.L):
-        return InitialFactors(given.L, R, bias)
-    basis, corner = torch.linalg.qr(L.double())
-    return InitialFactors(basis.to(L.dtype), (corner @ R.double()).to(R.dtype), bias)
+def _repaired(layer: Linear, given: InitialFactors) -> InitialFactors:
+    """The factors of a layer; L stays the given one, bit for bit, where only R was refitted."""
+    repaired = orthonormal_factors(layer)
+    if not torch.equal(layer.wasi_L[ADAPTER], given.L):
+        return repaired
+    return InitialFactors(given.L, layer.wasi_R[ADAPTER].detach(), repaired.bias)

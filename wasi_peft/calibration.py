@@ -464,7 +464,7 @@ class _Collector:
         for name, module in self.pending.items():
 
             def hook(_: nn.Module, args: Any, kwargs: Any, y: Tensor, name: str = name) -> Tensor:
-                x = args[0] if args else next(iter(kwargs.values()))
+                x = layer_input(args, kwargs)
                 self.see(name, x)
                 return y if self.gradients is None else self._watch_output(name, x, y)
 
@@ -517,6 +517,12 @@ class _Collector:
         self._last_statistics = None
         while self.collected:
             yield self.collected.pop(0)
+
+
+def layer_input(args: Any, kwargs: Any) -> Tensor:
+    """What a Linear layer is called with."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
 
 
 def features_of(output: Any) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import BlockStates, hooked
+from .calibration import layer_input
 from .layer import Linear, dense_bias, dense_weight
 
 RIDGE = 1e-2
@@ -123,7 +124,7 @@ def _readers(block: str, dense: BlockStates, names: Iterable[str]) -> list[list[
     calls: list[tuple[str, Tensor]] = []
 
     def on_call(name: str, args: Any, kwargs: Any) -> None:
-        calls.append((name, args[0] if args else next(iter(kwargs.values()))))
+        calls.append((name, layer_input(args, kwargs)))
 
     with hooked(dense.root, names, on_call):
         dense.run(block, 0)

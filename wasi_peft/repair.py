@@ -11,13 +11,13 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .blocks import hooked
 from .calibration import check_repeatable, evaluating, features_of, limited, model_output, real_rows, token_mask
 from .config import WasiConfig
 from .layer import InitialFactors, Linear
@@ -68,12 +68,7 @@ def repair_factors(
         ValueError: If a number is out of range; or if the data are empty, a function, can be iterated only once, or
             make the dense model answer NaN or Inf.
     """
-    for name, value in (("steps", steps), ("lr", lr), ("every", every)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value!r}.")
-    if callable(data):
-        raise ValueError("repair needs batches, got a function.")
-    check_repeatable(data)
+    check_arguments(data, steps=steps, lr=lr, every=every)
     with evaluating(model, gradients=True):
         student, layers = student_of(model, factors)
         blocks = compared_blocks(factors, every)
@@ -84,7 +79,17 @@ def repair_factors(
         logger.warning("repair did not lower the blocks' error (%.4f to %.4f); its result is dropped.", before, after)
         return dict(factors)
     logger.info("repair: relative error of the compared blocks %.4f to %.4f in %d steps", before, after, steps)
-    return {name: _orthonormal(layer) for name, layer in layers.items()}
+    return {name: orthonormal_factors(layer) for name, layer in layers.items()}
+
+
+def check_arguments(data: Iterable[Any], **positive: float) -> None:
+    """Raise a ValueError for numbers that are not positive and finite, and for data that are no batches."""
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+    if callable(data):
+        raise ValueError("repair needs batches, got a function.")
+    check_repeatable(data)
 
 
 def compared_blocks(names: Iterable[str], every: int) -> list[str]:
@@ -202,29 +207,17 @@ def relative_error(hidden: Tensor, wanted: Tensor, mask: Tensor | None) -> Tenso
 def _hidden_states(model: nn.Module, blocks: Sequence[str], batch: Any) -> list[Tensor]:
     """Outputs of the blocks, or the model's features where no layer lies in a block."""
     found: dict[str, Tensor] = {}
-    with _recording(model, blocks, found):
+
+    def after(name: str, output: Any) -> None:
+        found[name] = features_of(output)
+
+    with hooked(model, blocks, after=after):
         output = model_output(model, batch)
     return [found[name] for name in blocks if name in found] or [features_of(output)]
 
 
-@contextmanager
-def _recording(model: nn.Module, blocks: Sequence[str], found: dict[str, Tensor]) -> Iterator[None]:
-    handles = []
-    for name in blocks:
-
-        def hook(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            found[name] = features_of(output)
-
-        handles.append(model.get_submodule(name).register_forward_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
-def _orthonormal(layer: Linear) -> InitialFactors:
+def orthonormal_factors(layer: Linear) -> InitialFactors:
     """The factors of a trained layer in the form that training starts from: L with orthonormal columns."""
     L, R = layer.wasi_L[ADAPTER], layer.wasi_R[ADAPTER]
     basis, corner = torch.linalg.qr(L.double())

@@ -117,7 +117,10 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def summary(entries: dict[str, Any]) -> str:
     """Formats mean and spread over seeds, and each memory mode against "exact" seed by seed."""
-    lines = ["| runs | seeds | before | held-out | test | against exact, % |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| runs | seeds | before | held-out | test | held-out against exact, % | test against exact, % |",
+        f"|{7 * ' --- |'}",
+    ]
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in entries.values():
         groups.setdefault(key_of({**entry["settings"], "seed": None}), []).append(entry)
@@ -127,10 +130,11 @@ def summary(entries: dict[str, Any]) -> str:
         for field in ("perplexity_before", "held_out_perplexity", "perplexity"):
             cells.append(mean_and_spread([entry[field] for entry in runs]))
         twins = [(entry, entries.get(key_of({**entry["settings"], "memory_mode": "exact"}))) for entry in runs]
-        change = [100 * (entry["perplexity"] / twin["perplexity"] - 1) for entry, twin in twins if twin is not None]
         rounded = runs[0]["settings"]["memory_mode"] not in (None, "exact")
-        each = ", ".join(f"{value:+.2f}" for value in change)
-        cells.append(f"{mean_and_spread(change, sign='+')} ({each})" if rounded and change else "")
+        for field in ("held_out_perplexity", "perplexity"):
+            change = [100 * (entry[field] / twin[field] - 1) for entry, twin in twins if twin is not None]
+            each = ", ".join(f"{value:+.2f}" for value in change)
+            cells.append(f"{mean_and_spread(change, sign='+')} ({each})" if rounded and change else "")
         lines.append(f"| {group} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
