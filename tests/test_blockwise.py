@@ -11,8 +11,16 @@ import reference
 import torch
 from calibrating import Untouched, assert_same_factors, batches, with_nan
 from models import ARCHITECTURES, Architecture
-from strategies import orthonormality_error, relative_error
-from test_repair import Factors, compressed, final_hidden, plain_factors
+from strategies import relative_error
+from test_repair import (
+    Factors,
+    check_a_dtype,
+    check_that_it_comes_nearer,
+    check_that_padding_is_ignored,
+    compressed,
+    final_hidden,
+    plain_factors,
+)
 from torch import nn
 
 from wasi_peft import blockwise, repair_blocks
@@ -29,30 +37,7 @@ def run(model: nn.Module, factors: Factors, data: Any, **options: Any) -> Factor
 
 
 def test_the_compressed_model_comes_nearer_to_the_dense_one(architecture: Architecture) -> None:
-    """On data that repair has not seen; and nothing else changes."""
-    model = architecture.model()
-    factors = plain_factors(model)
-    given = copy.deepcopy(factors)
-    data = [architecture.batch(samples=16, seed=seed) for seed in range(4)]
-    unseen = architecture.batch(samples=32, seed=99)
-    untouched = Untouched(model)
-    repaired = run(model, factors, data)
-    untouched.check()
-    assert_same_factors(factors, given)
-
-    dense = final_hidden(model, unseen)
-    before, after = (
-        relative_error(final_hidden(compressed(model, each), unseen), dense) for each in (factors, repaired)
-    )
-    assert after < 0.85 * before
-    assert repaired.keys() == factors.keys()
-    for name, initial in repaired.items():
-        old = factors[name]
-        assert (initial.L.shape, initial.R.shape) == (old.L.shape, old.R.shape)
-        assert orthonormality_error(initial.L) < 1e-5
-        assert (initial.bias is None) == (old.bias is None)
-        parts = (initial.L, initial.R, initial.bias)
-        assert not any(part.requires_grad for part in parts if part is not None)
+    check_that_it_comes_nearer(run, architecture, samples=16, count=4, at_most=0.85)
 
 
 def test_training_does_better_than_refitting_alone(architecture: Architecture) -> None:
@@ -76,15 +61,7 @@ def test_one_row_alone_will_do() -> None:
 
 
 def test_padding_is_ignored() -> None:
-    """Whatever stands behind the mask changes nothing."""
-    architecture = ARCHITECTURES["bert"]
-    model, batch = architecture.model(), architecture.batch(samples=6)
-    batch["attention_mask"][:3, 4:] = 0
-    other = {**batch, "input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], 5)}
-    factors = plain_factors(model)
-    first, second = (run(model, factors, [each], steps=5) for each in (batch, other))
-    for name in factors:
-        assert relative_error(first[name].L @ first[name].R, second[name].L @ second[name].R) < 1e-4
+    check_that_padding_is_ignored(run, steps=5)
 
 
 def test_token_error() -> None:
@@ -100,16 +77,7 @@ def test_token_error() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
-    """In bfloat16 most steps are smaller than what rounding drops."""
-    model = VIT.model().to(dtype)
-    factors = plain_factors(model, 8)
-    data = [VIT.batch(16, seed, dtype) for seed in range(2)]
-    repaired = run(model, factors, data)
-    unseen = VIT.batch(32, 99, dtype)
-    dense = final_hidden(model, unseen)
-    errors = [relative_error(final_hidden(compressed(model, each), unseen), dense) for each in (factors, repaired)]
-    assert errors[1] < 0.9 * errors[0]
-    assert all(initial.L.dtype == initial.R.dtype == dtype for initial in repaired.values())
+    check_a_dtype(run, dtype, count=2)
 
 
 def test_the_same_data_give_the_same_factors() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import reference
 import torch
-from calibrating import CountedData, Untouched, assert_same_factors, batches, inputs_of
+from calibrating import CountedData, assert_same_factors, batches, inputs_of
 from models import ARCHITECTURES, Architecture
-from strategies import normal, relative_error
-from test_repair import Factors, compressed, final_hidden, plain_factors
+from strategies import normal
+from test_repair import (
+    Factors,
+    check_a_dtype,
+    check_that_it_comes_nearer,
+    check_that_padding_is_ignored,
+    compressed,
+    plain_factors,
+)
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -86,24 +92,7 @@ def test_it_agrees_with_whole_models(bias: bool) -> None:
 
 
 def test_the_compressed_model_comes_nearer_to_the_dense_one(architecture: Architecture) -> None:
-    """On data that it has not seen; and nothing else changes."""
-    model = architecture.model()
-    factors = plain_factors(model)
-    given = copy.deepcopy(factors)
-    data = [architecture.batch(samples=32, seed=seed) for seed in range(8)]
-    unseen = architecture.batch(samples=32, seed=99)
-    untouched = Untouched(model)
-    refitted = run(model, factors, data)
-    untouched.check()
-    assert_same_factors(factors, given)
-    dense = final_hidden(model, unseen)
-    before, after = (
-        relative_error(final_hidden(compressed(model, each), unseen), dense) for each in (factors, refitted)
-    )
-    assert after < 0.9 * before
-    for name, initial in refitted.items():
-        assert initial.R.shape == factors[name].R.shape and not initial.R.requires_grad
-        assert (initial.bias is None) == (factors[name].bias is None)
+    check_that_it_comes_nearer(run, architecture, samples=32, count=8, at_most=0.9)
 
 
 def test_first_layers_read_what_they_always_did() -> None:
@@ -117,27 +106,12 @@ def test_first_layers_read_what_they_always_did() -> None:
 
 
 def test_padding_is_ignored() -> None:
-    """Whatever stands behind the mask changes nothing."""
-    architecture = ARCHITECTURES["bert"]
-    model, batch = architecture.model(), architecture.batch(samples=6)
-    batch["attention_mask"][:3, 4:] = 0
-    other = {**batch, "input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], 5)}
-    factors = plain_factors(model)
-    first, second = (run(model, factors, [each]) for each in (batch, other))
-    for name in factors:
-        assert relative_error(first[name].L @ first[name].R, second[name].L @ second[name].R) < 1e-4
+    check_that_padding_is_ignored(run)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
-    model = VIT.model().to(dtype)
-    factors = plain_factors(model, 8)
-    refitted = run(model, factors, [VIT.batch(16, seed, dtype) for seed in range(4)])
-    unseen = VIT.batch(32, 99, dtype)
-    dense = final_hidden(model, unseen)
-    errors = [relative_error(final_hidden(compressed(model, each), unseen), dense) for each in (factors, refitted)]
-    assert errors[1] < 0.9 * errors[0]
-    assert all(initial.R.dtype == dtype for initial in refitted.values())
+    check_a_dtype(run, dtype, count=4)
 
 
 def test_it_looks_at_the_rows_it_was_asked_for() -> None:
