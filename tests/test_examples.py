@@ -225,26 +225,26 @@ def test_crossovers_of_cost_curves(
     assert crossover([0.25, 0.75, 1.25], gains) == {"at": pytest.approx(at, abs=0.001), "pays": pays}
 
 
+def tiny_llama() -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=500,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
 @pytest.fixture
 def tiny_workload(monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of a small language model among the workloads of the benchmarks."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     memory_modes = importlib.import_module("benchmark.memory_modes")
 
-    def load() -> torch.nn.Module:
-        torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, vocab_size=500,
-            )
-        )  # fmt: skip
-
     def batch() -> dict[str, torch.Tensor]:
         tokens = torch.randint(0, 500, (4, 64), generator=torch.Generator().manual_seed(0))
         return {"input_ids": tokens, "labels": tokens.clone()}
 
-    workload = memory_modes.Workload(load, batch, None, None, 0.6, 8)
+    workload = memory_modes.Workload(tiny_llama, batch, None, None, 0.6, 8)
     monkeypatch.setattr(memory_modes, "WORKLOADS", {"tiny": workload})
     monkeypatch.setattr(importlib.import_module("benchmark.step_bounds"), "WORKLOADS", memory_modes.WORKLOADS)
     monkeypatch.setattr(importlib.import_module("benchmark.inference_time"), "WORKLOADS", memory_modes.WORKLOADS)
@@ -270,6 +270,7 @@ def test_inference_time(tiny_workload: str, tmp_path: Path, monkeypatch: pytest.
     module, results = importlib.import_module("benchmark.inference_time"), tmp_path / "inference.json"
     cases = {
         "reading": (tiny_workload, None, module.inference, True, None),
+        "prefill": (tiny_workload, None, module.prefill, False, None),
         "writing": (tiny_workload, 1, module.generate, False, 1),
     }
     monkeypatch.setattr(module, "CASES", cases)
@@ -382,6 +383,42 @@ def test_modes_and_variants_are_compared(
         assert entry["kept_share"] == pytest.approx(entry["settings"]["target_share"], abs=0.06)
     first = [entry["losses"] for entry in runs if entry["settings"]["seed"] == 0]
     assert len({tuple(losses) for losses in first}) > 4
+
+
+def test_perplexity_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every method and mode trains; modes are compared with the exact run that keeps the same inputs."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("WASI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    module, results = importlib.import_module("benchmark.finetune_perplexity"), tmp_path / "perplexity.json"
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    monkeypatch.setattr(module, "smollm2_folder", lambda: tmp_path / "llama")
+    ramps = (torch.arange(24)[None] + torch.arange(148)[:, None]) % 50  # each token tells the next one
+    monkeypatch.setattr(module, "windows", lambda count: ramps.split([128, 8, 12]))
+    command = ["--seed", "0", "--steps", "40", "--repair-steps", "2", "--lr", "1e-2", "--target-share", "0.8"]
+    command += ["--results", str(results)]
+    module.main([*command, "--activation-ranks", "8"])
+    module.main([*command, "--activation-ranks", "0", "--method", "wasi", "--memory-mode", "exact", "small"])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| method=")][-6:]
+
+    entries = json.loads(results.read_text())
+    assert len(entries) == len(table) == 6
+    assert all(key == module.key_of(entry["settings"]) for key, entry in entries.items())
+    assert all(entry["perplexity"] < 0.5 * entry["perplexity_before"] for entry in entries.values())
+    wasi = {
+        (entry["settings"]["memory_mode"], entry["settings"]["activation_ranks"]): entry
+        for entry in entries.values()
+        if entry["settings"]["method"] == "wasi"
+    }
+    assert all(entry["kept_share"] == pytest.approx(0.8, abs=0.06) for entry in wasi.values())
+    for mode, ranks in (("fast", 8), ("small", None)):
+        rounded, exact = wasi[mode, ranks], wasi["exact", ranks]
+        assert rounded["perplexity"] != exact["perplexity"]
+        change = f"({100 * (rounded['perplexity'] / exact['perplexity'] - 1):+.2f})"
+        (row,) = [line for line in table if f"memory_mode={mode} " in line]
+        assert row.endswith(f"{change} |")
 
 
 @pytest.mark.slow
