@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -147,3 +148,15 @@ def test_bad_data(case: str) -> None:
         run(net, factors, make())
     untouched.check()
     assert_same_factors(factors, given)
+
+
+def test_a_dense_layer_that_answers_nan_is_named_by_the_one_that_reads_it() -> None:
+    net = reference.tiny_net(5)
+    factors = plain_factors(net)
+    names = list(factors)
+    with torch.no_grad():
+        net.get_submodule(names[0]).weight[0, 0] = torch.nan
+    untouched = Untouched(net)
+    with pytest.raises(ValueError, match=f"{re.escape(names[1])}: its input holds NaN or Inf"):
+        run(net, factors, batches())
+    untouched.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -173,15 +174,15 @@ def test_models_give_the_same_gradients_in_slices(architecture: Architecture, ro
     assert torch.equal(gradients(model, batch)[0], loss)
 
 
-def test_a_replaced_forward_is_refused_before_anything_changes() -> None:
+@pytest.mark.parametrize("name", ["vit.layers.1", "vit.layers.1.mlp"])
+def test_a_replaced_forward_is_refused_before_anything_changes(name: str) -> None:
     model = ARCHITECTURES["vit"].model()
-    block = model.get_submodule("vit.layers.1")
-    block.forward = block.forward
-    with pytest.raises(
-        ValueError, match=r"vit\.layers\.1: its forward was replaced by .*, which must be undone first"
-    ):
-        slice_blocks(model)
-    assert "forward" not in model.get_submodule("vit.layers.0").__dict__
+    module = model.get_submodule(name)
+    module.forward = module.forward
+    message = rf"{re.escape(name)}: its forward was replaced by .*, which must be undone first"
+    with pytest.raises(ValueError, match=message):
+        slice_blocks(model, mlp_rows=8)
+    assert [each for each, part in model.named_modules() if "forward" in part.__dict__] == [name]
 
 
 def test_mlps_take_slices_of_their_own() -> None:
