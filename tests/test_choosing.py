@@ -210,7 +210,7 @@ def test_aligned_ranks_under_a_budget_against_brute_force(share: float) -> None:
     assert sum(map(weight_cost, spectra, ranks_of(plan))) <= budget
 
     def dropped(ranks: tuple[int, ...]) -> float:
-        return sum(sum(x.weight_energies[K:]) for x, K in zip(spectra, ranks, strict=True))
+        return sum(sum(x.rank_energies[K:]) for x, K in zip(spectra, ranks, strict=True))
 
     reachable = budget * (1 - 2 / knapsack.CELLS)
     every = itertools.product(*(x.rank_choices for x in spectra))
@@ -224,8 +224,7 @@ def test_an_error_bound_that_only_break_even_meets() -> None:
     total = sum(sum(x.weight_energies) for x in spectra)
     largest, last = [x.largest_rank for x in spectra], [x.rank_choices[-1] for x in spectra]
     least, aligned = (
-        sum(sum(x.weight_energies[K:]) for x, K in zip(spectra, ranks, strict=True)) / total
-        for ranks in (largest, last)
+        sum(sum(x.rank_energies[K:]) for x, K in zip(spectra, ranks, strict=True)) / total for ranks in (largest, last)
     )
     assert least < aligned
     plan = choose_plan(spectra, weight_cost=weight_cost, error_bound=least * (1 + 1e-9))

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import tiny_net
-from strategies import relative_error
+from strategies import normal, relative_error
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, calibrate_wasi, plan_wasi, preprocess_wasi, resize_rank, wasi_summary
 from wasi_peft.layer import WasiLayer, wasi_layers
-from wasi_peft.low_rank import lay_side_by_side, low_rank_linear
+from wasi_peft.low_rank import lay_side_by_side, low_rank_linear, split_off
 from wasi_peft.tucker import Bases, CompressionRule, canonical, compress, expand
 
 RANK = 3
@@ -209,6 +209,37 @@ def test_factors_of_different_dtypes_stay_where_they_are() -> None:
     assert {name: value.data_ptr() for name, value in given.items()} == before
 
 
+# -------------------------------------------------------------------- where training starts
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("directions", [3, 5, 7])
+def test_the_least_important_directions_train(directions: int, dtype: torch.dtype) -> None:
+    """Against a singular value decomposition of the whole weight; 3 stay, up to 4 train."""
+    L = torch.linalg.qr(normal(9, directions, seed=1)).Q.to(dtype)
+    R = (normal(directions, 11, seed=2) * torch.logspace(0, 1, directions, dtype=torch.float64)[:, None]).to(dtype)
+    kept_L, kept_R, B, A = split_off(L, R, 3, 4)
+    sizes = [tuple(part.shape) for part in (kept_L, kept_R, B, A)]
+    assert sizes == [(9, 3), (3, 11), (9, 4), (4, 11)]
+    assert {part.dtype for part in (kept_L, kept_R, B, A)} == {dtype}
+    tolerance = 8 * torch.finfo(dtype).eps
+    left, values, right = torch.linalg.svd(L.double() @ R.double(), full_matrices=False)
+    kept = kept_L.double() @ kept_R.double()
+    assert relative_error(kept, left[:, :3] * values[:3] @ right[:3]) < 10 * tolerance
+    assert relative_error(kept + B.double() @ A.double(), L.double() @ R.double()) < tolerance
+    found = directions - 3
+    size = torch.full((found,), 2 / 3**0.5, dtype=torch.float64)
+    assert torch.allclose(A[:found].double().norm(dim=1), size, rtol=tolerance)
+    assert not B[:, found:].any() and A[found:].any(1).all() and bool((A[found:].abs() <= 2 / 11**0.5).all())
+
+
+def test_directions_without_size_can_train() -> None:
+    """A weight of zeros: no row of A is zero, or the layer would stay what it is."""
+    L, R = torch.linalg.qr(normal(6, 4, seed=3)).Q, torch.zeros(4, 5, dtype=torch.float64)
+    _, kept_R, B, A = split_off(L, R, 2, 2)
+    assert not kept_R.any() and not B.any() and A.any(1).all()
+
+
 # -------------------------------------------------------------------- in a model
 
 
@@ -239,13 +270,13 @@ def test_gradients_are_those_of_lora_on_the_product() -> None:
         assert layer.wasi_L["default"].grad is None and layer.wasi_R["default"].grad is None
 
 
-def test_a_fresh_change_is_zero_and_a_compressed_one_trains() -> None:
+@pytest.mark.parametrize("update_rank", [2, 4, 9])
+def test_it_starts_as_the_best_weight_of_all_directions_and_trains(update_rank: int) -> None:
     net = tiny_net(1)
     plain = copy.deepcopy(net)
     x = data()[0]
-    torch.manual_seed(2)
-    model = adapted(net, weight_rank=4, activation_threshold=0.9)
-    other = adapted(plain, weight_rank=4, update="factor")
+    model = adapted(net, weight_rank=4, update_rank=update_rank, activation_threshold=0.9)
+    other = adapted(plain, weight_rank=min(4 + update_rank, 8), update="factor")
     assert torch.allclose(model(x), other(x), atol=1e-6)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []

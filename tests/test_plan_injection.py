@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import subprocess
 import sys
 import warnings
@@ -252,7 +251,7 @@ def prepare(model: nn.Module, names: set[str], rank: int, share: float | None) -
         module = model.get_submodule(name)
         weight = dense_weight(module)
         initial = InitialFactors(weight[:, :rank], weight[:rank], module.bias.detach())  # type: ignore[union-attr,operator]
-        module.__dict__[INITIAL_FACTORS] = PreparedFactors(initial, rank, None if share is None else (share, 0))
+        module.__dict__[INITIAL_FACTORS] = PreparedFactors(initial, rank, rank, share)
 
 
 def test_prepared_factors_decide_the_ranks_of_their_share() -> None:
@@ -267,8 +266,7 @@ def test_prepared_factors_decide_the_ranks_of_their_share() -> None:
 def test_factors_prepared_for_another_share_are_refused(share: float | None) -> None:
     model = VIT.model()
     prepare(model, VIT.targets(model), 3, share)
-    budget = re.escape(str(None if share is None else (share, 0)))
-    refused(model, rf"prepared it for .* = {budget}, the configuration now asks for \(0\.5, 0\)", weight_share=0.5)
+    refused(model, f"prepared it for weight_share {share}, the configuration now asks for 0.5", weight_share=0.5)
 
 
 def test_a_share_needs_all_layers_prepared_or_none() -> None:
@@ -284,6 +282,15 @@ def test_factors_prepared_under_a_share_do_for_the_same_rank_only() -> None:
     refused(model, "prepared it for rank or threshold 3, the configuration now asks for 4", weight_rank=4)
     refused(model, "prepared it for rank or threshold 3, the configuration now asks for ", plan=plan_for(VIT, model))
     assert set(ranks(wasi_model(model, weight_rank=3)).values()) == {3}
+
+
+def test_factors_prepared_for_another_update_are_refused() -> None:
+    """They hold other directions than the layer would start from."""
+    model = VIT.model()
+    prepare(model, VIT.targets(model), 3, 0.5)
+    for options in ({"weight_share": 0.5}, {"weight_rank": 3}):
+        message = "prepared it for rank of the update 0, the configuration now asks for 5"
+        refused(model, message, update="low_rank", update_rank=5, **options)
 
 
 def test_a_share_asks_nothing_of_one_layer_before_ranks_are_allocated() -> None:

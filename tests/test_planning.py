@@ -280,7 +280,7 @@ def test_build_plan() -> None:
 
 
 def kept_energy(spectra: list[LayerSpectrum], ranks: dict[str, int]) -> float:
-    return math.fsum(math.fsum(layer.weight_energies[: ranks[layer.name]]) for layer in spectra)
+    return math.fsum(math.fsum(layer.weight_energies[: ranks[layer.name] + layer.reserved_rank]) for layer in spectra)
 
 
 def parameters(spectra: list[LayerSpectrum], ranks: dict[str, int]) -> int:
@@ -297,8 +297,8 @@ def single_directions(spectra: list[LayerSpectrum], budget: float) -> dict[str, 
         for layer in spectra:
             rank, price = ranks[layer.name], layer.out_features + layer.in_features
             fits = parameters(spectra, ranks) + price <= budget and rank < layer.largest_rank
-            if fits and layer.weight_energies[rank] > 0:
-                affordable.append((layer.weight_energies[rank] / price, layer.name))
+            if fits and layer.rank_energies[rank] > 0:
+                affordable.append((layer.rank_energies[rank] / price, layer.name))
         if not affordable:
             return ranks
         ranks[max(affordable)[1]] += 1
@@ -326,7 +326,7 @@ def test_allocation_against_brute_force(spectra: list[LayerSpectrum], share: flo
     left = budget - parameters(spectra, ranks)
     # directions beyond the chosen ranks: none with energy fits any more, and the gap is at most the largest of them
     beyond = [layer for layer in spectra if ranks[layer.name] < layer.largest_rank]
-    next_energies = {layer.name: layer.weight_energies[ranks[layer.name]] for layer in beyond}
+    next_energies = {layer.name: layer.rank_energies[ranks[layer.name]] for layer in beyond}
     assert all(next_energies[x.name] == 0 or x.out_features + x.in_features > left for x in beyond)
     assert kept_energy(spectra, ranks) >= best - max(next_energies.values(), default=0.0) - 1e-9
 
@@ -348,7 +348,7 @@ def test_allocation_in_steps(spectra: list[LayerSpectrum], share: float) -> None
         assert 1 <= rank <= layer.largest_rank
         assert rank in layer.aligned_ranks or rank < layer.aligned_ranks.start
         step = next((choice for choice in layer.rank_choices if choice > rank), rank)
-        assert not any(layer.weight_energies[rank:step]) or (step - rank) * price > left
+        assert not any(layer.rank_energies[rank:step]) or (step - rank) * price > left
     single = single_directions(spectra, budget)
     cut = {layer.name: max(x for x in layer.rank_choices if x <= single[layer.name]) for layer in spectra}
     assert kept_energy(spectra, ranks) >= kept_energy(spectra, cut) * (1 - 1e-9)
@@ -362,6 +362,15 @@ def test_steps_go_where_they_keep_the_most() -> None:
     assert allocate_ranks([strong, weak], (48 + 31) / 400) == {"a": 44, "b": 12}
     # not even the first step fits: what is there is spent all the same
     assert allocate_ranks([strong], 15 / 200) == {"a": 11}
+
+
+@pytest.mark.parametrize("reserved", [0, 1, 3, 4, 9])
+def test_directions_that_train_start_after_those_of_the_rank(reserved: int) -> None:
+    energies = (4.0, 2.0, 1.0, 0.5)
+    layer = spectrum("a", 4, 6, weight_energies=energies, reserved_rank=reserved)
+    assert len(layer.rank_energies) == 4
+    for rank in range(5):
+        assert sum(layer.rank_energies[rank:]) == sum(energies[rank + reserved :])
 
 
 def test_allocation_is_the_optimum_for_equal_shapes_and_prefers_energy_per_parameter() -> None:

@@ -24,6 +24,7 @@ from calibrating import (
 )
 from models import Architecture
 from peft import get_peft_model
+from strategies import orthonormality_error, relative_error
 from torch import nn
 
 from wasi_peft import (
@@ -37,6 +38,7 @@ from wasi_peft import (
     repair_factors,
 )
 from wasi_peft.layer import wasi_layers
+from wasi_peft.model import INITIAL_FACTORS
 from wasi_peft.planning import LayerPlan, WasiPlan
 
 
@@ -50,8 +52,9 @@ def calibrate(net: nn.Module, **options: Any) -> Calibration:
 
 
 def ranks(net: nn.Module) -> dict[str, int]:
-    """Ranks of the prepared factors."""
-    return {name: initial.L.shape[1] for name, initial in prepared(net).items()}
+    """Ranks of the prepared factors, without the directions that train beside them."""
+    modules = {name: net.get_submodule(name) for name in prepared(net)}
+    return {name: module.__dict__[INITIAL_FACTORS].rank for name, module in modules.items()}
 
 
 def spent(ranks: dict[str, int], net: nn.Module) -> float:
@@ -68,12 +71,12 @@ def spent(ranks: dict[str, int], net: nn.Module) -> float:
 def test_the_injection_uses_and_consumes_the_factors(bias: bool) -> None:
     net, data = reference.tiny_net(2, bias=bias), batches()
     dense = copy.deepcopy(net)
-    run(net, WasiConfig(weight_rank=3), data)
+    run(net, WasiConfig(weight_rank=3, update="factor"), data)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), dense.parameters(), strict=True))
     expected = prepared(net)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the advice to calibrate first would be wrong here
-        model = get_peft_model(net, WasiConfig(weight_rank=3))
+        model = get_peft_model(net, WasiConfig(weight_rank=3, update="factor"))
     layers = dict(wasi_layers(model.base_model.model))
     assert set(layers) == set(TARGETS)
     for name, layer in layers.items():
@@ -83,11 +86,41 @@ def test_the_injection_uses_and_consumes_the_factors(bias: bool) -> None:
         if initial.bias is not None:
             assert torch.equal(layer.wasi_bias["default"], initial.bias)
     assert prepared(model) == {}
-    plain = get_peft_model(copy.deepcopy(dense), WasiConfig(weight_rank=3))
+    plain = get_peft_model(copy.deepcopy(dense), WasiConfig(weight_rank=3, update="factor"))
     with torch.no_grad():
         x = torch.cat(data)
         errors = [float((other(x) - dense(x)).square().mean()) for other in (model, plain)]
     assert errors[0] < errors[1]
+
+
+def test_what_trains_starts_from_the_directions_after_those_of_the_rank() -> None:
+    """The layer computes what all its directions together do; the larger ones stay."""
+    net = reference.tiny_net(2)
+    config = WasiConfig(weight_rank=3, update_rank=2)
+    run(net, config, batches())
+    assert ranks(net) == dict.fromkeys(TARGETS, 3)
+    expected = prepared(net)
+    model = get_peft_model(net, config)
+    for name, layer in wasi_layers(model.base_model.model):
+        weight, kept = expected[name].L @ expected[name].R, layer.wasi_L["default"] @ layer.wasi_R["default"]
+        assert expected[name].L.shape[1] == 5 and layer.rank("default") == 5
+        assert relative_error(torch.matmul(*layer.factors("default")), weight) < 1e-6
+        left, values, right = torch.linalg.svd(weight)
+        assert relative_error(kept, left[:, :3] * values[:3] @ right[:3]) < 1e-5
+        assert orthonormality_error(layer.wasi_L["default"]) < 1e-6
+
+
+def test_no_more_directions_train_than_the_weight_has() -> None:
+    net = reference.tiny_net(2)
+    dense = copy.deepcopy(net)
+    run(net, WasiConfig(weight_rank=3), batches())
+    assert {initial.L.shape[1] for initial in prepared(net).values()} == {8}
+    model = get_peft_model(net, WasiConfig(weight_rank=3))
+    for _, layer in wasi_layers(model.base_model.model):
+        assert layer.wasi_A["default"].shape[0] == 16
+        assert not layer.wasi_B["default"][:, 5:].any() and layer.wasi_A["default"][5:].any(1).all()
+    x = batches()[0]
+    assert relative_error(model(x), dense(x)) < 1e-5
 
 
 def test_every_architecture(architecture: Architecture) -> None:
@@ -145,7 +178,7 @@ def test_options_reach_the_calibration(options: dict[str, int]) -> None:
 def test_the_threshold_is_the_kept_share_of_the_energies(threshold: float, gradients: Any) -> None:
     net = reference.tiny_net(3)
     calibrated, recorded = calibrate(net, gradients=gradients), inputs_of(net, batches())
-    run(net, WasiConfig(explained_variance_threshold=threshold), calibration=calibrated)
+    run(net, WasiConfig(explained_variance_threshold=threshold, update="factor"), calibration=calibrated)
     assert len(set(ranks(net).values())) > 1
     for name, initial in prepared(net).items():
         rank, energies = initial.L.shape[1], calibrated.energies(name)
@@ -195,10 +228,10 @@ def plan(layers: dict[str, int]) -> WasiPlan:
 def test_the_ranks_of_a_plan() -> None:
     net = reference.tiny_net(5)
     wanted = {"blocks.0.fc1": 2, "blocks.1.fc2": 5, "blocks.1.q": 3}
-    run(net, WasiConfig(plan=plan(wanted)), batches())
+    run(net, WasiConfig(plan=plan(wanted), update="factor"), batches())
     assert ranks(net) == wanted
     expected = prepared(net)
-    model = get_peft_model(net, WasiConfig(plan=plan(wanted)))
+    model = get_peft_model(net, WasiConfig(plan=plan(wanted), update="factor"))
     for name, layer in wasi_layers(model.base_model.model):
         assert torch.equal(layer.wasi_R["default"], expected[name].R)
 

@@ -42,7 +42,7 @@ def weight_options(
     spectrum: LayerSpectrum, ranks: Iterable[int], cost: Callable[[LayerSpectrum, int], float], scale: float = 1.0
 ) -> list[Option]:
     """Options of one weight: cost and `scale` times the dropped energy at each rank; the choice is the rank."""
-    dropped = _tails(spectrum.weight_energies)
+    dropped = _tails(spectrum.rank_energies)
     return [Option(cost(spectrum, rank), scale * dropped[rank], rank) for rank in ranks]
 
 
@@ -142,7 +142,7 @@ def choose_plan(
         return _choose([*weights, *inputs], budget, error_bound)
 
     def solve_twice(choices: Sequence[tuple[int, ...]]) -> tuple[list[Option], list[Option]]:
-        spread = [candidate_ranks(s.weight_energies, ranks) for s, ranks in zip(spectra, choices, strict=True)]
+        spread = [candidate_ranks(s.rank_energies, ranks) for s, ranks in zip(spectra, choices, strict=True)]
         first = solve(spread)
         return first, solve(map(_around, spectra, choices, spread, (option.choice for option in first)))
 
@@ -164,7 +164,7 @@ def choose_plan(
 def plan_error(spectra: Sequence[LayerSpectrum], plan: WasiPlan, gradient_weight: float = GRADIENT_WEIGHT) -> float:
     """The error that :func:`choose_plan` makes small, of a plan for all of these layers."""
     layers = {layer.name: layer for layer in plan.layers}
-    weights = sum(_tails(spectrum.weight_energies)[layers[spectrum.name].weight_rank] for spectrum in spectra)
+    weights = sum(_tails(spectrum.rank_energies)[layers[spectrum.name].weight_rank] for spectrum in spectra)
     groups, inputs = input_groups(spectra), 0.0
     for group in groups:
         for mode, rank in (layers[group.spectra[0].name].activation_ranks or {}).items():

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .autograd import ProductGradientSink, factored_linear
 from .config import WasiConfig
 from .linalg import retraction
-from .low_rank import joined, lay_side_by_side, low_rank_linear
+from .low_rank import joined, lay_side_by_side, low_rank_linear, split_off
 from .released import FactoredWeight, ReleasedLinear, build_dense
 from .tucker import Bases, CompressionRule, Tucker, canonical, compress, placeholder
 
@@ -37,7 +37,8 @@ class InitialFactors:
     """What injection gives a layer: its factors, and its bias corrected for the mean input that the factors drop.
 
     **Shape**
-        - L: (out, K), orthonormal columns; R: (K, in); bias: (out,) or None
+        - L: (out, n), orthonormal columns; R: (n, in); bias: (out,) or None; n is K, and with `update="low_rank"` as
+          many more as train
     """
 
     L: Tensor
@@ -114,7 +115,7 @@ class WasiLayer(BaseTunerLayer):
         self.out_features, self.in_features = weight.shape
         self.wasi_L = nn.ParameterDict()
         self.wasi_R = nn.ParameterDict()
-        self.wasi_A = nn.ParameterDict()  # the trained change B A of update="low_rank"
+        self.wasi_A = nn.ParameterDict()  # B A trains with update="low_rank"
         self.wasi_B = nn.ParameterDict()
         self.wasi_bias = nn.ParameterDict()
         self.wasi_update: dict[str, str] = {}
@@ -146,24 +147,23 @@ class WasiLayer(BaseTunerLayer):
             rank: K.
             initial: Factors to start from; None leaves them to be loaded, the layer refuses to run before.
         """
-        device, dtype = self._dense_device, self._dense_dtype
+        trained = config.reserved_rank
         if initial is None:
-            L = torch.full((self.out_features, rank), torch.nan, device=device, dtype=dtype)
-            R = torch.full((rank, self.in_features), torch.nan, device=device, dtype=dtype)
+            nan = torch.full((), torch.nan, device=self._dense_device, dtype=self._dense_dtype)
+            L, B = (nan.repeat(self.out_features, size) for size in (rank, trained))
+            R, A = (nan.repeat(size, self.in_features) for size in (rank, trained))
             bias = None if self.bias is None else torch.full_like(L[:, 0], torch.nan)
             self._awaiting.add(adapter_name)
         else:
-            L, R, bias = initial.L, initial.R, initial.bias
-        self.wasi_L[adapter_name] = nn.Parameter(L.to(device, dtype).contiguous())
-        self.wasi_R[adapter_name] = nn.Parameter(R.to(device, dtype).contiguous())
+            L, R, B, A = split_off(initial.L, initial.R, rank, trained)
+            bias = initial.bias
+        self.wasi_L[adapter_name] = self._new_parameter(L)
+        self.wasi_R[adapter_name] = self._new_parameter(R)
         if bias is not None:
-            self.wasi_bias[adapter_name] = nn.Parameter(bias.to(device, dtype).clone())
-        if config.reserved_rank:
-            A, B = self._new_change(config.reserved_rank)
-            if initial is None:
-                A, B = torch.full_like(A, torch.nan), torch.full_like(B, torch.nan)
-            self.wasi_A[adapter_name] = nn.Parameter(A)
-            self.wasi_B[adapter_name] = nn.Parameter(B)
+            self.wasi_bias[adapter_name] = self._new_parameter(bias.clone())
+        if trained:
+            self.wasi_A[adapter_name] = self._new_parameter(A)
+            self.wasi_B[adapter_name] = self._new_parameter(B)
             self._lay_out(adapter_name)
         frozen = {"frozen_basis": ("wasi_R",), "low_rank": ("wasi_L", "wasi_R")}.get(config.update, ())
         self.frozen_peft_weight_names[adapter_name] = frozen + (("wasi_bias",) if config.bias == "none" else ())
@@ -174,16 +174,8 @@ class WasiLayer(BaseTunerLayer):
         self.wasi_basis_interval[adapter_name] = config.activation_interval
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _new_change(self, rank: int) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r) with `B A = 0`.
-
-        A is drawn as in LoRA, at twice the size instead of LoRA's usual scaling alpha / r = 2, so that LoRA's learning
-        rates carry over.
-        """
-        bound = 2 / self.in_features**0.5
-        place: dict[str, Any] = {"device": self._dense_device, "dtype": self._dense_dtype}
-        A = torch.empty(rank, self.in_features, **place).uniform_(-bound, bound)
-        return A, torch.zeros(self.out_features, rank, **place)
+    def _new_parameter(self, value: Tensor) -> nn.Parameter:
+        return nn.Parameter(value.to(self._dense_device, self._dense_dtype).contiguous())
 
     def release_base(self, mode: str) -> None:
         """Give up the dense weight as `base_weight` says; waits until factors that are to be loaded have arrived."""

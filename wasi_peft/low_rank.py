@@ -1,8 +1,9 @@
 """The low-rank update: a linear layer with weight `L R + B A` of which only B and A train.
 
-Names as in :mod:`wasi_peft.autograd`; r is the rank of `B A`. The products are those of one pair of factors, `[L B]`
-and `[R; A]`, so the change costs what r more directions of L and R would, and no pass over the rows on top. Backward
-keeps r numbers a row for B, and the (compressed) input for A.
+Names as in :mod:`wasi_peft.autograd`; r is the rank of `B A`, which starts as the least important of all K + r
+directions of the weight (:func:`split_off`). The products are those of one pair of factors, `[L B]` and `[R; A]`, so
+B A costs what r more directions of L and R would, and no pass over the rows on top. Backward keeps r numbers a row for
+B, and the (compressed) input for A.
 """
 
 from __future__ import annotations
@@ -33,6 +34,40 @@ def joined(
     else:
         outer, inner = _side_by_side(L, B, 1), _side_by_side(R, A, 0)
     return (outer, inner) if dtype is None or dtype == L.dtype else (outer.to(dtype), inner.to(dtype))
+
+
+@torch.no_grad()
+def split_off(L: Tensor, R: Tensor, kept: int, trained: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Take factors apart into a part that stays and one that trains: `L R = L' R' + B A`.
+
+    With `L R = sum_i s_i u_i v_i^T`, the `kept` largest terms stay, and those after them train, as in MiLoRA (arXiv
+    2406.09044): `B = [s_i u_i / c]`, `A = [c v_i^T]`. So the rows of A have the norm c = 2 / sqrt(3) of rows that are
+    drawn as in LoRA, at twice the size instead of LoRA's usual scaling alpha / r = 2; and LoRA's learning rates carry
+    over. Rows for which there are no terms are drawn like that, with zeros in B.
+
+    **Shape**
+        - L: (out, n), orthonormal columns; R: (n, in); kept <= n <= kept + trained
+        - returns L' (out, kept), R' (kept, in), B (out, trained), A (trained, in)
+
+    Example:
+        >>> L, R = torch.eye(3), torch.diag(torch.tensor([3.0, 1.0, 2.0]))
+        >>> kept_L, kept_R, B, A = split_off(L, R, 2, 1)
+        >>> (B @ A).round(decimals=4).diagonal().tolist()
+        [0.0, 1.0, 0.0]
+    """
+    drawn = torch.empty(trained, R.shape[1], dtype=R.dtype, device=R.device).uniform_(-1, 1) * (2 / R.shape[1] ** 0.5)
+    B = L.new_zeros(len(L), trained)
+    found = L.shape[1] - kept
+    if not found:
+        return L, R, B, drawn
+    right = R.double()
+    turned = torch.linalg.eigh(right @ right.T).eigenvectors.flip(1)  # most important first
+    left, right = L.double() @ turned, turned.T @ right
+    size = right[kept:].norm(dim=1, keepdim=True) * 3**0.5 / 2
+    rows = torch.where(size > 0, right[kept:] / size, drawn[:found].double())
+    B[:, :found] = left[:, kept:] * size.T
+    A = torch.cat([rows.to(R.dtype), drawn[found:]])
+    return left[:, :kept].to(L.dtype), right[:kept].to(R.dtype), B, A
 
 
 @torch.no_grad()

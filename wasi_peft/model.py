@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from .config import WasiConfig
 from .layer import RELEASED, InitialFactors, Linear, WasiLayer, dense_bias, dense_weight, wasi_layers
-from .linalg import WeightFactors, factorize_weight, rank_for_threshold
+from .linalg import factorize_weight, rank_for_threshold
 from .memory import apply_memory_mode, check_memory_mode, leave_memory_mode
 from .planning import LayerSpectrum, allocate_ranks
 from .summary import WasiSummary, wasi_summary
@@ -39,23 +40,31 @@ PLAIN_SVD_WARNING = (
 
 @dataclass(frozen=True)
 class PreparedFactors:
-    """Factors that calibration leaves on a target module, and the rank or threshold they were cut for.
+    """Factors that calibration leaves on a target module, and what they were made for.
 
-    `budget` is the weight share, and the rank set aside for the update, under which the rank was allocated.
+    Args:
+        initial: Factors of `rank` directions, and of those on top that train.
+        rank: K.
+        asked: The rank or threshold that the configuration asked for.
+        share: The weight share under which the rank was allocated, if it was.
+        update_rank: Directions on top that train, 0 where both factors do.
     """
 
     initial: InitialFactors
+    rank: int
     asked: int | float
-    budget: tuple[float, int] | None = None
+    share: float | None = None
+    update_rank: int = 0
 
 
-def factors_for(asked: int | float, weight: torch.Tensor) -> WeightFactors:
-    """Plain factors of a weight at a rank (int) or threshold (float)."""
+def rank_for(asked: int | float, energies: torch.Tensor) -> int:
+    """K as asked for: a rank (int), or the smallest that reaches a threshold (float)."""
+    return asked if isinstance(asked, int) else rank_for_threshold(energies, asked)
 
-    def select(energies: torch.Tensor) -> int:
-        return asked if isinstance(asked, int) else rank_for_threshold(energies, asked)
 
-    return factorize_weight(weight, select)
+def initial_rank(rank: int, update_rank: int, shape: Sequence[int]) -> int:
+    """Directions that a layer starts with: K, and those of the update as far as the weight, (out, in), has them."""
+    return min(rank + update_rank, *shape)
 
 
 def _dense_parts(target: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -65,13 +74,11 @@ def _dense_parts(target: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     return dense_weight(target), dense_bias(target)
 
 
-def _shared_ranks(targets: dict[str, nn.Module], share: float, reserved_rank: int) -> dict[str, int]:
-    """Ranks of all targets under `weight_share`: those they were prepared at, else allocated from their weights.
-
-    Energies of plain weights are not comparable between layers, so each counts as a share of its layer's total.
+def _check_prepared(targets: dict[str, nn.Module], config: WasiConfig) -> dict[str, PreparedFactors]:
+    """What targets were prepared with, by name.
 
     Raises:
-        ValueError: If targets were prepared for another share, or only some of them were.
+        ValueError: If they were prepared for another share, rank, threshold or update.
     """
     prepared: dict[str, PreparedFactors] = {
         name: module.__dict__[INITIAL_FACTORS]
@@ -79,12 +86,30 @@ def _shared_ranks(targets: dict[str, nn.Module], share: float, reserved_rank: in
         if INITIAL_FACTORS in module.__dict__
     }
     for name, factors in prepared.items():
-        if factors.budget != (share, reserved_rank):
+        if config.weight_share is not None:
+            what, found, wanted = "weight_share", factors.share, config.weight_share
+        else:
+            what, found, wanted = "rank or threshold", factors.asked, asked_rank(name, config)
+        if found == wanted:
+            what, found, wanted = "rank of the update", factors.update_rank, config.reserved_rank
+        if found != wanted:
             raise ValueError(
-                f"{name}: preprocess_wasi prepared it for (weight_share, rank of the update) = {factors.budget}, "
-                f"the configuration now asks for {(share, reserved_rank)}. Run preprocess_wasi again with this "
-                "configuration."
+                f"{name}: preprocess_wasi prepared it for {what} {found}, the configuration now asks for {wanted}. "
+                "Run preprocess_wasi again with this configuration."
             )
+    return prepared
+
+
+def _shared_ranks(
+    targets: dict[str, nn.Module], prepared: dict[str, PreparedFactors], share: float, reserved_rank: int
+) -> dict[str, int]:
+    """Ranks of all targets under `weight_share`: those they were prepared at, else allocated from their weights.
+
+    Energies of plain weights are not comparable between layers, so each counts as a share of its layer's total.
+
+    Raises:
+        ValueError: If only some of the targets were prepared.
+    """
     if prepared:
         missing = sorted(set(targets) - set(prepared))
         if missing:
@@ -92,7 +117,7 @@ def _shared_ranks(targets: dict[str, nn.Module], share: float, reserved_rank: in
                 f"{missing[0]}: preprocess_wasi did not prepare this layer ({len(missing)} in all), so the share of "
                 "all layers is unknown. Run preprocess_wasi again with this configuration."
             )
-        return {name: factors.initial.L.shape[1] for name, factors in prepared.items()}
+        return {name: factors.rank for name, factors in prepared.items()}
     spectra = []
     for name, module in targets.items():
         weight, _ = _dense_parts(module)
@@ -159,19 +184,12 @@ class WasiModel(BaseTuner):
         check_memory_mode(model, peft_config)
         if not peft_config.init_weights:
             return
+        targets = dict(selected_modules(model, peft_config))
+        prepared = _check_prepared(targets, peft_config)
         if peft_config.weight_share is not None:
-            peft_config.ranks = _shared_ranks(
-                dict(selected_modules(model, peft_config)), peft_config.weight_share, peft_config.reserved_rank
-            )
+            share, reserved_rank = peft_config.weight_share, peft_config.reserved_rank
+            peft_config.ranks = _shared_ranks(targets, prepared, share, reserved_rank)
             return
-        for name, module in selected_modules(model, peft_config):
-            prepared = module.__dict__.get(INITIAL_FACTORS)
-            asked = asked_rank(name, peft_config)
-            if prepared is not None and prepared.asked != asked:
-                raise ValueError(
-                    f"{name}: preprocess_wasi prepared it for rank or threshold {prepared.asked}, the configuration "
-                    f"now asks for {asked}. Run preprocess_wasi again with this configuration."
-                )
         peft_config.ranks = {}
 
     def _check_new_adapter_config(self, config: WasiConfig) -> None:
@@ -226,11 +244,15 @@ class WasiModel(BaseTuner):
         prepared = target.__dict__.pop(INITIAL_FACTORS, None)
         weight, bias = _dense_parts(target)
         if prepared is not None:
-            return prepared.initial, prepared.initial.L.shape[1]
-        factors = factors_for(asked_rank(name, config), weight)
-        rank = factors.L.shape[1]
-        self._used_plain_svd |= rank < min(weight.shape)
-        return InitialFactors(factors.L, factors.R, bias), rank
+            return prepared.initial, prepared.rank
+        asked = asked_rank(name, config)
+
+        def directions(energies: torch.Tensor) -> int:
+            return initial_rank(rank_for(asked, energies), config.reserved_rank, weight.shape)
+
+        L, R, energies = factorize_weight(weight, directions)
+        self._used_plain_svd |= L.shape[1] < min(weight.shape)
+        return InitialFactors(L, R, bias), rank_for(asked, energies)
 
     # ---------------------------------------------------------------- what trains
 

@@ -35,10 +35,11 @@ class LayerSpectrum:
         in_features: Columns of the weight.
         shared_input: Name of the first layer that reads the same input tensor; the layer's own where it is alone.
         weight_energies: What is lost with each direction of the weight, descending and comparable between layers:
-            rank K loses `sum(weight_energies[K:])`.
+            rank K loses `sum(weight_energies[K + reserved_rank:])`.
         gradient_energies: The same for the weight gradient and the ranks of the compressed input, by mode: "feature",
             and "token" where every batch had the same number of tokens. Empty where gradients were not collected.
-        reserved_rank: Directions that training adds to those of the weight; they count in every budget.
+        reserved_rank: Directions that train beside the K of the weight, and start from those after them; they count in
+            every budget.
 
     **Shape**
         - weight_energies: (min(out, in),); gradient_energies: (in,) for "feature", (N,) for "token"
@@ -74,6 +75,12 @@ class LayerSpectrum:
             ordered = mode != "weight_energies" or not (np.diff(values) > 0).any()
             if not np.isfinite(values).all() or (values < 0).any() or not ordered:
                 raise ValueError(f"{self.name}: {mode} energies must be finite, descending and at least 0.")
+
+    @property
+    def rank_energies(self) -> tuple[float, ...]:
+        """What each rank adds to what the trained directions alone would keep, then zeros, (min(out, in),)."""
+        kept = min(self.reserved_rank, len(self.weight_energies))
+        return self.weight_energies[kept:] + (0.0,) * kept
 
     @property
     def largest_rank(self) -> int:
@@ -374,7 +381,8 @@ def build_plan(
     for spectrum in spectra:
         rank, ranks = weight_ranks[spectrum.name], activation_ranks.get(spectrum.shared_input)
         total = sum(spectrum.weight_energies)
-        kept = min(1.0, sum(spectrum.weight_energies[:rank]) / total) if total else 1.0
+        directions = rank + spectrum.reserved_rank
+        kept = min(1.0, sum(spectrum.weight_energies[:directions]) / total) if total else 1.0
         sizes = spectrum.out_features, spectrum.in_features
         layers.append(LayerPlan(spectrum.name, *sizes, rank, None if ranks is None else dict(ranks), kept))
     return WasiPlan(tuple(layers), budget)
@@ -458,7 +466,7 @@ def _spend(
         path = np.array([choice for choice in choices[index] if choice >= ranks[index]], np.int64)
         if len(path) < 2:
             continue
-        energies = np.asarray(spectrum.weight_energies[path[0] : path[-1]], np.float64)
+        energies = np.asarray(spectrum.rank_energies[path[0] : path[-1]], np.float64)
         width = np.diff(path)
         gain = np.add.reduceat(energies, path[:-1] - path[0]) / (width * prices[index])
         gain = np.minimum.accumulate(gain)  # means of what descends: only rounding can order them otherwise

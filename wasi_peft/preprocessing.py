@@ -11,10 +11,9 @@ from tqdm.auto import tqdm
 from .blockwise import BLOCK_STEPS, repair_blocks
 from .calibration import Calibration, CalibrationData, calibrate_wasi, dense_targets
 from .config import WasiConfig
-from .layer import InitialFactors
-from .linalg import rank_for_threshold
+from .layer import InitialFactors, dense_weight
 from .memory import has_vocabulary
-from .model import INITIAL_FACTORS, PreparedFactors
+from .model import INITIAL_FACTORS, PreparedFactors, initial_rank, rank_for
 from .planning import allocate_ranks
 from .repair import REPAIR_STEPS, repair_factors
 from .targets import asked_rank, resolve_targets
@@ -83,17 +82,15 @@ def preprocess_wasi(
         spectra = calibration.spectra(targets, resolved.reserved_rank)
         resolved.ranks = allocate_ranks(spectra, resolved.weight_share)
     asked = {name: asked_rank(name, resolved) for name in targets}
+    ranks = {name: rank_for(asked[name], calibration.energies(name)) for name in targets}
     factors: dict[str, InitialFactors] = {}
     for name, module in tqdm(targets.items(), desc="WASI initial factors", disable=not progress_bar):
-        factors[name] = calibration.factors(name, module, _rank(asked[name], calibration, name))
+        directions = initial_rank(ranks[name], resolved.reserved_rank, dense_weight(module).shape)
+        factors[name] = calibration.factors(name, module, directions)
     if repair_steps and batches is not None:
         repaired = repair_blocks if blockwise else repair_factors
         factors = repaired(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
-    budget = None if resolved.weight_share is None else (resolved.weight_share, resolved.reserved_rank)
     for name, initial in factors.items():
-        targets[name].__dict__[INITIAL_FACTORS] = PreparedFactors(initial, asked[name], budget)
-
-
-def _rank(asked: int | float, calibration: Calibration, name: str) -> int:
-    """A rank as asked for, or the smallest that reaches a threshold."""
-    return asked if isinstance(asked, int) else rank_for_threshold(calibration.energies(name), asked)
+        targets[name].__dict__[INITIAL_FACTORS] = PreparedFactors(
+            initial, ranks[name], asked[name], resolved.weight_share, resolved.reserved_rank
+        )

@@ -134,15 +134,15 @@ def prepared_once(model: nn.Module, config: Any, key: Mapping[str, Any], prepare
 
 def save_factors(path: Path, model: nn.Module, key: str) -> None:
     """Writes in one move what ``preprocess_wasi`` attached to the modules, and what it depends on."""
-    tensors, asked = {}, {}
+    tensors, layers = {}, {}
     for name, module in model.named_modules():
         prepared = vars(module).get(INITIAL_FACTORS)
         if prepared is not None:
             parts = {part: getattr(prepared.initial, part) for part in ("L", "R", "bias")}
             tensors |= {f"{name}.{part}": value.contiguous() for part, value in parts.items() if value is not None}
-            asked[name] = (prepared.asked, prepared.budget)
+            layers[name] = {field: getattr(prepared, field) for field in ("rank", "asked", "share", "update_rank")}
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        save_file(tensors, Path(scratch) / path.name, metadata={"key": key, "asked": json.dumps(asked)})
+        save_file(tensors, Path(scratch) / path.name, metadata={"key": key, "layers": json.dumps(layers)})
         os.replace(Path(scratch) / path.name, path)
 
 
@@ -150,11 +150,10 @@ def load_factors(path: Path, model: nn.Module) -> str:
     """Attaches the factors in a file to the modules of a dense model; returns their digest."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        layers = json.loads(file.metadata()["asked"])
-    for name, (asked, budget) in layers.items():
+        layers = json.loads(file.metadata()["layers"])
+    for name, made_for in layers.items():
         initial = InitialFactors(tensors[f"{name}.L"], tensors[f"{name}.R"], tensors.get(f"{name}.bias"))
-        prepared = PreparedFactors(initial, asked, None if budget is None else tuple(budget))
-        vars(model.get_submodule(name))[INITIAL_FACTORS] = prepared
+        vars(model.get_submodule(name))[INITIAL_FACTORS] = PreparedFactors(initial, **made_for)
     return digest(tensors)
 
 
