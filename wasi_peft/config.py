@@ -97,13 +97,14 @@ class WasiConfig(PeftConfig):
             Optimizer steps from one subspace iteration of the activation bases to the next. 1 is the paper's choice;
             the bases move slowly, and an iteration costs twice as much as the compression itself.
         update (`str`, default 'low_rank'):
-            What trains. 'low_rank': L and R stay as they are, and a change `B A` of rank `update_rank` trains beside
-            them, as in LoRA (arXiv 2106.09685) and at LoRA's learning rates. 'subspace': both factors, by
+            What trains. 'low_rank': the K most important directions, L R, stay as they are, and the `update_rank` next
+            ones, B A, train, as in MiLoRA (arXiv 2406.09044), at LoRA's learning rates. 'subspace': both factors, by
             tangent-space gradients and, after each optimizer step, a retraction, which together are the paper's
             subspace iteration to first order. 'factor': both factors, by plain gradients. 'frozen_basis': only L, so
             that R keeps its initial row space.
         update_rank (`int`, default 16):
-            Rank of the change that trains with `update="low_rank"`. It counts in `weight_share` and in plans.
+            Directions that train with `update="low_rank"`, beside the K that a rank or threshold asks for. They
+            count in `weight_share` and in plans.
         memory_mode (`Optional[str]`):
             How far a training step goes to need little memory; by default what `plan` says, else 'exact'. 'exact':
             only the inputs of the targeted layers are compressed. 'fast': what runs no layer twice on top, namely

@@ -227,7 +227,7 @@ class WasiLayer(BaseTunerLayer):
             self._lay_out(name)
 
     def rank(self, adapter_name: str) -> int:
-        """Directions that an adapter's weight is made of: K, and those of a low-rank change."""
+        """Directions that an adapter's weight is made of: K, and those that train with `update="low_rank"`."""
         trained = self.wasi_A[adapter_name].shape[0] if adapter_name in self.wasi_A else 0
         return int(self.wasi_L[adapter_name].shape[1]) + int(trained)
 
