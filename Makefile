@@ -5,14 +5,14 @@
 #   TORCH          what pip is given for PyTorch. On Linux the default may come with CUDA, several GB; for a CPU-only
 #                  build name its wheel (file or URL), or TORCH='torch --extra-index-url <the CPU index of PyTorch>'
 #   PYTEST_FLAGS   for `test` and `test-lowest`; e.g. PYTEST_FLAGS='-n0 -k tucker'
-#   DEMO_FLAGS     for `demo` (half the default repair, to stay well below ten minutes)
+#   DEMO_FLAGS     for `demo`
 #   BENCHMARKS, BENCHMARK_FLAGS   which scripts `benchmark` runs, and with what
 
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 TORCH ?= torch
 PYTEST_FLAGS ?= -n logical --maxprocesses 4 --dist worksteal
-DEMO_FLAGS ?= --repair-steps 200
+DEMO_FLAGS ?=
 BENCHMARKS ?= $(filter-out %/__init__.py %/common.py %/prepared.py,$(sort $(wildcard examples/benchmark/*.py)))
 BENCHMARK_FLAGS ?=
 

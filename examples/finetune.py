@@ -398,7 +398,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="WASI: what trains (default: low_rank; the others need another --lr-wasi)",
     )
     add("--calibration-images", type=int, default=512, help="WASI: unlabelled training images looked at first")
-    add("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS, help="WASI: steps of the label-free repair")
+    add("--repair-steps", type=int, default=200, help="WASI: steps of the label-free repair")
     add("--rounds", type=int, default=10, help="timed rounds")
     add("--seed", type=int, default=0)
     add("--threads", type=int, help="threads (default: what PyTorch chooses)")
