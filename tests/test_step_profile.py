@@ -260,6 +260,7 @@ def test_recomputed_blocks_belong_to_their_modules(reentrant: bool) -> None:
         ("aten::add_", "elementwise"),
         ("aten::_softmax", "elementwise"),
         ("aten::_to_copy", "copies"),
+        ("quantized::embedding_bag_byte_prepack", "quantization"),
         ("aten::view", "other"),
         ("add", "other"),
     ],

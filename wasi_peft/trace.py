@@ -24,7 +24,9 @@ from torch.profiler import record_function
 ROUND = "wasi round"
 PHASE, MODULE = "wasi phase ", "wasi module "
 NODE = "autograd::engine::evaluate_function: "
-KINDS = ("matrix products", "attention", "normalisation", "elementwise", "copies", "optimizer", "other")
+KINDS = (
+    "matrix products", "attention", "normalisation", "elementwise", "copies", "quantization", "optimizer", "other",
+)  # fmt: skip
 
 Times = dict[tuple[str, str, str], float]  # by phase, module and kind of operation
 
@@ -149,6 +151,8 @@ def operation_kind(name: str) -> str:
         return "matrix products"
     if bare in _COPIES:
         return "copies"
+    if name.startswith("quantized::") or bare == "aminmax":
+        return "quantization"
     packet = getattr(torch.ops.aten, stem, None) if name.startswith("aten::") else None
     overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
     if "softmax" in bare or any(torch.Tag.pointwise in overload.tags for overload in overloads):
