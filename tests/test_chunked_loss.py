@@ -187,8 +187,8 @@ def test_peak_is_that_of_a_chunk() -> None:
 
 
 def test_default_chunk() -> None:
-    assert default_chunk_rows(49152) == 85
-    assert default_chunk_rows(10**9) == 1
+    assert default_chunk_rows(1000) == 16 * 2**20 // 4000
+    assert default_chunk_rows(49152) == 256
 
 
 @pytest.mark.parametrize(

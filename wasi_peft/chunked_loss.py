@@ -28,11 +28,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 CHUNK_BYTES = 16 * 2**20  # of one chunk of float32 logits
+LEAST_CHUNK_ROWS = 256  # with fewer, reading the head's weight takes longer than multiplying by it
 
 
 def default_chunk_rows(vocabulary: int) -> int:
-    """Tokens in a chunk of at most `CHUNK_BYTES` of float32 logits, at least one."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+    """Tokens in a chunk: as many as make `CHUNK_BYTES` of float32 logits, but no fewer than `LEAST_CHUNK_ROWS`.
+
+    With a hidden size of H, the least chunk takes `LEAST_CHUNK_ROWS / H` of the bytes of the head's float32 weight.
+    """
+    return max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (4 * vocabulary))
 
 
 def _to_loss_and_gradient(logits: Tensor, targets: Tensor, needs_gradient: bool) -> Tensor:
@@ -188,7 +192,7 @@ def chunked_cross_entropy(
         labels: Token ids in [0, V) or `ignore_index`, not shifted.
         ignore_index: The label that is left out.
         num_items_in_batch: Divisor of the summed loss, for gradient accumulation; None takes the mean.
-        chunk_rows: Tokens in a chunk; by default as many as make 16 MiB of float32 logits.
+        chunk_rows: Tokens in a chunk; by default as many as make 16 MiB of float32 logits, at least 256.
 
     Returns:
         The loss in float32 (float64 for float64 inputs). Not differentiable twice.
@@ -432,7 +436,7 @@ def use_chunked_loss(model: nn.Module, *, chunk_rows: int | None = None) -> None
 
     Args:
         model: A transformers model with a language model head, or a PEFT model of one.
-        chunk_rows: Tokens in a chunk; by default as many as make 16 MiB of float32 logits.
+        chunk_rows: Tokens in a chunk; by default as many as make 16 MiB of float32 logits, at least 256.
 
     Raises:
         ValueError: If the model has no output embedding, or that is not a plain linear layer, for example because an
