@@ -13,11 +13,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import peft
 import psutil
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification
+
+import wasi_peft
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler behind measure_peak_memory logs every start and stop
 
@@ -96,6 +99,13 @@ def vit_b32(**changes: Any) -> nn.Module:
     """ViT-B/32 from its configuration, or from a changed one, with seeded random weights."""
     torch.manual_seed(0)
     return ViTForImageClassification(ViTConfig(**{"patch_size": 32, "num_labels": 10, **changes}))
+
+
+def with_lora(model: nn.Module, modules_to_save: list[str] | None = None) -> nn.Module:
+    """Returns the model with LoRA of rank 16 and alpha 32 on the layers that WASI takes by default."""
+    targets = list(wasi_peft.targets.default_target_names(model, wasi_peft.WasiConfig()))
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, modules_to_save=modules_to_save)
+    return peft.get_peft_model(model, config)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

@@ -36,7 +36,7 @@ from assets import cache_dir
 from finetune import METHODS, build_optimizer, train
 from texts import load_mails, smollm2_folder, token_windows
 
-from benchmark.common import add_entry, environment, read_json
+from benchmark.common import add_entry, environment, read_json, with_lora
 from benchmark.finetune_accuracy import key_of, mean_and_spread
 from benchmark.prepared import digest, prepared_once
 
@@ -62,8 +62,7 @@ def build(settings: Settings, model: nn.Module, train_set: torch.Tensor) -> nn.M
     if settings["method"] == "full":
         return model
     if settings["method"] == "lora":
-        targets = wasi_peft.targets.default_target_names(model, wasi_peft.WasiConfig())
-        return peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=list(targets)))
+        return with_lora(model)
     config = wasi_peft.WasiConfig(
         weight_share=settings["target_share"],
         activation_threshold=None,

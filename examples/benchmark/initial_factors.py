@@ -183,9 +183,9 @@ def uniform_ranks(model: nn.Module, share: float, reserved_rank: int = 0) -> dic
     return {name: max(1, rank) for name, rank in ranks.items()}
 
 
-def steps_of(method: str, repair_steps: int) -> int:
+def steps_of(method: str, repair_steps: int, block_steps: int = wasi_peft.blockwise.BLOCK_STEPS) -> int:
     """Steps of the repair: of the whole model or of each block, none with the other methods."""
-    return {"repaired": repair_steps, "blockwise": wasi_peft.blockwise.BLOCK_STEPS}.get(method, 0)
+    return {"repaired": repair_steps, "blockwise": block_steps}.get(method, 0)
 
 
 def factored(

@@ -43,6 +43,7 @@ from benchmark.common import (
     step_peak_bytes,
     training_step,
     vit_b32,
+    with_lora,
     write_json,
 )
 
@@ -115,9 +116,7 @@ def build(variant: str, workload: Workload) -> nn.Module:
     if variant == "full":
         return model
     if variant == LORA:
-        targets = wasi_peft.targets.default_target_names(model, wasi_peft.WasiConfig())
-        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=list(targets), modules_to_save=saved)
-        model = peft.get_peft_model(model, config)
+        model = with_lora(model, saved)
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
