@@ -23,6 +23,7 @@ from benchmark.memory_modes import MIB, MODES, WORKLOADS, build, measure_workloa
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "step_bounds.json"
 VARIANTS = ("full", *(f"wasi {mode}" for mode in MODES))
+KINDS = ("matrix products", "attention", "quantization", "elementwise")  # that have a column of their own
 FIELDS = ("peak_bytes", "at_peak", "saved_bytes", "saved_by_operation", "seconds_by_kind", "inference_seconds_by_kind")
 
 
@@ -40,10 +41,15 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Formats one workload as a Markdown table; the last column is how much faster a step could be at most."""
+    """Formats one workload as a Markdown table.
+
+    Lasting are parameters, their state and the optimizer's. The last column is how much faster than full fine-tuning a
+    step could be at most, if its products alone took time.
+    """
     lines = [
-        "| variant | parameters and state MiB | kept for backward MiB | else MiB | products s | all s | bound |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| variant | lasting MiB | kept for backward MiB | else MiB | {' | '.join(f'{kind} s' for kind in KINDS)} "
+        "| else s | all s | bound |",
+        f"|{(7 + len(KINDS)) * ' --- |'}",
     ]
     full = sum(results["full"]["seconds_by_kind"].values())
     for variant, entry in results.items():
@@ -51,8 +57,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         lasting = sum(at_peak.get(kind, 0) for kind in ("weights", "state", "optimizer"))
         kept = at_peak.get("saved", 0)
         cells = [f"{size / MIB:.0f}" for size in (lasting, kept, entry["peak_bytes"] - lasting - kept)]
-        products = seconds["matrix products"]
-        cells += [f"{products:.2f}", f"{sum(seconds.values()):.2f}", f"{full / products:.2f}x"]
+        total, named = sum(seconds.values()), [seconds[kind] for kind in KINDS]
+        cells += [f"{value:.2f}" for value in (*named, total - sum(named), total)]
+        cells.append(f"{full / seconds['matrix products']:.2f}x")
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
