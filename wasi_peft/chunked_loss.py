@@ -27,8 +27,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-CHUNK_BYTES = 16 * 2**20  # of one chunk of float32 logits
-LEAST_CHUNK_ROWS = 256  # with fewer, reading the head's weight takes longer than multiplying by it
+CHUNK_BYTES = 16 * 2**20  # of one chunk of float32 logits, while that makes enough rows
+LEAST_CHUNK_ROWS = 256  # each chunk reads the head's whole weight, so fewer cost time
 
 
 def default_chunk_rows(vocabulary: int) -> int:

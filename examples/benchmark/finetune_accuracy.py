@@ -50,7 +50,7 @@ from assets import SHIPPED_IMAGES, ImageSet, cache_dir, fashion_mnist_folder, lo
 from finetune import METHODS, accuracy, build, build_optimizer, predict, train
 
 from benchmark.common import add_entry, environment, read_json
-from benchmark.initial_factors import steps_of
+from benchmark.initial_factors import REPAIRS, steps_of
 from benchmark.prepared import VARIANTS, attach_factors, build_config
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "finetune_accuracy.json"
@@ -322,13 +322,14 @@ def settings_of(
 ) -> Settings:
     """Returns the settings of a run, but for learning rates and seed; None is what a key leaves out."""
     wasi = method == "wasi"
+    repaired = wasi and variant in REPAIRS
     return {
         "method": method,
         "variant": None if variant == DEFAULT_VARIANT else variant,
         "wasi": {**args.wasi, **({} if mode in (None, DEFAULT_MODE) else {"memory_mode": mode})} if wasi else {},
         "target_share": share,
         "calibration_images": args.calibration_images if wasi and variant != "plain" else None,
-        "repair_steps": steps_of(variant, args.repair_steps, args.block_steps) or None if wasi else None,
+        "repair_steps": steps_of(variant, args.repair_steps, args.block_steps) if repaired else None,
         "train": args.train,
         "validation": args.validation,
         "test": args.test,
