@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,9 +57,9 @@ class PreparedFactors:
     update_rank: int = 0
 
 
-def rank_for(asked: int | float, energies: Callable[[], torch.Tensor]) -> int:
-    """K as asked for: a rank (int), or the smallest whose energies, which are read only then, reach a threshold."""
-    return asked if isinstance(asked, int) else rank_for_threshold(energies(), asked)
+def rank_for(asked: int | float, energies: torch.Tensor) -> int:
+    """K as asked for: a rank (int), or the smallest whose energies reach a threshold (float)."""
+    return asked if isinstance(asked, int) else rank_for_threshold(energies, asked)
 
 
 def initial_rank(rank: int, update_rank: int, shape: Sequence[int]) -> int:
@@ -248,11 +248,11 @@ class WasiModel(BaseTuner):
         asked = asked_rank(name, config)
 
         def directions(energies: torch.Tensor) -> int:
-            return initial_rank(rank_for(asked, lambda: energies), config.reserved_rank, weight.shape)
+            return initial_rank(rank_for(asked, energies), config.reserved_rank, weight.shape)
 
         L, R, energies = factorize_weight(weight, directions)
         self._used_plain_svd |= L.shape[1] < min(weight.shape)
-        return InitialFactors(L, R, bias), rank_for(asked, lambda: energies)
+        return InitialFactors(L, R, bias), rank_for(asked, energies)
 
     # ---------------------------------------------------------------- what trains
 

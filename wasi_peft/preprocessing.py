@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Literal
 
 from torch import nn
@@ -83,7 +82,7 @@ def preprocess_wasi(
         spectra = calibration.spectra(targets, resolved.reserved_rank)
         resolved.ranks = allocate_ranks(spectra, resolved.weight_share)
     asked = {name: asked_rank(name, resolved) for name in targets}
-    ranks = {name: rank_for(asked[name], functools.partial(calibration.energies, name)) for name in targets}
+    ranks = {name: rank_for(asked[name], calibration.energies(name)) for name in targets}
     factors: dict[str, InitialFactors] = {}
     for name, module in tqdm(targets.items(), desc="WASI initial factors", disable=not progress_bar):
         directions = initial_rank(ranks[name], resolved.reserved_rank, dense_weight(module).shape)
