@@ -104,14 +104,14 @@ def test_forward(kind: type[nn.Module], target: str, shape: tuple[int, ...]) -> 
 
 
 @cases
-@pytest.mark.parametrize("update", ["subspace", "factor", "frozen_basis", "low_rank"])
+@pytest.mark.parametrize("update", ["subspace", "factor", "frozen_basis", "low_rank", "core"])
 def test_only_adapter_parameters_change(kind: type[nn.Module], target: str, update: str) -> None:
     model = get_peft_model(dense(kind), config(target, update=update))
     if update == "low_rank":
         step(model)  # A moves once B is not zero
     before = {name: value.clone() for name, value in model.state_dict().items()}
     names = trainable(model)
-    parts = (".wasi_A.", ".wasi_B.") if update == "low_rank" else (".wasi_L.", ".wasi_R.")
+    parts = {"low_rank": (".wasi_A.", ".wasi_B."), "core": (".wasi_M.",)}.get(update, (".wasi_L.", ".wasi_R."))
     assert names and all(any(part in name for part in parts) for name in names)
     step(model)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
@@ -246,7 +246,7 @@ def test_requires_grad_follows_the_active_adapter(kind: type[nn.Module], target:
     assert trainable(model) == only
 
 
-@pytest.mark.parametrize("update", ["subspace", "frozen_basis", "low_rank"])
+@pytest.mark.parametrize("update", ["subspace", "frozen_basis", "low_rank", "core"])
 @pytest.mark.parametrize("bias", ["none", "wasi_only"])
 def test_requires_grad_survives_disabling_and_switching(update: str, bias: str) -> None:
     model = get_peft_model(dense(MLP), config(update=update, bias=bias))

@@ -36,6 +36,7 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any], str, tuple[int, int]]] = {
     "compressed-uneven-bert": ("bert", COMPRESSION, "adamw", UNEVEN),
     "compressed-uneven-llama": ("llama", COMPRESSION, "adamw", UNEVEN),
     "frozen_basis": ("vit", {**COMPRESSION, "update": "frozen_basis"}, "adamw", UNEVEN),
+    "core": ("vit", {**COMPRESSION, "update": "core"}, "adamw", UNEVEN),
     "low_rank": ("vit", {**COMPRESSION, "update": "low_rank"}, "adamw", UNEVEN),
 }
 

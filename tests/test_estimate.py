@@ -46,6 +46,7 @@ OTHER_CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "exact inputs": lambda: WasiConfig(weight_rank=5, activation_threshold=None),
     "frozen basis": lambda: WasiConfig(weight_rank=5, activation_ranks=4, update="frozen_basis"),
+    "core": lambda: WasiConfig(weight_rank=5, activation_ranks=4, update="core"),
     "parked": lambda: WasiConfig(weight_rank=5, activation_ranks=4, base_weight="cpu"),
     "kept": lambda: WasiConfig(weight_rank=5, activation_ranks=4, base_weight="keep"),
     "moving every step": lambda: WasiConfig(weight_rank=5, activation_ranks=4, activation_interval=1),
@@ -446,7 +447,7 @@ def test_the_papers_count_of_factors_and_tucker_forms() -> None:
     assert estimate.paper_training_bytes == 4 * 2 * (weights + inputs)
 
 
-@pytest.mark.parametrize(("update", "kept"), [("subspace", 16), ("frozen_basis", 5)])
+@pytest.mark.parametrize(("update", "kept"), [("subspace", 16), ("frozen_basis", 5), ("core", 5)])
 def test_the_papers_count_of_exact_inputs(update: Any, kept: int) -> None:
     architecture = ARCHITECTURES["vit"]
     config = WasiConfig(weight_rank=5, activation_threshold=None, update=update, target_modules=["q_proj", "o_proj"])

@@ -90,7 +90,7 @@ def assert_both_equal(name: str, make_model: Callable[[], Any], make: Make) -> N
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("update", ["low_rank", "subspace", "factor"])
+@pytest.mark.parametrize("update", ["low_rank", "core", "subspace", "factor"])
 def test_equals_the_optimizer_bit_for_bit(kind: str, update: str) -> None:
     cls, options = OPTIMIZERS[kind]
     assert_both_equal(

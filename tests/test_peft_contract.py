@@ -73,7 +73,7 @@ TRAINING = [(name, "subspace", 0.95) for name in ARCHITECTURES]
 TRAINING += [
     (name, update, activation)
     for name in FEW
-    for update in ("subspace", "factor", "frozen_basis", "low_rank")
+    for update in ("subspace", "factor", "frozen_basis", "low_rank", "core")
     for activation in (None, 0.95)
     if (update, activation) != ("subspace", 0.95)
 ]
@@ -86,6 +86,8 @@ TRAINS = [  # every pair of values of the three options
     (False, "all", "frozen_basis"),
     (True, "wasi_only", "low_rank"),
     (False, "none", "low_rank"),
+    (True, "all", "core"),
+    (False, "none", "core"),
 ]
 
 
@@ -138,7 +140,8 @@ def test_training_at_low_rank_lowers_the_loss(
     losses = train(model, architecture.batch(), steps=10)
     assert losses[-1] < 0.9 * losses[0]
     end = factors(model)
-    frozen = {"frozen_basis": [".wasi_R."], "low_rank": [".wasi_L.", ".wasi_R."]}.get(update, [])
+    both = [".wasi_L.", ".wasi_R."]
+    frozen = {"frozen_basis": [".wasi_R."], "low_rank": both, "core": both}.get(update, [])
     for name in end:
         assert torch.equal(end[name], start[name]) == any(part in name for part in frozen)
         if ".wasi_L." in name and update == "subspace":
@@ -151,7 +154,7 @@ def test_exactly_the_right_parameters_train(architecture: Architecture, vectors:
     targets = architecture.targets(model)
     outside = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in targets]
     with_bias = {name for name in targets if model.get_submodule(name).bias is not None}
-    parts = {"frozen_basis": ["L"], "low_rank": ["A", "B"]}.get(update, ["L", "R"])
+    parts = {"frozen_basis": ["L"], "low_rank": ["A", "B"], "core": ["M"]}.get(update, ["L", "R"])
     expected = {f"{name}.wasi_{part}.default" for name in targets for part in parts}
     if bias != "none":
         expected |= {f"{name}.wasi_bias.default" for name in with_bias}
@@ -600,7 +603,9 @@ def test_native_load_of_an_adapter_saved_by_peft(
 
 @few
 @pytest.mark.parametrize(
-    "options", [{}, {"bias": "none"}, {"update": "frozen_basis"}, {"update": "low_rank"}], ids=str
+    "options",
+    [{}, {"bias": "none"}, {"update": "frozen_basis"}, {"update": "low_rank"}, {"update": "core"}],
+    ids=str,
 )
 def test_native_load_for_training(architecture: Architecture, tmp_path: Path, options: dict[str, Any]) -> None:
     model, batch = trained(architecture, **options), architecture.batch()
@@ -745,7 +750,7 @@ def alive() -> set[tuple[int, ...]]:
 DENSE_CASES = [(name, 3, "subspace") for name in ARCHITECTURES]
 DENSE_CASES += [("bert", None, "subspace"), ("gpt2", None, "factor"), ("t5", 3, "factor")]
 DENSE_CASES += [("vit", None, "frozen_basis"), ("vit", 3, "frozen_basis"), ("llama", None, "subspace")]
-DENSE_CASES += [("vit", 3, "low_rank"), ("llama", None, "low_rank")]
+DENSE_CASES += [("vit", 3, "low_rank"), ("llama", None, "low_rank"), ("vit", None, "core"), ("t5", None, "core")]
 
 
 @pytest.mark.usefixtures("young_objects")
@@ -893,7 +898,8 @@ def check_compiled(backend: str, build: Callable[[], Any], loss: Callable[[Any],
 
 
 @pytest.mark.parametrize(
-    ("update", "activation"), [("subspace", None), ("subspace", 0.9), ("frozen_basis", 0.9), ("low_rank", 0.9)]
+    ("update", "activation"),
+    [("subspace", None), ("subspace", 0.9), ("frozen_basis", 0.9), ("low_rank", 0.9), ("core", 0.9)],
 )
 def test_compile_equals_eager(update: str, activation: float | None) -> None:
     def build() -> Any:

@@ -218,7 +218,7 @@ def test_without_gradients_inputs_stay_exact() -> None:
         assert all(layer.activation_ranks is None for layer in plan.layers)
 
 
-@pytest.mark.parametrize("options", [{"activation_threshold": None}, {"update": "frozen_basis"}])
+@pytest.mark.parametrize("options", [{"activation_threshold": None}, {"update": "frozen_basis"}, {"update": "core"}])
 def test_inputs_stay_exact_where_the_configuration_says_so(options: dict[str, Any]) -> None:
     model, calibration = calibrated("vit")
     plan = planned(model, calibration, weight_share=0.4, config=WasiConfig(**({"update": "subspace"} | options)))

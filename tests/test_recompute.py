@@ -34,7 +34,7 @@ from wasi_peft.recompute import stop_recomputation
 WIDTH = 32
 ROUNDED = KINDS
 SIZES = [("exact", 4.0), *((kind, bits_per_value(kind) / 8) for kind in ROUNDED)]  # bytes an element
-UPDATES = ("low_rank", "subspace")
+UPDATES = ("low_rank", "core", "subspace")
 
 
 class Block(nn.Module):

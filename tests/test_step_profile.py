@@ -335,7 +335,7 @@ def model_in_use(kind: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", ["dense", "factor", "low_rank"])
+@pytest.mark.parametrize("kind", ["dense", "factor", "low_rank", "core"])
 def test_the_model_stays_as_it_is(kind: str) -> None:
     model, batch = model_in_use(kind), VIT.batch(SAMPLES)
     with unchanged(model, batch):

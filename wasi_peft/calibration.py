@@ -102,7 +102,9 @@ class Calibration:
         """What dropping each direction of a layer's weight costs, descending, (min(out, in),), float64."""
         return self._tensor(name, "energies").double()
 
-    def spectra(self, names: Iterable[str] | None = None, reserved_rank: int = 0) -> list[LayerSpectrum]:
+    def spectra(
+        self, names: Iterable[str] | None = None, reserved_rank: int = 0, core: bool = False
+    ) -> list[LayerSpectrum]:
         """Plain numbers of all layers (or of some), for planning.
 
         Energies that no gradient weighs are not comparable to those of other layers; they are scaled so that such a
@@ -122,7 +124,7 @@ class Calibration:
             out_features, in_features = entry["shape"]
             values = tuple(energies.tolist())
             spectra.append(
-                LayerSpectrum(name, out_features, in_features, entry["input"], values, gradient, reserved_rank)
+                LayerSpectrum(name, out_features, in_features, entry["input"], values, gradient, reserved_rank, core)
             )
         return spectra
 
@@ -479,14 +481,8 @@ class _Collector:
                 handle.remove()
 
     def _project(self, _: nn.Module, args: Any, output: Any) -> None:
-        """Backpropagate a random +-1 projection of the features, as soon as they exist."""
-        features = features_of(output)
-        if not features.requires_grad:
-            return
-        signs = torch.randint(0, 2, features.shape, generator=self.signs).to(features) * 2 - 1
-        if self.mask is not None and self.mask.shape == features.shape[:-1]:
-            signs = signs * self.mask.to(features.device).bool()[..., None]
-        features.backward(signs)
+        """As soon as the features exist."""
+        backpropagate_signs(features_of(output), self.mask, self.signs)
 
     def check(self, fresh: bool) -> None:
         """Raise if the pass left a layer without statistics, or with statistics that are not numbers.
@@ -517,6 +513,16 @@ class _Collector:
         self._last_statistics = None
         while self.collected:
             yield self.collected.pop(0)
+
+
+def backpropagate_signs(features: Tensor, mask: Tensor | None, generator: torch.Generator) -> None:
+    """Backpropagate a random +-1 projection of a model's features, those of padded tokens left out."""
+    if not features.requires_grad:
+        return
+    signs = torch.randint(0, 2, features.shape, generator=generator).to(features) * 2 - 1
+    if mask is not None and mask.shape == features.shape[:-1]:
+        signs = signs * mask.to(features.device).bool()[..., None]
+    features.backward(signs)
 
 
 def layer_input(args: Any, kwargs: Any) -> Tensor:

@@ -32,8 +32,8 @@ class WasiCallback(TrainerCallback):
 
     * `wasi/rank_mean`, `_min`, `_max`: weight ranks, that of a low-rank update included.
     * `wasi/weight_drift`: how far the column space of what trains (L, or B with `update="low_rank"`) has turned since
-      the last log, from 0 (not at all) to 1 (orthogonal), mean of all layers; `wasi/activation_drift`: the same for
-      the bases of the inputs' features.
+      the last log, from 0 (not at all) to 1 (orthogonal), mean of all layers, none with `update="core"`, which turns
+      none; `wasi/activation_drift`: the same for the bases of the inputs' features.
     * `wasi/activation_energy_mean`, `_min`: share of the inputs' energy that their compressed copies kept, in the last
       step in which it was measured (the one that is logged, or every 50th).
     * `wasi/weight_rank_used`, once for every epoch: share of each layer's rank that holds 99 % of the energy of
@@ -174,7 +174,9 @@ class WasiCallback(TrainerCallback):
             adapter = layer.active_name
             outer = (layer.wasi_B if adapter in layer.wasi_B else layer.wasi_L)[adapter].detach()
             columns: Tensor | None = outer.clone()
-            if layer.wasi_update[adapter] != "subspace":  # which keeps L orthonormal
+            if adapter in layer.wasi_M:  # between frozen subspaces
+                columns = None
+            elif layer.wasi_update[adapter] != "subspace":  # which keeps L orthonormal
                 columns = orthonormalize(outer) if bool(outer.any()) else None
             subspaces[name] = columns, layer.wasi_bases[adapter].feature  # replaced as a whole, never changed in place
         return subspaces
@@ -281,6 +283,8 @@ def ranks_in_use(model: nn.Module, threshold: float) -> dict[str, int]:
     ranks = {}
     for name, layer in _layers(model).items():
         L, R = (part[layer.active_name].detach().double() for part in (layer.wasi_L, layer.wasi_R))
+        if layer.active_name in layer.wasi_M:
+            L = L @ layer.wasi_M[layer.active_name].detach().double()
         if not bool(torch.isfinite(L).all() and torch.isfinite(R).all()):
             ranks[name] = len(R)
             continue
@@ -302,6 +306,9 @@ def resize_rank(model: Any, name: str, rank: int, optimizer: torch.optim.Optimiz
     objects, so they keep their places in the optimizer. Its state follows: averages of gradients are rotated into the
     new basis, those of squares by the squared rotation, new directions start at zero. State of other shapes
     (Adafactor's) or of unknown meaning (in 8 bits) is dropped for this layer and starts afresh. Gradients are cleared.
+
+    With `update="core"` a smaller rank keeps the largest singular values of the core, which is what matters most where
+    it was whitened; a larger one adds random directions to L and R, and zeros to the core.
 
     Not for models wrapped for distributed training, which remember the sizes of parameters.
 
@@ -325,11 +332,10 @@ def resize_rank(model: Any, name: str, rank: int, optimizer: torch.optim.Optimiz
         raise ValueError(f"{name}: rank must be an integer from 1 to {largest}, got {rank!r}.")
     adapter = layer.active_name
     layer._require_loaded(adapter)
-    L, R = layer.wasi_L[adapter], layer.wasi_R[adapter]
-    if rank < L.shape[1]:
-        _shrink(L, R, rank, optimizer)
-    elif rank > L.shape[1]:
-        _grow(L, R, rank, optimizer)
+    parts = [part[adapter] for part in (layer.wasi_L, layer.wasi_M, layer.wasi_R) if adapter in part]
+    changes: list[Callable[..., None]] = [_shrink_core, _grow_core] if adapter in layer.wasi_M else [_shrink, _grow]
+    if rank != parts[0].shape[1]:
+        changes[rank > parts[0].shape[1]](*parts, rank, optimizer)
     layer._lay_out(adapter)
     config = model.peft_config[adapter]
     if config.ranks is not None:
@@ -355,11 +361,44 @@ def _shrink(L: nn.Parameter, R: nn.Parameter, rank: int, optimizer: torch.optim.
     _set(R, directions.T @ inner)
 
 
+def _shrink_core(
+    L: nn.Parameter, M: nn.Parameter, R: nn.Parameter, rank: int, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """`M = U D V^T`: the new parts are `L U_k`, `D_k` and `V_k^T R`; gradients of M follow as `U_k^T g V_k`."""
+    U, D, Vt = torch.linalg.svd(M.double())
+    left, right = U[:, :rank], Vt[:rank].T
+    _carry(M, optimizer, lambda x: left.T @ x @ right, lambda x: left.square().T @ x @ right.square())
+    _set(L, L.double() @ left)
+    _set(M, torch.diag(D[:rank]))
+    _set(R, right.T @ R.double())
+
+
+def _grow_core(
+    L: nn.Parameter, M: nn.Parameter, R: nn.Parameter, rank: int, optimizer: torch.optim.Optimizer | None
+) -> None:
+    added = rank - L.shape[1]
+
+    def padded(state: Tensor) -> Tensor:
+        return torch.nn.functional.pad(state, (0, added, 0, added))
+
+    rows = _orthonormal_to(R.double().T, added).T * R.double().square().sum(1).mean().sqrt()
+    _carry(M, optimizer, padded, padded)
+    _set(L, torch.cat([L.double(), _orthonormal_to(L.double(), added)], 1))
+    _set(M, padded(M.double()))
+    _set(R, torch.cat([R.double(), rows], 0))
+
+
+def _orthonormal_to(columns: Tensor, added: int) -> Tensor:
+    """Random orthonormal columns that are orthogonal to the given ones."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(len(columns), added, generator=generator, dtype=torch.float64).to(columns.device)
+    return torch.linalg.qr(torch.cat([columns, random], 1)).Q[:, columns.shape[1] :]
+
+
 def _grow(L: nn.Parameter, R: nn.Parameter, rank: int, optimizer: torch.optim.Optimizer | None) -> None:
     added = rank - L.shape[1]
     old = L.double()
-    random = torch.randn(len(L), added, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(old.device)
-    Q = torch.linalg.qr(torch.cat([old, random], 1)).Q[:, L.shape[1] :]
+    Q = _orthonormal_to(old, added)
 
     def columns(state: Tensor) -> Tensor:
         return torch.cat([state, state.new_zeros(len(state), added)], 1)

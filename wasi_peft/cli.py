@@ -268,7 +268,8 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
             raise ValueError(f"{path}: {key} must have a matching wasi_R, got the shapes {L} and {R}.")
         name = key.removeprefix("base_model.model.").removesuffix(".wasi_L")
         trained = shapes.get(key.removesuffix("L") + "A", [0])[0]  # of update="low_rank"
-        layers.append(LayerSummary(name, L[0], R[1], L[1] + trained))
+        core = key.removesuffix("L") + "M" in shapes  # of update="core"
+        layers.append(LayerSummary(name, L[0], R[1], L[1] + trained, core))
     if not layers:
         raise ValueError(f"{path}: must hold WASI factors, got none.")
     return config, WasiSummary(folder.name, tuple(layers))

@@ -14,7 +14,7 @@ from ._registration import PEFT_TYPE, WASI_IMPORT_NOTE
 from .planning import MEMORY_MODES, LayerPlan, WasiPlan, layer_plan
 from .tucker import MODES, CompressionRule
 
-UPDATES = ("low_rank", "subspace", "factor", "frozen_basis")
+UPDATES = ("low_rank", "core", "subspace", "factor", "frozen_basis")
 BASE_WEIGHTS = ("release", "cpu", "keep")
 SAVED_TENSORS = ("exact", "bf16", "int8", "int4", "recompute")
 BIASES = ("none", "all", "wasi_only")
@@ -98,10 +98,12 @@ class WasiConfig(PeftConfig):
             the bases move slowly, and an iteration costs twice as much as the compression itself.
         update (`str`, default 'low_rank'):
             What trains. 'low_rank': the K most important directions, L R, stay as they are, and the `update_rank` next
-            ones, B A, train, as in MiLoRA (arXiv 2406.09044), at LoRA's learning rates. 'subspace': both factors, by
-            tangent-space gradients and, after each optimizer step, a retraction, which together are the paper's
-            subspace iteration to first order. 'factor': both factors, by plain gradients. 'frozen_basis': only L, so
-            that R keeps its initial row space.
+            ones, B A, train, as in MiLoRA (arXiv 2406.09044), at LoRA's learning rates. 'core': a K x K matrix M
+            between frozen factors, `W = L M R`, at the same rates. [`preprocess_wasi`] with batches whitens both sides
+            of M, so that it converges faster; backward keeps K numbers of each token, so inputs need no compression.
+            M counts in `weight_share` and in plans. 'subspace': both factors, by tangent-space gradients and, after
+            each optimizer step, a retraction, which together are the paper's subspace iteration to first order.
+            'factor': both factors, by plain gradients. 'frozen_basis': only L, so that R keeps its initial row space.
         update_rank (`int`, default 16):
             Directions that train with `update="low_rank"`, beside the K that a rank or threshold asks for. They
             count in `weight_share` and in plans.
@@ -178,9 +180,9 @@ class WasiConfig(PeftConfig):
     activation_interval: int = field(
         default=8, metadata={"help": "Optimizer steps between two iterations of the activation bases."}
     )
-    update: Literal["low_rank", "subspace", "factor", "frozen_basis"] = field(
+    update: Literal["low_rank", "core", "subspace", "factor", "frozen_basis"] = field(
         default="low_rank",
-        metadata={"help": "What trains and how: 'low_rank', 'subspace', 'factor' or 'frozen_basis'."},
+        metadata={"help": "What trains and how: 'low_rank', 'core', 'subspace', 'factor' or 'frozen_basis'."},
     )
     update_rank: int = field(default=16, metadata={"help": "Rank of what trains with update='low_rank'."})
     memory_mode: Literal["exact", "fast", "small"] | None = field(
@@ -279,6 +281,16 @@ class WasiConfig(PeftConfig):
     def reserved_rank(self) -> int:
         """Directions that the update adds to the K of every layer."""
         return self.update_rank if self.update == "low_rank" else 0
+
+    @property
+    def has_core(self) -> bool:
+        """Whether a K x K core trains between the factors of every layer."""
+        return self.update == "core"
+
+    @property
+    def keeps_image(self) -> bool:
+        """Whether backward needs of a layer's input no more than its image under R, K numbers a row."""
+        return self.update in ("core", "frozen_basis")
 
     @property
     def resolved_saved_tensors(self) -> str:

@@ -5,6 +5,7 @@ A multiply-add counts as 2 FLOPs, as in torch's flop counter. `rows` is batch ti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 
@@ -13,26 +14,29 @@ def dense_elements(out_features: int, in_features: int) -> int:
     return out_features * in_features
 
 
-def factored_elements(out_features: int, in_features: int, rank: int) -> int:
-    """Elements of both factors, `K * (out + in)`.
+def factored_elements(out_features: int, in_features: int, rank: int, core: bool = False) -> int:
+    """Elements of both factors, `K * (out + in)`, and of the core between them, `K * K`, where there is one.
 
     Example:
-        >>> factored_elements(4, 6, 2)
-        20
+        >>> factored_elements(4, 6, 2), factored_elements(4, 6, 2, core=True)
+        (20, 24)
     """
-    return rank * (out_features + in_features)
+    return rank * (out_features + in_features + (rank if core else 0))
 
 
-def break_even_rank(out_features: int, in_features: int) -> int:
+def break_even_rank(out_features: int, in_features: int, core: bool = False) -> int:
     """Largest rank whose factors are smaller (and cheaper) than the dense weight: `K < out * in / (out + in)`.
 
-    Zero means that no rank saves anything.
+    With a core, `K (out + in + K) < out * in`. Zero means that no rank saves anything.
 
     Example:
         >>> break_even_rank(384, 384), break_even_rank(384, 1536)
         (191, 307)
+        >>> break_even_rank(384, 384, core=True), break_even_rank(384, 1536, core=True)
+        (159, 269)
     """
-    return (out_features * in_features - 1) // (out_features + in_features)
+    most, sides = out_features * in_features - 1, out_features + in_features
+    return (math.isqrt(sides * sides + 4 * most) - sides) // 2 if core else most // sides
 
 
 def rank_step(out_features: int, in_features: int) -> int:
@@ -54,9 +58,9 @@ def dense_forward_flops(rows: int, out_features: int, in_features: int) -> int:
     return 2 * rows * out_features * in_features
 
 
-def factored_forward_flops(rows: int, out_features: int, in_features: int, rank: int) -> int:
-    """FLOPs of `(x R^T) L^T`."""
-    return 2 * rows * factored_elements(out_features, in_features, rank)
+def factored_forward_flops(rows: int, out_features: int, in_features: int, rank: int, core: bool = False) -> int:
+    """FLOPs of `(x R^T) L^T`, or of `((x R^T) M^T) L^T`."""
+    return 2 * rows * factored_elements(out_features, in_features, rank, core)
 
 
 def input_elements(batch: int, tokens: int, in_features: int, ranks: Mapping[str, int] | None) -> int:

@@ -543,7 +543,8 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
 def _weight_elements(layer: nn.Module) -> int:
     if isinstance(layer, WasiLayer):
         assert layer.active_name is not None
-        return factored_elements(layer.out_features, layer.in_features, layer.rank(layer.active_name))
+        name = layer.active_name
+        return factored_elements(layer.out_features, layer.in_features, layer.rank(name), name in layer.wasi_M)
     assert isinstance(layer.weight, Tensor)
     return layer.weight.numel()
 
@@ -555,6 +556,8 @@ def _input_elements(layer: nn.Module, x: Tensor) -> int:
         return x.numel() if layer.weight.requires_grad else 0
     name = layer.active_name
     assert name is not None
+    if name in layer.wasi_M:
+        return x.shape[:-1].numel() * len(layer.wasi_R[name]) if layer.wasi_M[name].requires_grad else 0
     trained = name in layer.wasi_A
     outer, inner = (layer.wasi_B[name], layer.wasi_A[name]) if trained else (layer.wasi_L[name], layer.wasi_R[name])
     image = x.shape[:-1].numel() * outer.shape[1]  # of the input, from which the gradient of `outer` can come

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .autograd import ProductGradientSink, factored_linear
 from .config import WasiConfig
+from .core import ImageMoments, core_form, core_linear, three_linears
 from .linalg import retraction
 from .low_rank import joined, lay_side_by_side, low_rank_linear, split_off
 from .released import FactoredWeight, ReleasedLinear, build_dense
@@ -39,11 +40,13 @@ class InitialFactors:
     **Shape**
         - L: (out, n), orthonormal columns; R: (n, in); bias: (out,) or None; n is K, and with `update="low_rank"` as
           many more as train
+        - moments: what the data look like in these coordinates, for `update="core"`
     """
 
     L: Tensor
     R: Tensor
     bias: Tensor | None
+    moments: ImageMoments | None = None
 
 
 class _SharedInput:
@@ -100,7 +103,7 @@ def dense_bias(layer: nn.Module) -> Tensor | None:
 class WasiLayer(BaseTunerLayer):
     """Mixin with the factors and everything PEFT needs of a layer. Exactly one adapter is active at a time."""
 
-    adapter_layer_names: tuple[str, ...] = ("wasi_L", "wasi_R", "wasi_A", "wasi_B", "wasi_bias")
+    adapter_layer_names: tuple[str, ...] = ("wasi_L", "wasi_R", "wasi_A", "wasi_B", "wasi_M", "wasi_bias")
     other_param_names: tuple[str, ...] = (
         "wasi_update",
         "wasi_rule",
@@ -117,6 +120,7 @@ class WasiLayer(BaseTunerLayer):
         self.wasi_R = nn.ParameterDict()
         self.wasi_A = nn.ParameterDict()  # B A trains with update="low_rank"
         self.wasi_B = nn.ParameterDict()
+        self.wasi_M = nn.ParameterDict()  # the core of update="core"
         self.wasi_bias = nn.ParameterDict()
         self.wasi_update: dict[str, str] = {}
         self.wasi_rule: dict[str, CompressionRule | None] = {}
@@ -152,10 +156,13 @@ class WasiLayer(BaseTunerLayer):
             nan = torch.full((), torch.nan, device=self._dense_device, dtype=self._dense_dtype)
             L, B = (nan.repeat(self.out_features, size) for size in (rank, trained))
             R, A = (nan.repeat(size, self.in_features) for size in (rank, trained))
+            M = nan.repeat(rank, rank)
             bias = None if self.bias is None else torch.full_like(L[:, 0], torch.nan)
             self._awaiting.add(adapter_name)
         else:
             L, R, B, A = split_off(initial.L, initial.R, rank, trained)
+            if config.has_core:
+                L, M, R = core_form(L, R, initial.moments)
             bias = initial.bias
         self.wasi_L[adapter_name] = self._new_parameter(L)
         self.wasi_R[adapter_name] = self._new_parameter(R)
@@ -165,7 +172,10 @@ class WasiLayer(BaseTunerLayer):
             self.wasi_A[adapter_name] = self._new_parameter(A)
             self.wasi_B[adapter_name] = self._new_parameter(B)
             self._lay_out(adapter_name)
-        frozen = {"frozen_basis": ("wasi_R",), "low_rank": ("wasi_L", "wasi_R")}.get(config.update, ())
+        if config.has_core:
+            self.wasi_M[adapter_name] = self._new_parameter(M)
+        both = ("wasi_L", "wasi_R")
+        frozen = {"frozen_basis": ("wasi_R",), "low_rank": both, "core": both}.get(config.update, ())
         self.frozen_peft_weight_names[adapter_name] = frozen + (("wasi_bias",) if config.bias == "none" else ())
         self.wasi_update[adapter_name] = config.update
         self.wasi_rule[adapter_name] = config.compression_rule(name)
@@ -233,7 +243,9 @@ class WasiLayer(BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """All directions of an adapter's weight, (out, rank) and (rank, in)."""
-        return joined(*self._parts(adapter_name))
+        L, R, B, A = self._parts(adapter_name)
+        M = self._find("wasi_M", adapter_name)
+        return joined(L if M is None else L @ M, R, B, A)
 
     def _parts(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         L, R = self._find("wasi_L", name), self._find("wasi_R", name)
@@ -451,12 +463,16 @@ class Linear(nn.Module, WasiLayer):
 
         L, R, B, A = self._parts(name)
         bias = self._find("wasi_bias", name)
-        outer, inner = (L, R) if B is None or A is None else (B, A)  # those that train
+        M = self._find("wasi_M", name)
+        # those that train
+        outer, inner = (M, R) if M is not None else (L, R) if B is None or A is None else (B, A)
         trains = torch.is_grad_enabled() and (outer.requires_grad or inner.requires_grad)
         compute_dtype = L.dtype
         if torch.is_autocast_enabled(x.device.type):
             compute_dtype = torch.get_autocast_dtype(x.device.type)
         if not trains:
+            if M is not None:
+                return three_linears(x.to(compute_dtype), L, M, R, bias)
             return _two_linears(x.to(compute_dtype), *joined(L, R, B, A, compute_dtype), bias)
 
         compressed = None
@@ -467,6 +483,8 @@ class Linear(nn.Module, WasiLayer):
         if inner.requires_grad and self.wasi_rule[name] is not None:
             compressed = self._compress(x, rows, name)
         with torch.autocast(device_type=x.device.type, enabled=False):
+            if M is not None:
+                return core_linear(rows, L, M, R, bias)
             if B is not None and A is not None:
                 return low_rank_linear(rows, L, R, B, A, bias, compressed)
             tangent = self.wasi_update[name] == "subspace"

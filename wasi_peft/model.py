@@ -48,6 +48,7 @@ class PreparedFactors:
         asked: The rank or threshold that the configuration asked for.
         share: The weight share under which the rank was allocated, if it was.
         update_rank: Directions on top that train, 0 where both factors do.
+        core: Whether a core trains between the factors.
     """
 
     initial: InitialFactors
@@ -55,6 +56,7 @@ class PreparedFactors:
     asked: int | float
     share: float | None = None
     update_rank: int = 0
+    core: bool = False
 
 
 def rank_for(asked: int | float, energies: torch.Tensor) -> int:
@@ -92,6 +94,8 @@ def _check_prepared(targets: dict[str, nn.Module], config: WasiConfig) -> dict[s
             what, found, wanted = "rank or threshold", factors.asked, asked_rank(name, config)
         if found == wanted:
             what, found, wanted = "rank of the update", factors.update_rank, config.reserved_rank
+        if found == wanted:
+            what, found, wanted = "a core", factors.core, config.has_core
         if found != wanted:
             raise ValueError(
                 f"{name}: preprocess_wasi prepared it for {what} {found}, the configuration now asks for {wanted}. "
@@ -101,7 +105,7 @@ def _check_prepared(targets: dict[str, nn.Module], config: WasiConfig) -> dict[s
 
 
 def _shared_ranks(
-    targets: dict[str, nn.Module], prepared: dict[str, PreparedFactors], share: float, reserved_rank: int
+    targets: dict[str, nn.Module], prepared: dict[str, PreparedFactors], config: WasiConfig
 ) -> dict[str, int]:
     """Ranks of all targets under `weight_share`: those they were prepared at, else allocated from their weights.
 
@@ -125,8 +129,10 @@ def _shared_ranks(
         shares = energies / energies.sum().clamp_min(torch.finfo(torch.float64).tiny)
         out_features, in_features = weight.shape
         energies = tuple(shares.tolist())
-        spectra.append(LayerSpectrum(name, out_features, in_features, name, energies, reserved_rank=reserved_rank))
-    return allocate_ranks(spectra, share)
+        sizes = out_features, in_features
+        spectra.append(LayerSpectrum(name, *sizes, name, energies, {}, config.reserved_rank, config.has_core))
+    assert config.weight_share is not None
+    return allocate_ranks(spectra, config.weight_share)
 
 
 class WasiModel(BaseTuner):
@@ -187,8 +193,7 @@ class WasiModel(BaseTuner):
         targets = dict(selected_modules(model, peft_config))
         prepared = _check_prepared(targets, peft_config)
         if peft_config.weight_share is not None:
-            share, reserved_rank = peft_config.weight_share, peft_config.reserved_rank
-            peft_config.ranks = _shared_ranks(targets, prepared, share, reserved_rank)
+            peft_config.ranks = _shared_ranks(targets, prepared, peft_config)
             return
         peft_config.ranks = {}
 

@@ -88,7 +88,7 @@ def _split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
     for module in model.modules():
         if isinstance(module, WasiLayer):
             kinds.update({id(parameter): "L" for parameter in module.wasi_L.values()})
-            for part in (module.wasi_R, module.wasi_A, module.wasi_B):
+            for part in (module.wasi_R, module.wasi_A, module.wasi_B, module.wasi_M):
                 kinds.update({id(parameter): "R" for parameter in part.values()})
         elif isinstance(module, AuxiliaryTrainingWrapper):
             kinds.update({id(parameter): "head" for parameter in module.parameters()})

@@ -139,8 +139,8 @@ def plan_wasi(
     shapes = dict.fromkeys(targets, (1, calibration.rows))
     if batch is not None:
         shapes = input_shapes(model, targets, batch)
-    exact = config.update == "frozen_basis" or config.compression_rule("") is None
-    spectra = _comparable(calibration.spectra(targets, config.reserved_rank), shapes, exact)
+    exact = config.keeps_image or config.compression_rule("") is None
+    spectra = _comparable(calibration.spectra(targets, config.reserved_rank, config.has_core), shapes, exact)
     problem = _Problem(spectra, shapes, {name: value})
 
     try:
@@ -154,7 +154,8 @@ def plan_wasi(
         work: _Work = _Flops(problem, subspace, config.activation_interval)
         if name.endswith("_seconds"):
             weight = dense_weight(next(iter(targets.values())))
-            work = _Seconds(problem, timer or LayerTimer(weight.dtype, weight.device, subspace, config.reserved_rank))
+            timer = timer or LayerTimer(weight.dtype, weight.device, subspace, config.reserved_rank, config.has_core)
+            work = _Seconds(problem, timer)
         return _plan_work(problem, work, value, training=name in ("training_flops", "step_seconds"))
     except InfeasibleError as infeasible:
         least = _rounded_up(infeasible.least)
@@ -335,7 +336,7 @@ class _Problem:
 
 
 def _rank_elements(spectrum: LayerSpectrum, rank: int) -> int:
-    return factored_elements(spectrum.out_features, spectrum.in_features, rank)
+    return factored_elements(spectrum.out_features, spectrum.in_features, rank, spectrum.core)
 
 
 def _fit(
@@ -451,14 +452,23 @@ def _plan_peak_in_mode(
     optimizer: str | OptimizerFactory | None,
     bytes_per_element: int,
 ) -> WasiPlan:
-    """An element of a factor costs itself and its optimizer state, one of an input itself.
+    """An element of a factor that trains costs itself and its optimizer state, one of an input or an image itself.
 
     Gradients hardly exist where the peak usually is, at the start of backward; where they do, the estimate tells.
     What else there is in a step is guessed from the dense model's.
     """
-    kept = {field: getattr(config, field) for field in _KEPT_FIELDS}
+    fields = {field: getattr(config, field) for field in _KEPT_FIELDS}
     states = OPTIMIZER_STATES.get(optimizer, 2) if isinstance(optimizer, str) else 2
-    trained = 0 if config.reserved_rank else states  # otherwise what trains is as large at every rank
+
+    def lasting(spectrum: LayerSpectrum, rank: int) -> int:
+        # what trains beside the factors is as large at every rank
+        trained = 0 if spectrum.reserved_rank else rank * rank if spectrum.core else _rank_elements(spectrum, rank)
+        image = problem.rows(spectrum) * rank if config.keeps_image else 0
+        return _rank_elements(spectrum, rank) + states * trained + image
+
+    def kept(group: InputGroup, ranks: dict[str, int] | None) -> float:
+        return 0.0 if config.keeps_image else problem.kept_elements(group, ranks)
+
     peaks = PlannedPeaks(model, batch=batch, optimizer=optimizer)
     planned = [model.get_submodule(spectrum.name) for spectrum in problem.spectra]
     dense = fixed = None
@@ -471,9 +481,9 @@ def _plan_peak_in_mode(
     try:
         plan, needed = _fit(
             problem,
-            lambda spectrum, rank: bytes_per_element * (1 + trained) * _rank_elements(spectrum, rank),
-            lambda group, ranks: bytes_per_element * problem.kept_elements(group, ranks),
-            lambda plan: peaks(WasiConfig(plan=plan, **kept)),
+            lambda spectrum, rank: bytes_per_element * lasting(spectrum, rank),
+            lambda group, ranks: bytes_per_element * kept(group, ranks),
+            lambda plan: peaks(WasiConfig(plan=plan, **fields)),
             (1 - PEAK_MARGIN) * budget,
             fixed,
         )
@@ -569,7 +579,7 @@ class _Flops:
         rows, sizes = self.problem.rows(spectrum), (spectrum.out_features, spectrum.in_features)
         if rank is None:
             return dense_forward_flops(rows, *sizes)
-        return factored_forward_flops(rows, *sizes, rank + spectrum.reserved_rank)
+        return factored_forward_flops(rows, *sizes, rank + spectrum.reserved_rank, spectrum.core)
 
     def weight(self, spectrum: LayerSpectrum, rank: int | None, exact: bool) -> float:
         if rank is None:
@@ -578,7 +588,9 @@ class _Flops:
         if self.subspace:
             flops += 2 * rank**2 * (4 * spectrum.out_features + 3 * spectrum.in_features)
         rows = self.problem.rows(spectrum)
-        if spectrum.reserved_rank:
+        if spectrum.core:
+            flops += 2 * rows * rank**2
+        elif spectrum.reserved_rank:
             inner = spectrum.in_features if exact else 0
             flops += 2 * rows * spectrum.reserved_rank * (spectrum.out_features + inner)
         elif exact:

@@ -40,6 +40,7 @@ class LayerSpectrum:
             and "token" where every batch had the same number of tokens. Empty where gradients were not collected.
         reserved_rank: Directions that train beside the K of the weight, and start from those after them; they count in
             every budget.
+        core: Whether a K x K core trains between the factors; it counts too.
 
     **Shape**
         - weight_energies: (min(out, in),); gradient_energies: (in,) for "feature", (N,) for "token"
@@ -59,6 +60,7 @@ class LayerSpectrum:
     weight_energies: tuple[float, ...]
     gradient_energies: dict[str, tuple[float, ...]] = field(default_factory=dict)
     reserved_rank: int = 0
+    core: bool = False
 
     def __post_init__(self) -> None:
         _check_layer(self.name, self.out_features, self.in_features)
@@ -85,7 +87,11 @@ class LayerSpectrum:
     @property
     def largest_rank(self) -> int:
         """Largest rank worth considering: the last that saves anything, 1 where none does."""
-        return max(1, break_even_rank(self.out_features, self.in_features) - self.reserved_rank)
+        return max(1, break_even_rank(self.out_features, self.in_features, self.core) - self.reserved_rank)
+
+    def elements(self, rank: int) -> int:
+        """Elements of the factors at rank K, of what trains beside or between them too."""
+        return factored_elements(self.out_features, self.in_features, rank + self.reserved_rank, self.core)
 
     @property
     def aligned_ranks(self) -> range:
@@ -394,6 +400,7 @@ def build_plan(
 def allocate_ranks(spectra: Sequence[LayerSpectrum], share: float) -> dict[str, int]:
     """Weight ranks of all layers under one budget, `sum (K + reserved_rank) (out + in) <= share * sum out * in`.
 
+    (With a core, K more in the second bracket.)
     Every layer gets rank 1; then the direction with the most energy per parameter, `e_k / (out + in)`, is taken as
     long as it fits, never past break-even. Because energies descend, dropped energy is convex in the rank, and the
     result is optimal but for the first direction that did not fit: no other allocation keeps more than its energy on
@@ -442,10 +449,7 @@ def allocate_ranks(spectra: Sequence[LayerSpectrum], share: float) -> dict[str, 
 
 def _elements(spectra: Sequence[LayerSpectrum], ranks: Sequence[int]) -> int:
     """Elements of all factors, those of the update included."""
-    return sum(
-        factored_elements(spectrum.out_features, spectrum.in_features, rank + spectrum.reserved_rank)
-        for spectrum, rank in zip(spectra, ranks, strict=True)
-    )
+    return sum(spectrum.elements(rank) for spectrum, rank in zip(spectra, ranks, strict=True))
 
 
 def _spend(
@@ -460,23 +464,23 @@ def _spend(
             them stays.
         budget: Elements of all factors.
     """
-    prices = [factored_elements(spectrum.out_features, spectrum.in_features, 1) for spectrum in spectra]
-    steps = [np.zeros((3, 0))]  # gain, layer and width of each
+    steps = [np.zeros((4, 0))]  # gain, layer, width and price of each
     for index, spectrum in enumerate(spectra):
         path = np.array([choice for choice in choices[index] if choice >= ranks[index]], np.int64)
         if len(path) < 2:
             continue
         energies = np.asarray(spectrum.rank_energies[path[0] : path[-1]], np.float64)
         width = np.diff(path)
-        gain = np.add.reduceat(energies, path[:-1] - path[0]) / (width * prices[index])
+        price = np.diff([spectrum.elements(int(rank)) for rank in path])
+        gain = np.add.reduceat(energies, path[:-1] - path[0]) / price
         gain = np.minimum.accumulate(gain)  # means of what descends: only rounding can order them otherwise
-        steps.append(np.stack([gain, np.full(len(gain), index), width])[:, gain > 0])
+        steps.append(np.stack([gain, np.full(len(gain), index), width, price])[:, gain > 0])
     every = np.concatenate(steps, axis=1)
-    layers, widths = every[1:, np.argsort(-every[0], kind="stable")].astype(np.int64).tolist()
+    layers, widths, prices = every[1:, np.argsort(-every[0], kind="stable")].astype(np.int64).tolist()
     ranks, left = list(ranks), budget - _elements(spectra, ranks)
-    for index, width in zip(layers, widths, strict=True):
+    for index, width, price in zip(layers, widths, prices, strict=True):
         # a layer whose next step did not fit gets no later one either: none costs less
-        if width * prices[index] <= left:
-            left -= width * prices[index]
+        if price <= left:
+            left -= price
             ranks[index] += width
     return ranks

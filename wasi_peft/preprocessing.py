@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Literal
 
 from torch import nn
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 from .blockwise import BLOCK_STEPS, repair_blocks
 from .calibration import Calibration, CalibrationData, calibrate_wasi, dense_targets
 from .config import WasiConfig
+from .image_moments import MOMENT_BATCHES, image_moments
 from .layer import InitialFactors, dense_weight
 from .memory import has_vocabulary
 from .model import INITIAL_FACTORS, PreparedFactors, initial_rank, rank_for
@@ -34,6 +36,8 @@ def preprocess_wasi(
     progress_bar: bool = True,
 ) -> None:
     """Prepare data-aware initial factors; the next `get_peft_model(model, config)` uses them.
+
+    With `update="core"` and batches, one more pass measures in which coordinates each core trains best.
 
     Args:
         model: The dense model. Its weights are not changed; the prepared factors are attached to the target modules
@@ -79,7 +83,7 @@ def preprocess_wasi(
         )
     calibration.require(targets)
     if resolved.weight_share is not None:
-        spectra = calibration.spectra(targets, resolved.reserved_rank)
+        spectra = calibration.spectra(targets, resolved.reserved_rank, resolved.has_core)
         resolved.ranks = allocate_ranks(spectra, resolved.weight_share)
     asked = {name: asked_rank(name, resolved) for name in targets}
     ranks = {name: rank_for(asked[name], calibration.energies(name)) for name in targets}
@@ -90,7 +94,11 @@ def preprocess_wasi(
     if repair_steps and batches is not None:
         repaired = repair_blocks if blockwise else repair_factors
         factors = repaired(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
+    if resolved.has_core and batches is not None:
+        count = MOMENT_BATCHES if max_batches is None else min(max_batches, MOMENT_BATCHES)
+        moments = image_moments(model, factors, batches, max_batches=count, progress_bar=progress_bar)
+        factors = {name: replace(initial, moments=moments[name]) for name, initial in factors.items()}
     for name, initial in factors.items():
         targets[name].__dict__[INITIAL_FACTORS] = PreparedFactors(
-            initial, ranks[name], asked[name], resolved.weight_share, resolved.reserved_rank
+            initial, ranks[name], asked[name], resolved.weight_share, resolved.reserved_rank, resolved.has_core
         )

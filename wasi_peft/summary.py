@@ -12,12 +12,13 @@ from .layer import wasi_layers
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer: full module name, sizes, rank K, elements dense and factored."""
+    """One layer: full module name, sizes, rank K, whether it has a core, elements dense and factored."""
 
     name: str
     out_features: int
     in_features: int
     rank: int
+    core: bool = False
 
     @property
     def dense_elements(self) -> int:
@@ -26,13 +27,13 @@ class LayerSummary:
 
     @property
     def factored_elements(self) -> int:
-        """Elements of both factors."""
-        return factored_elements(self.out_features, self.in_features, self.rank)
+        """Elements of both factors, and of the core between them."""
+        return factored_elements(self.out_features, self.in_features, self.rank, self.core)
 
     @property
     def past_break_even(self) -> bool:
         """Whether the factors cost more memory and compute than the dense weight."""
-        return self.rank > break_even_rank(self.out_features, self.in_features)
+        return self.rank > break_even_rank(self.out_features, self.in_features, self.core)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def wasi_summary(model: nn.Module, adapter_name: str = "default") -> WasiSummary
             layer.out_features,
             layer.in_features,
             layer.rank(adapter_name),
+            adapter_name in layer.wasi_M,
         )
         for name, layer in wasi_layers(model)
         if adapter_name in layer.wasi_L

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autograd import factored_linear
+from .core import core_linear, three_linears
 from .linalg import orthonormalize
 from .low_rank import joined, lay_side_by_side, low_rank_linear
 from .tucker import Tucker
@@ -43,24 +44,35 @@ class LayerTimer:
         device: Where to run.
         tangent: Whether L takes tangent gradients (`update="subspace"`).
         change_rank: Rank of what trains beside frozen factors (`update="low_rank"`); 0 where the factors train.
+        core: Whether a core trains between frozen factors (`update="core"`).
     """
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, device: Any = "cpu", tangent: bool = False, change_rank: int = 0
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: Any = "cpu",
+        tangent: bool = False,
+        change_rank: int = 0,
+        core: bool = False,
     ) -> None:
         self._options: dict[str, Any] = {"dtype": dtype, "device": device}
         self._tangent = tangent
         self._change_rank = change_rank
+        self._core = core
 
     def dense(self, rows: int, out_features: int, in_features: int, training: bool) -> float:
         """Forward pass of a dense layer, with backward if `training`."""
         weight = self._random(out_features, in_features)
-        return self._layer(lambda x, *weights: F.linear(x, *weights), rows, (weight,), training)
+        return self._layer(
+            lambda x, *weights: F.linear(x, *weights), (rows, out_features, in_features), (weight,), training
+        )
 
     def factored(
         self, rows: int, out_features: int, in_features: int, rank: int, feature_rank: int | None, training: bool
     ) -> float:
         """The same for a factored layer whose input is compressed already, or exact for None."""
+        if self._core:
+            return self._with_core(rows, out_features, in_features, rank, training)
         factors = self._factors(out_features, in_features, rank)
         compressed = None
         if feature_rank is not None:
@@ -75,7 +87,15 @@ class LayerTimer:
             return factored_linear(x, outer, inner, None, compressed, self._tangent)
 
         trained = [factor for factor in factors if factor is not None][-2:]
-        return self._layer(layer, rows, trained, training)
+        return self._layer(layer, (rows, out_features, in_features), trained, training)
+
+    def _with_core(self, rows: int, out_features: int, in_features: int, rank: int, training: bool) -> float:
+        L, R = self._random(out_features, rank), self._random(rank, in_features)
+
+        def layer(x: Tensor, M: Tensor) -> Tensor:
+            return core_linear(x, L, M, R) if training else three_linears(x, L, M, R, None)
+
+        return self._layer(layer, (rows, out_features, in_features), (self._random(rank, rank),), training)
 
     def compression(self, rows: int, in_features: int, rank: int) -> float:
         """Compression of an input onto a basis that is there."""
@@ -96,13 +116,16 @@ class LayerTimer:
         lay_side_by_side(L, R, B, A)
         return L, R, B, A
 
-    def _layer(self, layer: Callable[..., Tensor], rows: int, weights: Sequence[Tensor], training: bool) -> float:
-        inputs = [self._random(1, rows, weights[-1].shape[1]), *weights]
+    def _layer(
+        self, layer: Callable[..., Tensor], sizes: tuple[int, int, int], weights: Sequence[Tensor], training: bool
+    ) -> float:
+        rows, out_features, in_features = sizes
+        inputs = [self._random(1, rows, in_features), *weights]
         if not training:
             with torch.no_grad():
                 return self._seconds(lambda: layer(*inputs))
         inputs = [tensor.requires_grad_() for tensor in inputs]
-        gradient = self._random(1, rows, weights[0].shape[0])
+        gradient = self._random(1, rows, out_features)
         return self._seconds(lambda: torch.autograd.grad(layer(*inputs), inputs, gradient))
 
     def _seconds(self, task: Callable[[], Any]) -> float:

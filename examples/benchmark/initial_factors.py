@@ -42,6 +42,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 import wasi_peft
+from wasi_peft.costs import factored_elements
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import texts
@@ -175,12 +176,19 @@ TASKS = {"dinov2": dinov2, "minilm": minilm, "smollm2": smollm2}
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def uniform_ranks(model: nn.Module, share: float, reserved_rank: int = 0) -> dict[str, int]:
-    """Ranks that keep the same share of every target layer, together with what is reserved for a later change."""
+def uniform_ranks(model: nn.Module, share: float, reserved_rank: int = 0, core: bool = False) -> dict[str, int]:
+    """Ranks that keep the same share of every target layer, with what trains beside or between the factors."""
     layers = wasi_peft.calibration.dense_targets(model, None)
     sizes = {name: wasi_peft.calibration.dense_weight(module).shape for name, module in layers.items()}
-    ranks = {name: int(share * out * size / (out + size)) - reserved_rank for name, (out, size) in sizes.items()}
-    return {name: max(1, rank) for name, rank in ranks.items()}
+
+    def fits(rank: int, out: int, size: int) -> bool:
+        return factored_elements(out, size, rank, core) <= share * out * size
+
+    largest = {
+        name: max(rank for rank in range(min(size) + 1) if fits(rank, *size)) - reserved_rank
+        for name, size in sizes.items()
+    }
+    return {name: max(1, rank) for name, rank in largest.items()}
 
 
 def steps_of(method: str, repair_steps: int, block_steps: int = wasi_peft.blockwise.BLOCK_STEPS) -> int:

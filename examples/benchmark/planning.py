@@ -68,8 +68,8 @@ class MadeUpCalibration:
     def require(self, targets: Iterable[str]) -> None:
         assert set(targets) <= set(self._spectra)
 
-    def spectra(self, names: Iterable[str], reserved_rank: int = 0) -> list[LayerSpectrum]:
-        return [replace(self._spectra[name], reserved_rank=reserved_rank) for name in names]
+    def spectra(self, names: Iterable[str], reserved_rank: int = 0, core: bool = False) -> list[LayerSpectrum]:
+        return [replace(self._spectra[name], reserved_rank=reserved_rank, core=core) for name in names]
 
 
 class Estimates:

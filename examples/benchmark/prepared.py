@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import wasi_peft
+from wasi_peft.core import ImageMoments
 from wasi_peft.layer import InitialFactors
 from wasi_peft.model import INITIAL_FACTORS, PreparedFactors
 
@@ -34,11 +35,12 @@ from benchmark.common import environment
 from benchmark.initial_factors import METHODS as VARIANTS
 from benchmark.initial_factors import REPAIRS, uniform_ranks
 
-# fields of WasiConfig that the preparation does not see; of the update it sees only the rank to set aside
+# fields of WasiConfig that the preparation does not see; of the update it sees only the rank to set aside, or the core
 UNSEEN = (
     "activation_interval", "activation_modes", "activation_ranks", "activation_threshold", "memory_mode",
     "saved_tensors", "update", "update_rank",
 )  # fmt: skip
+MADE_FOR = ("rank", "asked", "share", "update_rank", "core")
 
 
 def build_config(variant: str, model: nn.Module, share: float | None, options: Mapping[str, Any]) -> Any:
@@ -51,8 +53,9 @@ def build_config(variant: str, model: nn.Module, share: float | None, options: M
         raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
     if share is None or variant not in ("plain", "one-sided"):
         return wasi_peft.WasiConfig(modules_to_save=[HEAD], weight_share=share, **options)
-    reserved = wasi_peft.WasiConfig(**options).reserved_rank
-    return wasi_peft.WasiConfig(modules_to_save=[HEAD], rank_pattern=uniform_ranks(model, share, reserved), **options)
+    asked = wasi_peft.WasiConfig(**options)
+    ranks = uniform_ranks(model, share, asked.reserved_rank, asked.has_core)
+    return wasi_peft.WasiConfig(modules_to_save=[HEAD], rank_pattern=ranks, **options)
 
 
 def attach_factors(
@@ -118,6 +121,7 @@ def prepared_once(model: nn.Module, config: Any, key: Mapping[str, Any], prepare
         "weight_share": config.weight_share,
         "rank_pattern": config.rank_pattern,
         "reserved_rank": config.reserved_rank,
+        "core": config.has_core,
         "versions": environment()["versions"],
         "code": code_digest(),
         "threads": torch.get_num_threads(),  # they decide in which order sums are taken
@@ -140,7 +144,11 @@ def save_factors(path: Path, model: nn.Module, key: str) -> None:
         if prepared is not None:
             parts = {part: getattr(prepared.initial, part) for part in ("L", "R", "bias")}
             tensors |= {f"{name}.{part}": value.contiguous() for part, value in parts.items() if value is not None}
-            layers[name] = {field: getattr(prepared, field) for field in ("rank", "asked", "share", "update_rank")}
+            layers[name] = {field: getattr(prepared, field) for field in MADE_FOR}
+            moments = prepared.initial.moments
+            if moments is not None:
+                tensors |= {f"{name}.image": moments.image, f"{name}.gradient": moments.gradient}
+                layers[name]["mean_square"] = moments.mean_square
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         save_file(tensors, Path(scratch) / path.name, metadata={"key": key, "layers": json.dumps(layers)})
         os.replace(Path(scratch) / path.name, path)
@@ -152,7 +160,10 @@ def load_factors(path: Path, model: nn.Module) -> str:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         layers = json.loads(file.metadata()["layers"])
     for name, made_for in layers.items():
-        initial = InitialFactors(tensors[f"{name}.L"], tensors[f"{name}.R"], tensors.get(f"{name}.bias"))
+        moments, mean_square = None, made_for.pop("mean_square", None)
+        if mean_square is not None:
+            moments = ImageMoments(tensors[f"{name}.image"], tensors[f"{name}.gradient"], mean_square)
+        initial = InitialFactors(tensors[f"{name}.L"], tensors[f"{name}.R"], tensors.get(f"{name}.bias"), moments)
         vars(model.get_submodule(name))[INITIAL_FACTORS] = PreparedFactors(initial, **made_for)
     return digest(tensors)
 
