@@ -134,7 +134,7 @@ def test_an_optimizer_with_part_of_the_factors_retracts_that_part(retracted: lis
     assert retracted == [id(factors_of(layers[4])[0])]
 
 
-@pytest.mark.parametrize("update", ["factor", "frozen_basis", "core"])
+@pytest.mark.parametrize("update", ["factor", "frozen_basis"])
 def test_other_updates_are_not_retracted(update: str, retracted: list[int]) -> None:
     model = adapted(update=update)
     loss_of(model, batch(4)).backward()
@@ -527,7 +527,7 @@ def test_subspace_sgd_rejects_bad_arguments(arguments: dict[str, float], message
         SubspaceSGD(adapted(), **arguments)
 
 
-@pytest.mark.parametrize("update", ["factor", "frozen_basis", "core"])
+@pytest.mark.parametrize("update", ["factor", "frozen_basis"])
 def test_subspace_sgd_needs_the_subspace_update(update: str) -> None:
     with pytest.raises(ValueError, match=f"SubspaceSGD needs update='subspace', got '{update}'"):
         SubspaceSGD(adapted(update=update))

@@ -9,6 +9,7 @@ are exact.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def core_form(L: Tensor, R: Tensor, moments: ImageMoments | None = None) -> tupl
     left = left @ gradient_inverse @ turned_left
     right = turned_right @ image_inverse @ right
     c = _positive((left.square().sum() / left.shape[1]).sqrt())
-    d = _positive(torch.as_tensor(moments.mean_square, dtype=torch.float64)).sqrt()
+    d = math.sqrt(moments.mean_square) or 1.0
     return (left / c).to(L.dtype), torch.diag(core * c / d).to(L.dtype), (right * d).to(R.dtype)
 
 
