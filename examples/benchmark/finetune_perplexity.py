@@ -7,7 +7,8 @@ Each run is one entry of docs/benchmarks/finetune_perplexity.json; finished runs
 
     python examples/benchmark/finetune_perplexity.py --method wasi --memory-mode exact fast
     python examples/benchmark/finetune_perplexity.py --method wasi --memory-mode exact small --activation-ranks 0
-    python examples/benchmark/finetune_perplexity.py --method wasi --memory-mode exact --update core --activation-ranks 0
+    python examples/benchmark/finetune_perplexity.py --method wasi --memory-mode exact --update core \\
+        --activation-ranks 0
     python examples/benchmark/finetune_perplexity.py --method full lora
     python examples/benchmark/finetune_perplexity.py --summarise
 
