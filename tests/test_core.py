@@ -16,7 +16,7 @@ from reference import tiny_net
 from strategies import normal, relative_error
 from torch import Tensor, nn
 
-from wasi_peft import WasiConfig, calibrate_wasi, plan_wasi, preprocess_wasi, wasi_summary
+from wasi_peft import WasiConfig, calibrate_wasi, fold_cores, plan_wasi, preprocess_wasi, wasi_summary
 from wasi_peft.calibration import features_of
 from wasi_peft.core import ImageMoments, core_form, core_linear
 from wasi_peft.image_moments import image_moments
@@ -238,6 +238,38 @@ def test_factors_prepared_without_a_core_are_refused() -> None:
     preprocess_wasi(net, WasiConfig(update="factor", weight_rank=3), data(), repair_steps=0, progress_bar=False)
     with pytest.raises(ValueError, match="prepared it for a core False, the configuration now asks for True"):
         get_peft_model(net, WasiConfig(update="core", weight_rank=3))
+
+
+# -------------------------------------------------------------------- folded
+
+
+def test_folded_cores_leave_two_factors(tmp_path: Path) -> None:
+    batch = VIT.batch()
+    model = adapted(VIT.model(), [batch], weight_rank=5)
+    with torch.no_grad():
+        for _, layer in wasi_layers(model):
+            layer.wasi_M["default"] += 0.1 * torch.randn_like(layer.wasi_M["default"])
+        before, share = model.eval()(**batch).logits, wasi_summary(model).kept_share
+        fold_cores(model)
+        after = model(**batch).logits
+    assert 0 < relative_error(after, before) < 1e-6 and wasi_summary(model).kept_share < share
+    assert not any(".wasi_M." in name for name in model.state_dict())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(VIT.model(), str(tmp_path)).eval()
+    assert loaded.peft_config["default"].update == "factor"
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, after)
+    with pytest.raises(ValueError, match="WASI layers with an active adapter with cores, got none"):
+        fold_cores(model)
+
+
+def test_merged_cores_are_not_folded() -> None:
+    model = adapted(tiny_net(seed=0))
+    layers = dict(wasi_layers(model))
+    list(layers.values())[-1].merge()
+    with pytest.raises(ValueError, match="the adapter is merged; call unmerge_adapter"):
+        fold_cores(model)
+    assert all("default" in layer.wasi_M for layer in layers.values())
 
 
 # -------------------------------------------------------------------- budgets

@@ -14,7 +14,7 @@ from .chunked_loss import chunked_cross_entropy, remove_chunked_loss, use_chunke
 from .chunked_mlp import chunk_mlps, unchunk_mlps
 from .config import WasiConfig
 from .estimate import Estimate, estimate_wasi
-from .inference import merge_slow_layers
+from .inference import fold_cores, merge_slow_layers
 from .layer import Linear, WasiLayer, after_optimizer_step
 from .model import WasiModel
 from .optimizer import SubspaceSGD, create_wasi_optimizer
@@ -58,6 +58,7 @@ __all__ = [
     "costs_table",
     "create_wasi_optimizer",
     "estimate_wasi",
+    "fold_cores",
     "low_bit_attention",
     "measure_peak_memory",
     "merge_slow_layers",

@@ -247,6 +247,14 @@ class WasiLayer(BaseTunerLayer):
         M = self._find("wasi_M", adapter_name)
         return joined(L if M is None else L @ M, R, B, A)
 
+    def fold_core(self, adapter_name: str) -> None:
+        """Multiply the core of an adapter into L; its update is "factor" from then on."""
+        self._require_loaded(adapter_name)
+        M = self.wasi_M.pop(adapter_name)
+        L = self.wasi_L[adapter_name]
+        L.data = (L.double() @ M.double()).to(L.dtype)
+        self.wasi_update[adapter_name] = "factor"
+
     def _parts(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         L, R = self._find("wasi_L", name), self._find("wasi_R", name)
         assert L is not None and R is not None
