@@ -39,7 +39,7 @@ def fold_cores(model: Any) -> None:
         >>> f"{model.wasi_summary().kept_share:.0%}"
         '50%'
     """
-    layers = {name: layer for name, layer in wasi_layers(model) if layer.active_name in layer.wasi_M}
+    layers = {name: layer for name, layer in wasi_layers(model) if (layer.active_name or "") in layer.wasi_M}
     if not layers:
         raise ValueError("the model must have WASI layers with an active adapter with cores, got none.")
     merged = next((name for name, layer in layers.items() if layer.merged), None)
