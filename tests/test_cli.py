@@ -116,6 +116,15 @@ def test_inspect_adapter(run: Any) -> None:
     }
 
 
+def test_inspect_adapter_with_cores(run: Any, tmp_path: Path) -> None:
+    model = wasi_model(ARCHITECTURES["vit"].model(), weight_rank=3, update="core")
+    model.save_pretrained(tmp_path)
+    text = run("inspect", str(tmp_path))
+    assert "update core" in text and "input kept for backward: exact" in text
+    data = json.loads(run("inspect", str(tmp_path), "--json"))
+    assert data["kept_share"] == model.wasi_summary().kept_share
+
+
 def test_inspect_adapter_made_from_a_plan(run: Any, assets: Path, tmp_path: Path) -> None:
     plan = WasiPlan.load(assets / "plan.json")
     get_peft_model(ARCHITECTURES["vit"].model(), WasiConfig(plan=plan, update="factor")).save_pretrained(tmp_path)

@@ -312,8 +312,8 @@ class WasiConfig(PeftConfig):
         return {"feature": self.activation_ranks}
 
     def compression_rule(self, name: str) -> CompressionRule | None:
-        """The rule for compressing a layer's input, or None where the exact input is kept."""
-        if self.resolved_saved_tensors == "recompute":
+        """The rule for compressing a layer's input, or None where nothing of it is compressed."""
+        if self.keeps_image or self.resolved_saved_tensors == "recompute":
             return None
         planned = self.planned_layer(name)
         if planned is not None:

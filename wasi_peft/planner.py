@@ -139,7 +139,7 @@ def plan_wasi(
     shapes = dict.fromkeys(targets, (1, calibration.rows))
     if batch is not None:
         shapes = input_shapes(model, targets, batch)
-    exact = config.keeps_image or config.compression_rule("") is None
+    exact = config.compression_rule("") is None
     spectra = _comparable(calibration.spectra(targets, config.reserved_rank, config.has_core), shapes, exact)
     problem = _Problem(spectra, shapes, {name: value})
 
