@@ -178,6 +178,21 @@ def test_data_that_are_not_finite_are_refused(value: float) -> None:
         image_moments(net, {"blocks.0.q": InitialFactors(L, L.T @ weight, None)}, bad, progress_bar=False)
 
 
+def test_a_layer_that_no_data_reach_is_refused() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.used(x)
+            return y
+
+    factors = InitialFactors(torch.eye(4)[:, :2], torch.eye(4)[:2], torch.zeros(4))
+    with pytest.raises(ValueError, match="spare: the data never reached this layer"):
+        image_moments(Spare(), dict.fromkeys(("used", "spare"), factors), [torch.randn(3, 4)], progress_bar=False)
+
+
 # -------------------------------------------------------------------- in a model
 
 

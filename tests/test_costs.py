@@ -34,13 +34,13 @@ def test_elements_are_those_of_the_tensors(sizes: FactorSizes) -> None:
 
 
 @QUICK
-@given(st.integers(1, 3000), st.integers(1, 3000))
-def test_break_even_rank_is_the_last_that_saves(out_features: int, in_features: int) -> None:
-    last = break_even_rank(out_features, in_features)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.booleans())
+def test_break_even_rank_is_the_last_that_saves(out_features: int, in_features: int, core: bool) -> None:
+    last = break_even_rank(out_features, in_features, core)
     dense = dense_elements(out_features, in_features)
     assert 0 <= last < min(out_features, in_features)
-    assert factored_elements(out_features, in_features, last) < dense
-    assert factored_elements(out_features, in_features, last + 1) >= dense
+    assert factored_elements(out_features, in_features, last, core) < dense
+    assert factored_elements(out_features, in_features, last + 1, core) >= dense
 
 
 @QUICK

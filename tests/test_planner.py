@@ -21,6 +21,7 @@ from wasi_peft.autograd import factored_linear
 from wasi_peft.calibration import Calibration, calibrate_wasi
 from wasi_peft.choosing import plan_error
 from wasi_peft.config import MEMORY_MODES, UPDATES
+from wasi_peft.core import core_linear, three_linears
 from wasi_peft.costs import break_even_rank, rank_step
 from wasi_peft.estimate import PlannedPeaks, estimate_peak, estimate_wasi, input_sizes
 from wasi_peft.planner import (
@@ -302,7 +303,27 @@ def test_flops_are_those_that_torch_counts(rank: int, feature_rank: int | None, 
         assert flops == counted
 
 
+@pytest.mark.parametrize("rank", [3, 9])
+def test_flops_of_a_core_are_those_that_torch_counts(rank: int) -> None:
+    rows, out_features, in_features = 60, 24, 20
+    spectrum = LayerSpectrum("fc", out_features, in_features, "fc", (1.0,) * 20, core=True)
+    shapes = ((1, rows, in_features), (out_features, rank), (rank, rank), (rank, in_features))
+    x, L, M, R = (LayerTimer()._random(*shape) for shape in shapes)
+    work = _Flops(_Problem([spectrum], {"fc": (1, rows)}, {}), False, interval=8)
+    with FlopCounterMode(display=False) as counter:
+        core_linear(x.requires_grad_(), L, M.requires_grad_(), R).sum().backward()
+    assert work.weight(spectrum, rank, True) == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        three_linears(x, L, M, R, None)
+    assert work.forward(spectrum, rank) == counter.get_total_flops()
+
+
 # -------------------------------------------------------------------- time
+
+
+def test_the_timer_measures_cores() -> None:
+    timer = LayerTimer(core=True)
+    assert all(timer.factored(8, 6, 5, 2, None, training) > 0 for training in (False, True))
 
 
 def test_the_timer_measures_something() -> None:

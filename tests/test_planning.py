@@ -41,13 +41,15 @@ def small_spectra(draw: st.DrawFn) -> list[LayerSpectrum]:
         energy = st.integers(0, 4) | st.floats(0, 10, allow_subnormal=False)
         energies = draw(st.lists(energy, min_size=size, max_size=size))
         spectra.append(LayerSpectrum(f"l{index}", out_features, in_features, f"l{index}", descending(energies)))
-    return spectra
+    core = draw(st.booleans())
+    return [dataclasses.replace(layer, core=core) for layer in spectra]
 
 
 @st.composite
 def larger_spectra(draw: st.DrawFn) -> list[LayerSpectrum]:
     """One to four layers with steps from 1 to 16, whose energies fall fast or slowly, some down to zero."""
-    reserved = draw(st.integers(0, 40))
+    core = draw(st.booleans())
+    reserved = 0 if core else draw(st.integers(0, 40))
     spectra = []
     for index in range(draw(st.integers(1, 4))):
         out_features, in_features = draw(st.integers(1, 500)), draw(st.integers(1, 500))
@@ -55,7 +57,7 @@ def larger_spectra(draw: st.DrawFn) -> list[LayerSpectrum]:
         first, rate, known = draw(st.floats(0.01, 100)), draw(st.floats(0.5, 1)), draw(st.integers(0, size))
         energies = tuple(first * rate**k if k < known else 0.0 for k in range(size))
         spectra.append(spectrum(f"l{index}", out_features, in_features, weight_energies=energies))
-    return [dataclasses.replace(layer, reserved_rank=reserved) for layer in spectra]
+    return [dataclasses.replace(layer, reserved_rank=reserved, core=core) for layer in spectra]
 
 
 # -------------------------------------------------------------------- spectra
@@ -284,9 +286,16 @@ def kept_energy(spectra: list[LayerSpectrum], ranks: dict[str, int]) -> float:
 
 
 def parameters(spectra: list[LayerSpectrum], ranks: dict[str, int]) -> int:
-    return sum(
-        (ranks[layer.name] + layer.reserved_rank) * (layer.out_features + layer.in_features) for layer in spectra
-    )
+    total = 0
+    for layer in spectra:
+        width = ranks[layer.name] + layer.reserved_rank
+        total += width * (layer.out_features + layer.in_features) + (width**2 if layer.core else 0)
+    return total
+
+
+def price(layer: LayerSpectrum, rank: int, wanted: int) -> int:
+    """What a layer takes at one rank more than at another."""
+    return parameters([layer], {layer.name: wanted}) - parameters([layer], {layer.name: rank})
 
 
 def single_directions(spectra: list[LayerSpectrum], budget: float) -> dict[str, int]:
@@ -295,10 +304,11 @@ def single_directions(spectra: list[LayerSpectrum], budget: float) -> dict[str, 
     while True:
         affordable = []
         for layer in spectra:
-            rank, price = ranks[layer.name], layer.out_features + layer.in_features
-            fits = parameters(spectra, ranks) + price <= budget and rank < layer.largest_rank
+            rank = ranks[layer.name]
+            more = price(layer, rank, rank + 1)
+            fits = parameters(spectra, ranks) + more <= budget and rank < layer.largest_rank
             if fits and layer.rank_energies[rank] > 0:
-                affordable.append((layer.rank_energies[rank] / price, layer.name))
+                affordable.append((layer.rank_energies[rank] / more, layer.name))
         if not affordable:
             return ranks
         ranks[max(affordable)[1]] += 1
@@ -327,7 +337,7 @@ def test_allocation_against_brute_force(spectra: list[LayerSpectrum], share: flo
     # directions beyond the chosen ranks: none with energy fits any more, and the gap is at most the largest of them
     beyond = [layer for layer in spectra if ranks[layer.name] < layer.largest_rank]
     next_energies = {layer.name: layer.rank_energies[ranks[layer.name]] for layer in beyond}
-    assert all(next_energies[x.name] == 0 or x.out_features + x.in_features > left for x in beyond)
+    assert all(next_energies[x.name] == 0 or price(x, ranks[x.name], ranks[x.name] + 1) > left for x in beyond)
     assert kept_energy(spectra, ranks) >= best - max(next_energies.values(), default=0.0) - 1e-9
 
 
@@ -344,11 +354,11 @@ def test_allocation_in_steps(spectra: list[LayerSpectrum], share: float) -> None
     assert parameters(spectra, ranks) <= budget
     left = budget - parameters(spectra, ranks)
     for layer in spectra:
-        rank, price = ranks[layer.name], layer.out_features + layer.in_features
+        rank = ranks[layer.name]
         assert 1 <= rank <= layer.largest_rank
         assert rank in layer.aligned_ranks or rank < layer.aligned_ranks.start
         step = next((choice for choice in layer.rank_choices if choice > rank), rank)
-        assert not any(layer.rank_energies[rank:step]) or (step - rank) * price > left
+        assert not any(layer.rank_energies[rank:step]) or price(layer, rank, step) > left
     single = single_directions(spectra, budget)
     cut = {layer.name: max(x for x in layer.rank_choices if x <= single[layer.name]) for layer in spectra}
     assert kept_energy(spectra, ranks) >= kept_energy(spectra, cut) * (1 - 1e-9)
