@@ -15,6 +15,7 @@ G      gradient of the loss wrt `L R`       `left @ right`, never formed
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from .linalg import factor_gradients, tangent_gradient
 from .tucker import Tucker, expand_rows
 
 ProductGradientSink = Callable[[Tensor, Tensor], None]
+_Gradients = tuple[Tensor | None, ...]
 
 
 def product_gradient(dY: Tensor, x: Tensor | None, compressed: Tucker | None) -> tuple[Tensor, Tensor]:
@@ -39,6 +41,17 @@ def product_gradient(dY: Tensor, x: Tensor | None, compressed: Tucker | None) ->
         assert x is not None
         return dY.T, x
     return dY.T @ expand_rows(compressed), compressed.feature.T
+
+
+def outside_autocast(backward: Callable[[Any, Tensor], _Gradients]) -> Callable[[Any, Tensor], _Gradients]:
+    """Runs a Function's backward with autocast off: called inside it, that would lower what was saved in float32."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, dY: Tensor) -> _Gradients:
+        with torch.autocast(device_type=dY.device.type, enabled=False):
+            return backward(ctx, dY)
+
+    return run
 
 
 class FactoredLinear(torch.autograd.Function):
@@ -84,13 +97,8 @@ class FactoredLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        # where `backward` is called inside autocast, that would lower what was saved in float32
-        with torch.autocast(device_type=dY.device.type, enabled=False):
-            return FactoredLinear._backward(ctx, dY)
-
-    @staticmethod
-    def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         L, R, first, feature, token, batch = ctx.saved_tensors
         needs_x, needs_L, needs_R, needs_bias = ctx.needs_input_grad[:4]
         dY = dY.reshape(-1, dY.shape[-1])

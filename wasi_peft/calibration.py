@@ -439,9 +439,7 @@ class _Collector:
         """Have the gradient of an output collected; returns the output to go on with."""
         if not torch.is_grad_enabled():
             return y
-        if not y.requires_grad:
-            # every parameter is frozen, so the graph starts here; the model could not change a leaf in place
-            y = y.requires_grad_(True).clone()
+        y = differentiable(y)
         call, version = self.calls[name], x._version
         self.calls[name] += 1
         compare = x.detach() if call < _COMPARED_CALLS and name in self.owners else None
@@ -513,6 +511,11 @@ class _Collector:
         self._last_statistics = None
         while self.collected:
             yield self.collected.pop(0)
+
+
+def differentiable(y: Tensor) -> Tensor:
+    """The output of a layer, or a new start of the graph where every parameter before it is frozen."""
+    return y if y.requires_grad else y.requires_grad_(True).clone()  # the model could not change a leaf in place
 
 
 def backpropagate_signs(features: Tensor, mask: Tensor | None, generator: torch.Generator) -> None:

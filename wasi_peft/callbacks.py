@@ -332,10 +332,14 @@ def resize_rank(model: Any, name: str, rank: int, optimizer: torch.optim.Optimiz
         raise ValueError(f"{name}: rank must be an integer from 1 to {largest}, got {rank!r}.")
     adapter = layer.active_name
     layer._require_loaded(adapter)
-    parts = [part[adapter] for part in (layer.wasi_L, layer.wasi_M, layer.wasi_R) if adapter in part]
-    changes: list[Callable[..., None]] = [_shrink_core, _grow_core] if adapter in layer.wasi_M else [_shrink, _grow]
-    if rank != parts[0].shape[1]:
-        changes[rank > parts[0].shape[1]](*parts, rank, optimizer)
+    L, R = layer.wasi_L[adapter], layer.wasi_R[adapter]
+    shrinks = rank < L.shape[1]
+    if rank == L.shape[1]:
+        pass
+    elif adapter in layer.wasi_M:
+        (_shrink_core if shrinks else _grow_core)(L, layer.wasi_M[adapter], R, rank, optimizer)
+    else:
+        (_shrink if shrinks else _grow)(L, R, rank, optimizer)
     layer._lay_out(adapter)
     config = model.peft_config[adapter]
     if config.ranks is not None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autograd import outside_autocast
 from .tucker import roundable
 
 DAMPING = 0.01
@@ -90,7 +91,7 @@ class CoreLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, L: Tensor, M: Tensor, R: Tensor, bias: Tensor | None) -> Tensor:
         h = F.linear(x, R.to(x.dtype))
-        y = three_linears(h, L, M, None, bias)
+        y = _from_image(h, L, M, bias)
 
         ctx.dtype, ctx.core_dtype = x.dtype, M.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -101,13 +102,8 @@ class CoreLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        # where `backward` is called inside autocast, that would lower what was saved in float32
-        with torch.autocast(device_type=dY.device.type, enabled=False):
-            return CoreLinear._backward(ctx, dY)
-
-    @staticmethod
-    def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         L, M, R, h = ctx.saved_tensors
         needs_x, _, needs_M, _, needs_bias = ctx.needs_input_grad
         grad_x = grad_M = grad_bias = None
@@ -122,10 +118,13 @@ class CoreLinear(torch.autograd.Function):
         return grad_x, None, grad_M, None, grad_bias
 
 
-def three_linears(x: Tensor, L: Tensor, M: Tensor, R: Tensor | None, bias: Tensor | None) -> Tensor:
-    """`((x R^T) M^T) L^T + b` in the dtype of x; `x` stands for `x R^T` where R is None."""
-    h = x if R is None else F.linear(x, R.to(x.dtype))
-    return F.linear(F.linear(h, M.to(x.dtype)), L.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def three_linears(x: Tensor, L: Tensor, M: Tensor, R: Tensor, bias: Tensor | None) -> Tensor:
+    """`((x R^T) M^T) L^T + b` in the dtype of x."""
+    return _from_image(F.linear(x, R.to(x.dtype)), L, M, bias)
+
+
+def _from_image(h: Tensor, L: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(F.linear(h, M.to(h.dtype)), L.to(h.dtype), None if bias is None else bias.to(h.dtype))
 
 
 def core_linear(x: Tensor, L: Tensor, M: Tensor, R: Tensor, bias: Tensor | None = None) -> Tensor:

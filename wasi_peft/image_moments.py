@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .calibration import (
     backpropagate_signs,
     check_repeatable,
+    differentiable,
     evaluating,
     features_of,
     layer_input,
@@ -89,8 +90,7 @@ def image_moments(
 
     def watch(name: str, x: Tensor, y: Tensor) -> Tensor:
         sums[name].see_input(real_rows(x.detach(), mask))
-        if not y.requires_grad:  # every parameter is frozen, so the graph starts here
-            y = y.requires_grad_(True).clone()
+        y = differentiable(y)
         y.register_hook(lambda gradient: sums[name].see_gradient(gradient.reshape(-1, gradient.shape[-1])))
         return y
 

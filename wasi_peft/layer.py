@@ -156,11 +156,12 @@ class WasiLayer(BaseTunerLayer):
             nan = torch.full((), torch.nan, device=self._dense_device, dtype=self._dense_dtype)
             L, B = (nan.repeat(self.out_features, size) for size in (rank, trained))
             R, A = (nan.repeat(size, self.in_features) for size in (rank, trained))
-            M = nan.repeat(rank, rank)
+            M = nan.repeat(rank, rank) if config.has_core else None
             bias = None if self.bias is None else torch.full_like(L[:, 0], torch.nan)
             self._awaiting.add(adapter_name)
         else:
             L, R, B, A = split_off(initial.L, initial.R, rank, trained)
+            M = None
             if config.has_core:
                 L, M, R = core_form(L, R, initial.moments)
             bias = initial.bias
@@ -172,7 +173,7 @@ class WasiLayer(BaseTunerLayer):
             self.wasi_A[adapter_name] = self._new_parameter(A)
             self.wasi_B[adapter_name] = self._new_parameter(B)
             self._lay_out(adapter_name)
-        if config.has_core:
+        if M is not None:
             self.wasi_M[adapter_name] = self._new_parameter(M)
         both = ("wasi_L", "wasi_R")
         frozen = {"frozen_basis": ("wasi_R",), "low_rank": both, "core": both}.get(config.update, ())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from .autograd import outside_autocast
 from .tucker import Tucker, expand_rows, roundable
 
 
@@ -158,13 +159,8 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        # where `backward` is called inside autocast, that would lower what was saved in float32
-        with torch.autocast(device_type=dY.device.type, enabled=False):
-            return LowRankLinear._backward(ctx, dY)
-
-    @staticmethod
-    def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         L, R, B, A, trained, first, feature, token, batch = ctx.saved_tensors
         needs_x, _, _, needs_B, needs_A, needs_bias = ctx.needs_input_grad[:6]
         dY = dY.reshape(-1, dY.shape[-1])

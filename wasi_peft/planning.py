@@ -400,11 +400,11 @@ def build_plan(
 def allocate_ranks(spectra: Sequence[LayerSpectrum], share: float) -> dict[str, int]:
     """Weight ranks of all layers under one budget, `sum (K + reserved_rank) (out + in) <= share * sum out * in`.
 
-    (With a core, K more in the second bracket.)
-    Every layer gets rank 1; then the direction with the most energy per parameter, `e_k / (out + in)`, is taken as
-    long as it fits, never past break-even. Because energies descend, dropped energy is convex in the rank, and the
-    result is optimal but for the first direction that did not fit: no other allocation keeps more than its energy on
-    top. What it leaves over goes to cheaper directions further down.
+    (With a core, K is added to the second bracket.) Every layer gets rank 1; then the direction with the most energy
+    per parameter, `e_k / (out + in)` without a core, is taken as long as it fits, never past break-even. Because
+    energies descend, dropped energy is convex in the rank, and the result is optimal but for the first direction that
+    did not fit: no other allocation keeps more than its energy on top. What it leaves over goes to cheaper directions
+    further down.
 
     These ranks are cut to :attr:`LayerSpectrum.rank_choices`, whose widths multiply fast, and what that frees goes to
     whole steps between choices in the same way: no less energy is kept than after the cut, and what is left over is
