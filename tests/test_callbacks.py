@@ -243,7 +243,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 2) ->
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("rank", [3, 9])
-@pytest.mark.parametrize("update", ["subspace", "factor", "core"])
+@pytest.mark.parametrize("update", ["subspace", "factor", "frozen_basis", "core"])
 def test_training_goes_on_at_another_rank(kind: str, rank: int, update: str) -> None:
     model = build(update=update)
     optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad])  # type: ignore[no-untyped-call]
@@ -286,7 +286,7 @@ def test_state_that_cannot_be_rotated_starts_afresh(cls: Any) -> None:
     assert all(factor in optimizer.state for factor in factors)
 
 
-@pytest.mark.parametrize("update", ["subspace", "factor", "core"])
+@pytest.mark.parametrize("update", ["subspace", "factor", "frozen_basis", "core"])
 def test_growing_changes_nothing_that_the_layer_computes(update: str) -> None:
     model = build(update=update)
     train(model, VIT.batch())
@@ -319,6 +319,27 @@ def test_shrinking_keeps_the_largest_singular_values_of_a_core() -> None:
     wanted = L @ ((U[:, :3] * S[:3]) @ Vh[:3]) @ R
     assert relative_error(layer.get_dense_layer("default").weight, wanted) < 1e-5
     assert layer.wasi_M["default"].shape == (3, 3)
+
+
+def test_shrinking_keeps_the_image_of_a_frozen_basis_white() -> None:
+    model = build(update="frozen_basis")
+    train(model, VIT.batch())
+    layer = layer_of(model)
+    L, R = (part["default"].detach().clone() for part in (layer.wasi_L, layer.wasi_R))
+    U, S, Vh = torch.linalg.svd(L, full_matrices=False)
+    resize_rank(model, NAME, 3)
+    turned = layer.wasi_R["default"].detach()
+    assert relative_error(layer.wasi_L["default"].detach() @ turned, (U[:, :3] * S[:3]) @ Vh[:3] @ R) < 1e-5
+    assert relative_error(turned @ turned.T, Vh[:3] @ R @ R.T @ Vh[:3].T) < 1e-5
+
+
+def test_a_grown_frozen_basis_trains_in_its_new_directions() -> None:
+    model = build(update="frozen_basis")
+    resize_rank(model, NAME, 9)
+    L = layer_of(model).wasi_L["default"]
+    assert not L[:, 6:].any()
+    train(model, VIT.batch())
+    assert bool(L[:, 6:].any(0).all())
 
 
 def test_averages_of_gradients_follow_a_core() -> None:

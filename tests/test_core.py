@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,12 @@ import torch.nn.functional as F
 from models import ARCHITECTURES, Architecture
 from peft import PeftModel, get_peft_model
 from reference import tiny_net
-from strategies import normal, relative_error
+from strategies import relative_error
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, calibrate_wasi, fold_cores, plan_wasi, preprocess_wasi, wasi_summary
-from wasi_peft.calibration import features_of
-from wasi_peft.core import ImageMoments, core_form, core_linear
-from wasi_peft.image_moments import image_moments
-from wasi_peft.layer import InitialFactors, wasi_layers
-from wasi_peft.preprocessing import INITIAL_FACTORS
+from wasi_peft.core import core_linear
+from wasi_peft.layer import wasi_layers
 
 VIT = ARCHITECTURES["vit"]
 
@@ -86,113 +82,6 @@ def test_low_precision_inputs_with_float32_factors(dtype: torch.dtype) -> None:
     assert {given[name].grad.dtype for name in ("M", "bias")} == {torch.float32}
 
 
-# -------------------------------------------------------------------- coordinates
-
-
-def test_both_sides_of_the_core_are_white() -> None:
-    L, R = normal(9, 4, seed=0), normal(4, 7, seed=1)
-    x = normal(500, 7, seed=2) * torch.linspace(0.2, 3, 7).double()
-    g = normal(500, 9, seed=3) @ normal(9, 9, seed=4)
-    h, u = x @ R.T, g @ L
-    moments = ImageMoments(h.T @ h / 500, u.T @ u / 500, float(x.square().mean()))
-    left, core, right = core_form(L, R, moments)
-    assert relative_error(left @ core @ right, L @ R) < 1e-12
-    assert relative_error(torch.diag(core.diagonal()), core) < 1e-12 and bool((core.diagonal().diff() < 0).all())
-    image, gradient = x @ right.T, g @ left
-    for rows, tolerance in ((image, 0.3), (gradient, 0.3)):  # but for the damping
-        moment = rows.T @ rows / len(rows)
-        white = moment.diagonal().mean() * torch.eye(4).double()
-        assert relative_error(moment, white) < tolerance
-    # far from white before
-    assert relative_error(h.T @ h, (h.T @ h).diagonal().mean() * torch.eye(4).double()) > 0.5
-    assert float(left.square().sum(0).mean()) == pytest.approx(1)
-    assert float(image.square().mean()) == pytest.approx(float(x.square().mean()), rel=0.1)
-
-
-@pytest.mark.parametrize("L", [torch.eye(5)[:, :2], torch.zeros(5, 2)])
-@pytest.mark.parametrize("R", [torch.eye(6)[:2], torch.zeros(2, 6), torch.tensor([[1.0] * 6, [2.0] * 6])])
-def test_directions_without_data_or_size(L: Tensor, R: Tensor) -> None:
-    for moments in (None, ImageMoments(torch.zeros(2, 2), torch.zeros(2, 2), 0.0)):
-        parts = core_form(L, R, moments)
-        assert all(bool(torch.isfinite(part).all()) for part in parts)
-        left, core, right = parts
-        assert torch.allclose(left @ core @ right, L @ R, atol=1e-5)
-
-
-def test_moments_are_those_of_the_compressed_model() -> None:
-    """Against a second model with the factors multiplied out, and gradients from autograd."""
-    net = tiny_net(seed=0).double()
-    batches = [x.double() for x in data()]
-    names = ["blocks.0.q", "blocks.1.fc2"]
-    factors = {}
-    for seed, name in enumerate(names):
-        weight = net.get_submodule(name).weight
-        L = torch.linalg.qr(normal(len(weight), 3, seed=seed)).Q
-        factors[name] = InitialFactors(L, L.T @ weight.detach(), None)
-    found = image_moments(net, factors, batches, seed=5, progress_bar=False)
-
-    dense, signs, seen = copy.deepcopy(net), torch.Generator().manual_seed(5), {}
-    for name in names:
-        layer = dense.get_submodule(name)
-        layer.weight.data = factors[name].L @ factors[name].R
-        layer.bias = None
-
-        def keep(_: Any, args: Any, y: Tensor, name: str = name) -> None:
-            y.retain_grad()
-            seen.setdefault(name, []).append((args[0], y))
-
-        layer.register_forward_hook(keep)
-    for x in batches:
-        features = features_of(dense(x))
-        features.backward(torch.randint(0, 2, features.shape, generator=signs).to(features) * 2 - 1)
-    for name, each in found.items():
-        x = torch.cat([pair[0].reshape(-1, pair[0].shape[-1]) for pair in seen[name]])
-        g = torch.cat([pair[1].grad.reshape(-1, pair[1].shape[-1]) for pair in seen[name]])
-        h, u = x @ factors[name].R.T, g @ factors[name].L
-        assert relative_error(each.image.double(), h.T @ h / len(h)) < 1e-5
-        assert relative_error(each.gradient.double(), u.T @ u / len(u)) < 1e-5
-        assert each.mean_square == pytest.approx(float(x.square().mean()))
-
-
-def test_moments_change_nothing_in_the_model() -> None:
-    net = tiny_net(seed=0)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    adapted_net, batches = copy.deepcopy(net), data()
-    state = torch.random.get_rng_state()
-    config = WasiConfig(update="core", weight_rank=3)
-    preprocess_wasi(adapted_net, config, batches, repair_steps=0, progress_bar=False)
-    prepared = [vars(m)[INITIAL_FACTORS] for m in adapted_net.modules() if INITIAL_FACTORS in vars(m)]
-    assert prepared and all(each.initial.moments is not None for each in prepared)
-    assert all(torch.equal(value, before[name]) for name, value in adapted_net.state_dict().items())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in adapted_net.parameters())
-    assert torch.equal(torch.random.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_data_that_are_not_finite_are_refused(value: float) -> None:
-    net = tiny_net(seed=0)
-    weight = net.get_submodule("blocks.0.q").weight.detach()
-    L = torch.linalg.qr(weight[:, :3]).Q
-    bad = [torch.full((2, 5, 8), value)]
-    with pytest.raises(ValueError, match=r"blocks\.0\.q: its input, or the gradient of its output, holds NaN or Inf"):
-        image_moments(net, {"blocks.0.q": InitialFactors(L, L.T @ weight, None)}, bad, progress_bar=False)
-
-
-def test_a_layer_that_no_data_reach_is_refused() -> None:
-    class Spare(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.spare = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.used(x)
-            return y
-
-    factors = InitialFactors(torch.eye(4)[:, :2], torch.eye(4)[:2], torch.zeros(4))
-    with pytest.raises(ValueError, match="spare: the data never reached this layer"):
-        image_moments(Spare(), dict.fromkeys(("used", "spare"), factors), [torch.randn(3, 4)], progress_bar=False)
-
-
 # -------------------------------------------------------------------- in a model
 
 
@@ -223,29 +112,6 @@ def test_the_start_is_that_of_both_factors() -> None:
     with torch.no_grad():
         core, factor = (model(**VIT.batch()).logits for model in models)
     assert relative_error(core, factor) < 1e-5
-
-
-def test_a_whitened_core_needs_fewer_steps() -> None:
-    """A regression with inputs whose directions differ 30-fold in size, each at the best of several learning rates."""
-    x = normal(400, 16, seed=0) * torch.logspace(-1, 0.5, 16).double() @ torch.linalg.qr(normal(16, 16, seed=1)).Q
-    L, R = torch.linalg.qr(normal(12, 8, seed=2)).Q, normal(8, 16, seed=3)
-    wanted = x @ (L @ (torch.eye(8).double() + 0.5 * normal(8, 8, seed=4)) @ R).T
-    h = x @ R.T
-    white = ImageMoments(h.T @ h / len(h), L.T @ L, float(x.square().mean()))
-    best = {}
-    for kind, moments in (("white", white), ("plain", None)):
-        losses = []
-        for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1):
-            left, core, right = core_form(L, R, moments)
-            optimizer = torch.optim.Adam([core.requires_grad_()], lr=lr)
-            for _ in range(100):
-                loss = F.mse_loss(core_linear(x, left, core, right), wanted)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            losses.append(loss.item())
-        best[kind] = min(losses)
-    assert best["white"] < 0.1 * best["plain"]
 
 
 def test_factors_prepared_without_a_core_are_refused() -> None:

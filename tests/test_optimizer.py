@@ -611,8 +611,8 @@ def test_defaults_of_the_groups() -> None:
 def test_frozen_parameters_are_left_out() -> None:
     model = adapted(update="frozen_basis", bias="none", train_vectors=False)
     optimizer = create_wasi_optimizer(model, torch.optim.SGD, lr=1e-3)
-    assert set(groups_of(optimizer)) == {"basis"}
-    assert len(groups_of(optimizer)["basis"]["params"]) == LAYERS
+    assert set(groups_of(optimizer)) == {"factors"}  # L is the whole of what trains: it decays, and has no ratio
+    assert len(groups_of(optimizer)["factors"]["params"]) == LAYERS
 
 
 def test_the_optimizer_trains_and_retracts(retracted: list[int]) -> None:

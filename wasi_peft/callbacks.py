@@ -307,8 +307,9 @@ def resize_rank(model: Any, name: str, rank: int, optimizer: torch.optim.Optimiz
     new basis, those of squares by the squared rotation, new directions start at zero. State of other shapes
     (Adafactor's) or of unknown meaning (in 8 bits) is dropped for this layer and starts afresh. Gradients are cleared.
 
-    With `update="core"` a smaller rank keeps the largest singular values of the core, which is what matters most where
-    it was whitened; a larger one adds random directions to L and R, and zeros to the core.
+    Where R does not train, a smaller rank keeps what matters most in white coordinates: the largest singular values of
+    the core, or of L with `update="frozen_basis"`; a larger one adds random directions to R (and to L, if there is a
+    core), and zeros to what trains.
 
     Not for models wrapped for distributed training, which remember the sizes of parameters.
 
@@ -338,6 +339,8 @@ def resize_rank(model: Any, name: str, rank: int, optimizer: torch.optim.Optimiz
         pass
     elif adapter in layer.wasi_M:
         (_shrink_core if shrinks else _grow_core)(L, layer.wasi_M[adapter], R, rank, optimizer)
+    elif layer.wasi_update[adapter] == "frozen_basis":
+        (_shrink_trained if shrinks else _grow_trained)(L, R, rank, optimizer)
     else:
         (_shrink if shrinks else _grow)(L, R, rank, optimizer)
     layer._lay_out(adapter)
@@ -365,6 +368,25 @@ def _shrink(L: nn.Parameter, R: nn.Parameter, rank: int, optimizer: torch.optim.
     _set(R, directions.T @ inner)
 
 
+def _shrink_trained(L: nn.Parameter, R: nn.Parameter, rank: int, optimizer: torch.optim.Optimizer | None) -> None:
+    """`L = U D V^T`: the new factors are `L V_k` and `V_k^T R`, so rows of R stay as orthogonal as they were."""
+    V = torch.linalg.svd(L.double(), full_matrices=False).Vh[:rank].T
+    _carry(L, optimizer, lambda state: state @ V, lambda state: state @ V.square())
+    _set(L, L.double() @ V)
+    _set(R, V.T @ R.double())
+
+
+def _grow_trained(L: nn.Parameter, R: nn.Parameter, rank: int, optimizer: torch.optim.Optimizer | None) -> None:
+    added = rank - L.shape[1]
+
+    def padded(state: Tensor) -> Tensor:
+        return torch.nn.functional.pad(state, (0, added))
+
+    _carry(L, optimizer, padded, padded)
+    _set(L, padded(L.double()))
+    _set(R, torch.cat([R.double(), _random_rows(R, added)], 0))
+
+
 def _shrink_core(
     L: nn.Parameter, M: nn.Parameter, R: nn.Parameter, rank: int, optimizer: torch.optim.Optimizer | None
 ) -> None:
@@ -385,11 +407,15 @@ def _grow_core(
     def padded(state: Tensor) -> Tensor:
         return torch.nn.functional.pad(state, (0, added, 0, added))
 
-    rows = _orthonormal_to(R.double().T, added).T * R.double().square().sum(1).mean().sqrt()
     _carry(M, optimizer, padded, padded)
     _set(L, torch.cat([L.double(), _orthonormal_to(L.double(), added)], 1))
     _set(M, padded(M.double()))
-    _set(R, torch.cat([R.double(), rows], 0))
+    _set(R, torch.cat([R.double(), _random_rows(R, added)], 0))
+
+
+def _random_rows(R: Tensor, added: int) -> Tensor:
+    """Random rows, orthogonal to those of R and to each other, as large as those are on average."""
+    return _orthonormal_to(R.double().T, added).T * R.double().square().sum(1).mean().sqrt()
 
 
 def _orthonormal_to(columns: Tensor, added: int) -> Tensor:

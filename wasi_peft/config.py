@@ -103,7 +103,9 @@ class WasiConfig(PeftConfig):
             of M, so that it converges faster; backward keeps K numbers of each token, so inputs need no compression.
             M counts in `weight_share` and in plans. 'subspace': both factors, by tangent-space gradients and, after
             each optimizer step, a retraction, which together are the paper's subspace iteration to first order.
-            'factor': both factors, by plain gradients. 'frozen_basis': only L, so that R keeps its initial row space.
+            'factor': both factors, by plain gradients. 'frozen_basis': only L, with exact
+            gradients; R keeps its row space, in which [`preprocess_wasi`] with batches whitens what L sees, so that
+            LoRA's learning rates suit here too; backward keeps K numbers of each token.
         update_rank (`int`, default 16):
             Directions that train with `update="low_rank"`, beside the K that a rank or threshold asks for. They
             count in `weight_share` and in plans.

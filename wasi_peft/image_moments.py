@@ -1,4 +1,4 @@
-"""What the data look like in the coordinates of each layer's factors: the moments that :func:`core.core_form` takes.
+"""What the data look like in the coordinates of each layer's factors, for :mod:`wasi_peft.coordinates`.
 
 They are measured behind the factors, repaired or not, of all other layers, in one pass over a few batches; K x K sums
 for each layer are all that is kept.
@@ -24,7 +24,7 @@ from .calibration import (
     real_rows,
     token_mask,
 )
-from .core import ImageMoments
+from .coordinates import ImageMoments
 from .layer import InitialFactors
 from .repair import student_of
 

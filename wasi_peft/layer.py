@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .autograd import ProductGradientSink, factored_linear
 from .config import WasiConfig
-from .core import ImageMoments, core_form, core_linear, three_linears
+from .coordinates import ImageMoments, basis_form, core_form
+from .core import core_linear, three_linears
 from .linalg import retraction
 from .low_rank import joined, lay_side_by_side, low_rank_linear, split_off
 from .released import FactoredWeight, ReleasedLinear, build_dense
@@ -40,7 +41,7 @@ class InitialFactors:
     **Shape**
         - L: (out, n), orthonormal columns; R: (n, in); bias: (out,) or None; n is K, and with `update="low_rank"` as
           many more as train
-        - moments: what the data look like in these coordinates, for `update="core"`
+        - moments: what the data look like in these coordinates, where R does not train
     """
 
     L: Tensor
@@ -164,6 +165,8 @@ class WasiLayer(BaseTunerLayer):
             M = None
             if config.has_core:
                 L, M, R = core_form(L, R, initial.moments)
+            elif config.keeps_image:
+                L, R = basis_form(L, R, initial.moments)
             bias = initial.bias
         self.wasi_L[adapter_name] = self._new_parameter(L)
         self.wasi_R[adapter_name] = self._new_parameter(R)

@@ -40,14 +40,14 @@ def create_wasi_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer with parameter groups that suit WASI factors.
 
-    Groups: the orthonormal factors L (no weight decay unless asked: it would only rescale R), the factors R, vectors
-    and biases (no weight decay), and the head (everything else that trains).
+    Groups: the orthonormal factors L (no weight decay unless asked: it would only rescale R), the factors R or what
+    else trains of the weights, vectors and biases (no weight decay), and the head (everything else that trains).
 
     Args:
         model: A model with a WASI adapter.
         optimizer_cls: Any `torch.optim.Optimizer` class.
         lr: Learning rate of the factors and vectors.
-        basis_lr_ratio: Learning rate of L relative to that of R.
+        basis_lr_ratio: Learning rate of L relative to that of R, where both train.
         head_lr: Learning rate of the head; `lr` by default.
         weight_decay: Weight decay of R and of matrices in the head.
         decay_basis: Decay L too.
@@ -87,7 +87,8 @@ def _split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
     kinds: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, WasiLayer):
-            kinds.update({id(parameter): "L" for parameter in module.wasi_L.values()})
+            for name, L in module.wasi_L.items():  # without R, L is the whole of what trains
+                kinds[id(L)] = "R" if module.wasi_update[name] == "frozen_basis" else "L"
             for part in (module.wasi_R, module.wasi_A, module.wasi_B, module.wasi_M):
                 kinds.update({id(parameter): "R" for parameter in part.values()})
         elif isinstance(module, AuxiliaryTrainingWrapper):

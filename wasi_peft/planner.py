@@ -462,7 +462,9 @@ def _plan_peak_in_mode(
 
     def lasting(spectrum: LayerSpectrum, rank: int) -> int:
         # what trains beside the factors is as large at every rank
-        trained = 0 if spectrum.reserved_rank else rank * rank if spectrum.core else _rank_elements(spectrum, rank)
+        trained = 0 if spectrum.reserved_rank else _rank_elements(spectrum, rank)
+        if config.keeps_image:
+            trained = rank * (rank if spectrum.core else spectrum.out_features)
         image = problem.rows(spectrum) * rank if config.keeps_image else 0
         return _rank_elements(spectrum, rank) + states * trained + image
 

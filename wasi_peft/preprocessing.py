@@ -37,7 +37,8 @@ def preprocess_wasi(
 ) -> None:
     """Prepare data-aware initial factors; the next `get_peft_model(model, config)` uses them.
 
-    With `update="core"` and batches, one more pass measures in which coordinates each core trains best.
+    Where R does not train (`update="frozen_basis"` or "core") and there are batches, one more pass measures in which
+    coordinates the rest trains best.
 
     Args:
         model: The dense model. Its weights are not changed; the prepared factors are attached to the target modules
@@ -94,7 +95,7 @@ def preprocess_wasi(
     if repair_steps and batches is not None:
         repaired = repair_blocks if blockwise else repair_factors
         factors = repaired(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
-    if resolved.has_core and batches is not None:
+    if resolved.keeps_image and batches is not None:
         count = MOMENT_BATCHES if max_batches is None else min(max_batches, MOMENT_BATCHES)
         moments = image_moments(model, factors, batches, max_batches=count, progress_bar=progress_bar)
         factors = {name: replace(initial, moments=moments[name]) for name, initial in factors.items()}

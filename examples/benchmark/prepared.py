@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import wasi_peft
-from wasi_peft.core import ImageMoments
+from wasi_peft.coordinates import ImageMoments
 from wasi_peft.layer import InitialFactors
 from wasi_peft.model import INITIAL_FACTORS, PreparedFactors
 
