@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from wasi_peft.core import core_linear
 from wasi_peft.image_moments import image_moments
 from wasi_peft.layer import InitialFactors, wasi_layers
 from wasi_peft.preprocessing import INITIAL_FACTORS
+from wasi_peft.saved import LowBitSavedTensors
 
 VIT = ARCHITECTURES["vit"]
 
@@ -211,3 +213,21 @@ def test_white_coordinates_need_fewer_steps() -> None:
 
     assert core(white) < 0.1 * core(None)
     assert basis(white) < 0.1 * basis(None)
+
+
+@pytest.mark.parametrize("update", ["core", "frozen_basis"])
+def test_rounding_changes_only_the_gradient_of_what_trains(update: str) -> None:
+    found = {}
+    for rounded in (False, True):
+        net = VIT.model()
+        config = WasiConfig(update=update, weight_rank=6, target_modules=["fc2"])
+        preprocess_wasi(net, config, [VIT.batch()], repair_steps=0, progress_bar=False)
+        layer = next(layer for _, layer in wasi_layers(get_peft_model(net, config).train()))
+        x = normal(4, 10, 24, seed=0).float().requires_grad_()
+        with LowBitSavedTensors("int8", 0) if rounded else nullcontext():
+            y = layer(x)
+        y.backward(normal(4, 10, y.shape[-1], seed=1).float())
+        trained = layer.wasi_M if update == "core" else layer.wasi_L
+        found[rounded] = x.grad, layer.wasi_bias["default"].grad, trained["default"].grad
+    assert torch.equal(found[True][0], found[False][0]) and torch.equal(found[True][1], found[False][1])
+    assert 0 < relative_error(found[True][2], found[False][2]) < 0.02

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .linalg import factor_gradients, tangent_gradient
-from .tucker import Tucker, expand_rows
+from .tucker import Tucker, expand_rows, roundable
 
 ProductGradientSink = Callable[[Tensor, Tensor], None]
 _Gradients = tuple[Tensor | None, ...]
@@ -90,7 +90,7 @@ class FactoredLinear(torch.autograd.Function):
             ctx.kept = "input" if core is None else "compressed"
             kept = (x, None, None, None) if core is None else (core, feature, token, batch)
         elif needs_L:
-            ctx.kept, kept = "hidden", (h, None, None, None)
+            ctx.kept, kept = "hidden", (roundable(h), None, None, None)
         needs_factors = needs_x or needs_L or needs_R
         ctx.save_for_backward(L if needs_factors else None, R if needs_factors else None, *kept)
         return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
     "wasi low rank": ("wasi", {**COMPRESSED, "update": "low_rank"}),
     "wasi low rank, exact inputs": ("wasi", {"activation_threshold": None, "update": "low_rank"}),
+    "wasi frozen basis": ("wasi", {"activation_threshold": None, "update": "frozen_basis"}),
     "wasi core": ("wasi", {"activation_threshold": None, "update": "core"}),
     "wasi factor": ("wasi", {**COMPRESSED, "update": "factor"}),
     "wasi subspace": ("wasi", {**COMPRESSED, "update": "subspace"}),
