@@ -1,4 +1,4 @@
-"""The core update: exact gradients of the core, coordinates that whiten both of its sides, budgets that count it."""
+"""The core update: exact gradients of the core, whole models, folding, budgets that count it."""
 
 from __future__ import annotations
 
