@@ -19,6 +19,7 @@ ORDER = [
     "autograd",
     "low_rank",
     "core",
+    "coordinates",
     "timing",
     "_registration",
     "config",

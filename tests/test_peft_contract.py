@@ -137,7 +137,7 @@ def test_training_at_low_rank_lowers_the_loss(
 ) -> None:
     model = wasi_model(architecture.model(), **LOW, update=update, activation_threshold=activation)
     start = factors(model)
-    losses = train(model, architecture.batch(), steps=20 if update == "core" else 10)
+    losses = train(model, architecture.batch(), steps=30 if update in ("core", "frozen_basis") else 10)
     assert losses[-1] < 0.9 * losses[0]
     end = factors(model)
     both = [".wasi_L.", ".wasi_R."]
