@@ -331,6 +331,11 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
         return model(**batch).logits
 
 
+def input_options(update: str, rank: int = 4) -> dict[str, Any]:
+    """Compression of inputs to a feature rank, for the updates that keep inputs."""
+    return {"activation_ranks": rank} if update in ("low_rank", "subspace", "factor") else {}
+
+
 def train(model: nn.Module, batch: Batch, steps: int = 2, lr: float = 1e-2) -> list[float]:
     """A few AdamW steps on one batch; returns the loss before each."""
     model.train()

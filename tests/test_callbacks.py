@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from models import ARCHITECTURES, Architecture, logits, train
+from models import ARCHITECTURES, Architecture, input_options, logits, train
 from peft import PeftModel, get_peft_model
 from strategies import normal, orthonormal, orthonormality_error, relative_error
 from torch import Tensor, nn
@@ -25,12 +25,12 @@ VIT = ARCHITECTURES["vit"]
 NAME = "vit.layers.0.mlp.fc1"
 
 
-def build(architecture: Architecture = VIT, **options: Any) -> Any:
+def build(architecture: Architecture = VIT, update: str = "subspace", **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The initial factors come from a plain")
         return get_peft_model(
             architecture.model(),
-            WasiConfig(**{"weight_rank": 6, "activation_ranks": 4, "update": "subspace", **options}),
+            WasiConfig(**{"weight_rank": 6, "update": update, **input_options(update), **options}),
         )
 
 

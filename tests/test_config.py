@@ -61,7 +61,8 @@ def test_defaults() -> None:
     assert config.explained_variance_threshold == 0.95
     assert config.activation_threshold == 0.95
     assert config.activation_modes == ["feature"]
-    assert (config.update, config.base_weight, config.bias) == ("low_rank", "release", "wasi_only")
+    assert (config.update, config.base_weight, config.bias) == ("frozen_basis", "release", "wasi_only")
+    assert config.update_rank == 16
     assert config.train_vectors is True and config.init_weights is True
     assert config.target_modules is config.weight_rank is config.activation_ranks is config.ranks is None
 
@@ -146,13 +147,39 @@ def test_copy_and_pickle() -> None:
         assert again == config and again.peft_type is PEFT_TYPE
 
 
-def test_compression_rule() -> None:
-    assert WasiConfig(activation_threshold=None).compression_rule("fc1") is None
-    assert WasiConfig().compression_rule("fc1") is not None
-    assert WasiConfig(activation_threshold=None, activation_ranks=4).compression_rule("fc1") is not None
-    same = WasiConfig(activation_ranks=4).compression_rule("fc1")
-    assert same == WasiConfig(activation_ranks={"feature": 4}).compression_rule("fc1")
-    assert same != WasiConfig(activation_ranks=5).compression_rule("fc1")
+@pytest.mark.parametrize("update", ["low_rank", "subspace", "factor"])
+def test_compression_rule(update: str) -> None:
+    def rule(**options: Any) -> CompressionRule | None:
+        return WasiConfig(update=update, **options).compression_rule("fc1")  # type: ignore[arg-type]
+
+    assert rule(activation_threshold=None) is None
+    assert rule() is not None
+    assert rule(activation_threshold=None, activation_ranks=4) is not None
+    assert rule(activation_ranks=4) == rule(activation_ranks={"feature": 4}) != rule(activation_ranks=5)
+
+
+@pytest.mark.parametrize("update", [None, "frozen_basis", "core"])
+def test_nothing_is_compressed_where_no_input_is_kept(update: Any) -> None:
+    assert WasiConfig(update=update).compression_rule("fc1") is None
+    assert WasiConfig(update=update, plan=PLAN).compression_rule("layers.0.fc1") is None
+    with pytest.raises(
+        ValueError, match=r"activation_ranks compresses inputs, and update='(frozen_basis|core)' keeps"
+    ):
+        WasiConfig(update=update, activation_ranks=4)
+
+
+def test_a_plan_brings_its_update_unless_another_is_named() -> None:
+    plan = dataclasses.replace(PLAN, update="low_rank", update_rank=4)
+
+    def chosen(**options: Any) -> tuple[str | None, int | None]:
+        config = WasiConfig(**options)
+        return config.update, config.update_rank
+
+    assert chosen() == chosen(plan=PLAN) == ("frozen_basis", 16)
+    assert chosen(plan=plan) == ("low_rank", 4)
+    assert chosen(plan=plan, update_rank=8) == ("low_rank", 8)
+    assert chosen(plan=plan, update="factor") == ("factor", 4)
+    assert chosen(**WasiConfig(plan=plan).to_dict()) == ("low_rank", 4)
 
 
 def test_a_plan_brings_its_memory_mode_unless_another_is_named() -> None:
@@ -165,7 +192,7 @@ def test_a_plan_brings_its_memory_mode_unless_another_is_named() -> None:
 
 def test_compression_rule_of_a_plan() -> None:
     exact = dataclasses.replace(PLAN.layers[0], name="layers.1.fc1", activation_ranks=None)
-    config = WasiConfig(plan=WasiPlan((*PLAN.layers, exact)))
+    config = WasiConfig(plan=WasiPlan((*PLAN.layers, exact), update="factor"))
     ranks = (("feature", 2), ("token", 4))
     assert config.compression_rule("layers.0.fc1") == CompressionRule(("feature", "token"), None, ranks)
     assert config.compression_rule("layers.1.fc1") is None
@@ -199,7 +226,7 @@ BESIDE_A_PLAN: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", BESIDE_A_PLAN, ids=lambda options: next(iter(options)))
 def test_a_plan_decides_alone(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"plan decides layers and ranks; leave {next(iter(options))} out, got"):
-        WasiConfig(plan=PLAN, **options)
+        WasiConfig(plan=PLAN, update="factor", **options)
 
 
 @pytest.mark.parametrize("options", BESIDE_A_PLAN[:2], ids=lambda options: next(iter(options)))

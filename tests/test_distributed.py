@@ -35,8 +35,8 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any], str, tuple[int, int]]] = {
     "compressed-uneven-vit": ("vit", COMPRESSION, "adamw", UNEVEN),
     "compressed-uneven-bert": ("bert", COMPRESSION, "adamw", UNEVEN),
     "compressed-uneven-llama": ("llama", COMPRESSION, "adamw", UNEVEN),
-    "frozen_basis": ("vit", {**COMPRESSION, "update": "frozen_basis"}, "adamw", UNEVEN),
-    "core": ("vit", {**COMPRESSION, "update": "core"}, "adamw", UNEVEN),
+    "frozen_basis": ("vit", {"update": "frozen_basis"}, "adamw", UNEVEN),
+    "core": ("vit", {"update": "core"}, "adamw", UNEVEN),
     "low_rank": ("vit", {**COMPRESSION, "update": "low_rank"}, "adamw", UNEVEN),
 }
 

@@ -35,22 +35,25 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "dense": lambda: None,
     "lora": lambda: LoraConfig(r=2, target_modules="all-linear"),
     "subspace": lambda: WasiConfig(weight_rank=5, activation_ranks=4, update="subspace"),
-    "low rank": lambda: WasiConfig(weight_rank=3, activation_ranks=4, update_rank=2),
+    "low rank": lambda: WasiConfig(weight_rank=3, activation_ranks=4, update="low_rank", update_rank=2),
     "factor": lambda: WasiConfig(weight_rank=5, activation_ranks=4, update="factor"),
+    "frozen basis": lambda: WasiConfig(weight_rank=5),
 }
 OTHER_CONFIGS: dict[str, Callable[[], Any]] = {
     "all modes": lambda: WasiConfig(
         weight_rank=5,
+        update="low_rank",
         activation_modes=["feature", "token", "batch"],
         activation_ranks={"feature": 4, "token": 3, "batch": 2},
     ),
-    "exact inputs": lambda: WasiConfig(weight_rank=5, activation_threshold=None),
-    "frozen basis": lambda: WasiConfig(weight_rank=5, activation_ranks=4, update="frozen_basis"),
-    "core": lambda: WasiConfig(weight_rank=5, activation_ranks=4, update="core"),
-    "parked": lambda: WasiConfig(weight_rank=5, activation_ranks=4, base_weight="cpu"),
-    "kept": lambda: WasiConfig(weight_rank=5, activation_ranks=4, base_weight="keep"),
-    "moving every step": lambda: WasiConfig(weight_rank=5, activation_ranks=4, activation_interval=1),
-    "head": lambda: WasiConfig(weight_rank=5, activation_ranks=4, modules_to_save=["classifier"], train_vectors=False),
+    "exact inputs": lambda: WasiConfig(weight_rank=5, activation_threshold=None, update="low_rank"),
+    "core": lambda: WasiConfig(weight_rank=5, update="core"),
+    "parked": lambda: WasiConfig(weight_rank=5, base_weight="cpu"),
+    "kept": lambda: WasiConfig(weight_rank=5, base_weight="keep"),
+    "moving every step": lambda: WasiConfig(
+        weight_rank=5, activation_ranks=4, activation_interval=1, update="low_rank"
+    ),
+    "head": lambda: WasiConfig(weight_rank=5, modules_to_save=["classifier"], train_vectors=False),
 }
 ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, **_: sdpa_flop_count(*args[:3]),
@@ -175,7 +178,9 @@ def test_bases_are_state_and_their_moves_are_spread_over_the_steps() -> None:
     model, batch = architecture.model(), architecture.batch(SAMPLES)
     estimates = {
         interval: estimate_wasi(
-            model, WasiConfig(weight_rank=5, activation_ranks=4, activation_interval=interval), batch=batch
+            model,
+            WasiConfig(weight_rank=5, activation_ranks=4, activation_interval=interval, update="factor"),
+            batch=batch,
         )
         for interval in (1, 2, 10)
     }
@@ -192,7 +197,7 @@ def test_parked_and_kept_weights_count() -> None:
     model, batch = architecture.model(), architecture.batch(4)
 
     def estimate(mode: str) -> Estimate:
-        config = WasiConfig(weight_rank=5, activation_ranks=4, base_weight=mode)  # type: ignore[arg-type]
+        config = WasiConfig(weight_rank=5, base_weight=mode)  # type: ignore[arg-type]
         return estimate_wasi(model, config, batch=batch)
 
     released, parked, kept = estimate("release"), estimate("cpu"), estimate("keep")
@@ -330,7 +335,7 @@ def test_table_and_plain_data() -> None:
 def test_adapter_that_is_there_already(name: str) -> None:
     architecture = ARCHITECTURES[name]
     model, batch = architecture.model(), architecture.batch()
-    config = WasiConfig(weight_rank=5, activation_ranks=4)
+    config = WasiConfig(weight_rank=5, activation_ranks=4, update="low_rank")
     fresh = estimate_wasi(model, config, batch=batch)
     assert config.target_modules is None and config.ranks is None
     assert estimate_wasi(get_peft_model(model, config), batch=batch) == fresh
@@ -343,8 +348,8 @@ def test_plan() -> None:
     for name in sorted(architecture.targets(model)):
         out_features, in_features = model.get_submodule(name).weight.shape
         layers.append(LayerPlan(name, out_features, in_features, 5, {"feature": 4}, 0.5))
-    plan = WasiPlan(tuple(layers), {})
-    expected = estimate_wasi(model, WasiConfig(weight_rank=5, activation_ranks=4), batch=batch)
+    plan = WasiPlan(tuple(layers), {}, update="factor")
+    expected = estimate_wasi(model, WasiConfig(weight_rank=5, activation_ranks=4, update="factor"), batch=batch)
     assert estimate_wasi(model, plan, batch=batch) == expected
     assert estimate_wasi(model, WasiConfig(plan=plan), batch=batch) == expected
 
@@ -352,11 +357,9 @@ def test_plan() -> None:
 def test_saved_configuration_needs_no_decomposition() -> None:
     architecture = ARCHITECTURES["vit"]
     model, batch = architecture.model(), architecture.batch()
-    config = WasiConfig(explained_variance_threshold=0.5, activation_ranks=4)
+    config = WasiConfig(explained_variance_threshold=0.5)
     injected = get_peft_model(copy.deepcopy(model), config)
-    saved = WasiConfig(
-        init_weights=False, ranks=config.ranks, target_modules=config.target_modules, activation_ranks=4
-    )
+    saved = WasiConfig(init_weights=False, ranks=config.ranks, target_modules=config.target_modules)
     assert estimate_wasi(model, saved, batch=batch) == estimate_wasi(injected, batch=batch)
 
 
@@ -373,7 +376,9 @@ def test_ranks_that_preprocessing_has_chosen_are_known(options: dict[str, float]
 def test_ranks_that_training_has_chosen_are_known() -> None:
     architecture = ARCHITECTURES["vit"]
     batch = architecture.batch(SAMPLES)
-    model = get_peft_model(architecture.model(), WasiConfig(weight_rank=5, activation_threshold=0.8)).train()
+    model = get_peft_model(
+        architecture.model(), WasiConfig(weight_rank=5, activation_threshold=0.8, update="low_rank")
+    ).train()
     with pytest.raises(ValueError, match="Activation ranks are chosen by a threshold"):
         estimate_wasi(model, batch=batch)
     optimizer = adamw(model)
@@ -538,7 +543,7 @@ def test_contexts_of_the_caller_do_not_matter(context: Callable[[], Any]) -> Non
 
 def test_weight_rank_by_threshold() -> None:
     architecture = ARCHITECTURES["vit"]
-    for config in (WasiConfig(activation_ranks=4), WasiConfig(weight_share=0.5, activation_ranks=4)):
+    for config in (WasiConfig(), WasiConfig(weight_share=0.5)):
         with pytest.raises(ValueError, match=r"Weight ranks are chosen by .* weight_rank or rank_pattern.* plan"):
             estimate_wasi(architecture.model(), config, batch=architecture.batch())
 
@@ -546,7 +551,7 @@ def test_weight_rank_by_threshold() -> None:
 def test_activation_rank_by_threshold() -> None:
     architecture = ARCHITECTURES["vit"]
     with pytest.raises(ValueError, match=r"Activation ranks are chosen by .* activation_ranks .* plan"):
-        estimate_wasi(architecture.model(), WasiConfig(weight_rank=4), batch=architecture.batch())
+        estimate_wasi(architecture.model(), WasiConfig(weight_rank=4, update="factor"), batch=architecture.batch())
 
 
 @pytest.mark.parametrize("batch", [{}, (), torch.zeros(0, 8), {"x": 1}])
@@ -572,7 +577,7 @@ def test_nothing_trains() -> None:
 
 def test_configuration_of_another_model() -> None:
     architecture = ARCHITECTURES["vit"]
-    config = WasiConfig(weight_rank=4, activation_ranks=4, target_modules=["nowhere"])
+    config = WasiConfig(weight_rank=4, target_modules=["nowhere"])
     with pytest.raises(ValueError, match="nowhere"):
         estimate_wasi(architecture.model(), config, batch=architecture.batch())
 

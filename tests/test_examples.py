@@ -320,7 +320,7 @@ def test_prepared_factors_depend_on_no_seed_and_no_mode(
 ) -> None:
     """Bit for bit, each prepared afresh; and whether the file was there changes nothing in the run that uses it."""
     monkeypatch.chdir(tmp_path)
-    wasi = {"update_rank": 2, "activation_ranks": 4}
+    wasi = {"update": "low_rank", "update_rank": 2, "activation_ranks": 4}
     entries = []
     for folder, seed, mode in (("a", 0, "exact"), ("b", 1, "exact"), ("c", 0, "small"), ("a", 1, "exact")):
         monkeypatch.setenv("WASI_CACHE", str(tmp_path / folder))

@@ -86,13 +86,15 @@ CASES = {"vit": (tiny_vit, images), "llama": (tiny_llama, tokens)}
 # -------------------------------------------------------------------- answers and gradients
 
 
+@pytest.mark.parametrize("update", ["frozen_basis", "low_rank"])
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_architecture_answers_as_before(name: str, mode: str) -> None:
+def test_every_architecture_answers_as_before(name: str, mode: str, update: str) -> None:
     if (name, mode) == ("swin", "small"):
         pytest.skip("PEFT makes the embeddings of models that recompute require a gradient, and Swin's give a tuple")
     batch = ARCHITECTURES[name].batch()
-    exact, other = build(name, activation_threshold=None), build(name, activation_threshold=None, memory_mode=mode)
+    options = {"activation_threshold": None, "update": update}
+    exact, other = build(name, **options), build(name, memory_mode=mode, **options)
     loss, wanted = gradients(exact, batch)
     other_loss, found = gradients(other, batch)
     assert torch.allclose(loss, other_loss, rtol=1e-5)
@@ -103,9 +105,9 @@ def test_every_architecture_answers_as_before(name: str, mode: str) -> None:
         assert torch.allclose(exact(**batch).logits, other(**batch).logits, atol=1e-5)
 
 
-def check_gradient_error(case: str, tolerance: float, **choice: str) -> None:
+def check_gradient_error(case: str, tolerance: float, update: str = "low_rank", **choice: str) -> None:
     make, make_batch = CASES[case]
-    options = {**LOW, "activation_threshold": None, "update_rank": 8}
+    options = {**LOW, "activation_threshold": None, "update": update, "update_rank": 8}
     torch.manual_seed(0)
     exact = get_peft_model(make(), WasiConfig(**options))
     torch.manual_seed(0)
@@ -124,10 +126,11 @@ def test_gradient_error_of_each_choice(case: str, kind: str) -> None:
     check_gradient_error(case, TOLERANCE[kind], saved_tensors=kind)
 
 
+@pytest.mark.parametrize("update", ["frozen_basis", "low_rank", "core"])
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 @pytest.mark.parametrize("case", CASES)
-def test_gradient_error_of_each_mode(case: str, mode: str) -> None:
-    check_gradient_error(case, MODE_TOLERANCE[mode], memory_mode=mode)
+def test_gradient_error_of_each_mode(case: str, mode: str, update: str) -> None:
+    check_gradient_error(case, MODE_TOLERANCE[mode], update, memory_mode=mode)
 
 
 @pytest.mark.parametrize(("mode", "saved_tensors", "wanted"), [
@@ -320,7 +323,12 @@ def test_estimates_know_the_mode(case: str, mode: str) -> None:
         name: 24 for name, module in make().named_modules() if isinstance(module, nn.Linear) and ".layers." in name
     }
     config = WasiConfig(
-        rank_pattern=ranks, update_rank=8, activation_threshold=None, activation_ranks=16, memory_mode=mode
+        rank_pattern=ranks,
+        update="low_rank",
+        update_rank=8,
+        activation_threshold=None,
+        activation_ranks=16,
+        memory_mode=mode,
     )
     estimate = estimate_wasi(make(), config, batch=batch)
     base = make()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from models import ARCHITECTURES
+from models import ARCHITECTURES, input_options
 from peft import get_peft_model
 from test_trainer import LossRecorder, assert_same, bases, build, make_trainer, trained_values
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from wasi_peft import (
     profile_wasi,
 )
 from wasi_peft.layer import wasi_layers
+from wasi_peft.planning import UPDATES
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -90,12 +91,12 @@ def assert_both_equal(name: str, make_model: Callable[[], Any], make: Make) -> N
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("update", ["low_rank", "core", "subspace", "factor"])
+@pytest.mark.parametrize("update", UPDATES)
 def test_equals_the_optimizer_bit_for_bit(kind: str, update: str) -> None:
     cls, options = OPTIMIZERS[kind]
     assert_both_equal(
         "vit",
-        lambda: build("vit", update=update, activation_ranks=4, activation_interval=2),
+        lambda: build("vit", update=update, activation_interval=2, **input_options(update)),
         lambda model: create_wasi_optimizer(model, cls, lr=1e-2, head_lr=2e-2, weight_decay=0.1, **options),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ from wasi_peft import WasiConfig
 from wasi_peft.autograd import factored_linear
 from wasi_peft.calibration import Calibration, calibrate_wasi
 from wasi_peft.choosing import plan_error
-from wasi_peft.config import MEMORY_MODES, UPDATES
 from wasi_peft.core import core_linear, three_linears
 from wasi_peft.costs import break_even_rank, rank_step
 from wasi_peft.estimate import PlannedPeaks, estimate_peak, estimate_wasi, input_sizes
@@ -39,7 +39,8 @@ from wasi_peft.planner import (
     input_shapes,
     plan_wasi,
 )
-from wasi_peft.planning import LayerSpectrum, WasiPlan, input_groups
+from wasi_peft.planning import MEMORY_MODES, UPDATES, LayerSpectrum, WasiPlan, input_groups
+from wasi_peft.tucker import Tucker
 
 NAMES = ["vit", "swin", "llama"]
 BATCH = {name: ARCHITECTURES[name].batch(8) for name in ARCHITECTURES}
@@ -134,13 +135,17 @@ def test_a_plan_can_be_injected_and_trained(name: str, field: str) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("update", ["frozen_basis", "low_rank"])
 @pytest.mark.parametrize(("field", "value"), [*ASKED.items(), ("peak_bytes", 10**12)])
-def test_ranks_make_widths_that_are_multiples_of_a_step(field: str, value: Any) -> None:
+def test_ranks_make_widths_that_are_multiples_of_a_step(field: str, value: Any, update: Any) -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(272, 272), nn.ReLU(), nn.Linear(272, 160)))
     x = torch.randn(64, 272, generator=torch.Generator().manual_seed(0))
     calibration = calibrate_wasi(model, [x], progress_bar=False)
-    plan = plan_wasi(model, calibration, batch=x, timer=CountingTimer(), **{field: value})  # type: ignore[arg-type]
-    spectra = calibration.spectra(reserved_rank=16)
+    config = WasiConfig(update=update, target_modules=list(calibration.layers))
+    budget: Any = {field: value}
+    plan = plan_wasi(model, calibration, batch=x, timer=CountingTimer(), config=config, **budget)
+    assert (plan.update, plan.update_rank) == (update, 16 if update == "low_rank" else None)
+    spectra = calibration.spectra(reserved_rank=config.reserved_rank)
     assert [rank_step(x.out_features, x.in_features) for x in spectra] == [16, 8]
     for layer, spectrum in zip(plan.layers, spectra, strict=True):
         assert layer.weight_rank in spectrum.rank_choices[1:]
@@ -275,22 +280,24 @@ def test_shapes_that_depend_on_values_are_found_by_running() -> None:
 
 
 @pytest.mark.parametrize("rank", [3, 9])
-@pytest.mark.parametrize("feature_rank", [2, 7, None])
-@pytest.mark.parametrize("subspace", [False, True])
-def test_flops_are_those_that_torch_counts(rank: int, feature_rank: int | None, subspace: bool) -> None:
+@pytest.mark.parametrize(
+    ("update", "feature_rank"),
+    [*itertools.product(("factor", "subspace"), (2, 7, None)), ("frozen_basis", None)],
+)
+def test_flops_are_those_that_torch_counts(rank: int, update: str, feature_rank: int | None) -> None:
+    subspace, frozen = update == "subspace", update == "frozen_basis"
     rows, out_features, in_features = 60, 24, 20
     spectrum = LayerSpectrum("fc", out_features, in_features, "fc", (1.0,) * 20)
-    timer = LayerTimer(tangent=subspace)
+    timer = LayerTimer(update=update)
     x, L, R = (timer._random(*shape).requires_grad_() for shape in ((1, rows, 20), (out_features, rank), (rank, 20)))
+    R.requires_grad_(not frozen)
     compressed = None
     if feature_rank is not None:
-        from wasi_peft.tucker import Tucker
-
         compressed = Tucker(timer._random(1, rows, feature_rank), timer._random(in_features, feature_rank))
     with FlopCounterMode(display=False) as counter:
         factored_linear(x, L, R, None, compressed, subspace).sum().backward()
     problem = _Problem([spectrum], {"fc": (1, rows)}, {})
-    work = _Flops(problem, subspace, interval=8)
+    work = _Flops(problem, update, interval=8)
     flops = work.weight(spectrum, rank, feature_rank is None)
     if feature_rank is not None:
         flops += work.product(spectrum, rank, feature_rank)
@@ -309,7 +316,7 @@ def test_flops_of_a_core_are_those_that_torch_counts(rank: int) -> None:
     spectrum = LayerSpectrum("fc", out_features, in_features, "fc", (1.0,) * 20, core=True)
     shapes = ((1, rows, in_features), (out_features, rank), (rank, rank), (rank, in_features))
     x, L, M, R = (LayerTimer()._random(*shape) for shape in shapes)
-    work = _Flops(_Problem([spectrum], {"fc": (1, rows)}, {}), False, interval=8)
+    work = _Flops(_Problem([spectrum], {"fc": (1, rows)}, {}), "core", interval=8)
     with FlopCounterMode(display=False) as counter:
         core_linear(x.requires_grad_(), L, M.requires_grad_(), R).sum().backward()
     assert work.weight(spectrum, rank, True) == counter.get_total_flops()
@@ -321,14 +328,15 @@ def test_flops_of_a_core_are_those_that_torch_counts(rank: int) -> None:
 # -------------------------------------------------------------------- time
 
 
-def test_the_timer_measures_cores() -> None:
-    timer = LayerTimer(core=True)
+@pytest.mark.parametrize("update", ["core", "frozen_basis"])
+def test_the_timer_measures_updates_that_keep_no_input(update: str) -> None:
+    timer = LayerTimer(update=update)
     assert all(timer.factored(8, 6, 5, 2, None, training) > 0 for training in (False, True))
 
 
 def test_the_timer_measures_something() -> None:
-    for tangent in (False, True):
-        timer = LayerTimer(tangent=tangent)
+    for update in ("factor", "subspace", "low_rank"):
+        timer = LayerTimer(update=update, update_rank=2)
         for training in (False, True):
             assert timer.dense(8, 6, 5, training) > 0
             assert timer.factored(8, 6, 5, 2, 3 if training else None, training) > 0
@@ -561,7 +569,7 @@ def test_some_layer_must_be_worth_it() -> None:
 def test_the_configuration_must_not_decide_ranks(options: dict[str, Any]) -> None:
     model, calibration = calibrated("vit")
     with pytest.raises(ValueError, match=f"leave {next(iter(options))} out"):
-        planned(model, calibration, weight_share=0.5, config=WasiConfig(**options))
+        planned(model, calibration, weight_share=0.5, config=WasiConfig(update="factor", **options))
 
 
 def test_the_batch_must_have_rows() -> None:

@@ -153,6 +153,8 @@ def test_plan_round_trip(tmp_path: Path) -> None:
         "format": 1,
         "budget": {"peak_bytes": 1000, "batch": [32, 197], "optimizer": "adamw"},
         "memory_mode": None,
+        "update": None,
+        "update_rank": None,
         "layers": {
             "blocks.0.q": {
                 "out_features": 8,
@@ -196,7 +198,11 @@ def test_plan_numbers_and_text() -> None:
         "WASI plan for peak_bytes=1000, batch=[32, 197], optimizer=adamw: 2 layers, rank 2 to 4 (median 4), "
         "83.3% of their weights kept, 1 with the exact input"
     )
-    assert WasiPlan(PLAN.layers, memory_mode="small").headline().startswith("WASI plan with memory_mode='small': 2")
+    named = WasiPlan(PLAN.layers, memory_mode="small", update="low_rank", update_rank=1)
+    assert named.headline().startswith("WASI plan, memory_mode='small', update='low_rank', update_rank=1: 2 layers")
+    assert named.kept_share == (3 * 16 + 5 * 12) / (64 + 32)
+    assert WasiPlan(PLAN.layers, update="core").kept_share == (2 * 18 + 4 * 16) / (64 + 32)
+    assert WasiPlan.from_dict(named.to_dict()) == named
     assert WasiPlan(PLAN.layers[:1]).headline() == (
         "WASI plan: 1 layers, rank 2 to 2 (median 2), 50.0% of their weights kept"
     )
@@ -216,6 +222,15 @@ def test_plan_numbers_and_text() -> None:
         (
             {**PLAN.to_dict(), "memory_mode": "tiny"},
             r"memory_mode must be one of \['exact', 'fast', 'small'\], got 'tiny'",
+        ),
+        (
+            {**PLAN.to_dict(), "update": "all"},
+            r"a plan's update must be one of \['frozen_basis', 'low_rank', .*\], got 'all'",
+        ),
+        ({**PLAN.to_dict(), "update": "low_rank"}, "a plan's update_rank must be a positive integer, got None"),
+        (
+            {**PLAN.to_dict(), "update": "core", "update_rank": 4},
+            "a plan's update_rank is for update='low_rank' alone, got it with 'core'",
         ),
         ({**PLAN.to_dict(), "budget": None}, "a plan's budget must be a dict of JSON values, got None"),
         ({**PLAN.to_dict(), "layers": {"a": 3}}, "a: a layer of a plan must be a dict, got 3"),

@@ -96,7 +96,7 @@ def test_the_injection_uses_and_consumes_the_factors(bias: bool) -> None:
 def test_what_trains_starts_from_the_directions_after_those_of_the_rank() -> None:
     """The layer computes what all its directions together do; the larger ones stay."""
     net = reference.tiny_net(2)
-    config = WasiConfig(weight_rank=3, update_rank=2)
+    config = WasiConfig(weight_rank=3, update="low_rank", update_rank=2)
     run(net, config, batches())
     assert ranks(net) == dict.fromkeys(TARGETS, 3)
     expected = prepared(net)
@@ -113,9 +113,10 @@ def test_what_trains_starts_from_the_directions_after_those_of_the_rank() -> Non
 def test_no_more_directions_train_than_the_weight_has() -> None:
     net = reference.tiny_net(2)
     dense = copy.deepcopy(net)
-    run(net, WasiConfig(weight_rank=3), batches())
+    config = WasiConfig(weight_rank=3, update="low_rank")
+    run(net, config, batches())
     assert {initial.L.shape[1] for initial in prepared(net).values()} == {8}
-    model = get_peft_model(net, WasiConfig(weight_rank=3))
+    model = get_peft_model(net, config)
     for _, layer in wasi_layers(model.base_model.model):
         assert layer.wasi_A["default"].shape[0] == 16
         assert not layer.wasi_B["default"][:, 5:].any() and layer.wasi_A["default"][5:].any(1).all()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint as torch_checkpoint
 import transformers as tf
-from models import ARCHITECTURES
+from models import ARCHITECTURES, input_options
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +34,7 @@ from wasi_peft.recompute import stop_recomputation
 WIDTH = 32
 ROUNDED = KINDS
 SIZES = [("exact", 4.0), *((kind, bits_per_value(kind) / 8) for kind in ROUNDED)]  # bytes an element
-UPDATES = ("low_rank", "core", "subspace")
+UPDATES = ("frozen_basis", "low_rank", "core", "subspace")
 
 
 class Block(nn.Module):
@@ -668,14 +668,13 @@ def test_distributed_data_parallel(find_unused: bool) -> None:
 # -------------------------------------------------------------------- WASI layers
 
 
-def adapted(name: str = "vit", **options: Any) -> Any:
+def adapted(name: str = "vit", update: str = "low_rank", **options: Any) -> Any:
     model = ARCHITECTURES[name].model()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
         torch.manual_seed(0)
-        return get_peft_model(
-            model, WasiConfig(**{"weight_rank": 6, "activation_ranks": 4, "activation_interval": 1, **options})
-        ).train()
+        options = {"weight_rank": 6, "activation_interval": 1, **input_options(update), **options}
+        return get_peft_model(model, WasiConfig(update=update, **options)).train()  # type: ignore[arg-type]
 
 
 def train(model: Any, name: str, steps: int = 3) -> tuple[list[float], list[Tensor]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, Batch, wasi_model
+from models import ARCHITECTURES, Batch, input_options, wasi_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -31,8 +31,9 @@ SAMPLES = 16
 CONFIGS: dict[str, Callable[[], Any]] = {
     "dense": lambda: None,
     "lora": lambda: LoraConfig(r=2, target_modules="all-linear"),
-    "low rank": lambda: WasiConfig(weight_rank=3, activation_ranks=4, update_rank=2),
+    "low rank": lambda: WasiConfig(weight_rank=3, activation_ranks=4, update="low_rank", update_rank=2),
     "factor": lambda: WasiConfig(weight_rank=5, activation_ranks=4, update="factor"),
+    "frozen basis": lambda: WasiConfig(weight_rank=5),
 }
 VIT = ARCHITECTURES["vit"]
 
@@ -94,7 +95,7 @@ MANY = {"vit": 256, "llama": 64}  # samples; fewer, and no tensor is worth round
 
 def in_mode(name: str, mode: str) -> nn.Module:
     torch.manual_seed(0)
-    config = WasiConfig(weight_rank=3, update_rank=2, activation_threshold=None, memory_mode=mode)
+    config = WasiConfig(weight_rank=5, memory_mode=mode)
     return get_peft_model(ARCHITECTURES[name].model(), config)
 
 
@@ -137,7 +138,7 @@ def test_rounded_tensors_belong_to_what_keeps_them() -> None:
     operations = [set(profile.saved_by_operation) for profile in profiles]
     others = ({"scaled_dot_product_attention", "gelu"}, {"LowBitAttentionFunction", "LowBitActivationFunction"})
     assert others[0] <= operations[0] and others[1] <= operations[1]
-    assert operations[0] - others[0] == operations[1] - others[1] >= {"layer_norm", "LowRankLinear"}
+    assert operations[0] - others[0] == operations[1] - others[1] >= {"layer_norm", "FactoredLinear"}
 
 
 # ---------------------------------------------------------------- sums
@@ -324,7 +325,7 @@ def model_in_use(kind: str) -> Any:
     """A model after two steps, with gradients; dropout draws random numbers, and parts are in different modes."""
     model: Any = VIT.model()
     if kind != "dense":
-        model = wasi_model(model, weight_rank=5, activation_ranks=4, update=kind)
+        model = wasi_model(model, weight_rank=5, update=kind, **input_options(kind))
     model.train()
     for seed in range(2):
         model(**VIT.batch(8, seed)).loss.backward()

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from . import report
 from ._registration import NAME
 from .calibration import Calibration, calibrate_wasi
-from .config import UPDATES, WasiConfig
+from .config import DEFAULT_UPDATE, DEFAULT_UPDATE_RANK, WasiConfig
 from .estimate import OPTIMIZERS, Estimate, estimate_wasi
 from .loading import (
     SEQUENCE_LENGTH,
@@ -35,7 +35,7 @@ from .loading import (
     task_heads,
 )
 from .planner import BUDGETS, plan_wasi
-from .planning import MEMORY_MODES, WasiPlan
+from .planning import MEMORY_MODES, UPDATES, WasiPlan
 from .profile_report import GROUPINGS, costs_table, plot_profiles, profiles_table
 from .step_profile import ROUNDS, StepProfile, profile_wasi
 from .summary import LayerSummary, WasiSummary
@@ -142,9 +142,9 @@ def _add_batch_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sequence-length", metavar="N", type=_count, help=f"tokens of a text ({SEQUENCE_LENGTH})")
     command.add_argument("--image-size", metavar="P", type=_count, help="pixels of an image's side (the model's)")
     command.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="(adamw)")
-    command.add_argument("--update", choices=UPDATES, default=WasiConfig.update, help=f"({WasiConfig.update})")
+    command.add_argument("--update", choices=UPDATES, help=f"what trains (what a plan says, else {DEFAULT_UPDATE})")
     command.add_argument(
-        "--update-rank", metavar="R", type=_count, default=WasiConfig.update_rank, help=f"({WasiConfig.update_rank})"
+        "--update-rank", metavar="R", type=_count, help=f"with low_rank (what a plan says, else {DEFAULT_UPDATE_RANK})"
     )
 
 

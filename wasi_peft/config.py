@@ -11,13 +11,13 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from ._registration import PEFT_TYPE, WASI_IMPORT_NOTE
-from .planning import MEMORY_MODES, LayerPlan, WasiPlan, layer_plan
+from .planning import MEMORY_MODES, UPDATES, LayerPlan, WasiPlan, layer_plan
 from .tucker import MODES, CompressionRule
 
-UPDATES = ("low_rank", "core", "subspace", "factor", "frozen_basis")
 BASE_WEIGHTS = ("release", "cpu", "keep")
 SAVED_TENSORS = ("exact", "bf16", "int8", "int4", "recompute")
 BIASES = ("none", "all", "wasi_only")
+DEFAULT_UPDATE, DEFAULT_UPDATE_RANK = "frozen_basis", 16
 _PLANNED = (  # what a plan decides instead
     "weight_rank",
     "rank_pattern",
@@ -87,7 +87,8 @@ class WasiConfig(PeftConfig):
             Also train and save what costs next to nothing: norms, layer scales, position and class tokens.
         activation_threshold (`Optional[float]`, default 0.95):
             Share of the input's energy that is kept for the backward pass, in (0, 1]; the rank is chosen on the first
-            training batch. None, with `activation_ranks` None too, keeps the exact input.
+            training batch. None, with `activation_ranks` None too, keeps the exact input. Only with the updates that
+            keep inputs: 'low_rank', 'subspace' and 'factor'.
         activation_ranks (`Optional[Union[int, dict[str, int]]]`):
             Fixed ranks instead, by mode ({'feature': 48, 'token': 12}); an integer is the rank of the feature mode.
         activation_modes (`list[str]`, default ['feature']):
@@ -96,19 +97,19 @@ class WasiConfig(PeftConfig):
         activation_interval (`int`, default 8):
             Optimizer steps from one subspace iteration of the activation bases to the next. 1 is the paper's choice;
             the bases move slowly, and an iteration costs twice as much as the compression itself.
-        update (`str`, default 'low_rank'):
-            What trains. 'low_rank': the K most important directions, L R, stay as they are, and the `update_rank` next
+        update (`Optional[str]`):
+            What trains; by default what `plan` says, else 'frozen_basis'. 'frozen_basis': only L, at LoRA's learning
+            rates or above; R keeps its row space, in which [`preprocess_wasi`] with batches whitens what L sees.
+            Backward keeps `R x`, K numbers of each token, from which gradients are exact, so inputs need no
+            compression. 'low_rank': the K most important directions, L R, stay as they are, and the `update_rank` next
             ones, B A, train, as in MiLoRA (arXiv 2406.09044), at LoRA's learning rates. 'core': a K x K matrix M
-            between frozen factors, `W = L M R`, at the same rates. [`preprocess_wasi`] with batches whitens both sides
-            of M, so that it converges faster; backward keeps K numbers of each token, so inputs need no compression.
-            M counts in `weight_share` and in plans. 'subspace': both factors, by tangent-space gradients and, after
-            each optimizer step, a retraction, which together are the paper's subspace iteration to first order.
-            'factor': both factors, by plain gradients. 'frozen_basis': only L, with exact
-            gradients; R keeps its row space, in which [`preprocess_wasi`] with batches whitens what L sees, so that
-            LoRA's learning rates suit here too; backward keeps K numbers of each token.
-        update_rank (`int`, default 16):
-            Directions that train with `update="low_rank"`, beside the K that a rank or threshold asks for. They
-            count in `weight_share` and in plans.
+            between frozen factors, `W = L M R`, at the same rates; backward keeps K numbers of each token here too.
+            [`preprocess_wasi`] with batches whitens both sides of M. M counts in `weight_share` and in plans.
+            'subspace': both factors, by tangent-space gradients and, after each optimizer step, a retraction, which
+            together are the paper's subspace iteration to first order. 'factor': both factors, by plain gradients.
+        update_rank (`Optional[int]`):
+            Directions that train with `update="low_rank"`, beside the K that a rank or threshold asks for; by default
+            what `plan` says, else 16. They count in `weight_share` and in plans.
         memory_mode (`Optional[str]`):
             How far a training step goes to need little memory; by default what `plan` says, else 'exact'. 'exact':
             only the inputs of the targeted layers are compressed. 'fast': what runs no layer twice on top, namely
@@ -182,11 +183,13 @@ class WasiConfig(PeftConfig):
     activation_interval: int = field(
         default=8, metadata={"help": "Optimizer steps between two iterations of the activation bases."}
     )
-    update: Literal["low_rank", "core", "subspace", "factor", "frozen_basis"] = field(
-        default="low_rank",
-        metadata={"help": "What trains and how: 'low_rank', 'core', 'subspace', 'factor' or 'frozen_basis'."},
+    update: Literal["frozen_basis", "low_rank", "core", "subspace", "factor"] | None = field(
+        default=None,
+        metadata={"help": "What trains and how: 'frozen_basis', 'low_rank', 'core', 'subspace' or 'factor'."},
     )
-    update_rank: int = field(default=16, metadata={"help": "Rank of what trains with update='low_rank'."})
+    update_rank: int | None = field(
+        default=None, metadata={"help": "Rank of what trains with update='low_rank', by default 16."}
+    )
     memory_mode: Literal["exact", "fast", "small"] | None = field(
         default=None, metadata={"help": "How far a step goes to need little memory: 'exact', 'fast' or 'small'."}
     )
@@ -216,8 +219,13 @@ class WasiConfig(PeftConfig):
         if self.plan is not None:
             plan = self.plan if isinstance(self.plan, WasiPlan) else WasiPlan.from_dict(self.plan)
             self.plan = plan.to_dict()
-            self.memory_mode = self.memory_mode or plan.memory_mode  # type: ignore[assignment]
-        self.memory_mode = self.memory_mode or "exact"
+            for name in ("memory_mode", "update", "update_rank"):
+                if getattr(self, name) is None:
+                    setattr(self, name, getattr(plan, name))
+        defaults = {"memory_mode": "exact", "update": DEFAULT_UPDATE, "update_rank": DEFAULT_UPDATE_RANK}
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         self._validate()
         self._validate_budgets()
 
@@ -247,6 +255,11 @@ class WasiConfig(PeftConfig):
             if mode not in modes:
                 raise ValueError(f"activation_ranks names the mode {mode!r}, not in activation_modes={modes!r}.")
             _check_rank(f"activation_ranks[{mode!r}]", rank)
+        if self.keeps_image and self.activation_ranks is not None:
+            raise ValueError(
+                f"activation_ranks compresses inputs, and update={self.update!r} keeps none of them; leave it out, or "
+                f"choose update='low_rank', 'subspace' or 'factor', got {self.activation_ranks!r}."
+            )
         if self.activation_ranks is not None and self.activation_threshold is None:
             missing = sorted(set(modes) - set(self._mode_ranks() or {}))
             if missing:
@@ -280,9 +293,14 @@ class WasiConfig(PeftConfig):
                 raise ValueError(f"plan decides layers and ranks; leave {name} out, got {getattr(self, name)!r}.")
 
     @property
+    def resolved_update(self) -> str:
+        """What trains."""
+        return self.update or DEFAULT_UPDATE
+
+    @property
     def reserved_rank(self) -> int:
         """Directions that the update adds to the K of every layer."""
-        return self.update_rank if self.update == "low_rank" else 0
+        return self.update_rank or 0 if self.update == "low_rank" else 0
 
     @property
     def has_core(self) -> bool:

@@ -179,9 +179,9 @@ class WasiLayer(BaseTunerLayer):
         if M is not None:
             self.wasi_M[adapter_name] = self._new_parameter(M)
         both = ("wasi_L", "wasi_R")
-        frozen = {"frozen_basis": ("wasi_R",), "low_rank": both, "core": both}.get(config.update, ())
+        frozen = {"frozen_basis": ("wasi_R",), "low_rank": both, "core": both}.get(config.resolved_update, ())
         self.frozen_peft_weight_names[adapter_name] = frozen + (("wasi_bias",) if config.bias == "none" else ())
-        self.wasi_update[adapter_name] = config.update
+        self.wasi_update[adapter_name] = config.resolved_update
         self.wasi_rule[adapter_name] = config.compression_rule(name)
         self.wasi_bases[adapter_name] = Bases()
         self.wasi_basis_age[adapter_name] = 0

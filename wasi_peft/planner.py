@@ -145,23 +145,24 @@ def plan_wasi(
 
     try:
         if name == "weight_share":
-            return problem.with_tolerable_inputs(allocate_ranks(spectra, value))
-        if name == "error":
-            return problem.weights_alone(_rank_elements, error_bound=value)
-        if name == "peak_bytes":
-            return _plan_peak(problem, model, config, modes, value, batch, optimizer, calibration.bytes_per_element)
-        subspace = config.update == "subspace"
-        work: _Work = _Flops(problem, subspace, config.activation_interval)
-        if name.endswith("_seconds"):
-            weight = dense_weight(next(iter(targets.values())))
-            timer = timer or LayerTimer(weight.dtype, weight.device, subspace, config.reserved_rank, config.has_core)
-            work = _Seconds(problem, timer)
-        return _plan_work(problem, work, value, training=name in ("training_flops", "step_seconds"))
+            plan = problem.with_tolerable_inputs(allocate_ranks(spectra, value))
+        elif name == "error":
+            plan = problem.weights_alone(_rank_elements, error_bound=value)
+        elif name == "peak_bytes":
+            plan = _plan_peak(problem, model, config, modes, value, batch, optimizer, calibration.bytes_per_element)
+        else:
+            work: _Work = _Flops(problem, config.resolved_update, config.activation_interval)
+            if name.endswith("_seconds"):
+                weight = dense_weight(next(iter(targets.values())))
+                timer = timer or LayerTimer(weight.dtype, weight.device, config.resolved_update, config.reserved_rank)
+                work = _Seconds(problem, timer)
+            plan = _plan_work(problem, work, value, training=name in ("training_flops", "step_seconds"))
     except InfeasibleError as infeasible:
         least = _rounded_up(infeasible.least)
         raise ValueError(
             f"{name} must be at least {_readable(name, least)} for this model, got {_readable(name, value)}."
         ) from infeasible
+    return replace(plan, update=config.update, update_rank=config.reserved_rank or None)
 
 
 # -------------------------------------------------------------------- what is asked, and of what
@@ -569,12 +570,11 @@ def _plan_training_work(problem: _Problem, work: _Work, budget: float) -> WasiPl
 class _Flops:
     """FLOPs, counted from the matrix products of :mod:`autograd`, :mod:`tucker` and the retraction.
 
-    A warm basis moves every `interval` steps. `subspace` stands for the update with tangent gradients, whose K x K
-    work is bounded from above.
+    A warm basis moves every `interval` steps. The K x K work of `update="subspace"` is bounded from above.
     """
 
     problem: _Problem
-    subspace: bool
+    update: str
     interval: int
 
     def forward(self, spectrum: LayerSpectrum, rank: int | None) -> float:
@@ -587,12 +587,14 @@ class _Flops:
         if rank is None:
             return 3 * self.forward(spectrum, None)
         flops = 2 * self.forward(spectrum, rank)  # the gradient of the input costs as much
-        if self.subspace:
+        if self.update == "subspace":
             flops += 2 * rank**2 * (4 * spectrum.out_features + 3 * spectrum.in_features)
         rows = self.problem.rows(spectrum)
-        if spectrum.core:
+        if self.update == "core":
             flops += 2 * rows * rank**2
-        elif spectrum.reserved_rank:
+        elif self.update == "frozen_basis":
+            flops += 2 * rows * rank * spectrum.out_features
+        elif self.update == "low_rank":
             inner = spectrum.in_features if exact else 0
             flops += 2 * rows * spectrum.reserved_rank * (spectrum.out_features + inner)
         elif exact:

@@ -18,6 +18,7 @@ import numpy as np
 from .costs import break_even_rank, dense_elements, factored_elements, rank_step
 
 MEMORY_MODES = ("exact", "fast", "small")
+UPDATES = ("frozen_basis", "low_rank", "core", "subspace", "factor")
 FORMAT = 1
 _ACTIVATION_MODES = ("feature", "token", "batch")
 
@@ -226,10 +227,12 @@ class WasiPlan:
         budget: What was asked, plain data for the reader; nothing is computed from it.
         memory_mode: The mode that the plan was made for, if its budget depends on that. A configuration with the plan
             takes it, unless it names another one.
+        update: The update that the plan was made for; a configuration with the plan takes it in the same way.
+        update_rank: The rank of that update, with "low_rank".
 
     Raises:
-        ValueError: If there is no layer, a name appears twice, `budget` is not a dict of JSON values, or the mode is
-            unknown.
+        ValueError: If there is no layer, a name appears twice, `budget` is not a dict of JSON values, the mode or the
+            update is unknown, or its rank is no positive integer, or is given with another update.
 
     Example:
         >>> plan = WasiPlan((LayerPlan("fc1", 8, 8, 2, {"feature": 3}, 0.9),), {"weight_share": 0.5})
@@ -242,10 +245,18 @@ class WasiPlan:
     layers: tuple[LayerPlan, ...]
     budget: dict[str, Any] = field(default_factory=dict)
     memory_mode: str | None = None
+    update: str | None = None
+    update_rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.memory_mode not in (None, *MEMORY_MODES):
             raise ValueError(f"a plan's memory_mode must be one of {list(MEMORY_MODES)}, got {self.memory_mode!r}.")
+        if self.update not in (None, *UPDATES):
+            raise ValueError(f"a plan's update must be one of {list(UPDATES)}, got {self.update!r}.")
+        if self.update == "low_rank":
+            _check_whole("a plan's update_rank", self.update_rank, math.inf)
+        elif self.update_rank is not None:
+            raise ValueError(f"a plan's update_rank is for update='low_rank' alone, got it with {self.update!r}.")
         names = [layer.name for layer in self.layers]
         if not names:
             raise ValueError("a plan must have at least one layer, got none.")
@@ -262,7 +273,8 @@ class WasiPlan:
     @property
     def kept_share(self) -> float:
         """Elements of all factors over elements of all dense weights they replace."""
-        kept = sum(factored_elements(x.out_features, x.in_features, x.weight_rank) for x in self.layers)
+        core, more = self.update == "core", self.update_rank or 0
+        kept = sum(factored_elements(x.out_features, x.in_features, x.weight_rank + more, core) for x in self.layers)
         return kept / sum(dense_elements(x.out_features, x.in_features) for x in self.layers)
 
     def headline(self) -> str:
@@ -271,7 +283,8 @@ class WasiPlan:
         exact = sum(layer.activation_ranks is None for layer in self.layers)
         asked = ", ".join(f"{key}={value}" for key, value in self.budget.items())
         text = f"WASI plan for {asked}" if asked else "WASI plan"
-        text += f" with memory_mode={self.memory_mode!r}" if self.memory_mode else ""
+        for name in ("memory_mode", "update", "update_rank"):
+            text += f", {name}={value!r}" if (value := getattr(self, name)) is not None else ""
         return (
             f"{text}: {len(ranks)} layers, rank {ranks[0]} to {ranks[-1]} (median {ranks[len(ranks) // 2]}), "
             f"{self.kept_share:.1%} of their weights kept" + (f", {exact} with the exact input" if exact else "")
@@ -297,6 +310,8 @@ class WasiPlan:
             "format": FORMAT,
             "budget": dict(self.budget),
             "memory_mode": self.memory_mode,
+            "update": self.update,
+            "update_rank": self.update_rank,
             "layers": {entry.pop("name"): entry for entry in entries},
         }
 
@@ -311,9 +326,9 @@ class WasiPlan:
             raise ValueError(f"a plan must be a dict with the dict 'layers', got {_shortened(data)}.")
         if type(data.get("format")) is not int or data["format"] != FORMAT:
             raise ValueError(f"a plan must have format {FORMAT}, got {data.get('format')!r}.")
-        _check_keys("a plan", data, ("format", "budget", "memory_mode", "layers"))
+        _check_keys("a plan", data, ("format", "budget", "memory_mode", "update", "update_rank", "layers"))
         layers = tuple(layer_plan(name, entry) for name, entry in data["layers"].items())
-        return cls(layers, data["budget"], data["memory_mode"])
+        return cls(layers, data["budget"], data["memory_mode"], data["update"], data["update_rank"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON file; a previous one is replaced as a whole or not at all."""

@@ -42,23 +42,20 @@ class LayerTimer:
     Args:
         dtype: Of weights and inputs.
         device: Where to run.
-        tangent: Whether L takes tangent gradients (`update="subspace"`).
-        change_rank: Rank of what trains beside frozen factors (`update="low_rank"`); 0 where the factors train.
-        core: Whether a core trains between frozen factors (`update="core"`).
+        update: What trains, as in `WasiConfig`.
+        update_rank: With `update="low_rank"`, the rank of that.
     """
 
     def __init__(
         self,
         dtype: torch.dtype = torch.float32,
         device: Any = "cpu",
-        tangent: bool = False,
-        change_rank: int = 0,
-        core: bool = False,
+        update: str = "frozen_basis",
+        update_rank: int = 0,
     ) -> None:
         self._options: dict[str, Any] = {"dtype": dtype, "device": device}
-        self._tangent = tangent
-        self._change_rank = change_rank
-        self._core = core
+        self._update = update
+        self._update_rank = update_rank
 
     def dense(self, rows: int, out_features: int, in_features: int, training: bool) -> float:
         """Forward pass of a dense layer, with backward if `training`."""
@@ -71,7 +68,7 @@ class LayerTimer:
         self, rows: int, out_features: int, in_features: int, rank: int, feature_rank: int | None, training: bool
     ) -> float:
         """The same for a factored layer whose input is compressed already, or exact for None."""
-        if self._core:
+        if self._update == "core":
             return self._with_core(rows, out_features, in_features, rank, training)
         factors = self._factors(out_features, in_features, rank)
         compressed = None
@@ -82,12 +79,14 @@ class LayerTimer:
             if not training:
                 outer, inner = joined(*factors)
                 return F.linear(F.linear(x, inner), outer)
-            if self._change_rank:
+            if self._update == "low_rank":
                 return low_rank_linear(x, factors[0], factors[1], outer, inner, None, compressed)
-            return factored_linear(x, outer, inner, None, compressed, self._tangent)
+            return factored_linear(x, outer, inner, None, compressed, self._update == "subspace")
 
-        trained = [factor for factor in factors if factor is not None][-2:]
-        return self._layer(layer, (rows, out_features, in_features), trained, training)
+        outer, inner = [factor for factor in factors if factor is not None][-2:]
+        frozen = (inner,) if self._update == "frozen_basis" else ()
+        trained = (outer,) if frozen else (outer, inner)
+        return self._layer(layer, (rows, out_features, in_features), trained, training, frozen)
 
     def _with_core(self, rows: int, out_features: int, in_features: int, rank: int, training: bool) -> float:
         L, R = self._random(out_features, rank), self._random(rank, in_features)
@@ -109,24 +108,30 @@ class LayerTimer:
         """L, R and what trains beside them, as a layer holds them."""
         L = nn.Parameter(orthonormalize(self._random(out_features, rank)), requires_grad=False)
         R = nn.Parameter(self._random(rank, in_features), requires_grad=False)
-        if not self._change_rank:
+        if self._update != "low_rank":
             return L, R, None, None
-        B = nn.Parameter(self._random(out_features, self._change_rank), requires_grad=False)
-        A = nn.Parameter(self._random(self._change_rank, in_features), requires_grad=False)
+        B = nn.Parameter(self._random(out_features, self._update_rank), requires_grad=False)
+        A = nn.Parameter(self._random(self._update_rank, in_features), requires_grad=False)
         lay_side_by_side(L, R, B, A)
         return L, R, B, A
 
     def _layer(
-        self, layer: Callable[..., Tensor], sizes: tuple[int, int, int], weights: Sequence[Tensor], training: bool
+        self,
+        layer: Callable[..., Tensor],
+        sizes: tuple[int, int, int],
+        weights: Sequence[Tensor],
+        training: bool,
+        frozen: Sequence[Tensor] = (),
     ) -> float:
+        """Seconds of `layer(x, *weights, *frozen)`; in training, with gradients for x and the weights."""
         rows, out_features, in_features = sizes
         inputs = [self._random(1, rows, in_features), *weights]
         if not training:
             with torch.no_grad():
-                return self._seconds(lambda: layer(*inputs))
+                return self._seconds(lambda: layer(*inputs, *frozen))
         inputs = [tensor.requires_grad_() for tensor in inputs]
         gradient = self._random(1, rows, out_features)
-        return self._seconds(lambda: torch.autograd.grad(layer(*inputs), inputs, gradient))
+        return self._seconds(lambda: torch.autograd.grad(layer(*inputs, *frozen), inputs, gradient))
 
     def _seconds(self, task: Callable[[], Any]) -> float:
         device = torch.device(self._options["device"])
