@@ -390,12 +390,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--target-share", type=float, help="WASI: share of the weights to keep (default: 0.4)")
     add("--explained-variance-threshold", type=float, help="WASI: share of each layer's energy that is kept")
     add("--weight-rank", type=int, help="WASI: one rank for every layer, instead of the threshold")
-    add("--activation-rank", type=int, help="WASI: features of each input that are kept for the backward pass")
+    add(
+        "--activation-rank",
+        type=int,
+        help="WASI: features of each input that are kept, with an update that keeps inputs",
+    )
     add(
         "--update",
         choices=wasi_peft.config.UPDATES,
-        default="low_rank",
-        help="WASI: what trains (default: low_rank; the others need another --lr-wasi)",
+        default=wasi_peft.config.DEFAULT_UPDATE,
+        help=f"WASI: what trains (default: {wasi_peft.config.DEFAULT_UPDATE}; subspace and factor: --lr-wasi 5e-5)",
     )
     add("--calibration-images", type=int, default=512, help="WASI: unlabelled training images looked at first")
     add("--repair-steps", type=int, default=200, help="WASI: steps of the label-free repair")
@@ -408,8 +412,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         args.steps = 150
     if args.target_share is None and args.explained_variance_threshold is None and args.weight_rank is None:
         args.target_share = 0.4
-    if args.model is None and args.activation_rank is None:
-        args.activation_rank = 48  # of the default model's 384 features
     return args
 
 

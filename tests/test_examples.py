@@ -399,8 +399,8 @@ def test_perplexity_benchmark(
     monkeypatch.setattr(module, "windows", lambda count: ramps.split([128, 8, 12]))
     command = ["--seed", "0", "--steps", "40", "--repair-steps", "2", "--lr", "1e-2", "--target-share", "0.8"]
     command += ["--results", str(results)]
-    module.main([*command, "--activation-ranks", "8"])
-    module.main([*command, "--activation-ranks", "0", "--method", "wasi", "--memory-mode", "exact", "small"])
+    module.main([*command, "--update", "low_rank", "--activation-ranks", "8"])
+    module.main([*command, "--update", "low_rank", "--method", "wasi", "--memory-mode", "exact", "small"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| method=")][-6:]
 
     entries = json.loads(results.read_text())

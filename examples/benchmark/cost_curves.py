@@ -70,7 +70,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "cost_curves.json"
 MIB = 2**20
 HEAD = 64  # features of an attention head
 PATCH = 8  # a third of DINOv2's embedding for a third of its blocks
-UPDATE_RANK = wasi_peft.WasiConfig.update_rank
+UPDATE_RANK = wasi_peft.config.DEFAULT_UPDATE_RANK
 SEEDS = {"weights": 0, "batch": 1}
 SWEEPS = {  # what moves, as the axis says it
     "rank": "(K + update_rank) / min(out, in)",
@@ -170,6 +170,7 @@ def build(width: int, blocks: int, tokens: int, share: float | None, mode: str, 
         raise ValueError(f"share * width must be at least update_rank + 1 = {UPDATE_RANK + 1}, got {share * width}.")
     adapter = wasi_peft.WasiConfig(
         weight_rank=rank,
+        update="low_rank",
         activation_threshold=None,
         activation_ranks=activation_ranks,
         memory_mode=mode,

@@ -58,13 +58,17 @@ def methods(rank: int) -> dict[str, Callable[[], peft.PeftConfig | None]]:
     """Configurations by name, made afresh since injection fills them in."""
 
     def wasi(update: Any, memory_mode: Any = "exact") -> peft.PeftConfig:
-        return wasi_peft.WasiConfig(weight_rank=rank, activation_ranks=rank, update=update, memory_mode=memory_mode)
+        inputs = {} if update == "frozen_basis" else {"activation_ranks": rank}
+        return wasi_peft.WasiConfig(weight_rank=rank, update=update, memory_mode=memory_mode, **inputs)
 
     return {
         "dense": lambda: None,
         "lora": lambda: peft.LoraConfig(r=16, target_modules="all-linear"),
         "wasi_subspace": lambda: wasi("subspace"),
         "wasi_factor": lambda: wasi("factor"),
+        "wasi_frozen_basis": lambda: wasi("frozen_basis"),
+        "wasi_frozen_basis_fast": lambda: wasi("frozen_basis", "fast"),
+        "wasi_frozen_basis_small": lambda: wasi("frozen_basis", "small"),
         "wasi_low_rank": lambda: wasi("low_rank"),
         "wasi_low_rank_fast": lambda: wasi("low_rank", "fast"),
         "wasi_low_rank_small": lambda: wasi("low_rank", "small"),
@@ -86,7 +90,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     results: dict[str, Any] = {}
-    print(f"{'architecture':14}{'batch':>6}  {'method':20}{'measured MiB':>14}{'estimate MiB':>14}{'difference':>12}")
+    print(f"{'architecture':14}{'batch':>6}  {'method':24}{'measured MiB':>14}{'estimate MiB':>14}{'difference':>12}")
     for architecture in args.architectures:
         for samples in args.batches:
             batch = make_batch(architecture, samples, args.tokens)
@@ -100,7 +104,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 entry = {"measured_peak_bytes": measured, "relative_difference": difference, **estimate.to_dict()}
                 results.setdefault(architecture, {}).setdefault(str(samples), {})[method] = entry
                 sizes = f"{measured / MIB:>14,.1f}{estimate.peak_bytes / MIB:>14,.1f}"
-                print(f"{architecture:14}{samples:>6}  {method:20}{sizes}{difference:>12.2%}", flush=True)
+                print(f"{architecture:14}{samples:>6}  {method:24}{sizes}{difference:>12.2%}", flush=True)
     settings = {key: value for key, value in vars(args).items() if key != "results"}
     write_json(args.results, {"settings": settings, "results": results, "environment": environment()})
     return results

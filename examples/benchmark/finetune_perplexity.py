@@ -5,10 +5,8 @@ windows of mails after them perplexity is measured; 64 in between are for choosi
 128 of the training windows and repairs on them, which depends on no seed and is kept in the cache folder.
 Each run is one entry of docs/benchmarks/finetune_perplexity.json; finished runs are skipped::
 
-    python examples/benchmark/finetune_perplexity.py --method wasi --memory-mode exact fast
-    python examples/benchmark/finetune_perplexity.py --method wasi --memory-mode exact small --activation-ranks 0
-    python examples/benchmark/finetune_perplexity.py --method wasi --memory-mode exact --update core \\
-        --activation-ranks 0
+    python examples/benchmark/finetune_perplexity.py --method wasi
+    python examples/benchmark/finetune_perplexity.py --method wasi --update low_rank --activation-ranks 48
     python examples/benchmark/finetune_perplexity.py --method full lora
     python examples/benchmark/finetune_perplexity.py --summarise
 
@@ -43,7 +41,6 @@ from benchmark.finetune_accuracy import key_of, mean_and_spread
 from benchmark.prepared import digest, prepared_once
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "finetune_perplexity.json"
-DEFAULT_UPDATE = "low_rank"
 RATES = {"full": 2e-5, "lora": 5e-4, "wasi": 5e-4}
 CALIBRATION_WINDOWS, CALIBRATION_BATCH = 128, 4
 Settings = dict[str, Any]
@@ -71,7 +68,7 @@ def build(settings: Settings, model: nn.Module, train_set: torch.Tensor) -> nn.M
         activation_threshold=None,
         activation_ranks=settings["activation_ranks"],
         memory_mode=settings["memory_mode"],
-        update=settings["update"] or DEFAULT_UPDATE,
+        update=settings["update"],
     )
     windows = train_set[:CALIBRATION_WINDOWS]
     batches = [{"input_ids": part} for part in windows.split(CALIBRATION_BATCH)]
@@ -149,7 +146,7 @@ def every_settings(args: argparse.Namespace) -> list[Settings]:
         {
             "method": method,
             "memory_mode": mode,
-            "update": args.update if method == "wasi" and args.update != DEFAULT_UPDATE else None,
+            "update": args.update if method == "wasi" else None,
             "target_share": args.target_share if method == "wasi" else None,
             "activation_ranks": (args.activation_ranks or None) if method == "wasi" else None,
             "repair_steps": args.repair_steps if method == "wasi" else None,
@@ -173,8 +170,10 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seed", type=int, nargs="+", default=[0, 1, 2])
     add("--lr", type=float, nargs="+", help=f"learning rates (default: {RATES})")
     add("--target-share", type=float, default=0.4, help="WASI: share of the weights to keep")
-    add("--update", choices=wasi_peft.config.UPDATES, default=DEFAULT_UPDATE, help="WASI: what trains")
-    add("--activation-ranks", type=int, default=48, help="WASI: features of each input kept, 0: all")
+    add(
+        "--update", choices=wasi_peft.config.UPDATES, default=wasi_peft.config.DEFAULT_UPDATE, help="WASI: what trains"
+    )
+    add("--activation-ranks", type=int, default=0, help="WASI: features of each input kept, 0: all")
     add("--repair-steps", type=int, default=wasi_peft.blockwise.BLOCK_STEPS, help="WASI: steps of each block")
     add("--steps", type=int, default=60, help="optimizer steps")
     add("--batch-size", type=int, default=8, help="windows a step")

@@ -1,5 +1,7 @@
 """Whole training steps in every memory mode, against full fine-tuning and LoRA with gradient checkpointing.
 
+WASI runs with its default update, "frozen_basis", and with "low_rank" and 48 features of each input.
+
 Three workloads: ViT-B/32 geometry (random weights, batch 128, every rank a quarter of the smaller side), the
 pretrained DINOv2-small at 98 px (batch 64, 0.40 of the weights kept) and SmolLM2-135M (8 mails of 128 tokens, 0.40
 kept). Peaks are tracked, so they are deterministic: two complete steps from a fresh copy, everything counted. Times
@@ -50,7 +52,7 @@ from benchmark.common import (
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "memory_modes.json"
 LORA = "lora, checkpointing"
 MODES = ("exact", "fast", "small")
-VARIANTS = ("full", LORA, *(f"wasi {mode}" for mode in MODES))
+VARIANTS = ("full", LORA, *(f"wasi {mode}" for mode in MODES), *(f"wasi low_rank {mode}" for mode in MODES))
 MIB = 2**20
 
 
@@ -64,7 +66,7 @@ class Workload:
         head: Module that is trained whole, if any.
         weight_rank: Rank of every layer as a share of the smaller of its sizes, or None for ``weight_share``.
         weight_share: Share of all weights to keep.
-        activation_ranks: Features of an input that are kept.
+        activation_ranks: Features of an input that are kept with the update "low_rank".
     """
 
     load: Callable[[], nn.Module]
@@ -120,18 +122,21 @@ def build(variant: str, workload: Workload) -> nn.Module:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
+    *low_rank, mode = variant.split()[1:]
+    update = "low_rank" if low_rank else wasi_peft.config.DEFAULT_UPDATE
     ranks = {}
     if workload.weight_rank is not None:
         for name in wasi_peft.targets.default_target_names(model, wasi_peft.WasiConfig()):
             layer = model.get_submodule(name)
             smaller = min(layer.out_features, layer.in_features)
-            ranks[name] = int(workload.weight_rank * smaller) - wasi_peft.WasiConfig.update_rank
-    mode = variant.removeprefix("wasi ")
+            ranks[name] = int(workload.weight_rank * smaller)
+            ranks[name] -= wasi_peft.config.DEFAULT_UPDATE_RANK if low_rank else 0
     config = wasi_peft.WasiConfig(
         weight_share=workload.weight_share,
         rank_pattern=ranks,
         activation_threshold=None,
-        activation_ranks=workload.activation_ranks,
+        activation_ranks=workload.activation_ranks if low_rank else None,
+        update=update,
         modules_to_save=saved,
         memory_mode=mode,
     )

@@ -35,7 +35,8 @@ from benchmark.common import environment
 from benchmark.initial_factors import METHODS as VARIANTS
 from benchmark.initial_factors import REPAIRS, uniform_ranks
 
-# fields of WasiConfig that the preparation does not see; of the update it sees only the rank to set aside, or the core
+# fields of WasiConfig that the preparation does not see; of the update it sees the rank to set aside, or a core, and
+# whether images are to be measured
 UNSEEN = (
     "activation_interval", "activation_modes", "activation_ranks", "activation_threshold", "memory_mode",
     "saved_tensors", "update", "update_rank",
@@ -122,6 +123,7 @@ def prepared_once(model: nn.Module, config: Any, key: Mapping[str, Any], prepare
         "rank_pattern": config.rank_pattern,
         "reserved_rank": config.reserved_rank,
         "core": config.has_core,
+        "images": config.keeps_image,
         "versions": environment()["versions"],
         "code": code_digest(),
         "threads": torch.get_num_threads(),  # they decide in which order sums are taken
