@@ -117,7 +117,7 @@ def test_the_start_is_that_of_both_factors() -> None:
 def test_factors_prepared_without_a_core_are_refused() -> None:
     net = tiny_net(seed=0)
     preprocess_wasi(net, WasiConfig(update="factor", weight_rank=3), data(), repair_steps=0, progress_bar=False)
-    with pytest.raises(ValueError, match="prepared it for a core False, the configuration now asks for True"):
+    with pytest.raises(ValueError, match="prepared it for update factor, the configuration now asks for core"):
         get_peft_model(net, WasiConfig(update="core", weight_rank=3))
 
 

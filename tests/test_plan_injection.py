@@ -15,9 +15,10 @@ import pytest
 import torch
 from models import ARCHITECTURES, Architecture, exact_config, logits, train, wasi_model
 from peft import PeftModel, get_peft_model
+from reference import tiny_net
 from torch import nn
 
-from wasi_peft import WasiConfig, wasi_summary
+from wasi_peft import WasiConfig, preprocess_wasi, wasi_summary
 from wasi_peft.costs import break_even_rank
 from wasi_peft.layer import InitialFactors, _shared_inputs, dense_weight, wasi_layers
 from wasi_peft.model import INITIAL_FACTORS, PreparedFactors
@@ -251,13 +252,13 @@ def prepare(model: nn.Module, names: set[str], rank: int, share: float | None) -
         module = model.get_submodule(name)
         weight = dense_weight(module)
         initial = InitialFactors(weight[:, :rank], weight[:rank], module.bias.detach())  # type: ignore[union-attr,operator]
-        module.__dict__[INITIAL_FACTORS] = PreparedFactors(initial, rank, rank, share)
+        module.__dict__[INITIAL_FACTORS] = PreparedFactors(initial, rank, rank, share, "factor")
 
 
 def test_prepared_factors_decide_the_ranks_of_their_share() -> None:
     model = VIT.model()
     prepare(model, VIT.targets(model), 3, 0.5)
-    peft_model = wasi_model(model, weight_share=0.5)
+    peft_model = wasi_model(model, weight_share=0.5, update="factor")
     assert set(ranks(peft_model).values()) == {3}
     assert peft_model.peft_config["default"].ranks == ranks(peft_model)
 
@@ -281,7 +282,7 @@ def test_factors_prepared_under_a_share_do_for_the_same_rank_only() -> None:
     prepare(model, VIT.targets(model), 3, 0.5)
     refused(model, "prepared it for rank or threshold 3, the configuration now asks for 4", weight_rank=4)
     refused(model, "prepared it for rank or threshold 3, the configuration now asks for ", plan=plan_for(VIT, model))
-    assert set(ranks(wasi_model(model, weight_rank=3)).values()) == {3}
+    assert set(ranks(wasi_model(model, weight_rank=3, update="factor")).values()) == {3}
 
 
 def test_factors_prepared_for_another_update_are_refused() -> None:
@@ -289,8 +290,17 @@ def test_factors_prepared_for_another_update_are_refused() -> None:
     model = VIT.model()
     prepare(model, VIT.targets(model), 3, 0.5)
     for options in ({"weight_share": 0.5}, {"weight_rank": 3}):
-        message = "prepared it for rank of the update 0, the configuration now asks for 5"
-        refused(model, message, update="low_rank", update_rank=5, **options)
+        message = "prepared it for update factor, the configuration now asks for "
+        for update in ("low_rank", "core", "frozen_basis"):
+            refused(model, message + update, update=update, **options)
+
+
+def test_factors_prepared_for_another_update_rank_are_refused() -> None:
+    net, options = tiny_net(0), {"update": "low_rank", "weight_rank": 3}
+    data = [torch.randn(4, 5, 8)]
+    preprocess_wasi(net, WasiConfig(update_rank=2, **options), data, repair_steps=0, progress_bar=False)
+    with pytest.raises(ValueError, match="prepared it for update_rank 2, the configuration now asks for 1"):
+        get_peft_model(net, WasiConfig(update_rank=1, **options))
 
 
 def test_a_share_asks_nothing_of_one_layer_before_ranks_are_allocated() -> None:

@@ -47,16 +47,16 @@ class PreparedFactors:
         rank: K.
         asked: The rank or threshold that the configuration asked for.
         share: The weight share under which the rank was allocated, if it was.
-        update_rank: Directions on top that train, 0 where both factors do.
-        core: Whether a core trains between the factors.
+        update: What is going to train.
+        update_rank: Directions of that on top of K.
     """
 
     initial: InitialFactors
     rank: int
     asked: int | float
-    share: float | None = None
+    share: float | None
+    update: str
     update_rank: int = 0
-    core: bool = False
 
 
 def rank_for(asked: int | float, energies: torch.Tensor) -> int:
@@ -88,19 +88,20 @@ def _check_prepared(targets: dict[str, nn.Module], config: WasiConfig) -> dict[s
         if INITIAL_FACTORS in module.__dict__
     }
     for name, factors in prepared.items():
+        made_for: list[tuple[str, Any, Any]] = [
+            ("update", factors.update, config.resolved_update),
+            ("update_rank", factors.update_rank, config.reserved_rank),
+        ]
         if config.weight_share is not None:
-            what, found, wanted = "weight_share", factors.share, config.weight_share
+            made_for.append(("weight_share", factors.share, config.weight_share))
         else:
-            what, found, wanted = "rank or threshold", factors.asked, asked_rank(name, config)
-        if found == wanted:
-            what, found, wanted = "rank of the update", factors.update_rank, config.reserved_rank
-        if found == wanted:
-            what, found, wanted = "a core", factors.core, config.has_core
-        if found != wanted:
-            raise ValueError(
-                f"{name}: preprocess_wasi prepared it for {what} {found}, the configuration now asks for {wanted}. "
-                "Run preprocess_wasi again with this configuration."
-            )
+            made_for.append(("rank or threshold", factors.asked, asked_rank(name, config)))
+        for what, found, wanted in made_for:
+            if found != wanted:
+                raise ValueError(
+                    f"{name}: preprocess_wasi prepared it for {what} {found}, the configuration now asks for "
+                    f"{wanted}. Run preprocess_wasi again with this configuration."
+                )
     return prepared
 
 

@@ -101,5 +101,5 @@ def preprocess_wasi(
         factors = {name: replace(initial, moments=moments[name]) for name, initial in factors.items()}
     for name, initial in factors.items():
         targets[name].__dict__[INITIAL_FACTORS] = PreparedFactors(
-            initial, ranks[name], asked[name], resolved.weight_share, resolved.reserved_rank, resolved.has_core
+            initial, ranks[name], asked[name], resolved.weight_share, resolved.resolved_update, resolved.reserved_rank
         )

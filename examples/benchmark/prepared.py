@@ -35,13 +35,12 @@ from benchmark.common import environment
 from benchmark.initial_factors import METHODS as VARIANTS
 from benchmark.initial_factors import REPAIRS, uniform_ranks
 
-# fields of WasiConfig that the preparation does not see; of the update it sees the rank to set aside, or a core, and
-# whether images are to be measured
+# fields of WasiConfig that the preparation does not see, and the update, which `prepared_once` takes from there
 UNSEEN = (
     "activation_interval", "activation_modes", "activation_ranks", "activation_threshold", "memory_mode",
     "saved_tensors", "update", "update_rank",
 )  # fmt: skip
-MADE_FOR = ("rank", "asked", "share", "update_rank", "core")
+MADE_FOR = ("rank", "asked", "share", "update", "update_rank")
 
 
 def build_config(variant: str, model: nn.Module, share: float | None, options: Mapping[str, Any]) -> Any:
@@ -121,9 +120,8 @@ def prepared_once(model: nn.Module, config: Any, key: Mapping[str, Any], prepare
         **key,
         "weight_share": config.weight_share,
         "rank_pattern": config.rank_pattern,
+        "update": config.update,
         "reserved_rank": config.reserved_rank,
-        "core": config.has_core,
-        "images": config.keeps_image,
         "versions": environment()["versions"],
         "code": code_digest(),
         "threads": torch.get_num_threads(),  # they decide in which order sums are taken
