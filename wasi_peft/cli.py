@@ -132,7 +132,10 @@ def _add_variant_options(command: argparse.ArgumentParser) -> None:
     wasi.add_argument("--weight-rank", metavar="K", type=_count, help="add WASI with this rank in every layer")
     wasi.add_argument("--dense", action="store_true", help="full fine-tuning only")
     command.add_argument(
-        "--activation-rank", metavar="R", type=_count, help="with --weight-rank and an update that keeps inputs: their feature rank"
+        "--activation-rank",
+        metavar="R",
+        type=_count,
+        help="with --weight-rank and an update that keeps inputs: their feature rank",
     )
     command.add_argument("--lora", metavar="R", type=_count, help=f"rank of LoRA ({LORA_RANK})")
 
