@@ -227,7 +227,7 @@ def mean_and_spread(values: list[float], sign: str = "") -> str:
 
 
 def plot(entries: dict[str, Any], args: argparse.Namespace, path: Path) -> None:
-    """Draws test accuracy against the share of weights kept, one curve a variant and memory mode.
+    """Draws test accuracy against the share of weights kept, one curve a variant, update and memory mode.
 
     Error bars, and the bands of full fine-tuning and LoRA, are the sample standard deviation over seeds.
 
@@ -249,8 +249,9 @@ def plot(entries: dict[str, Any], args: argparse.Namespace, path: Path) -> None:
         scores = [entry["test_accuracy"] for entry in runs]
         mean, spread = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
         if settings["method"] == "wasi":
+            update = settings["wasi"].get("update") if args.update else None
             mode = settings["wasi"].get("memory_mode")
-            label = " ".join(filter(None, (settings["variant"] or DEFAULT_VARIANT, mode)))
+            label = ", ".join(filter(None, (settings["variant"] or DEFAULT_VARIANT, update, mode)))
             curves.setdefault(label, []).append((runs[0]["kept_share"], mean, spread))
         else:
             bands[settings["method"]] = mean, spread
@@ -285,6 +286,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--head-lr", type=float, help="learning rate of the head (default: the same)")
     add("--seed", type=int, nargs="+", help="seeds (default: 0 with --lr, else 0, 1 and 2)")
     add("--wasi", type=json.loads, default={}, metavar="JSON", help='fields of WasiConfig, as {"weight_rank": 64}')
+    add("--update", nargs="+", choices=wasi_peft.config.UPDATES, help="the same, one run an update")
     add("--memory-mode", nargs="+", choices=wasi_peft.config.MEMORY_MODES, help="the same, one run a mode")
     add("--target-share", type=float, nargs="+", default=[None], help="WASI: shares of the weights to keep")
     add("--variant", nargs="+", choices=VARIANTS, default=[DEFAULT_VARIANT], help="WASI: initial factors")
@@ -309,8 +311,11 @@ def every_settings(args: argparse.Namespace, methods: list[str] | tuple[str, ...
         if method != "wasi":
             yield settings_of(args, method)
             continue
-        for variant, share, mode in itertools.product(args.variant, args.target_share, args.memory_mode or [None]):
-            yield settings_of(args, method, variant, share, mode)
+        modes = [None if mode == DEFAULT_MODE else mode for mode in args.memory_mode or [None]]
+        fields = itertools.product(args.update or [None], modes)
+        options = [{"update": update, "memory_mode": mode} for update, mode in fields]
+        for variant, share, given in itertools.product(args.variant, args.target_share, options):
+            yield settings_of(args, method, variant, share, given)
 
 
 def settings_of(
@@ -318,7 +323,7 @@ def settings_of(
     method: str,
     variant: str = DEFAULT_VARIANT,
     share: float | None = None,
-    mode: str | None = None,
+    options: dict[str, str | None] | None = None,
 ) -> Settings:
     """Returns the settings of a run, but for learning rates and seed; None is what a key leaves out."""
     wasi = method == "wasi"
@@ -326,7 +331,7 @@ def settings_of(
     return {
         "method": method,
         "variant": None if variant == DEFAULT_VARIANT else variant,
-        "wasi": {**args.wasi, **({} if mode in (None, DEFAULT_MODE) else {"memory_mode": mode})} if wasi else {},
+        "wasi": {**args.wasi, **{field: value for field, value in (options or {}).items() if value}} if wasi else {},
         "target_share": share,
         "calibration_images": args.calibration_images if wasi and variant != "plain" else None,
         "repair_steps": steps_of(variant, args.repair_steps, args.block_steps) if repaired else None,
