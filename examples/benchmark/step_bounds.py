@@ -22,7 +22,7 @@ from benchmark.common import adamw
 from benchmark.memory_modes import MIB, MODES, WORKLOADS, build, measure_workloads
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "step_bounds.json"
-VARIANTS = ("full", *(f"wasi {mode}" for mode in MODES))
+VARIANTS = ("full", *(f"wasi {mode}" for mode in MODES), "wasi low_rank fast")
 KINDS = ("matrix products", "attention", "quantization", "elementwise")  # that have a column of their own
 FIELDS = ("peak_bytes", "at_peak", "saved_bytes", "saved_by_operation", "seconds_by_kind", "inference_seconds_by_kind")
 
