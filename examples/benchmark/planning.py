@@ -136,12 +136,12 @@ def many_layers(blocks: int, tokens: int) -> dict[str, Any]:
     peaks = [int(share * dense_bytes) for share in (0.32, 0.5, 0.7)]
     results: dict[str, Any] = {"layers": len(calibration.layers)}
     for name, value in [*asked.items(), *(("peak_bytes", peak) for peak in peaks)]:
-        options = {name: value, "config": wasi_peft.WasiConfig(update="subspace")}
+        options = {name: value, "config": wasi_peft.WasiConfig()}
         if name in ("training_flops", "step_seconds", "peak_bytes"):
             options["batch"] = batch
         plan, timing = timed_plan(model, calibration, **options)
         if name == "peak_bytes":
-            used = wasi_peft.estimate_wasi(model, wasi_peft.WasiConfig(plan=plan, update="subspace"), batch=batch)
+            used = wasi_peft.estimate_wasi(model, wasi_peft.WasiConfig(plan=plan), batch=batch)
             timing["share_used"] = round(used.peak_bytes / value, 4)
             name = f"peak of {value / MIB:.0f} MiB"
         results[name] = timing
