@@ -120,7 +120,7 @@ def test_inspect_adapter_with_cores(run: Any, tmp_path: Path) -> None:
     model = wasi_model(ARCHITECTURES["vit"].model(), weight_rank=3, update="core")
     model.save_pretrained(tmp_path)
     text = run("inspect", str(tmp_path))
-    assert "update core" in text and "input kept for backward: exact" in text
+    assert "update core" in text and "input kept for backward: image" in text
     data = json.loads(run("inspect", str(tmp_path), "--json"))
     assert data["kept_share"] == model.wasi_summary().kept_share
 
@@ -147,6 +147,7 @@ def test_inspect_adapter_made_from_a_plan(run: Any, assets: Path, tmp_path: Path
 )
 def test_how_inputs_are_kept_in_words(options: dict[str, Any], expected: str) -> None:
     assert cli._input_rule(WasiConfig(update="factor", **options), "fc1") == expected
+    assert cli._input_rule(WasiConfig(update="frozen_basis"), "fc1") == "image"
 
 
 def test_inspect_plan(run: Any, assets: Path) -> None:

@@ -203,6 +203,9 @@ def test_plan_numbers_and_text() -> None:
     assert named.kept_share == (3 * 16 + 5 * 12) / (64 + 32)
     assert WasiPlan(PLAN.layers, update="core").kept_share == (2 * 18 + 4 * 16) / (64 + 32)
     assert WasiPlan.from_dict(named.to_dict()) == named
+    image = WasiPlan(PLAN.layers, update="frozen_basis")
+    assert [image.input_kept(layer) for layer in image.layers] == ["image", "image"]
+    assert "exact" not in str(image)
     assert WasiPlan(PLAN.layers[:1]).headline() == (
         "WASI plan: 1 layers, rank 2 to 2 (median 2), 50.0% of their weights kept"
     )

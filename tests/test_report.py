@@ -181,7 +181,7 @@ def test_plot_of_a_plan_with_spectra(plan: WasiPlan, calibration: Calibration, t
     assert shown == sorted(layer.weight_rank for layer in plan.layers)
     kept = sorted(energy for line in lines_of(energies) for energy in line.get_ydata())
     assert kept == pytest.approx(sorted(100 * layer.kept_energy for layer in plan.layers))
-    assert "11 layers: exact" in inputs.get_title()
+    assert "11 layers: not compressed" in inputs.get_title()
     assert "dense" in weights.get_title()
     assert {ax.get_title() for ax in spectra} == {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}
     marked = [line.get_xdata()[0] for ax in spectra for line in ax.get_lines() if line.get_marker() == "o"]

@@ -281,7 +281,7 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
 def _input_rule(config: WasiConfig, name: str) -> str:
     rule = config.compression_rule(name)
     if rule is None:
-        return "exact"
+        return "image" if config.keeps_image else "exact"
     ranks = dict(rule.ranks)
     return ", ".join(f"{mode} {ranks[mode] if mode in ranks else f'{rule.threshold:.0%}'}" for mode in rule.modes)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from ._registration import PEFT_TYPE, WASI_IMPORT_NOTE
-from .planning import MEMORY_MODES, UPDATES, LayerPlan, WasiPlan, layer_plan
+from .planning import IMAGE_UPDATES, MEMORY_MODES, UPDATES, LayerPlan, WasiPlan, layer_plan
 from .tucker import MODES, CompressionRule
 
 BASE_WEIGHTS = ("release", "cpu", "keep")
@@ -310,7 +310,7 @@ class WasiConfig(PeftConfig):
     @property
     def keeps_image(self) -> bool:
         """Whether backward needs of a layer's input no more than its image under R, K numbers a row."""
-        return self.update in ("core", "frozen_basis")
+        return self.update in IMAGE_UPDATES
 
     @property
     def resolved_saved_tensors(self) -> str:

@@ -19,6 +19,7 @@ from .costs import break_even_rank, dense_elements, factored_elements, rank_step
 
 MEMORY_MODES = ("exact", "fast", "small")
 UPDATES = ("frozen_basis", "low_rank", "core", "subspace", "factor")
+IMAGE_UPDATES = ("frozen_basis", "core")  # backward needs of an input no more than R x, K numbers a row
 FORMAT = 1
 _ACTIVATION_MODES = ("feature", "token", "batch")
 
@@ -280,7 +281,7 @@ class WasiPlan:
     def headline(self) -> str:
         """One line for a log."""
         ranks = sorted(layer.weight_rank for layer in self.layers)
-        exact = sum(layer.activation_ranks is None for layer in self.layers)
+        exact = [self.input_kept(layer) for layer in self.layers].count("exact")
         asked = ", ".join(f"{key}={value}" for key, value in self.budget.items())
         text = f"WASI plan for {asked}" if asked else "WASI plan"
         for name in ("memory_mode", "update", "update_rank"):
@@ -290,17 +291,23 @@ class WasiPlan:
             f"{self.kept_share:.1%} of their weights kept" + (f", {exact} with the exact input" if exact else "")
         )
 
+    def input_kept(self, layer: LayerPlan) -> str:
+        """What a layer keeps of its input for backward: ranks by mode, "exact", or "image", K numbers a row."""
+        if self.update in IMAGE_UPDATES:
+            return "image"
+        ranks = layer.activation_ranks
+        return "exact" if ranks is None else ", ".join(f"{mode} {rank}" for mode, rank in ranks.items())
+
     def __str__(self) -> str:
         width = max(len("layer"), *(len(layer.name) for layer in self.layers))
         lines = [f"{'layer':<{width}}  {'out x in':>13}  {'rank':>5}  {'energy':>6}  input"]
         for layer in self.layers:
             shape = f"{layer.out_features} x {layer.in_features}"
-            ranks = "exact"
-            if layer.activation_ranks is not None:
-                ranks = ", ".join(f"{mode} {rank}" for mode, rank in layer.activation_ranks.items())
             note = "  costs more than dense" if layer.past_break_even else ""
             energy = f"{layer.kept_energy:>6.1%}"
-            lines.append(f"{layer.name:<{width}}  {shape:>13}  {layer.weight_rank:>5}  {energy}  {ranks}{note}")
+            lines.append(
+                f"{layer.name:<{width}}  {shape:>13}  {layer.weight_rank:>5}  {energy}  {self.input_kept(layer)}{note}"
+            )
         return "\n".join([*lines, self.headline()])
 
     def to_dict(self) -> dict[str, Any]:

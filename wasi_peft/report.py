@@ -106,22 +106,19 @@ def plan_table(plan: WasiPlan | WasiSummary, element_bytes: int = ELEMENT_BYTES)
     layers = _planned(plan)
     dense, factored = [x.dense * element_bytes for x in layers], [x.factored * element_bytes for x in layers]
     unit, size = byte_unit(sum(dense))
+    inputs = {x.name: plan.input_kept(x) for x in plan.layers} if isinstance(plan, WasiPlan) else {}
     rows = []
     for layer, dense_bytes, factored_bytes in zip(layers, dense, factored, strict=True):
         row: Row = {"layer": layer.name, "out": layer.out_features, "in": layer.in_features, "rank": layer.rank}
         row["break-even"] = layer.break_even
-        if isinstance(plan, WasiPlan):
+        if inputs:
             row["energy share"] = layer.energy
-            row["input"] = _input_text(layer.activation_ranks)
+            row["input"] = inputs[layer.name]
         row[f"dense, {unit}"], row[f"factored, {unit}"] = dense_bytes / size, factored_bytes / size
         rows.append(row)
     total: Row = dict.fromkeys(rows[0], "")
     total.update({"layer": "all", f"dense, {unit}": sum(dense) / size, f"factored, {unit}": sum(factored) / size})
     return f"{table([*rows, total])}\n{plan.headline()}"
-
-
-def _input_text(ranks: Mapping[str, int] | None) -> str:
-    return "exact" if ranks is None else ", ".join(f"{mode} {rank}" for mode, rank in ranks.items())
 
 
 def calibration_rows(calibration: Calibration) -> list[Row]:
@@ -439,7 +436,7 @@ def _draw_inputs(ax: Axes, layers: Sequence[_Planned], kinds: _Kinds) -> None:
     exact = sum(x.activation_ranks is None for x in layers)
     if exact < len(layers):
         ax.set_ylim(bottom=0)
-    ax.set_title("Feature rank of the compressed input" + (f" ({exact} layers: exact)" if exact else ""))
+    ax.set_title("Feature rank of the compressed input" + (f" ({exact} layers: not compressed)" if exact else ""))
 
 
 def _draw_bytes(ax: Axes, layers: Sequence[_Planned], kinds: _Kinds, element_bytes: int) -> None:
