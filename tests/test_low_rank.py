@@ -315,7 +315,7 @@ def test_the_change_counts_in_a_plan() -> None:
 def test_prepared_for_another_update() -> None:
     net = tiny_net(4)
     preprocess_wasi(net, WasiConfig(weight_share=0.9, update="factor"), data(), repair_steps=0, progress_bar=False)
-    with pytest.raises(ValueError, match="rank of the update"):
+    with pytest.raises(ValueError, match="prepared it for update factor, the configuration now asks for low_rank"):
         get_peft_model(net, WasiConfig(weight_share=0.9, update="low_rank", update_rank=1))
 
 
