@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from wasi_peft import WasiConfig
+from wasi_peft.planning import IMAGE_UPDATES
 
 Batch = dict[str, Tensor]
 
@@ -333,7 +334,7 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def input_options(update: str, rank: int = 4) -> dict[str, Any]:
     """Compression of inputs to a feature rank, for the updates that keep inputs."""
-    return {"activation_ranks": rank} if update in ("low_rank", "subspace", "factor") else {}
+    return {} if update in IMAGE_UPDATES else {"activation_ranks": rank}
 
 
 def train(model: nn.Module, batch: Batch, steps: int = 2, lr: float = 1e-2) -> list[float]:

@@ -93,16 +93,16 @@ def test_memory_is_what_is_estimated(name: str, kind: str) -> None:
 MANY = {"vit": 256, "llama": 64}  # samples; fewer, and no tensor is worth rounding
 
 
-def in_mode(name: str, mode: str) -> nn.Module:
+def in_mode(name: str, mode: str, update: Any = None) -> nn.Module:
     torch.manual_seed(0)
-    config = WasiConfig(weight_rank=5, memory_mode=mode)
+    config = WasiConfig(weight_rank=3, update=update, update_rank=2, activation_threshold=None, memory_mode=mode)
     return get_peft_model(ARCHITECTURES[name].model(), config)
 
 
 @functools.cache
-def profiled_in_mode(name: str, mode: str) -> StepProfile:
+def profiled_in_mode(name: str, mode: str, update: str | None = None) -> StepProfile:
     """One profile for all tests that look at it."""
-    return profile_wasi(in_mode(name, mode), batch=ARCHITECTURES[name].batch(MANY[name]), rounds=1)
+    return profile_wasi(in_mode(name, mode, update), batch=ARCHITECTURES[name].batch(MANY[name]), rounds=1)
 
 
 def bytes_after_forward(model: nn.Module, batch: Batch) -> int:
@@ -126,9 +126,10 @@ def test_the_step_runs_in_its_memory_mode(name: str, mode: str) -> None:
     assert all(profile.saved_bytes < 0.8 * other for other in others)
 
 
-def test_rounded_tensors_belong_to_what_keeps_them() -> None:
+@pytest.mark.parametrize(("update", "operation"), [("frozen_basis", "FactoredLinear"), ("low_rank", "LowRankLinear")])
+def test_rounded_tensors_belong_to_what_keeps_them(update: str, operation: str) -> None:
     """Exactly, a norm keeps its input; in few bits, it keeps what the rounding made of it, and the same statistics."""
-    profiles = [profiled_in_mode("vit", mode) for mode in ("exact", "fast")]
+    profiles = [profiled_in_mode("vit", mode, update) for mode in ("exact", "fast")]
     exact, fast = (profile.by_module() for profile in profiles)
     rows, width = 256 * 5, 16
     norm = "vit.layers.0.layernorm_after"
@@ -138,7 +139,7 @@ def test_rounded_tensors_belong_to_what_keeps_them() -> None:
     operations = [set(profile.saved_by_operation) for profile in profiles]
     others = ({"scaled_dot_product_attention", "gelu"}, {"LowBitAttentionFunction", "LowBitActivationFunction"})
     assert others[0] <= operations[0] and others[1] <= operations[1]
-    assert operations[0] - others[0] == operations[1] - others[1] >= {"layer_norm", "FactoredLinear"}
+    assert operations[0] - others[0] == operations[1] - others[1] >= {"layer_norm", operation}
 
 
 # ---------------------------------------------------------------- sums

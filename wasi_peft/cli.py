@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from . import report
 from ._registration import NAME
 from .calibration import Calibration, calibrate_wasi
-from .config import DEFAULT_UPDATE, DEFAULT_UPDATE_RANK, WasiConfig
+from .config import WasiConfig
 from .estimate import OPTIMIZERS, Estimate, estimate_wasi
 from .loading import (
     SEQUENCE_LENGTH,
@@ -35,7 +35,7 @@ from .loading import (
     task_heads,
 )
 from .planner import BUDGETS, plan_wasi
-from .planning import MEMORY_MODES, UPDATES, WasiPlan
+from .planning import DEFAULT_UPDATE, DEFAULT_UPDATE_RANK, MEMORY_MODES, UPDATES, WasiPlan
 from .profile_report import GROUPINGS, costs_table, plot_profiles, profiles_table
 from .step_profile import ROUNDS, StepProfile, profile_wasi
 from .summary import LayerSummary, WasiSummary

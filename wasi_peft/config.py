@@ -11,13 +11,21 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from ._registration import PEFT_TYPE, WASI_IMPORT_NOTE
-from .planning import IMAGE_UPDATES, MEMORY_MODES, UPDATES, LayerPlan, WasiPlan, layer_plan
+from .planning import (
+    DEFAULT_UPDATE,
+    DEFAULT_UPDATE_RANK,
+    IMAGE_UPDATES,
+    MEMORY_MODES,
+    UPDATES,
+    LayerPlan,
+    WasiPlan,
+    layer_plan,
+)
 from .tucker import MODES, CompressionRule
 
 BASE_WEIGHTS = ("release", "cpu", "keep")
 SAVED_TENSORS = ("exact", "bf16", "int8", "int4", "recompute")
 BIASES = ("none", "all", "wasi_only")
-DEFAULT_UPDATE, DEFAULT_UPDATE_RANK = "frozen_basis", 16
 _PLANNED = (  # what a plan decides instead
     "weight_rank",
     "rank_pattern",

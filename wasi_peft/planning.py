@@ -19,6 +19,7 @@ from .costs import break_even_rank, dense_elements, factored_elements, rank_step
 
 MEMORY_MODES = ("exact", "fast", "small")
 UPDATES = ("frozen_basis", "low_rank", "core", "subspace", "factor")
+DEFAULT_UPDATE, DEFAULT_UPDATE_RANK = "frozen_basis", 16
 IMAGE_UPDATES = ("frozen_basis", "core")  # backward needs of an input no more than R x, K numbers a row
 FORMAT = 1
 _ACTIVATION_MODES = ("feature", "token", "batch")

@@ -14,6 +14,7 @@ from .autograd import factored_linear
 from .core import core_linear, three_linears
 from .linalg import orthonormalize
 from .low_rank import joined, lay_side_by_side, low_rank_linear
+from .planning import DEFAULT_UPDATE
 from .tucker import Tucker
 
 SMALLEST_SAMPLE_RUNS = 5
@@ -50,7 +51,7 @@ class LayerTimer:
         self,
         dtype: torch.dtype = torch.float32,
         device: Any = "cpu",
-        update: str = "frozen_basis",
+        update: str = DEFAULT_UPDATE,
         update_rank: int = 0,
     ) -> None:
         self._options: dict[str, Any] = {"dtype": dtype, "device": device}

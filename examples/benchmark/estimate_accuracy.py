@@ -19,6 +19,7 @@ from torch import nn
 
 import wasi_peft
 from wasi_peft.estimate import estimate_wasi
+from wasi_peft.planning import IMAGE_UPDATES
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmark.common import Batch, adamw, environment, step_peak_bytes, write_json
@@ -58,7 +59,7 @@ def methods(rank: int) -> dict[str, Callable[[], peft.PeftConfig | None]]:
     """Configurations by name, made afresh since injection fills them in."""
 
     def wasi(update: Any, memory_mode: Any = "exact") -> peft.PeftConfig:
-        inputs = {} if update == "frozen_basis" else {"activation_ranks": rank}
+        inputs = {} if update in IMAGE_UPDATES else {"activation_ranks": rank}
         return wasi_peft.WasiConfig(weight_rank=rank, update=update, memory_mode=memory_mode, **inputs)
 
     return {
