@@ -125,13 +125,18 @@ def test_inspect_adapter_with_cores(run: Any, tmp_path: Path) -> None:
     assert data["kept_share"] == model.wasi_summary().kept_share
 
 
-def test_inspect_adapter_made_from_a_plan(run: Any, assets: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("update", ["factor", "frozen_basis", "core", "low_rank"])
+def test_inspect_adapter_made_from_a_plan(run: Any, assets: Path, tmp_path: Path, update: str) -> None:
     plan = WasiPlan.load(assets / "plan.json")
-    get_peft_model(ARCHITECTURES["vit"].model(), WasiConfig(plan=plan, update="factor")).save_pretrained(tmp_path)
-    assert plan.headline() in run("inspect", str(tmp_path))
-    data = json.loads(run("inspect", str(tmp_path), "--json"))
+    model = get_peft_model(ARCHITECTURES["vit"].model(), WasiConfig(plan=plan, update=update, update_rank=1))
+    model.save_pretrained(tmp_path)
+    text, data = run("inspect", str(tmp_path)), json.loads(run("inspect", str(tmp_path), "--json"))
+    assert data["kept_share"] == model.wasi_summary().kept_share
+    assert f"update='{update}'" in text and f"{data['kept_share']:.1%} of their weights kept" in text
+    assert ("  image" in text) == (update in ("frozen_basis", "core"))
     ranks = {layer["layer"]: layer["weight_rank"] for layer in data["layers"]}
-    assert ranks == {layer.name: layer.weight_rank for layer in plan.layers}
+    more = int(update == "low_rank")  # its direction is in the saved factors
+    assert ranks == {layer.name: layer.weight_rank + more for layer in plan.layers}
 
 
 @pytest.mark.parametrize(

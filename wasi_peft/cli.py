@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -226,7 +227,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
     config, summary = _read_adapter(folder)
-    shown = summary if config.plan is None else WasiPlan.from_dict(config.plan)
+    shown = summary if config.plan is None else _plan_as_injected(config)
     inputs = {layer.name: _input_rule(config, layer.name) for layer in summary.layers}
     settings = {
         "base_model": config.base_model_name_or_path,
@@ -249,6 +250,13 @@ def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
     _show(arguments, "\n".join(lines), {**settings, "layers": layers})
     if arguments.plot:
         report.plot_plan(shown, path=arguments.plot)
+
+
+def _plan_as_injected(config: WasiConfig) -> WasiPlan:
+    """The plan of an adapter, with the update and the memory mode that the adapter has, whatever it was made for."""
+    plan = WasiPlan.from_dict(config.plan)
+    update_rank = config.reserved_rank or None
+    return replace(plan, memory_mode=config.memory_mode, update=config.update, update_rank=update_rank)
 
 
 def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
