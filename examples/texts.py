@@ -88,12 +88,14 @@ def load_mails(count: int) -> list[tuple[str, int]]:
 def token_windows(
     tokenizer: transformers.PreTrainedTokenizerBase, mails: list[tuple[str, int]], count: int
 ) -> torch.Tensor:
-    """Returns the text of mails, one after the other, in windows of 128 tokens, (count, 128).
+    """Returns the first 128 tokens of every mail that has as many, (count, 128).
+
+    One window a mail, because some mails are a hundred times as long as others: text in sequence would be that of few.
 
     Raises:
-        ValueError: If the mails do not fill that many.
+        ValueError: If there are not that many such mails.
     """
-    ids = [token for text, _ in mails for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    if len(ids) < count * WINDOW:
-        raise ValueError(f"{count} windows need {count * WINDOW} tokens, got {len(ids)} from {len(mails)} mails")
-    return torch.tensor(ids[: count * WINDOW]).reshape(count, WINDOW)
+    windows = [ids[:WINDOW] for text, _ in mails if len(ids := tokenizer(text)["input_ids"]) >= WINDOW]
+    if len(windows) < count:
+        raise ValueError(f"{count} windows need as many mails of {WINDOW} tokens, got {len(windows)}")
+    return torch.tensor(windows[:count])

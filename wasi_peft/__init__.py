@@ -31,6 +31,7 @@ from .saved import LowBitSavedTensors, store_saved_tensors
 from .slices import BatchSlices, slice_blocks, unslice_blocks
 from .step_profile import StepProfile, profile_wasi
 from .summary import WasiSummary, wasi_summary
+from .token_repair import repair_tokens
 
 __version__ = "0.1.0.dev0"
 
@@ -74,6 +75,7 @@ __all__ = [
     "remove_chunked_loss",
     "repair_blocks",
     "repair_factors",
+    "repair_tokens",
     "resize_rank",
     "slice_blocks",
     "store_saved_tensors",

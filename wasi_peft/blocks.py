@@ -19,7 +19,7 @@ from .calibration import features_of, layer_input, model_output, real_rows, toke
 from .slices import block_input
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends a forward pass whose rest nobody needs."""
 
 
@@ -121,13 +121,13 @@ class BlockStates:
             others = args if named else args[1:]
             states.calls[name].append(_Call(tuple(map(_without_cache, others)), rest))
             if name == blocks[-1]:
-                raise _Reached
+                raise Reached
 
         for batch in batches:
             with hooked(root, blocks, on_call):
                 try:
                     model_output(root, batch)
-                except _Reached:
+                except Reached:
                     continue
         return states
 
@@ -141,12 +141,12 @@ class BlockStates:
 
         def on_call(_: str, args: Any, kwargs: Any) -> None:
             found.append(layer_input(args, kwargs))
-            raise _Reached
+            raise Reached
 
         with hooked(self.root, [layer], on_call):
             try:
                 self.run(block, index)
-            except _Reached:
+            except Reached:
                 pass
         if not found or found[0].shape[:-1].numel() != self.hidden[index].shape[:-1].numel():
             return None

@@ -23,19 +23,19 @@ from .layer import InitialFactors, Linear
 from .refit import RIDGE, refit_block
 from .repair import (
     ADAPTER,
+    Descent,
     check_arguments,
     compared_blocks,
-    decayed,
-    one_step,
     orthonormal_factors,
+    shuffled,
     student_of,
+    trained_parts,
 )
 
 logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 2**15
 BLOCK_STEPS = 64
-_BETAS = (0.9, 0.95)  # few steps: the second moment must follow them
 
 
 def repair_blocks(
@@ -124,20 +124,14 @@ def _train_block(
     rate: float,
 ) -> float:
     """Train the factors of a block; returns its error, which is never larger than before."""
-    parameters = [part for layer in layers.values() for part in layer.parameters() if part.requires_grad]
+    parameters = trained_parts(layers.values())
     before, given = _error(block, wanted, states), [part.detach().clone() for part in parameters]
-    # steps of this size are lost when bfloat16 rounds; a float32 parameter is its own copy
-    precise = [part.detach().to(torch.promote_types(part.dtype, torch.float32)) for part in parameters]
-    sizes = [float(part.square().mean().sqrt()) or 1.0 for part in precise]  # a bias of zeros
-    groups = [{"params": [part], "lr": rate * size} for part, size in zip(precise, sizes, strict=True)]
-    optimizer = torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decayed(step, steps))
-    for index in _order(len(wanted), steps):
+    descent = Descent.relative(layers.values(), rate, steps)
+    for index in shuffled(len(wanted), steps):
         with torch.enable_grad():
             loss = token_error(states.run(block, index), wanted[index], states.masks[index])
         loss.backward()
-        one_step(optimizer, parameters, precise)
-        schedule.step()
+        descent.step()
     after = _error(block, wanted, states)
     if after < before:
         return after
@@ -150,13 +144,6 @@ def _train_block(
 def _error(block: str, wanted: Sequence[Tensor], states: BlockStates) -> float:
     errors = [token_error(states.run(block, i), wanted[i], states.masks[i]) for i in range(len(wanted))]
     return float(torch.stack(errors).mean())
-
-
-def _order(batches: int, steps: int) -> list[int]:
-    """Which batch each step takes: all of them in a new order, again and again, the same in every run."""
-    generator = torch.Generator().manual_seed(0)
-    rounds = (torch.randperm(batches, generator=generator) for _ in range(math.ceil(steps / batches)))
-    return torch.cat(list(rounds)).tolist()[:steps]
 
 
 def _repaired(layer: Linear, given: InitialFactors) -> InitialFactors:

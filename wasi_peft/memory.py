@@ -15,6 +15,7 @@ from .config import WasiConfig
 from .recompute import check_recomputable, recompute_blocks, stop_recomputation
 from .saved import keep_saved_tensors_exact, store_saved_tensors
 from .slices import SLICE_ROWS, slice_blocks, unslice_blocks
+from .targets import vocabulary_head
 
 FAST_SLICE_ROWS = 2 * SLICE_ROWS  # of blocks, where MLPs have slices of their own: fewer small operations
 CHUNK_ROWS = SLICE_ROWS  # tokens of an MLP at a time, where one sample alone is longer than a slice
@@ -47,7 +48,7 @@ def apply_memory_mode(model: nn.Module, config: WasiConfig) -> None:
         chunk_mlps(model, chunk_rows=CHUNK_ROWS)
     if config.memory_mode == "fast" and kind != "recompute":
         slice_blocks(model, FAST_SLICE_ROWS, mlp_rows=SLICE_ROWS)
-    if config.memory_mode != "exact" and has_vocabulary(model):
+    if config.memory_mode != "exact" and vocabulary_head(model) is not None:
         use_chunked_loss(model)
 
 
@@ -59,9 +60,3 @@ def leave_memory_mode(model: nn.Module) -> None:
     unslice_blocks(model)
     unchunk_mlps(model)
     remove_chunked_loss(model)
-
-
-def has_vocabulary(model: nn.Module) -> bool:
-    """Whether the model ends in a plain linear layer over a vocabulary."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return type(head) is nn.Linear

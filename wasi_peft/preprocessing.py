@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -14,13 +15,14 @@ from .calibration import Calibration, CalibrationData, calibrate_wasi, dense_tar
 from .config import WasiConfig
 from .image_moments import MOMENT_BATCHES, image_moments
 from .layer import InitialFactors, dense_weight
-from .memory import has_vocabulary
 from .model import INITIAL_FACTORS, PreparedFactors, initial_rank, rank_for
 from .planning import allocate_ranks
 from .repair import REPAIR_STEPS, repair_factors
-from .targets import asked_rank, resolve_targets
+from .targets import asked_rank, resolve_targets, vocabulary_head
+from .token_repair import TOKEN_STEPS, repair_tokens, require_head
 
-Repair = Literal["model", "blocks"]
+Repair = Literal["model", "blocks", "tokens"]
+STEPS: dict[Repair, int] = {"model": REPAIR_STEPS, "blocks": BLOCK_STEPS, "tokens": TOKEN_STEPS}
 
 
 def preprocess_wasi(
@@ -46,10 +48,11 @@ def preprocess_wasi(
         config: The configuration that will be injected: it decides targets and ranks.
         data: Calibration batches without labels, see [`calibrate_wasi`]; also what the factors are repaired on.
         calibration: A calibration made before, so that only the factors are computed (and repaired, with `data`).
-        repair: How the truncated factors are repaired: "model", all at once ([`repair_factors`]), or "blocks", block
-            after block ([`repair_blocks`]). By default "blocks" for language models, else "model", as measured.
-        repair_steps: Steps of that, with "blocks" of each block; by default 400 for the model or 64 for a block where
-            `data` are batches, 0 (no repair) where they are a function or missing.
+        repair: How the truncated factors are repaired: "model", all at once, by what blocks answer
+            ([`repair_factors`]); "tokens", all at once, by the tokens predicted ([`repair_tokens`]); or "blocks",
+            one after the other ([`repair_blocks`]). By default "tokens" for language models, else "model": measured.
+        repair_steps: Steps of that, with "blocks" of each block; by default 400 for "model", 128 for "tokens" and 64
+            for "blocks" where `data` are batches, 0 (no repair) where they are a function or missing.
         max_batches: Calibrate on that many batches; the repair goes through all of them.
         max_memory_bytes: Bound on the memory for sums during calibration, bytes.
         progress_bar: Show progress bars.
@@ -59,11 +62,13 @@ def preprocess_wasi(
             [`calibrate_wasi`] finds. Nothing is attached then.
     """
     batches = None if data is None or callable(data) else data
-    if repair not in ("model", "blocks", None):
-        raise ValueError(f"repair must be one of 'model', 'blocks', None, got {repair!r}.")
-    blockwise = repair == "blocks" or (repair is None and has_vocabulary(model))
+    if repair not in (*STEPS, None):
+        raise ValueError(f"repair must be one of {', '.join(map(repr, STEPS))}, None, got {repair!r}.")
+    repair = repair or ("model" if vocabulary_head(model) is None else "tokens")
+    if repair == "tokens":
+        require_head(model)
     if repair_steps is None:
-        repair_steps = 0 if batches is None else BLOCK_STEPS if blockwise else REPAIR_STEPS
+        repair_steps = 0 if batches is None else STEPS[repair]
     if repair_steps < 0:
         raise ValueError(f"repair_steps must be at least 0, got {repair_steps!r}.")
     if repair_steps and batches is None:
@@ -93,8 +98,9 @@ def preprocess_wasi(
         directions = initial_rank(ranks[name], resolved.reserved_rank, dense_weight(module).shape)
         factors[name] = calibration.factors(name, module, directions)
     if repair_steps and batches is not None:
-        repaired = repair_blocks if blockwise else repair_factors
-        factors = repaired(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
+        functions: dict[Repair, Callable[..., dict[str, InitialFactors]]]
+        functions = {"model": repair_factors, "blocks": repair_blocks, "tokens": repair_tokens}
+        factors = functions[repair](model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
     if resolved.keeps_image and batches is not None:
         count = MOMENT_BATCHES if max_batches is None else min(max_batches, MOMENT_BATCHES)
         moments = image_moments(model, factors, batches, max_batches=count, progress_bar=progress_bar)

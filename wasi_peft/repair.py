@@ -73,13 +73,20 @@ def repair_factors(
         student, layers = student_of(model, factors)
         blocks = compared_blocks(factors, every)
         losses = list(_train(model, student, layers, blocks, data, steps, lr, max_batches, progress_bar))
+    if not lowered(losses, "the blocks' error"):
+        return dict(factors)
+    return {name: orthonormal_factors(layer) for name, layer in layers.items()}
+
+
+def lowered(losses: Sequence[float], what: str) -> bool:
+    """Whether a repair lowered its losses, from the first few to the last few; the log says so."""
     span = max(1, min(10, len(losses) // 4))
     before, after = sum(losses[:span]) / span, sum(losses[-span:]) / span
-    if not after < before:
-        logger.warning("repair did not lower the blocks' error (%.4f to %.4f); its result is dropped.", before, after)
-        return dict(factors)
-    logger.info("repair: relative error of the compared blocks %.4f to %.4f in %d steps", before, after, steps)
-    return {name: orthonormal_factors(layer) for name, layer in layers.items()}
+    if after < before:
+        logger.info("repair: %s fell from %.4f to %.4f in %d steps", what, before, after, len(losses))
+        return True
+    logger.warning("repair did not lower %s (%.4f to %.4f); its result is dropped.", what, before, after)
+    return False
 
 
 def check_arguments(data: Iterable[Any], **positive: float) -> None:
@@ -140,11 +147,7 @@ def _train(
     Raises:
         ValueError: If it is the dense model that answers NaN or Inf.
     """
-    parameters = [part for layer in layers.values() for part in layer.parameters() if part.requires_grad]
-    # steps of this size are lost when bfloat16 rounds; a float32 parameter is its own copy
-    precise = [part.detach().to(torch.promote_types(part.dtype, torch.float32)) for part in parameters]
-    optimizer = torch.optim.AdamW(precise, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decayed(step, steps))
+    descent = Descent(trained_parts(layers.values()), lr, steps)
     with tqdm(total=steps, desc="WASI repair", disable=not progress_bar) as bar:
         for batch in _cycle(data, max_batches, steps):
             with torch.no_grad():
@@ -160,26 +163,73 @@ def _train(
                     raise ValueError("the dense model answers NaN or Inf on the calibration data.")
                 return
             loss.backward()
-            one_step(optimizer, parameters, precise)
-            schedule.step()
+            descent.step()
             bar.set_postfix(error=f"{value:.4f}")
             bar.update()
 
 
-@torch.no_grad()
-def one_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], precise: Sequence[Tensor]) -> None:
-    """One optimizer step on precise copies of the parameters."""
-    for parameter, copied in zip(parameters, precise, strict=True):
-        copied.grad = None if parameter.grad is None else parameter.grad.to(copied.dtype)
-        parameter.grad = None
-    optimizer.step()
-    for parameter, copied in zip(parameters, precise, strict=True):
-        parameter.copy_(copied)
+def trained_parts(layers: Iterable[Linear]) -> list[nn.Parameter]:
+    """What trains of some layers."""
+    return [part for layer in layers for part in layer.parameters() if part.requires_grad]
+
+
+class Descent:
+    """AdamW without decay, on float32 copies of parameters in low precision; warm-up, then cosine decay.
+
+    Args:
+        parameters: What to train.
+        rates: Peak learning rate of all, or of each.
+        steps: Steps in all.
+        betas: Those of AdamW.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        rates: float | Sequence[float],
+        steps: int,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        self.parameters = parameters
+        # steps of this size are lost when bfloat16 rounds; a float32 parameter is its own copy
+        self.precise = [part.detach().to(torch.promote_types(part.dtype, torch.float32)) for part in parameters]
+        each = [rates] * len(parameters) if isinstance(rates, float) else rates
+        groups = [{"params": [part], "lr": rate} for part, rate in zip(self.precise, each, strict=True)]
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: decayed(step, steps))
+
+    @classmethod
+    def relative(cls, layers: Iterable[Linear], rate: float, steps: int) -> Descent:
+        """Of everything in some layers that trains, for few steps, at rates relative to each part's size.
+
+        The size is the root mean square, 1 for a bias of zeros. The second moment must follow few steps.
+        """
+        parts = trained_parts(layers)
+        sizes = [float(part.detach().to(torch.float32).square().mean().sqrt()) or 1.0 for part in parts]
+        return cls(parts, [rate * size for size in sizes], steps, betas=(0.9, 0.95))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step along the parameters' gradients, which are then gone."""
+        for parameter, copied in zip(self.parameters, self.precise, strict=True):
+            copied.grad = None if parameter.grad is None else parameter.grad.to(copied.dtype)
+            parameter.grad = None
+        self.optimizer.step()
+        for parameter, copied in zip(self.parameters, self.precise, strict=True):
+            parameter.copy_(copied)
+        self.schedule.step()
 
 
 def decayed(step: int, steps: int) -> float:
     """Learning rate of a step, relative to the peak: warm-up, then cosine decay."""
     return min((step + 1) / max(1.0, _WARM_UP * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def shuffled(batches: int, steps: int) -> list[int]:
+    """Which batch each step takes: all of them in a new order, again and again, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    rounds = (torch.randperm(batches, generator=generator) for _ in range(math.ceil(steps / batches)))
+    return torch.cat(list(rounds)).tolist()[:steps]
 
 
 def _cycle(data: Iterable[Any], max_batches: int | None, steps: int) -> Iterator[Any]:

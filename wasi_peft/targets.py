@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import WasiConfig
@@ -52,6 +53,12 @@ def resolve_targets(model: nn.Module, config: WasiConfig) -> None:
     if config.target_modules is None:
         config.target_modules = default_target_names(model, config)
     _maybe_include_all_linear_layers(config, model)
+
+
+def vocabulary_head(model: nn.Module) -> nn.Linear | None:
+    """The plain linear layer over a vocabulary that a language model ends in; None for any other model."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return head if type(head) is nn.Linear else None
 
 
 def default_target_names(model: nn.Module, config: WasiConfig) -> set[str]:

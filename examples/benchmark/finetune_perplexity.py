@@ -1,8 +1,8 @@
 """Perplexity of a language model fine-tuned in full, with LoRA and with WASI in the memory modes.
 
-SmolLM2-135M on the text of mails, in windows of 128 tokens. Windows of the first 1,500 mails are trained on; on 96
-windows of mails after them perplexity is measured; 64 in between are for choosing learning rates. WASI calibrates on
-128 of the training windows and repairs on them, which depends on no seed and is kept in the cache folder.
+SmolLM2-135M on the first 128 tokens of mails. Windows of the first 1,500 mails are trained on; on 192 of mails after
+them perplexity is measured; 64 in between are for choosing learning rates. WASI calibrates on 128 of the training
+windows and repairs on 512, which depends on no seed and is kept in the cache folder.
 Each run is one entry of docs/benchmarks/finetune_perplexity.json; finished runs are skipped::
 
     python examples/benchmark/finetune_perplexity.py --method wasi
@@ -29,6 +29,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import wasi_peft
+from wasi_peft.token_repair import TOKEN_STEPS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -42,7 +43,7 @@ from benchmark.prepared import digest, prepared_once
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "finetune_perplexity.json"
 RATES = {"full": 2e-5, "lora": 5e-4, "wasi": 5e-4}
-CALIBRATION_WINDOWS, CALIBRATION_BATCH = 128, 4
+CALIBRATION_WINDOWS, REPAIR_WINDOWS, CALIBRATION_BATCH = 128, 512, 4
 Settings = dict[str, Any]
 
 
@@ -53,7 +54,7 @@ def windows(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         token_windows(tokenizer, mails[:1500], count),
         token_windows(tokenizer, mails[1500:1700], 64),
-        token_windows(tokenizer, mails[1700:], 96),
+        token_windows(tokenizer, mails[1700:], 192),
     )
 
 
@@ -70,11 +71,14 @@ def build(settings: Settings, model: nn.Module, train_set: torch.Tensor) -> nn.M
         memory_mode=settings["memory_mode"],
         update=settings["update"],
     )
-    windows = train_set[:CALIBRATION_WINDOWS]
+    windows = train_set[:REPAIR_WINDOWS]
     batches = [{"input_ids": part} for part in windows.split(CALIBRATION_BATCH)]
     steps = settings["repair_steps"]
     key = {"model": digest(model.state_dict()), "windows": digest({"windows": windows}), "repair_steps": steps}
-    prepare = functools.partial(wasi_peft.preprocess_wasi, model, config, batches, repair_steps=steps)
+    count = CALIBRATION_WINDOWS // CALIBRATION_BATCH
+    prepare = functools.partial(
+        wasi_peft.preprocess_wasi, model, config, batches, max_batches=count, repair_steps=steps
+    )
     prepared_once(model, config, key, prepare)
     return peft.get_peft_model(model, config)
 
@@ -90,7 +94,7 @@ def perplexity(model: nn.Module, tokens: torch.Tensor, description: str) -> floa
 
 def run(settings: Settings) -> dict[str, Any]:
     """Trains and evaluates once; returns the entry."""
-    train_set, held_out, test_set = windows(max(CALIBRATION_WINDOWS, settings["steps"] * settings["batch_size"]))
+    train_set, held_out, test_set = windows(max(REPAIR_WINDOWS, settings["steps"] * settings["batch_size"]))
     transformers.set_seed(settings["seed"])
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
     model = build(settings, model, train_set)
@@ -174,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--update", choices=wasi_peft.config.UPDATES, default=wasi_peft.config.DEFAULT_UPDATE, help="WASI: what trains"
     )
     add("--activation-ranks", type=int, default=0, help="WASI: features of each input kept, 0: all")
-    add("--repair-steps", type=int, default=wasi_peft.blockwise.BLOCK_STEPS, help="WASI: steps of each block")
+    add("--repair-steps", type=int, default=TOKEN_STEPS, help="WASI: steps of the repair")
     add("--steps", type=int, default=60, help="optimizer steps")
     add("--batch-size", type=int, default=8, help="windows a step")
     add("--threads", type=int, default=torch.get_num_threads())

@@ -5,10 +5,9 @@ Five ways to get factors, each at the same share of the weights of all block Lin
 * plain: truncated SVD of the weights, the same share in every layer (the paper);
 * one-sided: weighed by the input's covariance (SVD-LLM), the same share in every layer;
 * two-sided: weighed by the second moment of the output's gradient too, ranks allocated over the layers;
-* repaired: the same, then 400 label-free steps of all factors together against the dense model's blocks;
-* blockwise: the same, but each block for itself, refitted in closed form and then trained for 64 steps.
-
-``preprocess_wasi`` takes the last for language models and the one before for others.
+* repaired: the same, then label-free steps of all factors together, 400 against the dense model's blocks or, with a
+  language model, 128 against the tokens that the dense one predicts: the default of ``preprocess_wasi``;
+* blockwise: two-sided, then each block for itself, refitted in closed form and trained for 64 steps.
 
 Three models (``--model``), three repeats on other samples each:
 
@@ -17,7 +16,8 @@ Three models (``--model``), three repeats on other samples each:
   training images without labels. Repeat 0 uses training images 0 to 511 and the first 1,000 test images.
 * minilm: MiniLM sentence encoder, mails; the same with mean-pooled features and spam as the label, and the mean cosine
   between dense and factored sentence embeddings.
-* smollm2: SmolLM2-135M, perplexity on the text of mails that calibration does not see.
+* smollm2: SmolLM2-135M, perplexity on the first 128 tokens of 192 mails that calibration does not see; calibration on
+  128 others, repair on 512.
 
 Results: docs/benchmarks/initial_factors.json and .png.
 """
@@ -43,6 +43,8 @@ from tqdm.auto import tqdm
 
 import wasi_peft
 from wasi_peft.costs import factored_elements
+from wasi_peft.preprocessing import STEPS, Repair
+from wasi_peft.targets import vocabulary_head
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import texts
@@ -156,8 +158,8 @@ def smollm2(repeat: int) -> Task:
     dense = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     mails = texts.load_mails(2000)
-    held_out = texts.token_windows(tokenizer, mails[1500:], 48)
-    sample = texts.token_windows(tokenizer, mails[400 * repeat : 400 * (repeat + 1)], 256)
+    held_out = texts.token_windows(tokenizer, mails[1500:], 192)
+    sample = texts.token_windows(tokenizer, mails[400 * repeat : 400 * repeat + 700], 512)
     calibration = [{"input_ids": part} for part in sample.split(4)]
 
     @torch.inference_mode()
@@ -169,6 +171,7 @@ def smollm2(repeat: int) -> Task:
 
 
 TASKS = {"dinov2": dinov2, "minilm": minilm, "smollm2": smollm2}
+CALIBRATION_BATCHES = {"smollm2": 32}  # the rest is for the repair
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,8 +199,22 @@ def steps_of(method: str, repair_steps: int, block_steps: int = wasi_peft.blockw
     return {"repaired": repair_steps, "blockwise": block_steps}.get(method, 0)
 
 
+def repair_of(method: str, model: nn.Module) -> Repair | None:
+    """How the factors of a method are repaired."""
+    if method == "repaired" and vocabulary_head(model) is not None:
+        return "tokens"
+    return REPAIRS.get(method)
+
+
 def factored(
-    method: str, dense: nn.Module, share: float, batches: list[Any], calibrations: dict[str, Any], repair_steps: int
+    method: str,
+    dense: nn.Module,
+    share: float,
+    batches: list[Any],
+    calibrations: dict[str, Any],
+    max_batches: int | None,
+    repair: Repair | None,
+    repair_steps: int,
 ) -> tuple[nn.Module, dict[str, float]]:
     """The factored model and the seconds of what was done to get it."""
     model, seconds = copy.deepcopy(dense), {}
@@ -209,13 +226,12 @@ def factored(
         if kind not in calibrations:
             start = time.perf_counter()
             gradients = "features" if kind == "both" else None
-            calibrations[kind] = wasi_peft.calibrate_wasi(model, batches, gradients=gradients)
+            calibrations[kind] = wasi_peft.calibrate_wasi(model, batches, gradients=gradients, max_batches=max_batches)
             calibrations[f"{kind} seconds"] = time.perf_counter() - start
         seconds["calibration"] = calibrations[f"{kind} seconds"]
         start = time.perf_counter()
-        steps = steps_of(method, repair_steps)
         wasi_peft.preprocess_wasi(
-            model, config, batches, calibration=calibrations[kind], repair=REPAIRS.get(method), repair_steps=steps
+            model, config, batches, calibration=calibrations[kind], repair=repair, repair_steps=repair_steps
         )
         seconds["factors"] = time.perf_counter() - start
     with warnings.catch_warnings():
@@ -261,8 +277,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.33, 0.25])
     parser.add_argument("--repeats", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--batches", type=int, help="calibration batches (default: 512 samples, for smollm2 256)")
-    parser.add_argument("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS)
+    parser.add_argument("--batches", type=int, help="calibration batches (default: 512 samples, for smollm2 128)")
+    parser.add_argument("--repair-steps", type=int, help='of "repaired" (default: that of preprocess_wasi)')
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
@@ -278,19 +294,25 @@ def main(arguments: list[str] | None = None) -> None:
             if not missing:
                 continue
             dense, batches, evaluate = TASKS[name](repeat)
-            batches = batches[: args.batches]
+            max_batches = args.batches or CALIBRATION_BATCHES.get(name)
             calibrations: dict[str, Any] = {}
             for key, (method, share) in missing.items():
                 seconds: dict[str, float] = {}
                 model, kept = dense, 1.0
+                repair = repair_of(method, dense)
+                steps = STEPS[repair] if repair else 0
+                if method == "repaired" and args.repair_steps is not None:
+                    steps = args.repair_steps
                 if method != "dense":
-                    model, seconds = factored(method, dense, share, batches, calibrations, args.repair_steps)
+                    given = batches, calibrations, max_batches
+                    model, seconds = factored(method, dense, share, *given, repair, steps)
                     kept = model.wasi_summary().kept_share
                 entry = {
                     "model": name, "method": method, "share": share, "repeat": repeat, "kept_share": kept,
                     "metrics": evaluate(model), "seconds": seconds,
-                    "calibration_batches": len(batches),
-                    "repair_steps": steps_of(method, args.repair_steps),
+                    "calibration_batches": max_batches or len(batches),
+                    "repair": repair,
+                    "repair_steps": steps,
                     "process_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                     "environment": environment(),
                 }  # fmt: skip

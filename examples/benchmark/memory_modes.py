@@ -32,7 +32,7 @@ import wasi_peft
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from assets import load_images, load_vit
-from texts import load_mails, smollm2_folder
+from texts import load_mails, smollm2_folder, token_windows
 
 from benchmark.common import (
     Batch,
@@ -93,9 +93,7 @@ def fashion_images() -> Batch:
 def mails() -> Batch:
     """8 mails, each cut to 128 tokens."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_folder())
-    texts = [text for text, _ in load_mails(200)]
-    rows = [ids[:128] for ids in tokenizer(texts)["input_ids"] if len(ids) >= 128][:8]
-    tokens = torch.tensor(rows)
+    tokens = token_windows(tokenizer, load_mails(200), 8)
     return {"input_ids": tokens, "labels": tokens.clone()}
 
 
