@@ -22,7 +22,7 @@ from calibrating import (
     prepared,
     with_nan,
 )
-from models import Architecture
+from models import ARCHITECTURES, Architecture
 from peft import get_peft_model
 from strategies import orthonormality_error, relative_error
 from torch import nn
@@ -36,6 +36,7 @@ from wasi_peft import (
     preprocessing,
     repair_blocks,
     repair_factors,
+    repair_tokens,
 )
 from wasi_peft.layer import wasi_layers
 from wasi_peft.model import INITIAL_FACTORS
@@ -282,11 +283,23 @@ def test_each_repair(repair: Any) -> None:
     assert_same_factors(prepared(net), expected)
 
 
-def test_language_models_are_repaired_block_by_block(
-    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repair_by_tokens() -> None:
+    """One that only a model with a vocabulary can have; the others are told before anything is done."""
+    model, data = ARCHITECTURES["llama"].model(), [ARCHITECTURES["llama"].batch(seed=seed) for seed in range(3)]
+    run(model, WasiConfig(weight_rank=3), data)
+    expected = repair_tokens(model, prepared(model), data, steps=3, progress_bar=False)
+    run(model, WasiConfig(weight_rank=3), data, repair="tokens", repair_steps=3)
+    assert_same_factors(prepared(model), expected)
+    net = reference.tiny_net(6)
+    untouched = Untouched(net)
+    with pytest.raises(ValueError, match="repair='tokens' needs a model that ends in a linear layer over"):
+        run(net, WasiConfig(weight_rank=3), batches(), repair="tokens", repair_steps=3)
+    untouched.check()
+
+
+def test_language_models_are_repaired_by_tokens(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    for name in ("repair_blocks", "repair_factors"):
+    for name in ("repair_blocks", "repair_factors", "repair_tokens"):
 
         def recorded(model: nn.Module, factors: Any, data: Any, name: str = name, **options: Any) -> Any:
             called.append((name, options["steps"]))
@@ -296,7 +309,7 @@ def test_language_models_are_repaired_block_by_block(
     model = architecture.model()
     run(model, WasiConfig(weight_rank=2), [architecture.batch()], repair_steps=None)
     writes = type(model).__name__.endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration"))
-    assert called == [("repair_blocks", 64) if writes else ("repair_factors", 400)]
+    assert called == [("repair_tokens", 128) if writes else ("repair_factors", 400)]
 
 
 def test_repaired_factors_are_attached() -> None:
@@ -328,7 +341,10 @@ def test_success_leaves_the_model_as_it_was() -> None:
         ({"repair_steps": 3}, "repair needs batches in `data`, got NoneType and repair_steps=3"),
         ({"data": print, "repair_steps": 3}, "repair needs batches in `data`, got .* and repair_steps=3"),
         ({"data": batches(), "repair_steps": -1}, "repair_steps must be at least 0, got -1"),
-        ({"data": batches(), "repair": "layers"}, "repair must be one of 'model', 'blocks', None, got 'layers'"),
+        (
+            {"data": batches(), "repair": "layers"},
+            "repair must be one of 'model', 'blocks', 'tokens', None, got 'layers'",
+        ),
         ({"data": []}, "at least one batch, got none"),
         ({"data": iter(batches())}, "got an iterator"),
         ({"data": with_nan(batches())}, "NaN or Inf on the calibration data"),

@@ -73,17 +73,17 @@ def repair_factors(
         student, layers = student_of(model, factors)
         blocks = compared_blocks(factors, every)
         losses = list(_train(model, student, layers, blocks, data, steps, lr, max_batches, progress_bar))
-    if not lowered(losses, "the blocks' error"):
+    span = max(1, min(10, len(losses) // 4))
+    before, after = sum(losses[:span]) / span, sum(losses[-span:]) / span
+    if not lowered(before, after, "the blocks' error"):
         return dict(factors)
     return {name: orthonormal_factors(layer) for name, layer in layers.items()}
 
 
-def lowered(losses: Sequence[float], what: str) -> bool:
-    """Whether a repair lowered its losses, from the first few to the last few; the log says so."""
-    span = max(1, min(10, len(losses) // 4))
-    before, after = sum(losses[:span]) / span, sum(losses[-span:]) / span
+def lowered(before: float, after: float, what: str) -> bool:
+    """Whether a repair lowered something; the log says so."""
     if after < before:
-        logger.info("repair: %s fell from %.4f to %.4f in %d steps", what, before, after, len(losses))
+        logger.info("repair: %s fell from %.4f to %.4f", what, before, after)
         return True
     logger.warning("repair did not lower %s (%.4f to %.4f); its result is dropped.", what, before, after)
     return False

@@ -8,8 +8,7 @@ Logits exist for a few tokens at a time.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from .targets import vocabulary_head
 
 TOKEN_ROWS = 2**16
 TOKEN_STEPS = 128
+COMPARED_BATCHES = 8  # on which the divergence is measured before and after
 
 
 class TokenDivergence(torch.autograd.Function):
@@ -85,7 +85,8 @@ def repair_tokens(
         progress_bar: Show a progress bar.
 
     Returns:
-        New factors, L with orthonormal columns; the given ones, with a warning, if the loss did not fall.
+        New factors, L with orthonormal columns; the given ones, with a warning, if the loss of the first batches did
+        not fall.
 
     Raises:
         ValueError: If a number is out of range; if the model has no such head; or if the data are empty, a function,
@@ -97,8 +98,10 @@ def repair_tokens(
     with evaluating(model, gradients=True):
         student, layers = student_of(model, inside)
         batches = _batches(model, data, rows)
-        losses = list(_train(student, layers, batches, steps, rate, progress_bar))
-    if not lowered(losses, "the divergence of predicted tokens"):
+        before = _mean_divergence(student, batches[:COMPARED_BATCHES])
+        _train(student, layers, batches, steps, rate, progress_bar)
+        after = _mean_divergence(student, batches[:COMPARED_BATCHES])
+    if not lowered(before, after, "the divergence of predicted tokens"):
         return dict(factors)
     return {**factors, **{name: orthonormal_factors(layer) for name, layer in layers.items()}}
 
@@ -151,6 +154,19 @@ def before_head(model: nn.Module, batch: Any) -> Tensor:
     return real_rows(found[0], token_mask(batch))
 
 
+def _divergence(student: nn.Module, batch: Any, wanted: Tensor) -> Tensor:
+    """The loss of one batch."""
+    head = require_head(student)
+    hidden = before_head(student, batch)
+    loss: Tensor = TokenDivergence.apply(hidden, wanted, head.weight, head.bias, default_chunk_rows(len(head.weight)))
+    return loss
+
+
+@torch.no_grad()
+def _mean_divergence(student: nn.Module, batches: Sequence[tuple[Any, Tensor]]) -> float:
+    return float(torch.stack([_divergence(student, *batch) for batch in batches]).mean())
+
+
 def _train(
     student: nn.Module,
     layers: Mapping[str, Linear],
@@ -158,21 +174,15 @@ def _train(
     steps: int,
     rate: float,
     progress_bar: bool,
-) -> Iterator[float]:
-    """Yields the loss of every step, up to the first that is not finite."""
-    head = require_head(student)
-    chunk_rows = default_chunk_rows(len(head.weight))
+) -> None:
+    """Up to the first loss that is not finite."""
     descent = Descent.relative(layers.values(), rate, steps)
     with tqdm(total=steps, desc="WASI repair", disable=not progress_bar) as bar:
         for index in shuffled(len(batches), steps):
-            batch, wanted = batches[index]
-            hidden = before_head(student, batch)
-            loss = TokenDivergence.apply(hidden, wanted, head.weight, head.bias, chunk_rows)
-            value = float(loss.detach())
-            yield value
-            if not math.isfinite(value):
+            loss = _divergence(student, *batches[index])
+            if not bool(torch.isfinite(loss)):
                 return
             loss.backward()
             descent.step()
-            bar.set_postfix(divergence=f"{value:.4f}")
+            bar.set_postfix(divergence=f"{float(loss.detach()):.4f}")
             bar.update()
