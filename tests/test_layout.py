@@ -43,6 +43,7 @@ ORDER = [
     "refit",
     "repair",
     "image_moments",
+    "token_repair",
     "blockwise",
     "preprocessing",
     "optimizer",
