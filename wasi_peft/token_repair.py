@@ -97,7 +97,7 @@ def repair_tokens(
     inside = {name: initial for name, initial in factors.items() if model.get_submodule(name) is not head}
     with evaluating(model, gradients=True):
         student, layers = student_of(model, inside)
-        batches = _batches(model, data, rows)
+        batches = _batches(model, data, rows, progress_bar)
         before = _mean_divergence(student, batches[:COMPARED_BATCHES])
         _train(student, layers, batches, steps, rate, progress_bar)
         after = _mean_divergence(student, batches[:COMPARED_BATCHES])
@@ -120,12 +120,14 @@ def require_head(model: nn.Module) -> nn.Linear:
     return head
 
 
-def _batches(model: nn.Module, data: Iterable[Any], rows: int) -> list[tuple[Any, Tensor]]:
+@torch.no_grad()
+def _batches(model: nn.Module, data: Iterable[Any], rows: int, progress_bar: bool) -> list[tuple[Any, Tensor]]:
     """Batches of about so many tokens, each with the dense model's last hidden states, (tokens, H)."""
     found: list[tuple[Any, Tensor]] = []
-    with torch.no_grad():
+    with tqdm(total=rows, desc="WASI dense model", unit="token", disable=not progress_bar) as bar:
         for batch in limited(data, None, None):
             wanted = before_head(model, batch)
+            bar.update(len(wanted))
             if not bool(torch.isfinite(wanted).all()):
                 raise ValueError("the dense model answers NaN or Inf on the calibration data.")
             found.append((batch, wanted))
