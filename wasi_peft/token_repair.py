@@ -1,9 +1,8 @@
 """Repair of a language model against the tokens that the dense model predicts, without labels.
 
-Hidden states are only a means to them: a few tokens have states a hundred times as large as the others', and most
-directions of the last state change no probability. So here the factors of all layers are trained together for a short
-while on the Kullback-Leibler divergence of the two models' next-token distributions (distillation, arXiv 1503.02531).
-Logits exist for a few tokens at a time.
+Hidden states are only a means to them, and a few tokens have states a hundred times as large as the others'. So here the
+factors of all layers are trained together for a short while on the Kullback-Leibler divergence of the two models'
+next-token distributions (distillation, arXiv 1503.02531). Logits exist for a few tokens at a time.
 """
 
 from __future__ import annotations
