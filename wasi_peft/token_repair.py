@@ -1,7 +1,7 @@
 """Repair of a language model against the tokens that the dense model predicts, without labels.
 
-Hidden states are only a means to them, and a few tokens have states a hundred times as large as the others'. So here the
-factors of all layers are trained together for a short while on the Kullback-Leibler divergence of the two models'
+Hidden states are only a means to them, and a few tokens have states a hundred times as large as the others'. So here
+the factors of all layers are trained together for a short while on the Kullback-Leibler divergence of the two models'
 next-token distributions (distillation, arXiv 1503.02531). Logits exist for a few tokens at a time.
 """
 
