@@ -256,6 +256,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
             for entry in entries:
                 if entry["method"] == method:
                     points.setdefault(entry["share"], []).append(entry["metrics"][metric])
+            if not points:
+                continue
             shares = sorted(points)
             means = [sum(points[share]) / len(points[share]) for share in shares]
             panel.plot(shares, means, marker="o", label=method)
