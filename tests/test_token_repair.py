@@ -216,3 +216,11 @@ def test_a_model_without_a_vocabulary() -> None:
     net = reference.tiny_net(1)
     with pytest.raises(ValueError, match="needs a model that ends in a linear layer over a vocabulary, got"):
         run(net, plain_factors(net), [torch.randn(2, 8)])
+
+
+def test_a_model_that_does_not_run_its_head() -> None:
+    model = LLAMA.model()
+    factors = plain_factors(model)
+    model.forward = model.model.forward
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not run its head on a calibration batch"):
+        run(model, factors, training_data(LLAMA))

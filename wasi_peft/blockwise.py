@@ -29,7 +29,6 @@ from .repair import (
     orthonormal_factors,
     shuffled,
     student_of,
-    trained_parts,
 )
 
 logger = logging.getLogger(__name__)
@@ -124,9 +123,8 @@ def _train_block(
     rate: float,
 ) -> float:
     """Train the factors of a block; returns its error, which is never larger than before."""
-    parameters = trained_parts(layers.values())
-    before, given = _error(block, wanted, states), [part.detach().clone() for part in parameters]
     descent = Descent.relative(layers.values(), rate, steps)
+    before, given = _error(block, wanted, states), [part.detach().clone() for part in descent.parameters]
     for index in shuffled(len(wanted), steps):
         with torch.enable_grad():
             loss = token_error(states.run(block, index), wanted[index], states.masks[index])
@@ -136,7 +134,7 @@ def _train_block(
     if after < before:
         return after
     logger.warning("%s: training did not lower its error (%.4f to %.4f); it is only refitted.", block, before, after)
-    for part, old in zip(parameters, given, strict=True):
+    for part, old in zip(descent.parameters, given, strict=True):
         part.data.copy_(old)
     return before
 

@@ -147,7 +147,8 @@ def _train(
     Raises:
         ValueError: If it is the dense model that answers NaN or Inf.
     """
-    descent = Descent(trained_parts(layers.values()), lr, steps)
+    parts = _trained_parts(layers.values())
+    descent = Descent(parts, [lr] * len(parts), steps)
     with tqdm(total=steps, desc="WASI repair", disable=not progress_bar) as bar:
         for batch in _cycle(data, max_batches, steps):
             with torch.no_grad():
@@ -168,7 +169,7 @@ def _train(
             bar.update()
 
 
-def trained_parts(layers: Iterable[Linear]) -> list[nn.Parameter]:
+def _trained_parts(layers: Iterable[Linear]) -> list[nn.Parameter]:
     """What trains of some layers."""
     return [part for layer in layers for part in layer.parameters() if part.requires_grad]
 
@@ -178,7 +179,7 @@ class Descent:
 
     Args:
         parameters: What to train.
-        rates: Peak learning rate of all, or of each.
+        rates: Peak learning rate of each.
         steps: Steps in all.
         betas: Those of AdamW.
     """
@@ -186,15 +187,14 @@ class Descent:
     def __init__(
         self,
         parameters: Sequence[Tensor],
-        rates: float | Sequence[float],
+        rates: Sequence[float],
         steps: int,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         self.parameters = parameters
         # steps of this size are lost when bfloat16 rounds; a float32 parameter is its own copy
         self.precise = [part.detach().to(torch.promote_types(part.dtype, torch.float32)) for part in parameters]
-        each = [rates] * len(parameters) if isinstance(rates, float) else rates
-        groups = [{"params": [part], "lr": rate} for part, rate in zip(self.precise, each, strict=True)]
+        groups = [{"params": [part], "lr": rate} for part, rate in zip(self.precise, rates, strict=True)]
         self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: decayed(step, steps))
 
@@ -204,8 +204,9 @@ class Descent:
 
         The size is the root mean square, 1 for a bias of zeros. The second moment must follow few steps.
         """
-        parts = trained_parts(layers)
-        sizes = [float(part.detach().to(torch.float32).square().mean().sqrt()) or 1.0 for part in parts]
+        parts = _trained_parts(layers)
+        precise = [part.detach().to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+        sizes = [float(part.square().mean().sqrt()) or 1.0 for part in precise]
         return cls(parts, [rate * size for size in sizes], steps, betas=(0.9, 0.95))
 
     @torch.no_grad()

@@ -212,7 +212,7 @@ def factored(
     share: float,
     batches: list[Any],
     calibrations: dict[str, Any],
-    max_batches: int | None,
+    max_batches: int,
     repair: Repair | None,
     repair_steps: int,
 ) -> tuple[nn.Module, dict[str, float]]:
@@ -296,15 +296,15 @@ def main(arguments: list[str] | None = None) -> None:
             if not missing:
                 continue
             dense, batches, evaluate = TASKS[name](repeat)
-            max_batches = args.batches or CALIBRATION_BATCHES.get(name)
+            max_batches = min(args.batches or CALIBRATION_BATCHES.get(name, len(batches)), len(batches))
+            repaired_steps = (
+                STEPS[repair_of("repaired", dense) or "model"] if args.repair_steps is None else args.repair_steps
+            )
             calibrations: dict[str, Any] = {}
             for key, (method, share) in missing.items():
                 seconds: dict[str, float] = {}
                 model, kept = dense, 1.0
-                repair = repair_of(method, dense)
-                steps = STEPS[repair] if repair else 0
-                if method == "repaired" and args.repair_steps is not None:
-                    steps = args.repair_steps
+                repair, steps = repair_of(method, dense), steps_of(method, repaired_steps)
                 if method != "dense":
                     given = batches, calibrations, max_batches
                     model, seconds = factored(method, dense, share, *given, repair, steps)
@@ -312,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
                 entry = {
                     "model": name, "method": method, "share": share, "repeat": repeat, "kept_share": kept,
                     "metrics": evaluate(model), "seconds": seconds,
-                    "calibration_batches": max_batches or len(batches),
+                    "calibration_batches": max_batches,
                     "repair": repair,
                     "repair_steps": steps,
                     "process_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
