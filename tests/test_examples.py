@@ -385,6 +385,37 @@ def test_modes_and_variants_are_compared(
     assert len({tuple(losses) for losses in first}) > 4
 
 
+def test_initial_factors_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way to get factors; a language model is repaired by tokens, on more batches than it is calibrated on."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("WASI_CACHE", str(tmp_path / "cache"))
+    module, results = importlib.import_module("benchmark.initial_factors"), tmp_path / "factors.json"
+    ramps = (torch.arange(24)[None] + torch.arange(32)[:, None]) % 50
+    evaluations = []
+
+    def task(repeat: int) -> Any:
+        def evaluate(model: torch.nn.Module) -> dict[str, float]:
+            evaluations.append(repeat)
+            return {"perplexity": float(model(input_ids=ramps, labels=ramps).loss.detach().exp())}
+
+        return tiny_llama().eval(), [{"input_ids": part} for part in ramps.split(4)], evaluate
+
+    monkeypatch.setitem(module.TASKS, "smollm2", task)
+    monkeypatch.setitem(module.CALIBRATION_BATCHES, "smollm2", 2)
+    command = ["--model", "smollm2", "--shares", "0.8", "--repeats", "0", "1", "--results", str(results)]
+    module.main([*command, "--repair-steps", "3"])
+    entries = json.loads(results.read_text())
+    assert len(entries) == len(evaluations) == 2 * (1 + len(module.METHODS))
+    repairs = {entry["method"]: (entry["repair"], entry["repair_steps"]) for entry in entries.values()}
+    assert repairs.pop("repaired") == ("tokens", 3) and repairs.pop("blockwise") == ("blocks", 64)
+    assert set(repairs.values()) == {(None, 0)}
+    assert all(entry["calibration_batches"] == 2 for entry in entries.values())
+    assert len({entry["metrics"]["perplexity"] for entry in entries.values() if entry["repeat"] == 0}) == 6
+    assert results.with_suffix(".png").stat().st_size > 1000
+    module.main(command)  # nothing is missing
+    assert json.loads(results.read_text()) == entries and len(evaluations) == len(entries)
+
+
 def test_perplexity_benchmark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
