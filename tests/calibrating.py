@@ -10,8 +10,8 @@ import torch
 from strategies import normal, orthonormal
 from torch import Tensor, nn
 
-from wasi_peft.layer import InitialFactors
-from wasi_peft.model import INITIAL_FACTORS
+from wasi_peft.tuner.model import INITIAL_FACTORS
+from wasi_peft.updates.base import InitialFactors
 
 LAYERS = ("q", "k", "v", "o", "fc1", "fc2")
 TARGETS = [f"blocks.{block}.{layer}" for block in range(2) for layer in LAYERS]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from wasi_peft import WasiConfig
-from wasi_peft.planning import IMAGE_UPDATES
+from wasi_peft.ranks.plan import IMAGE_UPDATES
 
 Batch = dict[str, Tensor]
 

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wasi_peft.planning import LayerSpectrum
+from wasi_peft.ranks.spectrum import LayerSpectrum
 
 # the same examples on every run, and no limit on the time of one: a busy machine must not fail a test
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig
-from wasi_peft.layer import WasiLayer, wasi_layers
+from wasi_peft.tuner.layer import WasiLayer, wasi_layers
 
 VIT = ARCHITECTURES["vit"]
 LOW = {"weight_rank": 5}

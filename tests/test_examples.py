@@ -18,7 +18,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from wasi_peft.layer import wasi_layers
+from wasi_peft.tuner.layer import wasi_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"

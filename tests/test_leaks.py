@@ -13,10 +13,10 @@ from peft import get_peft_model
 from test_activation_state import Interrupted, fail, fail_in_backward, live_bytes, trainable
 from torch import Tensor, nn
 
-import wasi_peft.layer as layer_module
-import wasi_peft.saved as saved_module
+import wasi_peft.memory.saved as saved_module
+import wasi_peft.tuner.layer as layer_module
 from wasi_peft import OptimizerInBackward, WasiConfig, measure_peak_memory
-from wasi_peft.layer import wasi_layers
+from wasi_peft.tuner.layer import wasi_layers
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 

@@ -5,33 +5,33 @@ Importing this package registers the PEFT type `WASI`.
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ._registration import register
-from .attention import low_bit_attention
-from .blockwise import repair_blocks
-from .calibration import Calibration, calibrate_wasi
-from .callbacks import WasiCallback, resize_rank
-from .chunked_loss import chunked_cross_entropy, remove_chunked_loss, use_chunked_loss
-from .chunked_mlp import chunk_mlps, unchunk_mlps
-from .config import WasiConfig
-from .estimate import Estimate, estimate_wasi
-from .inference import fold_cores, merge_slow_layers
-from .layer import Linear, WasiLayer, after_optimizer_step
-from .model import WasiModel
-from .optimizer import SubspaceSGD, create_wasi_optimizer
-from .optimizer_in_backward import OptimizerInBackward
-from .planner import plan_wasi
-from .planning import WasiPlan
-from .preprocessing import preprocess_wasi
-from .profile_report import costs_table, plot_profiles, profiles_table
-from .profiling import PeakMemory, measure_peak_memory
-from .recompute import BlockRecomputation, recompute_blocks
-from .repair import REPAIR_STEPS, repair_factors
-from .report import plot_calibration, plot_estimates, plot_plan
-from .saved import LowBitSavedTensors, store_saved_tensors
-from .slices import BatchSlices, slice_blocks, unslice_blocks
-from .step_profile import StepProfile, profile_wasi
-from .summary import WasiSummary, wasi_summary
-from .token_repair import repair_tokens
+from .cost.estimate import Estimate, estimate_wasi
+from .cost.peak import PeakMemory, measure_peak_memory
+from .cost.profile import StepProfile, profile_wasi
+from .factors.blockwise import repair_blocks
+from .factors.calibration import Calibration, calibrate_wasi
+from .factors.prepare import preprocess_wasi
+from .factors.repair import REPAIR_STEPS, repair_factors
+from .factors.token_repair import repair_tokens
+from .memory.attention import low_bit_attention
+from .memory.chunked_mlp import chunk_mlps, unchunk_mlps
+from .memory.loss import chunked_cross_entropy, remove_chunked_loss, use_chunked_loss
+from .memory.recompute import BlockRecomputation, recompute_blocks
+from .memory.saved import LowBitSavedTensors, store_saved_tensors
+from .memory.slices import BatchSlices, slice_blocks, unslice_blocks
+from .planner.inference import fold_cores, merge_slow_layers
+from .planner.planner import plan_wasi
+from .ranks.plan import WasiPlan
+from .report.plots import plot_calibration, plot_estimates, plot_plan
+from .report.profiles import costs_table, plot_profiles, profiles_table
+from .training.callback import WasiCallback, resize_rank
+from .training.optimizer import SubspaceSGD, create_wasi_optimizer
+from .training.optimizer_in_backward import OptimizerInBackward
+from .tuner.config import WasiConfig
+from .tuner.layer import Linear, WasiLayer, after_optimizer_step
+from .tuner.model import WasiModel
+from .tuner.registration import register
+from .tuner.summary import WasiSummary, wasi_summary
 
 __version__ = "0.1.0.dev0"
 

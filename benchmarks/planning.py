@@ -1,0 +1,205 @@
+"""Times plan_wasi on a model of 210 layers, and checks "fit this fine-tune into N MiB" against what training takes.
+
+The 210 layers are those of SmolLM2-135M, built from its configuration with random weights and made-up spectra, since
+planning only reads numbers. The fit is that of the DINOv2-small ViT at 56 px, batch 32, AdamW, with a head that
+trains; its peak is the tracked peak of whole steps on real images. Results: docs/benchmarks/planning.json.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import peft
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import wasi_peft
+from wasi_peft.cost.estimate import PlannedPeaks
+from wasi_peft.planner import planner
+from wasi_peft.ranks.spectrum import LayerSpectrum
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from assets import load_images, load_vit
+from benchmark.common import adamw, environment, step_peak_bytes, write_json
+from finetune import unlabelled
+
+RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "planning.json"
+MIB = 2**20
+SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+class MadeUpCalibration:
+    """Stands in for a calibration: spectra that fall like a power, differently in every layer."""
+
+    bytes_per_element = 4
+    rows = 4096
+
+    def __init__(self, model: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._spectra = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and ".layers." in name:
+                start, _, kind = name.rpartition(".")
+                rate = 1 + 2 * torch.rand((), generator=generator).item()
+                energies = torch.arange(1, module.in_features + 1, dtype=torch.float64) ** -rate
+                self._spectra[name] = LayerSpectrum(
+                    name,
+                    module.out_features,
+                    module.in_features,
+                    f"{start}.{SHARED_INPUT.get(kind, kind)}",
+                    tuple(energies[: min(module.weight.shape)].tolist()),
+                    {"feature": tuple(energies.tolist())},
+                )
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(self._spectra)
+
+    def require(self, targets: Iterable[str]) -> None:
+        assert set(targets) <= set(self._spectra)
+
+    def spectra(self, names: Iterable[str], reserved_rank: int = 0, core: bool = False) -> list[LayerSpectrum]:
+        return [replace(self._spectra[name], reserved_rank=reserved_rank, core=core) for name in names]
+
+
+class Estimates:
+    """Counts the estimates of a step that planning makes, and the processor time they take."""
+
+    def __init__(self) -> None:
+        self.calls, self.seconds = 0, 0.0
+
+    def counting(self, function: Any) -> Any:
+        """The same function, counted."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            result = function(*args, **kwargs)
+            self.calls, self.seconds = self.calls + 1, self.seconds + time.process_time() - start
+            return result
+
+        return counted
+
+
+def timed_plan(model: nn.Module, calibration: Any, **options: Any) -> tuple[wasi_peft.WasiPlan, dict[str, Any]]:
+    """Plans; also returns the time, and how much of it went into how many estimates of a step.
+
+    Processor time is what a busy machine does not distort; with one thread it is the time on an idle one.
+    """
+    estimates = Estimates()
+    start, processor_start = time.perf_counter(), time.process_time()
+    with (
+        mock.patch.object(planner, "estimate_peak", estimates.counting(planner.estimate_peak)),
+        mock.patch.object(PlannedPeaks, "__call__", estimates.counting(PlannedPeaks.__call__)),
+    ):
+        plan = planner.plan_wasi(model, calibration, **options)
+    return plan, {
+        "seconds": round(time.perf_counter() - start, 2),
+        "processor_seconds": round(time.process_time() - processor_start, 2),
+        "estimates": estimates.calls,
+        "processor_seconds_in_estimates": round(estimates.seconds, 2),
+    }
+
+
+def many_layers(blocks: int, tokens: int) -> dict[str, Any]:
+    """Times one plan per kind of budget for SmolLM2-135M's layers."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=blocks,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    calibration = MadeUpCalibration(model)
+    tokens_in = torch.arange(2 * tokens).reshape(2, tokens) % config.vocab_size
+    batch = {"input_ids": tokens_in, "labels": tokens_in}
+    dense_bytes = wasi_peft.estimate_wasi(model, batch=batch).peak_bytes
+    asked = {
+        "weight_share": 0.4,
+        "error": 0.05,
+        "inference_flops": 0.5,
+        "training_flops": 0.5,
+        "step_seconds": 0.6,
+    }
+    peaks = [int(share * dense_bytes) for share in (0.32, 0.5, 0.7)]
+    results: dict[str, Any] = {"layers": len(calibration.layers)}
+    for name, value in [*asked.items(), *(("peak_bytes", peak) for peak in peaks)]:
+        options = {name: value, "config": wasi_peft.WasiConfig()}
+        if name in ("training_flops", "step_seconds", "peak_bytes"):
+            options["batch"] = batch
+        plan, timing = timed_plan(model, calibration, **options)
+        if name == "peak_bytes":
+            used = wasi_peft.estimate_wasi(model, wasi_peft.WasiConfig(plan=plan), batch=batch)
+            timing["share_used"] = round(used.peak_bytes / value, 4)
+            name = f"peak of {value / MIB:.0f} MiB"
+        results[name] = timing
+        print(f"{len(calibration.layers)} layers, {name}={value}: {timing}")
+    return results
+
+
+def fits(budgets: Iterable[int], images: int, batch_size: int) -> dict[str, Any]:
+    """Plans for each budget in MiB, and measures training steps of the planned model."""
+    dense = load_vit()
+    train_set, _ = load_images(train=images, test=1)
+    data = DataLoader(train_set, batch_size=batch_size, collate_fn=unlabelled)
+    calibration = wasi_peft.calibrate_wasi(dense, data)
+    pixels = next(iter(data))["pixel_values"]
+    batch = {"pixel_values": pixels, "labels": train_set.labels[: len(pixels)]}
+    options = {"modules_to_save": ["classifier"]}
+    results: dict[str, Any] = {"dense": {"measured_mib": round(step_peak_bytes(dense, adamw, batch) / MIB, 2)}}
+    for budget in budgets:
+        config = wasi_peft.WasiConfig(**options)
+        plan, timing = timed_plan(dense, calibration, peak_bytes=budget * MIB, batch=batch, config=config)
+        config = wasi_peft.WasiConfig(plan=plan, **options)
+        estimate = wasi_peft.estimate_wasi(dense, config, batch=batch).peak_bytes
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
+            model = peft.get_peft_model(load_vit(), config)
+        measured = step_peak_bytes(model, adamw, batch)
+        results[f"{budget} MiB"] = {
+            "estimate_mib": round(estimate / MIB, 2),
+            "measured_mib": round(measured / MIB, 2),
+            "share_used": round(measured / (budget * MIB), 4),
+            "weights_kept": round(plan.kept_share, 4),
+            "exact_inputs": sum(layer.activation_ranks is None for layer in plan.layers),
+            "planning": timing,
+        }
+        print(plan.headline(), results[f"{budget} MiB"])
+    return results
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Runs both and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[220, 260, 320], help="MiB")
+    parser.add_argument("--images", type=int, default=512, help="for calibration")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+
+    torch.manual_seed(0)
+    results = {
+        "many_layers": many_layers(args.blocks, args.tokens),
+        "fit": fits(args.budgets, args.images, args.batch),
+    }
+    settings = {key: value for key, value in vars(args).items() if key != "results"}
+    write_json(args.results, {"settings": settings, **results, "environment": environment()})
+    return results
+
+
+if __name__ == "__main__":
+    main()

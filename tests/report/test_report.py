@@ -1,0 +1,264 @@
+"""Tables and plots: what they show is what the plan, the calibration and the estimates say."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import ARCHITECTURES, Architecture, wasi_model
+
+from wasi_peft import Calibration, WasiPlan, calibrate_wasi, wasi_summary
+from wasi_peft.cost.estimate import CATEGORIES, Estimate
+from wasi_peft.linalg.spectra import rank_for_threshold
+from wasi_peft.ranks.allocate import allocate_ranks
+from wasi_peft.ranks.plan import LayerPlan, build_plan
+from wasi_peft.report.plots import (
+    byte_unit,
+    calibration_rows,
+    estimates_table,
+    layer_places,
+    plan_table,
+    plot_calibration,
+    plot_estimates,
+    plot_plan,
+    table,
+    target_rows,
+)
+
+BLOCKS = 29
+KINDS = {
+    "self_attn.q_proj": (64, 64),
+    "self_attn.k_proj": (16, 64),
+    "self_attn.v_proj": (16, 64),
+    "self_attn.o_proj": (64, 64),
+    "mlp.gate_proj": (96, 64),
+    "mlp.up_proj": (96, 64),
+    "mlp.down_proj": (64, 96),
+}
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    architecture = ARCHITECTURES["vit"]
+    return calibrate_wasi(architecture.model(), [architecture.batch()], progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def plan(calibration: Calibration) -> WasiPlan:
+    spectra = calibration.spectra()
+    inputs: dict[str, dict[str, int] | None] = {"vit.layers.1.mlp.fc1": {"feature": 5}}
+    return build_plan(spectra, allocate_ranks(spectra, 0.6), inputs, {"weight_share": 0.6})
+
+
+def large_plan() -> WasiPlan:
+    """203 layers, ranks growing with depth, as a Llama-like model would have."""
+    layers = [
+        LayerPlan(f"model.layers.{block}.{kind}", *size, block // 4 + 1, {"feature": 8 + block}, 0.5 + block / 100)
+        for block in range(BLOCKS)
+        for kind, size in KINDS.items()
+    ]
+    return WasiPlan(tuple(layers), {"weight_share": 0.3})
+
+
+def estimate(mebibytes: int) -> Estimate:
+    """Every category takes that much at the peak; other numbers are told apart by their size."""
+    size = mebibytes * 2**20
+    parts = dict.fromkeys(CATEGORIES, size)
+    return Estimate(
+        size, 2 * size, 3 * size, 4 * size, 5 * size, 6 * size, 6 * size, parts, 1, 4 * 10**12, 10**12, 1, 1
+    )
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def test_table_is_aligned() -> None:
+    text = table([{"layer": "a", "rank": 1}, {"layer": "longer", "rank": 123456}, {"layer": "b", "rank": None}])
+    assert text.splitlines() == ["layer      rank", "a             1", "longer  123,456", "b             -"]
+
+
+@pytest.mark.parametrize(
+    ("size", "unit"), [(0, "B"), (10_239, "B"), (10_240, "KiB"), (10 * 2**30, "GiB"), (10**20, "TiB")]
+)
+def test_byte_unit(size: int, unit: str) -> None:
+    assert byte_unit(size)[0] == unit
+
+
+def test_plan_table_says_what_the_plan_says(plan: WasiPlan) -> None:
+    lines = plan_table(plan).splitlines()
+    assert lines[-1] == plan.headline()
+    assert len(lines) == len(plan.layers) + 3
+    for layer, line in zip(plan.layers, lines[1:], strict=False):
+        name, out, in_features, rank, _, energy, *inputs, _, _ = line.split()
+        assert (name, int(out), int(in_features)) == (layer.name, layer.out_features, layer.in_features)
+        assert int(rank) == layer.weight_rank and energy == f"{layer.kept_energy:.1%}"
+        assert inputs == (["exact"] if layer.activation_ranks is None else ["feature", "5"])
+    dense, factored = map(float, lines[-2].split()[1:])
+    assert factored / dense == pytest.approx(plan.kept_share, abs=0.01)
+    half = plan_table(plan, element_bytes=2).splitlines()  # 7 KiB, shown in bytes
+    assert half[-2].split() == ["all", f"{dense * 512:,.2f}", f"{plan.kept_share * dense * 512:,.2f}"]
+
+
+def test_plan_table_of_an_adapter() -> None:
+    summary = wasi_summary(wasi_model(ARCHITECTURES["vit"].model(), weight_rank=2))
+    lines = plan_table(summary).splitlines()
+    assert lines[-1] == summary.headline()
+    assert "energy" not in lines[0] and "input" not in lines[0]
+
+
+def test_calibration_rows(calibration: Calibration) -> None:
+    rows = calibration_rows(calibration)
+    assert [row["layer"] for row in rows] == list(calibration.layers)
+    assert sum(row["energy share"] for row in rows) == pytest.approx(1)
+    for row in rows:
+        assert row["rank at 90%"] <= row["rank at 95%"] <= row["rank at 99%"]
+        assert row["rank at 95%"] == rank_for_threshold(calibration.energies(row["layer"]), 0.95)
+
+
+def test_target_rows_count_every_layer(architecture: Architecture) -> None:
+    model = architecture.model()
+    sizes = dict.fromkeys(sorted(architecture.targets(model)), (4, 6))
+    rows = target_rows(sizes)
+    assert sum(row["count"] for row in rows) == architecture.target_count
+    assert sum(row["parameters"] for row in rows) == 24 * architecture.target_count
+    shapes = target_rows({"block.0.fc": (4, 6), "block.1.fc": (4, 6), "block.2.fc": (6, 4)})
+    assert [row["count"] for row in shapes] == [2, 1]  # a kind that changes its shape, as in Swin
+
+
+def test_estimates_table() -> None:
+    lines = estimates_table({"dense": estimate(100), "WASI": estimate(25)}).splitlines()
+    assert lines[0].split() == ["dense", "WASI"]
+    values = {line.rsplit(None, 2)[0].strip(): line.split()[-2:] for line in lines[1:]}
+    assert values["weights, MiB"] == ["100.00", "25.00"]
+    assert values["peak, MiB"] == ["600.00", "150.00"]
+    assert values["peak, of the first"] == ["100.0%", "25.0%"]
+    assert values["training step, GFLOP"] == ["4,000.00", "4,000.00"]
+
+
+# ------------------------------------------------------------------------------------------------ kinds
+
+
+def test_layers_of_one_kind_differ_in_depth_only(architecture: Architecture) -> None:
+    names = architecture.targets(architecture.model())
+    places = layer_places(names)
+    assert set(places) == names
+    assert len(set(places.values())) == len(names)
+    for name, place in places.items():
+        assert name.endswith(place.kind.split("…")[-1])
+
+
+def test_places_follow_the_numbers_not_the_order() -> None:
+    places = layer_places([f"model.layers.{block}.fc1" for block in (10, 2, 0)] + ["model.layers.2.fc2", "head"])
+    assert places["model.layers.10.fc1"] == ("fc1", 2)
+    assert places["model.layers.2.fc1"].depth == places["model.layers.2.fc2"].depth == 1
+    assert places["head"].kind == "head"
+
+
+def test_kinds_that_end_alike_keep_more_of_their_names() -> None:
+    names = ["enc.layer.0.att.out.dense", "enc.layer.0.out.dense", "enc.layer.0.mid.dense"]
+    assert [place.kind for place in layer_places(names).values()] == ["att.out.dense", "out.dense", "mid.dense"]
+    nested = ["encoder.block.0.layer.0.att.q", "decoder.block.0.layer.0.att.q"]
+    assert [place.kind for place in layer_places(nested).values()] == ["encoder.block…att.q", "decoder.block…att.q"]
+    same_ends = ["a.0.x.0.q", "a.0.y.0.q", "b.0.x.0.q", "b.0.y.0.q"]
+    kinds = [place.kind for place in layer_places(same_ends).values()]
+    assert len(set(kinds)) == 4
+
+
+# ------------------------------------------------------------------------------------------------ plots
+
+
+def lines_of(ax: Any) -> list[Any]:
+    return [line for line in ax.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) > 1]
+
+
+def test_plot_of_a_plan_with_spectra(plan: WasiPlan, calibration: Calibration, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure = plot_plan(plan, calibration, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    ranks, energies, inputs, weights, *spectra = (ax for ax in figure.get_axes() if ax.get_label() != "<colorbar>")
+    shown = sorted(rank for line in lines_of(ranks) for rank in line.get_ydata())
+    assert shown == sorted(layer.weight_rank for layer in plan.layers)
+    kept = sorted(energy for line in lines_of(energies) for energy in line.get_ydata())
+    assert kept == pytest.approx(sorted(100 * layer.kept_energy for layer in plan.layers))
+    assert "11 layers: not compressed" in inputs.get_title()
+    assert "dense" in weights.get_title()
+    assert {ax.get_title() for ax in spectra} == {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}
+    marked = [line.get_xdata()[0] for ax in spectra for line in ax.get_lines() if line.get_marker() == "o"]
+    assert sorted(marked) == sorted(layer.weight_rank for layer in plan.layers)
+
+
+def test_plot_of_two_hundred_layers_has_a_line_for_each_kind() -> None:
+    pytest.importorskip("matplotlib")
+    figure = plot_plan(large_plan())
+    ranks, *_, weights = figure.get_axes()
+    assert len(lines_of(ranks)) == len(KINDS)
+    assert all(len(line.get_xdata()) == BLOCKS for line in lines_of(ranks))
+    dense = [bar.get_height() for bar in weights.patches[:BLOCKS]]
+    elements = sum(out * in_features for out, in_features in KINDS.values())
+    assert dense == pytest.approx([elements * 4 / 1024] * BLOCKS)
+    tops = [
+        max(bar.get_y() + bar.get_height() for bar in weights.patches[BLOCKS + block :: BLOCKS]) for block in (0, 28)
+    ]
+    assert tops[0] == pytest.approx(sum(out + in_features for out, in_features in KINDS.values()) * 4 / 1024)
+    assert tops[1] == pytest.approx(8 * tops[0])
+
+
+def test_plot_of_an_adapter_shows_ranks_and_bytes_only(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    summary = wasi_summary(wasi_model(ARCHITECTURES["bert"].model(), weight_rank=2))
+    figure = plot_plan(summary, path=tmp_path / "adapter.svg")
+    assert len(figure.get_axes()) == 2
+    assert b"<svg" in (tmp_path / "adapter.svg").read_bytes()
+
+
+def test_plot_of_a_calibration(calibration: Calibration) -> None:
+    pytest.importorskip("matplotlib")
+    figure = plot_calibration(calibration)
+    spectra = [ax for ax in figure.get_axes() if ax.get_title() in ("q_proj", "fc1")]
+    assert [len(lines_of(ax)) for ax in spectra] == [2, 2]
+
+
+def test_plot_of_estimates(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure = plot_estimates({"dense": estimate(100), "LoRA": estimate(50), "WASI": estimate(25)}, tmp_path / "e.png")
+    memory, flops = figure.get_axes()
+    for bar, size in zip(memory.patches[-3:], (100, 50, 25), strict=True):
+        assert bar.get_y() + bar.get_height() == pytest.approx(len(CATEGORIES) * size)
+    assert [bar.get_height() for bar in flops.patches] == pytest.approx([4000] * 3 + [1000] * 3)
+
+
+def test_plots_need_no_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of pyplot, which would pick a backend and keep every figure alive."""
+    pytest.importorskip("matplotlib")
+    original = builtins.__import__
+
+    def no_pyplot(name: str, *args: Any, **kwargs: Any) -> Any:
+        assert "pyplot" not in name
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_pyplot)
+    plot_plan(large_plan())
+
+
+def test_missing_matplotlib_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, plan: WasiPlan, calibration: Calibration
+) -> None:
+    original = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for plot, subject in ((plot_plan, plan), (plot_calibration, calibration), (plot_estimates, {"a": estimate(1)})):
+        with pytest.raises(ImportError, match=r"pip install 'wasi_peft\[plot\]'"):
+            plot(subject)  # type: ignore[operator]
+
+
+def test_calibration_of_another_model(calibration: Calibration) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj: the calibration must cover .*203 missing"):
+        plot_plan(large_plan(), calibration)

@@ -1,0 +1,288 @@
+"""The configuration: defaults, documentation, what is saved, what is written into the model card."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import ARCHITECTURES, wasi_model
+from peft import PeftConfig
+from peft.config import PeftConfig as BaseConfig
+
+from wasi_peft import WasiConfig
+from wasi_peft.linalg.tucker import CompressionRule
+from wasi_peft.ranks.plan import LayerPlan, WasiPlan
+from wasi_peft.tuner.registration import PEFT_TYPE, WASI_IMPORT_NOTE
+
+OWN_FIELDS = [
+    field
+    for field in dataclasses.fields(WasiConfig)
+    if field.name not in {inherited.name for inherited in dataclasses.fields(BaseConfig)}
+]
+
+VARIED: dict[str, Any] = {
+    "explained_variance_threshold": 0.7,
+    "weight_share": 0.4,
+    "target_modules": ["fc1", "fc2"],
+    "exclude_modules": ["q_proj"],
+    "modules_to_save": ["classifier"],
+    "layers_to_transform": [0, 2],
+    "layers_pattern": "layers",
+    "bias": "all",
+    "train_vectors": False,
+    "activation_threshold": 0.8,
+    "activation_ranks": {"feature": 4},
+    "activation_modes": ["feature", "token"],
+    "activation_interval": 3,
+    "update": "factor",
+    "update_rank": 8,
+    "memory_mode": "small",
+    "saved_tensors": "int8",
+    "base_weight": "cpu",
+    "init_weights": False,
+    "ranks": {"layers.0.fc1": 3},
+}
+PLAN = WasiPlan((LayerPlan("layers.0.fc1", 8, 6, 3, {"feature": 2, "token": 4}, 0.5),), {"weight_share": 0.4})
+ALONE: list[dict[str, Any]] = [  # what cannot be combined with all of the above
+    {"weight_rank": 6, "rank_pattern": {"fc1": 3}},
+    {"plan": PLAN.to_dict()},
+]
+
+
+def test_defaults() -> None:
+    config = WasiConfig()
+    assert config.peft_type is PEFT_TYPE
+    assert config.explained_variance_threshold == 0.95
+    assert config.activation_threshold == 0.95
+    assert config.activation_modes == ["feature"]
+    assert (config.update, config.base_weight, config.bias) == ("frozen_basis", "release", "wasi_only")
+    assert config.update_rank == 16
+    assert config.train_vectors is True and config.init_weights is True
+    assert config.target_modules is config.weight_rank is config.activation_ranks is config.ranks is None
+
+
+def test_mutable_defaults_are_not_shared() -> None:
+    one, other = WasiConfig(), WasiConfig()
+    one.rank_pattern["fc1"] = 3
+    one.activation_modes.append("token")
+    assert other.rank_pattern == {} and other.activation_modes == ["feature"]
+
+
+@pytest.mark.parametrize("field", OWN_FIELDS, ids=lambda field: field.name)
+def test_every_field_is_documented(field: dataclasses.Field[Any]) -> None:
+    assert field.metadata.get("help")
+    assert WasiConfig.__doc__ is not None and f"\n        {field.name} (`" in WasiConfig.__doc__
+
+
+def test_the_varied_values_cover_every_field() -> None:
+    varied = [item for options in (VARIED, *ALONE) for item in options.items()]
+    assert {name for name, _ in varied} == {field.name for field in OWN_FIELDS}
+    plain = WasiConfig()
+    assert all(getattr(plain, name) != value for name, value in varied)
+
+
+@pytest.mark.parametrize("sequence", [list, tuple, set])
+def test_lists_of_names_become_sets(sequence: type) -> None:
+    config = WasiConfig(target_modules=sequence(["a", "b"]), exclude_modules=sequence(["c"]))
+    assert config.target_modules == {"a", "b"} and config.exclude_modules == {"c"}
+    assert WasiConfig(target_modules="a|b").target_modules == "a|b"
+
+
+@pytest.mark.parametrize("loader", [PeftConfig, WasiConfig], ids=["PeftConfig", "WasiConfig"])
+@pytest.mark.parametrize("options", [VARIED, *ALONE], ids=["most", "ranks", "plan"])
+def test_round_trip(tmp_path: Path, loader: type[PeftConfig], options: dict[str, Any]) -> None:
+    config = WasiConfig(**options)
+    config.save_pretrained(str(tmp_path))
+    loaded = loader.from_pretrained(str(tmp_path))
+    assert type(loaded) is WasiConfig
+    expected = copy.copy(config)
+    expected.inference_mode = loaded.inference_mode  # PEFT always saves True
+    assert loaded == expected
+
+
+def test_the_file_is_plain_json_with_the_type(tmp_path: Path) -> None:
+    WasiConfig(**VARIED).save_pretrained(str(tmp_path))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "WASI"
+    assert sorted(saved["target_modules"]) == ["fc1", "fc2"]
+    assert saved["weight_share"] == 0.4 and saved["plan"] is None
+
+
+def test_a_configuration_that_was_never_injected_is_saved_as_it_is(tmp_path: Path) -> None:
+    WasiConfig(weight_rank=3).save_pretrained(str(tmp_path))
+    loaded = PeftConfig.from_pretrained(str(tmp_path))
+    assert loaded.init_weights is True and loaded.ranks is None
+
+
+def test_after_injection_the_saved_one_asks_for_loading_and_the_live_one_does_not(tmp_path: Path) -> None:
+    model = wasi_model(ARCHITECTURES["vit"].model(), weight_rank=3)
+    live = model.peft_config["default"]
+    before = copy.deepcopy(live)
+    live.save_pretrained(str(tmp_path))
+    assert live == before and live.init_weights is True
+    loaded = PeftConfig.from_pretrained(str(tmp_path))
+    assert loaded.init_weights is False
+    assert loaded.ranks == live.ranks and len(live.ranks) == 12
+
+
+def test_unknown_keys_of_a_later_version_do_not_prevent_loading(tmp_path: Path) -> None:
+    WasiConfig(weight_rank=3).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "from_the_future": 1}))
+    with pytest.warns(UserWarning, match="from_the_future"):
+        assert PeftConfig.from_pretrained(str(tmp_path)).weight_rank == 3
+
+
+def test_copy_and_pickle() -> None:
+    config = WasiConfig(**VARIED)
+    config.plan = PLAN.to_dict()
+    for again in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert again == config and again.peft_type is PEFT_TYPE
+
+
+@pytest.mark.parametrize("update", ["low_rank", "subspace", "factor"])
+def test_compression_rule(update: str) -> None:
+    def rule(**options: Any) -> CompressionRule | None:
+        return WasiConfig(update=update, **options).compression_rule("fc1")  # type: ignore[arg-type]
+
+    assert rule(activation_threshold=None) is None
+    assert rule() is not None
+    assert rule(activation_threshold=None, activation_ranks=4) is not None
+    assert rule(activation_ranks=4) == rule(activation_ranks={"feature": 4}) != rule(activation_ranks=5)
+
+
+@pytest.mark.parametrize("update", [None, "frozen_basis", "core"])
+def test_nothing_is_compressed_where_no_input_is_kept(update: Any) -> None:
+    assert WasiConfig(update=update).compression_rule("fc1") is None
+    assert WasiConfig(update=update, plan=PLAN).compression_rule("layers.0.fc1") is None
+    with pytest.raises(
+        ValueError, match=r"activation_ranks compresses inputs, and update='(frozen_basis|core)' keeps"
+    ):
+        WasiConfig(update=update, activation_ranks=4)
+
+
+def test_a_plan_brings_its_update_unless_another_is_named() -> None:
+    plan = dataclasses.replace(PLAN, update="low_rank", update_rank=4)
+
+    def chosen(**options: Any) -> tuple[str | None, int | None]:
+        config = WasiConfig(**options)
+        return config.update, config.update_rank
+
+    assert chosen() == chosen(plan=PLAN) == ("frozen_basis", 16)
+    assert chosen(plan=plan) == ("low_rank", 4)
+    assert chosen(plan=plan, update_rank=8) == ("low_rank", 8)
+    assert chosen(plan=plan, update="factor") == ("factor", 4)
+    assert chosen(**WasiConfig(plan=plan).to_dict()) == ("low_rank", 4)
+
+
+def test_a_plan_brings_its_memory_mode_unless_another_is_named() -> None:
+    plan = dataclasses.replace(PLAN, memory_mode="small")
+    assert WasiConfig().memory_mode == WasiConfig(plan=PLAN).memory_mode == "exact"
+    assert WasiConfig(plan=plan).memory_mode == "small"
+    assert WasiConfig(plan=plan, memory_mode="fast").memory_mode == "fast"
+    assert WasiConfig(**WasiConfig(plan=plan).to_dict()).memory_mode == "small"
+
+
+def test_compression_rule_of_a_plan() -> None:
+    exact = dataclasses.replace(PLAN.layers[0], name="layers.1.fc1", activation_ranks=None)
+    config = WasiConfig(plan=WasiPlan((*PLAN.layers, exact), update="factor"))
+    ranks = (("feature", 2), ("token", 4))
+    assert config.compression_rule("layers.0.fc1") == CompressionRule(("feature", "token"), None, ranks)
+    assert config.compression_rule("layers.1.fc1") is None
+
+
+def test_a_plan_is_taken_in_any_form_and_stored_as_plain_data(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    for form in (PLAN, PLAN.to_dict(), path, str(path)):
+        config = WasiConfig(plan=form)
+        assert config.plan == PLAN.to_dict()
+        assert json.loads(json.dumps(config.to_dict()["plan"])) == PLAN.to_dict()
+    assert config.planned_names() == {"layers.0.fc1"}
+    assert config.planned_layer("layers.0.fc1") == PLAN.layers[0]
+    assert config.planned_layer("layers.1.fc1") is None
+    assert WasiConfig().planned_names() == set() and WasiConfig().planned_layer("layers.0.fc1") is None
+
+
+BESIDE_A_PLAN: list[dict[str, Any]] = [
+    {"weight_rank": 3},
+    {"rank_pattern": {"fc1": 3}},
+    {"weight_share": 0.5},
+    {"target_modules": ["fc1"]},
+    {"exclude_modules": ["fc1"]},
+    {"layers_to_transform": [0]},
+    {"activation_ranks": 4},
+    {"activation_modes": ["feature", "token"]},
+]
+
+
+@pytest.mark.parametrize("options", BESIDE_A_PLAN, ids=lambda options: next(iter(options)))
+def test_a_plan_decides_alone(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"plan decides layers and ranks; leave {next(iter(options))} out, got"):
+        WasiConfig(plan=PLAN, update="factor", **options)
+
+
+@pytest.mark.parametrize("options", BESIDE_A_PLAN[:2], ids=lambda options: next(iter(options)))
+def test_a_share_decides_every_rank(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"weight_share decides the rank of every layer; leave {next(iter(options))}"):
+        WasiConfig(weight_share=0.5, **options)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1.0001, math.nan, True, "0.5"], ids=repr)
+def test_weight_share_is_a_share(value: Any) -> None:
+    with pytest.raises(ValueError) as error:
+        WasiConfig(weight_share=value)
+    assert str(error.value) == f"weight_share must be a number in (0, 1], got {value!r}."
+
+
+@pytest.mark.parametrize(
+    ("plan", "match"),
+    [
+        (5, "a plan must be a dict with the dict 'layers', got 5"),
+        ({**PLAN.to_dict(), "format": 2}, "a plan must have format 1, got 2"),
+        ({**PLAN.to_dict(), "other": 2}, "a plan must have the keys .*unknown key 'other'"),
+    ],
+)
+def test_what_is_no_plan(plan: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        WasiConfig(plan=plan)
+
+
+CARDS = {
+    "front matter": "---\nlibrary_name: peft\n---\n\n# Model\n",
+    "front matter with a rule further down": "---\nlibrary_name: peft\n---\n# Model\n\n---\nmore\n",
+    "no front matter": "# Model\n",
+    "rule first": "---\nnot closed\n",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS.keys())
+def test_the_note_goes_behind_the_front_matter_once(tmp_path: Path, card: str) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(card)
+    config = WasiConfig()
+    config.save_pretrained(str(tmp_path))
+    text = path.read_text()
+    assert text.count(WASI_IMPORT_NOTE) == 1
+    if "library_name" in card:
+        front = "---\nlibrary_name: peft\n---\n"
+        assert text.startswith(front)
+        assert text == front + "\n" + WASI_IMPORT_NOTE + "\n" + card.removeprefix(front)
+    else:
+        assert text.endswith(card)
+    config.save_pretrained(str(tmp_path))
+    assert path.read_text() == text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json"]
+
+
+def test_no_card_is_made_up(tmp_path: Path) -> None:
+    WasiConfig().save_pretrained(str(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter_config.json"]

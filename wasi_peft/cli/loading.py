@@ -1,0 +1,246 @@
+"""What the command line loads: models with or without weights, batches without content, calibration data."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch.utils.data import DataLoader
+
+from ..forms.dense import dense_weight
+from ..tuner.config import WasiConfig
+from ..tuner.targets import default_target_names
+
+SEQUENCE_LENGTH = 128
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+
+
+class Task(NamedTuple):
+    """What a model is for: the ends of its architecture's name, its auto class, what its labels are."""
+
+    architectures: tuple[str, ...]
+    auto_class: str
+    labels: str | None
+
+
+TASKS = {
+    "image-classification": Task(("ForImageClassification",), "AutoModelForImageClassification", "classes"),
+    "text-classification": Task(("ForSequenceClassification",), "AutoModelForSequenceClassification", "classes"),
+    "token-classification": Task(("ForTokenClassification",), "AutoModelForTokenClassification", "tokens"),
+    "causal-lm": Task(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", "tokens"),
+    "masked-lm": Task(("ForMaskedLM",), "AutoModelForMaskedLM", "tokens"),
+    "seq2seq-lm": Task(("ForConditionalGeneration",), "AutoModelForSeq2SeqLM", "tokens"),
+    "features": Task(("Model",), "AutoModel", None),
+}
+
+
+# -------------------------------------------------------------------- models
+
+
+def load_model(arguments: argparse.Namespace, weights: bool) -> tuple[transformers.PreTrainedModel, str]:
+    """The model and its task; without weights it takes no memory, whatever its size."""
+    source = arguments.model
+    options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
+    if not os.path.isdir(source) and (source.endswith(".json") or source.startswith((".", os.sep))):
+        raise ValueError(f"{source}: no such file or folder.")
+    config = transformers.AutoConfig.from_pretrained(source, **options)
+    task = arguments.task or task_of(config)
+    auto_class = getattr(transformers, TASKS[task].auto_class)
+    if arguments.dtype:
+        options["dtype"] = getattr(torch, arguments.dtype)
+    if weights:
+        return auto_class.from_pretrained(source, **options), task
+    with torch.device("meta"):
+        return auto_class.from_config(config, **options), task
+
+
+def task_of(config: transformers.PretrainedConfig) -> str:
+    """The task that a model's configuration tells."""
+    architectures = config.architectures or ["nothing"]
+    for name, task in TASKS.items():
+        if architectures[0].endswith(task.architectures):
+            return name
+    raise ValueError(f"the model's configuration says {architectures[0]}; name one of {list(TASKS)} with --task.")
+
+
+def target_sizes(model: transformers.PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of the layers that WASI replaces by default, in the model's order."""
+    targets = default_target_names(model, WasiConfig())
+    modules = [(name, module) for name, module in model.named_modules() if name in targets]
+    return {name: (dense_weight(module).shape[0], dense_weight(module).shape[1]) for name, module in modules}
+
+
+def task_heads(model: transformers.PreTrainedModel, task: str) -> list[str] | None:
+    """Modules of a classification model outside its backbone, which are trained whole."""
+    if not task.endswith("classification"):
+        return None
+    others = [(name, module) for name, module in model.named_children() if name != model.base_model_prefix]
+    return [name for name, module in others if any(True for _ in module.parameters())] or None
+
+
+def _reads_images(model: transformers.PreTrainedModel) -> bool:
+    if model.main_input_name not in ("pixel_values", "input_ids"):
+        raise ValueError(f"the model must read 'pixel_values' or 'input_ids', got {model.main_input_name!r}.")
+    return bool(model.main_input_name == "pixel_values")
+
+
+def dummy_batch(arguments: argparse.Namespace, model: transformers.PreTrainedModel, task: str) -> dict[str, Any]:
+    """A batch of the asked shape without content, on the model's device where it holds floating point numbers."""
+    samples, config = arguments.batch_size, model.config
+    if _reads_images(model):
+        shape = (samples, getattr(config, "num_channels", 3), *_image_size(arguments, model))
+        batch: dict[str, Any] = {"pixel_values": torch.zeros(shape, dtype=model.dtype, device=model.device)}
+        batch.update(_image_options(arguments, model))
+        tokens = None
+    else:
+        # an id that is no padding
+        tokens = torch.full((samples, _sequence_length(arguments, model)), int(config.pad_token_id == 0))
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if TASKS[task].labels == "tokens":
+        batch["labels"] = tokens
+    elif TASKS[task].labels == "classes":
+        several = config.problem_type == "multi_label_classification"
+        kind = torch.float32 if several or config.num_labels == 1 else torch.long
+        batch["labels"] = torch.zeros((samples, config.num_labels) if several else (samples,), dtype=kind)
+    return batch
+
+
+def random_content(batch: dict[str, Any], model: transformers.PreTrainedModel) -> None:
+    """Fills images with noise and texts with tokens, the same every time; rows of zeros would have no subspace."""
+    generator = torch.Generator().manual_seed(0)
+    if "pixel_values" in batch:
+        batch["pixel_values"].normal_(generator=generator)
+        return
+    config = model.config.get_text_config()
+    special = {config.pad_token_id, config.eos_token_id}
+    ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
+    chosen = torch.randint(len(ordinary), batch["input_ids"].shape, generator=generator)
+    batch["input_ids"].copy_(ordinary[chosen])
+
+
+def _image_size(arguments: argparse.Namespace, model: transformers.PreTrainedModel) -> tuple[int, int]:
+    if arguments.sequence_length:
+        raise ValueError(f"--sequence-length is for text, {type(model).__name__} reads images.")
+    size = arguments.image_size or getattr(model.config, "image_size", None)
+    if size is None:
+        raise ValueError("--image-size is needed: the model's configuration does not say.")
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return height, width
+
+
+def _image_options(arguments: argparse.Namespace, model: transformers.PreTrainedModel) -> dict[str, bool]:
+    """What a model must be told about images of another size than its own."""
+    name = "interpolate_pos_encoding"
+    return {name: True} if arguments.image_size and name in inspect.signature(model.forward).parameters else {}
+
+
+def _sequence_length(arguments: argparse.Namespace, model: transformers.PreTrainedModel) -> int:
+    if arguments.image_size:
+        raise ValueError(f"--image-size is for images, {type(model).__name__} reads text.")
+    largest = getattr(model.config, "max_position_embeddings", None) or arguments.sequence_length or SEQUENCE_LENGTH
+    length = arguments.sequence_length or min(SEQUENCE_LENGTH, largest)
+    if length > largest:
+        raise ValueError(f"--sequence-length must be at most {largest} for this model, got {length}.")
+    return int(length)
+
+
+# -------------------------------------------------------------------- data
+
+
+def calibration_batches(
+    arguments: argparse.Namespace, model: transformers.PreTrainedModel, task: str
+) -> Iterable[dict[str, Any]]:
+    """Batches of the data that are named, made ready for the model."""
+    path = Path(arguments.data)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder.")
+    if _reads_images(model):
+        items: list[Any] = _image_paths(path)
+        collate = _image_collator(arguments, model)
+    else:
+        items = _texts(path, arguments.text_key)
+        collate = _text_collator(arguments, model, task)
+    # spread over the whole: sorted folders hold one class after another
+    items = items[:: max(1, len(items) // arguments.samples)][: arguments.samples]
+    return DataLoader(items, batch_size=arguments.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def _image_paths(folder: Path) -> list[Path]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder}: must be a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none.")
+    return paths
+
+
+def _image_collator(arguments: argparse.Namespace, model: transformers.PreTrainedModel) -> Any:
+    processor = transformers.AutoImageProcessor.from_pretrained(
+        arguments.model, trust_remote_code=arguments.trust_remote_code
+    )
+    options: dict[str, Any] = {}
+    if arguments.image_size:
+        square = {"height": arguments.image_size, "width": arguments.image_size}
+        cropped = getattr(processor, "do_center_crop", False)
+        options = (
+            {"size": {"shortest_edge": arguments.image_size}, "crop_size": square} if cropped else {"size": square}
+        )
+    extra = _image_options(arguments, model)
+
+    def collate(paths: list[Path]) -> dict[str, Any]:
+        from PIL import Image
+
+        images = []
+        for path in paths:
+            with Image.open(path) as image:
+                images.append(image.convert("RGB"))
+        pixels = processor(images, return_tensors="pt", **options)["pixel_values"]
+        return {"pixel_values": pixels.to(model.dtype), **extra}
+
+    return collate
+
+
+def _texts(path: Path, key: str) -> list[str]:
+    if path.is_dir():
+        raise ValueError(f"{path}: must be a text file or a .jsonl file for a text model, got a folder.")
+    with path.open(encoding="utf-8") as file:
+        lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    texts = [line.strip() for _, line in lines]
+    if path.suffix == ".jsonl":
+        texts = [_text_of(line, key, f"{path}, line {number}") for number, line in lines]
+    if not texts:
+        raise ValueError(f"{path}: must hold at least one line of text, got none.")
+    return texts
+
+
+def _text_of(line: str, key: str, where: str) -> str:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
+        found = list(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(f"{where}: must be an object with the text under {key!r} (see --text-key), got {found}.")
+    return str(entry[key])
+
+
+def _text_collator(arguments: argparse.Namespace, model: transformers.PreTrainedModel, task: str) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        arguments.model, trust_remote_code=arguments.trust_remote_code
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    length = _sequence_length(arguments, model)
+
+    def collate(texts: list[str]) -> dict[str, Any]:
+        tokens = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
+        batch = {key: tokens[key] for key in ("input_ids", "attention_mask")}
+        # the decoder's input; there is no other text to give it
+        return {**batch, "labels": tokens["input_ids"]} if task == "seq2seq-lm" else batch
+
+    return collate

@@ -1,0 +1,453 @@
+"""Command line: `wasi-peft inspect | estimate | profile | plan`. Parses, calls the library, prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..cost.estimate import OPTIMIZERS, Estimate, estimate_wasi
+from ..cost.profile import ROUNDS, StepProfile, profile_wasi
+from ..factors.calibration import Calibration, calibrate_wasi
+from ..planner.planner import BUDGETS, plan_wasi
+from ..ranks.plan import DEFAULT_UPDATE, DEFAULT_UPDATE_RANK, MEMORY_MODES, UPDATES, WasiPlan
+from ..report import plots as report
+from ..report.profiles import GROUPINGS, costs_table, plot_profiles, profiles_table
+from ..tuner.config import WasiConfig
+from ..tuner.registration import NAME
+from ..tuner.summary import LayerSummary, WasiSummary
+from .loading import (
+    SEQUENCE_LENGTH,
+    TASKS,
+    calibration_batches,
+    dummy_batch,
+    load_model,
+    random_content,
+    target_sizes,
+    task_heads,
+)
+
+LORA_RANK = 16
+SAMPLES = 256
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 for what the user can set right."""
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, ImportError) as error:
+        print(f"wasi-peft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# -------------------------------------------------------------------- parsing
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="wasi-peft", description="Look at, estimate, profile and plan WASI fine-tuning.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser("inspect", help="what a model, adapter, plan or calibration holds")
+    command.set_defaults(run=_inspect)
+    command.add_argument("model", metavar="WHAT", help="model (hub id or folder), adapter folder, plan, calibration")
+    _add_model_options(command)
+
+    command = commands.add_parser("estimate", help="memory and FLOPs of a training step, without running one")
+    command.set_defaults(run=_estimate)
+    command.add_argument("model", metavar="MODEL", help="hub id or folder; its weights are not loaded")
+    _add_variant_options(command)
+    _add_batch_options(command)
+    _add_model_options(command)
+
+    command = commands.add_parser(
+        "profile", help="time and memory of a training step by module and operation, measured"
+    )
+    command.set_defaults(run=_profile)
+    command.add_argument("model", metavar="MODEL", help="hub id or folder")
+    _add_variant_options(command)
+    command.add_argument("--by", choices=list(GROUPINGS), default="class", help="what the time is grouped by (class)")
+    command.add_argument(
+        "--rounds", metavar="N", type=_count, default=ROUNDS, help=f"how many steps are timed ({ROUNDS})"
+    )
+    _add_batch_options(command)
+    _add_model_options(command)
+
+    command = commands.add_parser("plan", help="choose the ranks of all layers under a budget")
+    command.set_defaults(run=_plan)
+    command.add_argument("model", metavar="MODEL", help="hub id or folder")
+    budget = command.add_mutually_exclusive_group(required=True)
+    for flag, dest, kind, text in (
+        ("--weight-share", "weight_share", _share, "factors over dense weights, in (0, 1]"),
+        ("--peak-memory", "peak_bytes", _size, "peak of a training step, such as 1.5GiB"),
+        ("--training-flops", "training_flops", _positive, "share of the dense FLOPs, or an absolute number above 1"),
+        ("--inference-flops", "inference_flops", _positive, "the same for the forward pass"),
+        ("--step-time", "step_seconds", _share, "share of the dense layers' time in a training step, in (0, 1]"),
+        ("--inference-time", "inference_seconds", _share, "the same for the forward pass"),
+        ("--error", "error", _share, "tolerated share of the energy to lose, in (0, 1]"),
+    ):
+        budget.add_argument(flag, dest=dest, type=kind, metavar=flag.split("-")[-1].upper(), help=text)
+    command.add_argument(
+        "--memory-mode", nargs="+", choices=MEMORY_MODES, dest="memory_modes", metavar="MODE",
+        help=f"with --peak-memory: modes to choose from, best first ({' '.join(MEMORY_MODES)})",
+    )  # fmt: skip
+    command.add_argument("--data", metavar="PATH", help="folder of images, or text file (a sample a line) or .jsonl")
+    command.add_argument("--text-key", default="text", help="key of the text in a .jsonl file (text)")
+    command.add_argument("--samples", type=_count, default=SAMPLES, help=f"how many to calibrate on ({SAMPLES})")
+    command.add_argument(
+        "--calibration", metavar="DIR", help="keep the calibration here, or use the one that is there"
+    )
+    command.add_argument("--output", metavar="JSON", help="where to write the plan")
+    _add_batch_options(command)
+    _add_model_options(command)
+    return parser
+
+
+def _add_variant_options(command: argparse.ArgumentParser) -> None:
+    wasi = command.add_mutually_exclusive_group()
+    wasi.add_argument("--plan", metavar="JSON", help="add WASI with this plan")
+    wasi.add_argument("--weight-rank", metavar="K", type=_count, help="add WASI with this rank in every layer")
+    wasi.add_argument("--dense", action="store_true", help="full fine-tuning only")
+    command.add_argument(
+        "--activation-rank",
+        metavar="R",
+        type=_count,
+        help="with --weight-rank and an update that keeps inputs: their feature rank",
+    )
+    command.add_argument("--lora", metavar="R", type=_count, help=f"rank of LoRA ({LORA_RANK})")
+
+
+def _add_batch_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--batch-size", metavar="B", type=_count, required=True, help="samples of a training step")
+    command.add_argument("--sequence-length", metavar="N", type=_count, help=f"tokens of a text ({SEQUENCE_LENGTH})")
+    command.add_argument("--image-size", metavar="P", type=_count, help="pixels of an image's side (the model's)")
+    command.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="(adamw)")
+    command.add_argument("--update", choices=UPDATES, help=f"what trains (what a plan says, else {DEFAULT_UPDATE})")
+    command.add_argument(
+        "--update-rank", metavar="R", type=_count, help=f"with low_rank (what a plan says, else {DEFAULT_UPDATE_RANK})"
+    )
+
+
+def _update(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"update": arguments.update, "update_rank": arguments.update_rank}
+
+
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--task", choices=list(TASKS), help="what the model is for (told by its configuration)")
+    command.add_argument("--dtype", choices=DTYPES, help="type of the weights (the checkpoint's)")
+    command.add_argument("--trust-remote-code", action="store_true", help="allow code that comes with the model")
+    command.add_argument("--json", action="store_true", help="print JSON only")
+    command.add_argument("--plot", metavar="PNG", help="write a figure (needs matplotlib)")
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"\d*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str, largest: float = math.inf) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= largest or number == math.inf:
+        bounds = "above 0" if largest == math.inf else f"in (0, {largest}]"
+        raise argparse.ArgumentTypeError(f"must be a number {bounds}, got {text!r}")
+    return number
+
+
+def _share(text: str) -> float:
+    return _positive(text, 1)
+
+
+def _size(text: str) -> int:
+    """Bytes from a number with a unit.
+
+    Example:
+        >>> _size("1.5GiB"), _size("20 MB")
+        (1610612736, 20000000)
+    """
+    units = {unit.lower(): 1024**power for power, unit in enumerate(report.BYTE_UNITS)}
+    units.update({unit: 1000**power for power, unit in enumerate(("b", "kb", "mb", "gb", "tb"))})
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([a-z]+)", text.strip().lower())
+    if match is None or match[2] not in units:
+        raise argparse.ArgumentTypeError(
+            f"must be a number with a unit (B, kB, MB, GB, TB, KiB, MiB, GiB, TiB), such as 1.5GiB, got {text!r}"
+        )
+    return int(float(match[1]) * units[match[2]])
+
+
+# -------------------------------------------------------------------- commands
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    _check_outputs(arguments.plot, plot=True)
+    what = Path(arguments.model)
+    if what.is_file():
+        plan = WasiPlan.load(what)
+        _show(arguments, report.plan_table(plan), plan.to_dict())
+        if arguments.plot:
+            report.plot_plan(plan, path=arguments.plot)
+    elif (what / "adapter_config.json").is_file():
+        _inspect_adapter(arguments, what)
+    elif (what / "index.json").is_file():
+        calibration = Calibration.load(what)
+        rows = report.calibration_rows(calibration)
+        _show(arguments, report.table(rows), {"layers": rows})
+        if arguments.plot:
+            report.plot_calibration(calibration, arguments.plot)
+    else:
+        _inspect_model(arguments)
+
+
+def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
+    config, summary = _read_adapter(folder)
+    shown = summary if config.plan is None else _plan_as_injected(config)
+    inputs = {layer.name: _input_rule(config, layer.name) for layer in summary.layers}
+    settings = {
+        "base_model": config.base_model_name_or_path,
+        "update": config.update,
+        "kept_share": summary.kept_share,
+    }
+    lines = [report.plan_table(shown), f"update {config.update}, base model {config.base_model_name_or_path}"]
+    if config.plan is None:
+        lines.append(f"input kept for backward: {next(iter(inputs.values()))}")
+    layers = [
+        {
+            "layer": layer.name,
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "weight_rank": layer.rank,
+            "input": inputs[layer.name],
+        }
+        for layer in summary.layers
+    ]
+    _show(arguments, "\n".join(lines), {**settings, "layers": layers})
+    if arguments.plot:
+        report.plot_plan(shown, path=arguments.plot)
+
+
+def _plan_as_injected(config: WasiConfig) -> WasiPlan:
+    """The plan of an adapter, with the update and the memory mode that the adapter has, whatever it was made for."""
+    plan = WasiPlan.from_dict(config.plan)
+    update_rank = config.reserved_rank or None
+    return replace(plan, memory_mode=config.memory_mode, update=config.update, update_rank=update_rank)
+
+
+def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
+    """Configuration and layers of a saved adapter; the base model is not needed."""
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != NAME:
+        raise ValueError(f"{folder}: must be an adapter of type {NAME}, got {kind}.")
+    config = WasiConfig.from_pretrained(str(folder))
+    path = folder / "adapter_model.safetensors"
+    layers = []
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for key in (key for key in shapes if key.endswith(".wasi_L")):
+        L, R = shapes[key], shapes.get(key.removesuffix("L") + "R", [])
+        if len(L) != 2 or len(R) != 2 or L[1] != R[0]:
+            raise ValueError(f"{path}: {key} must have a matching wasi_R, got the shapes {L} and {R}.")
+        name = key.removeprefix("base_model.model.").removesuffix(".wasi_L")
+        trained = shapes.get(key.removesuffix("L") + "A", [0])[0]  # of update="low_rank"
+        core = key.removesuffix("L") + "M" in shapes  # of update="core"
+        layers.append(LayerSummary(name, L[0], R[1], L[1] + trained, core))
+    if not layers:
+        raise ValueError(f"{path}: must hold WASI factors, got none.")
+    return config, WasiSummary(folder.name, tuple(layers))
+
+
+def _input_rule(config: WasiConfig, name: str) -> str:
+    rule = config.compression_rule(name)
+    if rule is None:
+        return "image" if config.keeps_image else "exact"
+    ranks = dict(rule.ranks)
+    return ", ".join(f"{mode} {ranks[mode] if mode in ranks else f'{rule.threshold:.0%}'}" for mode in rule.modes)
+
+
+def _inspect_model(arguments: argparse.Namespace) -> None:
+    if arguments.plot:
+        raise ValueError("--plot needs a plan, an adapter or a calibration, got a model.")
+    model, task = load_model(arguments, weights=False)
+    sizes = target_sizes(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    targeted = sum(out * in_features for out, in_features in sizes.values())
+    rows = report.target_rows(sizes)
+    share = targeted / parameters
+    text = f"{type(model).__name__} ({task}): {parameters:,} parameters, {share:.1%} in {len(sizes)} target layers"
+    data = {
+        "model": arguments.model,
+        "architecture": type(model).__name__,
+        "task": task,
+        "parameters": parameters,
+        "target_share": share,
+        "kinds": rows,
+        "layers": {name: {"out_features": size[0], "in_features": size[1]} for name, size in sizes.items()},
+    }
+    _show(arguments, f"{report.table(rows)}\n{text}", data)
+
+
+def _variants(
+    arguments: argparse.Namespace, model: transformers.PreTrainedModel, task: str
+) -> dict[str, PeftConfig | None]:
+    """Configurations to compare, by label; None is full fine-tuning."""
+    heads = task_heads(model, task)
+    configs: dict[str, PeftConfig | None] = {"dense": None}
+    if not arguments.dense:
+        rank, names = arguments.lora or LORA_RANK, sorted(target_sizes(model))
+        configs[f"LoRA r={rank}"] = LoraConfig(r=rank, target_modules=names, modules_to_save=heads)
+    if arguments.plan:
+        configs["WASI plan"] = WasiConfig(plan=arguments.plan, modules_to_save=heads, **_update(arguments))
+    if arguments.weight_rank:
+        configs[f"WASI K={arguments.weight_rank}"] = WasiConfig(
+            weight_rank=arguments.weight_rank,
+            activation_ranks=arguments.activation_rank,
+            activation_threshold=None,
+            modules_to_save=heads,
+            **_update(arguments),
+        )
+    return configs
+
+
+def _check_variants(arguments: argparse.Namespace) -> None:
+    if arguments.activation_rank and not arguments.weight_rank:
+        raise ValueError("--activation-rank goes with --weight-rank; a plan has its own.")
+    if arguments.dense and arguments.lora:
+        raise ValueError("--dense leaves LoRA out; give --lora or --dense, not both.")
+
+
+Measured = TypeVar("Measured")
+
+
+def _for_each(
+    configs: dict[str, PeftConfig | None], title: str, measure: Callable[[PeftConfig | None], Measured]
+) -> dict[str, Measured]:
+    """What `measure` says of each configuration; WASI, which may be refused, is asked first."""
+    found = {}
+    with tqdm(reversed(configs), desc=title, total=len(configs), leave=False) as labels:
+        for label in labels:
+            found[label] = measure(configs[label])
+    return {label: found[label] for label in configs}
+
+
+def _compared(
+    arguments: argparse.Namespace, task: str, batch: dict[str, Any], model: transformers.PreTrainedModel
+) -> tuple[str, dict[str, Any]]:
+    """What was compared, as a line and as data."""
+    shapes = {key: list(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
+    text = ", ".join(f"{key} {' x '.join(map(str, shape))}" for key, shape in shapes.items())
+    data = {"model": arguments.model, "task": task, "optimizer": arguments.optimizer, "batch": shapes}
+    return f"{type(model).__name__}, {arguments.optimizer}, {text}", data
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    _check_outputs(arguments.plot, plot=True)
+    _check_variants(arguments)
+    model, task = load_model(arguments, weights=False)
+    batch = dummy_batch(arguments, model, task)
+
+    def estimate(config: PeftConfig | None) -> Estimate:
+        return estimate_wasi(model, config, batch=batch, optimizer=arguments.optimizer)
+
+    estimates = _for_each(_variants(arguments, model, task), "Estimates", estimate)
+    line, data = _compared(arguments, task, batch, model)
+    data["estimates"] = {label: estimate.to_dict() for label, estimate in estimates.items()}
+    _show(arguments, f"{report.estimates_table(estimates)}\n{line}", data)
+    if arguments.plot:
+        report.plot_estimates(estimates, arguments.plot)
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    _check_outputs(arguments.plot, plot=True)
+    _check_variants(arguments)
+    model, task = load_model(arguments, weights=True)
+    batch = dummy_batch(arguments, model, task)
+    random_content(batch, model)
+
+    def profile(config: PeftConfig | None) -> StepProfile:
+        return profile_wasi(model, config, batch=batch, optimizer=arguments.optimizer, rounds=arguments.rounds)
+
+    profiles = _for_each(_variants(arguments, model, task), "Profiles", profile)
+    line, data = _compared(arguments, task, batch, model)
+    line += f", threads {torch.get_num_threads()}"
+    data["threads"] = torch.get_num_threads()
+    data["profiles"] = {label: profile.to_dict() for label, profile in profiles.items()}
+    costs = [f"{label}\n{costs_table(profile, arguments.by)}" for label, profile in profiles.items()]
+    _show(arguments, "\n\n".join([f"{profiles_table(profiles)}\n{line}", *costs]), data)
+    if arguments.plot:
+        plot_profiles(profiles, arguments.plot)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    _check_outputs(arguments.output)
+    _check_outputs(arguments.plot, plot=True)
+    if arguments.data is None and arguments.calibration is None:
+        raise ValueError("--data is needed, or --calibration with a finished calibration; got neither.")
+    model, task = load_model(arguments, weights=True)
+    batch = dummy_batch(arguments, model, task)
+    if arguments.data is None:
+        calibration = Calibration.load(arguments.calibration)
+    else:
+        data = calibration_batches(arguments, model, task)
+        calibration = calibrate_wasi(model, data, directory=arguments.calibration)
+    plan = plan_wasi(
+        model,
+        calibration,
+        **{name: getattr(arguments, name) for name in BUDGETS},
+        batch=batch,
+        optimizer=arguments.optimizer,
+        config=WasiConfig(modules_to_save=task_heads(model, task), **_update(arguments)),
+        memory_modes=arguments.memory_modes or (MEMORY_MODES if arguments.peak_bytes else None),
+    )
+    if arguments.output:
+        plan.save(arguments.output)
+    _show(arguments, report.plan_table(plan, calibration.bytes_per_element), plan.to_dict())
+    if arguments.plot:
+        report.plot_plan(plan, calibration, arguments.plot, calibration.bytes_per_element)
+
+
+def _check_outputs(path: str | None, plot: bool = False) -> None:
+    """Before any work: can what is asked for be written?"""
+    if path is None:
+        return
+    if plot:
+        report.require_matplotlib()
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{path}: the folder must exist.")
+
+
+def _show(arguments: argparse.Namespace, text: str, data: Any) -> None:
+    print(json.dumps(data, indent=2) if arguments.json else text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Preparation: data in, forms out."""

@@ -1,0 +1,112 @@
+"""Initial factors for a model: calibration, ranks, truncation and repair in one call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..forms.dense import dense_weight
+from ..ranks.allocate import allocate_ranks
+from ..tuner.config import WasiConfig
+from ..tuner.model import INITIAL_FACTORS, PreparedFactors, initial_rank, rank_for
+from ..tuner.targets import asked_rank, resolve_targets, vocabulary_head
+from ..updates.base import InitialFactors
+from .blockwise import BLOCK_STEPS, repair_blocks
+from .calibration import Calibration, CalibrationData, calibrate_wasi, dense_targets
+from .moments import MOMENT_BATCHES, image_moments
+from .repair import REPAIR_STEPS, repair_factors
+from .token_repair import TOKEN_STEPS, repair_tokens, require_head
+
+Repair = Literal["model", "blocks", "tokens"]
+STEPS: dict[Repair, int] = {"model": REPAIR_STEPS, "blocks": BLOCK_STEPS, "tokens": TOKEN_STEPS}
+
+
+def preprocess_wasi(
+    model: nn.Module,
+    config: WasiConfig,
+    data: CalibrationData | None = None,
+    *,
+    calibration: Calibration | None = None,
+    repair: Repair | None = None,
+    repair_steps: int | None = None,
+    max_batches: int | None = None,
+    max_memory_bytes: int = 2**30,
+    progress_bar: bool = True,
+) -> None:
+    """Prepare data-aware initial factors; the next `get_peft_model(model, config)` uses them.
+
+    Where R does not train (`update="frozen_basis"` or "core") and there are batches, one more pass measures in which
+    coordinates the rest trains best.
+
+    Args:
+        model: The dense model. Its weights are not changed; the prepared factors are attached to the target modules
+            and consumed by the injection.
+        config: The configuration that will be injected: it decides targets and ranks.
+        data: Calibration batches without labels, see [`calibrate_wasi`]; also what the factors are repaired on.
+        calibration: A calibration made before, so that only the factors are computed (and repaired, with `data`).
+        repair: How the truncated factors are repaired: "model", all at once, by what blocks answer
+            ([`repair_factors`]); "tokens", all at once, by the tokens predicted ([`repair_tokens`]); or "blocks",
+            one after the other ([`repair_blocks`]). By default "tokens" for language models, else "model": measured.
+        repair_steps: Steps of that, with "blocks" of each block; by default 400 for "model", 128 for "tokens" and 64
+            for "blocks" where `data` are batches, 0 (no repair) where they are a function or missing.
+        max_batches: Calibrate on that many batches; the repair goes through all of them.
+        max_memory_bytes: Bound on the memory for sums during calibration, bytes.
+        progress_bar: Show progress bars.
+
+    Raises:
+        ValueError: If neither data nor a calibration is given, or repair is asked for without batches; and whatever
+            [`calibrate_wasi`] finds. Nothing is attached then.
+    """
+    batches = None if data is None or callable(data) else data
+    if repair not in (*STEPS, None):
+        raise ValueError(f"repair must be one of {', '.join(map(repr, STEPS))}, None, got {repair!r}.")
+    repair = repair or ("model" if vocabulary_head(model) is None else "tokens")
+    if repair == "tokens":
+        require_head(model)
+    if repair_steps is None:
+        repair_steps = 0 if batches is None else STEPS[repair]
+    if repair_steps < 0:
+        raise ValueError(f"repair_steps must be at least 0, got {repair_steps!r}.")
+    if repair_steps and batches is None:
+        raise ValueError(f"repair needs batches in `data`, got {type(data).__name__} and repair_steps={repair_steps}.")
+    resolved = copy.copy(config)
+    resolve_targets(model, resolved)
+    targets = dense_targets(model, resolved)
+    if calibration is None:
+        if data is None:
+            raise ValueError("preprocess_wasi needs data, a calibration, or both; got neither.")
+        calibration = calibrate_wasi(
+            model,
+            data,
+            config,
+            max_batches=max_batches,
+            max_memory_bytes=max_memory_bytes,
+            progress_bar=progress_bar,
+        )
+    calibration.require(targets)
+    if resolved.weight_share is not None:
+        spectra = calibration.spectra(targets, resolved.reserved_rank, resolved.has_core)
+        resolved.ranks = allocate_ranks(spectra, resolved.weight_share)
+    asked = {name: asked_rank(name, resolved) for name in targets}
+    ranks = {name: rank_for(asked[name], calibration.energies(name)) for name in targets}
+    factors: dict[str, InitialFactors] = {}
+    for name, module in tqdm(targets.items(), desc="WASI initial factors", disable=not progress_bar):
+        directions = initial_rank(ranks[name], resolved.reserved_rank, dense_weight(module).shape)
+        factors[name] = calibration.factors(name, module, directions)
+    if repair_steps and batches is not None:
+        functions: dict[Repair, Callable[..., dict[str, InitialFactors]]]
+        functions = {"model": repair_factors, "blocks": repair_blocks, "tokens": repair_tokens}
+        factors = functions[repair](model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
+    if resolved.keeps_image and batches is not None:
+        count = MOMENT_BATCHES if max_batches is None else min(max_batches, MOMENT_BATCHES)
+        moments = image_moments(model, factors, batches, max_batches=count, progress_bar=progress_bar)
+        factors = {name: replace(initial, moments=moments[name]) for name, initial in factors.items()}
+    for name, initial in factors.items():
+        targets[name].__dict__[INITIAL_FACTORS] = PreparedFactors(
+            initial, ranks[name], asked[name], resolved.weight_share, resolved.resolved_update, resolved.reserved_rank
+        )

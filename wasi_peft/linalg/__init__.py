@@ -1,0 +1,1 @@
+"""The subspace mathematics on plain tensors: spectra, bases, compressed activations, coordinates."""

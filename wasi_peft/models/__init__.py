@@ -1,0 +1,1 @@
+"""What any transformer is to this package: how it is called, what its blocks are."""

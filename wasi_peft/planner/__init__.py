@@ -1,0 +1,1 @@
+"""A plan for a model: ranks, memory mode and forms under a budget."""

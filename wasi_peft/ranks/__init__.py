@@ -1,0 +1,1 @@
+"""Which ranks fit a budget: plain numbers, no tensors."""

@@ -1,0 +1,270 @@
+"""What is known of layers, and plans of their ranks: energies in, ranks out, plain numbers, no tensors.
+
+For weights alone, where a rank costs the same number of parameters at any rank and dropped energy is convex in it,
+ranks are allocated here, by the best marginal energy per parameter. :mod:`choosing` weighs anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..updates.costs import break_even_rank, dense_elements, factored_elements
+from .spectrum import LayerSpectrum, _check_layer, _check_whole
+
+MEMORY_MODES = ("exact", "fast", "small")
+UPDATES = ("frozen_basis", "low_rank", "core", "subspace", "factor")
+DEFAULT_UPDATE, DEFAULT_UPDATE_RANK = "frozen_basis", 16
+IMAGE_UPDATES = ("frozen_basis", "core")  # backward needs of an input no more than R x, K numbers a row
+FORMAT = 1
+_ACTIVATION_MODES = ("feature", "token", "batch")
+
+
+# -------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer of a plan: its weight rank and the ranks of its compressed input.
+
+    Args:
+        name: Full module name in the base model.
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        weight_rank: K, from 1 to min(out_features, in_features).
+        activation_ranks: Ranks by mode, for instance {"feature": 48}; None keeps the exact input.
+        kept_energy: Share of the weight energy kept at that rank, in (0, 1].
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    weight_rank: int
+    activation_ranks: dict[str, int] | None
+    kept_energy: float
+
+    def __post_init__(self) -> None:
+        _check_layer(self.name, self.out_features, self.in_features)
+        _check_whole(f"{self.name}: weight_rank", self.weight_rank, min(self.out_features, self.in_features))
+        ranks = self.activation_ranks
+        if ranks is not None:
+            if not isinstance(ranks, dict) or "feature" not in ranks or not set(ranks) <= set(_ACTIVATION_MODES):
+                raise ValueError(
+                    f"{self.name}: activation_ranks must name 'feature' and any of {list(_ACTIVATION_MODES[1:])}, or "
+                    f"be null for the exact input, got {ranks!r}."
+                )
+            for mode, rank in ranks.items():
+                largest = self.in_features if mode == "feature" else math.inf
+                _check_whole(f"{self.name}: activation_ranks[{mode!r}]", rank, largest)
+        kept = self.kept_energy
+        if isinstance(kept, bool) or not isinstance(kept, (int, float)) or not 0 < kept <= 1:
+            raise ValueError(f"{self.name}: kept_energy must be a number in (0, 1], got {kept!r}.")
+
+    @property
+    def past_break_even(self) -> bool:
+        """Whether the factors cost more memory and compute than the dense weight."""
+        return self.weight_rank > break_even_rank(self.out_features, self.in_features)
+
+
+@dataclass(frozen=True)
+class WasiPlan:
+    """Ranks of every layer, and what was asked. `str()` gives a table; the JSON may be edited by hand.
+
+    Args:
+        layers: One entry per layer to replace.
+        budget: What was asked, plain data for the reader; nothing is computed from it.
+        memory_mode: The mode that the plan was made for, if its budget depends on that. A configuration with the plan
+            takes it, unless it names another one.
+        update: The update that the plan was made for; a configuration with the plan takes it in the same way.
+        update_rank: The rank of that update, with "low_rank".
+
+    Raises:
+        ValueError: If there is no layer, a name appears twice, `budget` is not a dict of JSON values, the mode or the
+            update is unknown, or its rank is no positive integer, or is given with another update.
+
+    Example:
+        >>> plan = WasiPlan((LayerPlan("fc1", 8, 8, 2, {"feature": 3}, 0.9),), {"weight_share": 0.5})
+        >>> plan.kept_share
+        0.5
+        >>> WasiPlan.from_dict(plan.to_dict()) == plan
+        True
+    """
+
+    layers: tuple[LayerPlan, ...]
+    budget: dict[str, Any] = field(default_factory=dict)
+    memory_mode: str | None = None
+    update: str | None = None
+    update_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory_mode not in (None, *MEMORY_MODES):
+            raise ValueError(f"a plan's memory_mode must be one of {list(MEMORY_MODES)}, got {self.memory_mode!r}.")
+        if self.update not in (None, *UPDATES):
+            raise ValueError(f"a plan's update must be one of {list(UPDATES)}, got {self.update!r}.")
+        if self.update == "low_rank":
+            _check_whole("a plan's update_rank", self.update_rank, math.inf)
+        elif self.update_rank is not None:
+            raise ValueError(f"a plan's update_rank is for update='low_rank' alone, got it with {self.update!r}.")
+        names = [layer.name for layer in self.layers]
+        if not names:
+            raise ValueError("a plan must have at least one layer, got none.")
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"a plan must name every layer once, got {repeated!r} twice.")
+        try:
+            plain = isinstance(self.budget, dict) and json.loads(json.dumps(self.budget)) == self.budget
+        except (TypeError, ValueError):
+            plain = False
+        if not plain:
+            raise ValueError(f"a plan's budget must be a dict of JSON values, got {self.budget!r}.")
+
+    @property
+    def kept_share(self) -> float:
+        """Elements of all factors over elements of all dense weights they replace."""
+        core, more = self.update == "core", self.update_rank or 0
+        kept = sum(factored_elements(x.out_features, x.in_features, x.weight_rank + more, core) for x in self.layers)
+        return kept / sum(dense_elements(x.out_features, x.in_features) for x in self.layers)
+
+    def headline(self) -> str:
+        """One line for a log."""
+        ranks = sorted(layer.weight_rank for layer in self.layers)
+        exact = [self.input_kept(layer) for layer in self.layers].count("exact")
+        asked = ", ".join(f"{key}={value}" for key, value in self.budget.items())
+        text = f"WASI plan for {asked}" if asked else "WASI plan"
+        for name in ("memory_mode", "update", "update_rank"):
+            text += f", {name}={value!r}" if (value := getattr(self, name)) is not None else ""
+        return (
+            f"{text}: {len(ranks)} layers, rank {ranks[0]} to {ranks[-1]} (median {ranks[len(ranks) // 2]}), "
+            f"{self.kept_share:.1%} of their weights kept" + (f", {exact} with the exact input" if exact else "")
+        )
+
+    def input_kept(self, layer: LayerPlan) -> str:
+        """What a layer keeps of its input for backward: ranks by mode, "exact", or "image", K numbers a row."""
+        if self.update in IMAGE_UPDATES:
+            return "image"
+        ranks = layer.activation_ranks
+        return "exact" if ranks is None else ", ".join(f"{mode} {rank}" for mode, rank in ranks.items())
+
+    def __str__(self) -> str:
+        width = max(len("layer"), *(len(layer.name) for layer in self.layers))
+        lines = [f"{'layer':<{width}}  {'out x in':>13}  {'rank':>5}  {'energy':>6}  input"]
+        for layer in self.layers:
+            shape = f"{layer.out_features} x {layer.in_features}"
+            note = "  costs more than dense" if layer.past_break_even else ""
+            energy = f"{layer.kept_energy:>6.1%}"
+            lines.append(
+                f"{layer.name:<{width}}  {shape:>13}  {layer.weight_rank:>5}  {energy}  {self.input_kept(layer)}{note}"
+            )
+        return "\n".join([*lines, self.headline()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in the JSON file."""
+        entries = [asdict(layer) for layer in self.layers]
+        return {
+            "format": FORMAT,
+            "budget": dict(self.budget),
+            "memory_mode": self.memory_mode,
+            "update": self.update,
+            "update_rank": self.update_rank,
+            "layers": {entry.pop("name"): entry for entry in entries},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> WasiPlan:
+        """The plan that :meth:`to_dict` gave.
+
+        Raises:
+            ValueError: If the format is another, a key is missing or unknown, or a value is outside its range.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("layers"), dict):
+            raise ValueError(f"a plan must be a dict with the dict 'layers', got {_shortened(data)}.")
+        if type(data.get("format")) is not int or data["format"] != FORMAT:
+            raise ValueError(f"a plan must have format {FORMAT}, got {data.get('format')!r}.")
+        _check_keys("a plan", data, ("format", "budget", "memory_mode", "update", "update_rank", "layers"))
+        layers = tuple(layer_plan(name, entry) for name, entry in data["layers"].items())
+        return cls(layers, data["budget"], data["memory_mode"], data["update"], data["update_rank"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON file; a previous one is replaced as a whole or not at all."""
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        temporary = f"{os.fspath(path)}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> WasiPlan:
+        """Read a JSON file.
+
+        Raises:
+            ValueError: If it is not JSON, names a key twice, or is not what :meth:`from_dict` takes.
+        """
+        try:
+            with open(path, encoding="utf-8") as file:
+                return cls.from_dict(json.load(file, object_pairs_hook=_unique_keys))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def layer_plan(name: str, entry: Any) -> LayerPlan:
+    """One layer from its entry in a plan's "layers".
+
+    Raises:
+        ValueError: If a key is missing or unknown, or a value is outside its range.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name}: a layer of a plan must be a dict, got {_shortened(entry)}.")
+    _check_keys(name, entry, ("out_features", "in_features", "weight_rank", "activation_ranks", "kept_energy"))
+    return LayerPlan(name, **entry)
+
+
+def _check_keys(where: str, data: dict[str, Any], known: tuple[str, ...]) -> None:
+    wrong = sorted(set(known).symmetric_difference(map(str, data)))
+    if wrong:
+        problem = "misses" if wrong[0] in known else "has the unknown key"
+        raise ValueError(f"{where} must have the keys {list(known)}; it {problem} {wrong[0]!r}.")
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    repeated = next((key for key in keys if keys.count(key) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"every key must appear once, got {repeated!r} twice.")
+    return dict(pairs)
+
+
+def build_plan(
+    spectra: Sequence[LayerSpectrum],
+    weight_ranks: Mapping[str, int],
+    activation_ranks: Mapping[str, dict[str, int] | None],
+    budget: dict[str, Any],
+) -> WasiPlan:
+    """A plan from ranks chosen before.
+
+    Args:
+        spectra: All layers.
+        weight_ranks: K by layer name.
+        activation_ranks: Ranks of the compressed input by `shared_input`; inputs that are not named stay exact.
+        budget: What was asked.
+    """
+    layers = []
+    for spectrum in spectra:
+        rank, ranks = weight_ranks[spectrum.name], activation_ranks.get(spectrum.shared_input)
+        total = sum(spectrum.weight_energies)
+        directions = rank + spectrum.reserved_rank
+        kept = min(1.0, sum(spectrum.weight_energies[:directions]) / total) if total else 1.0
+        sizes = spectrum.out_features, spectrum.in_features
+        layers.append(LayerPlan(spectrum.name, *sizes, rank, None if ranks is None else dict(ranks), kept))
+    return WasiPlan(tuple(layers), budget)

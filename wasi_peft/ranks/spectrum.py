@@ -1,0 +1,161 @@
+"""What is known of layers, and plans of their ranks: energies in, ranks out, plain numbers, no tensors.
+
+For weights alone, where a rank costs the same number of parameters at any rank and dropped energy is convex in it,
+ranks are allocated here, by the best marginal energy per parameter. :mod:`choosing` weighs anything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..updates.costs import break_even_rank, factored_elements, rank_step
+
+# -------------------------------------------------------------------- what is known of a layer
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """What calibration knows of one layer.
+
+    Args:
+        name: Full module name in the base model.
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        shared_input: Name of the first layer that reads the same input tensor; the layer's own where it is alone.
+        weight_energies: What is lost with each direction of the weight, descending and comparable between layers:
+            rank K loses `sum(weight_energies[K + reserved_rank:])`.
+        gradient_energies: The same for the weight gradient and the ranks of the compressed input, by mode: "feature",
+            and "token" where every batch had the same number of tokens. Empty where gradients were not collected.
+        reserved_rank: Directions that train beside the K of the weight, and start from those after them; they count in
+            every budget.
+        core: Whether a K x K core trains between the factors; it counts too.
+
+    **Shape**
+        - weight_energies: (min(out, in),); gradient_energies: (in,) for "feature", (N,) for "token"
+
+    Raises:
+        ValueError: If sizes do not fit, or energies are not finite, descending and non-negative.
+
+    Example:
+        >>> LayerSpectrum("fc", 2, 3, "fc", (4.0, 1.0), {"feature": (2.0, 1.0, 0.0)}).largest_rank
+        1
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    shared_input: str
+    weight_energies: tuple[float, ...]
+    gradient_energies: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    reserved_rank: int = 0
+    core: bool = False
+
+    def __post_init__(self) -> None:
+        _check_layer(self.name, self.out_features, self.in_features)
+        sizes = {"weight_energies": min(self.out_features, self.in_features), "feature": self.in_features}
+        for mode, energies in {"weight_energies": self.weight_energies, **self.gradient_energies}.items():
+            if mode not in (*sizes, "token"):
+                raise ValueError(f"{self.name}: gradient_energies are of 'feature' and 'token', got {mode!r}.")
+            values = np.asarray(energies, np.float64)
+            if values.shape != (sizes.get(mode, len(energies)),) or not len(energies):
+                raise ValueError(
+                    f"{self.name}: {mode} must have {sizes.get(mode, 'some')} values, got {len(energies)}."
+                )
+            # directions are ordered by the input's energy: the gradient's need not descend
+            ordered = mode != "weight_energies" or not (np.diff(values) > 0).any()
+            if not np.isfinite(values).all() or (values < 0).any() or not ordered:
+                raise ValueError(f"{self.name}: {mode} energies must be finite, descending and at least 0.")
+
+    @property
+    def rank_energies(self) -> tuple[float, ...]:
+        """What each rank adds to what the trained directions alone would keep, then zeros, (min(out, in),)."""
+        kept = min(self.reserved_rank, len(self.weight_energies))
+        return self.weight_energies[kept:] + (0.0,) * kept
+
+    @property
+    def largest_rank(self) -> int:
+        """Largest rank worth considering: the last that saves anything, 1 where none does."""
+        return max(1, break_even_rank(self.out_features, self.in_features, self.core) - self.reserved_rank)
+
+    def elements(self, rank: int) -> int:
+        """Elements of the factors at rank K, of what trains beside or between them too."""
+        return factored_elements(self.out_features, self.in_features, rank + self.reserved_rank, self.core)
+
+    @property
+    def aligned_ranks(self) -> range:
+        """Ranks K up to the largest for which `K + reserved_rank` is a multiple of :func:`costs.rank_step`.
+
+        Every rank where the update leaves no room for such a multiple.
+        """
+        step = rank_step(self.out_features, self.in_features)
+        first = step - self.reserved_rank % step
+        if first > self.largest_rank:
+            first = step = 1
+        return range(first, self.largest_rank + 1, step)
+
+    @property
+    def rank_choices(self) -> tuple[int, ...]:
+        """Ranks to choose from: the aligned ones, and 1 where even the first of them may be too much."""
+        return tuple(sorted({1, *self.aligned_ranks}))
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """The layers that read one input tensor: they share ONE compressed copy of it, so one choice of its ranks."""
+
+    spectra: tuple[LayerSpectrum, ...]
+
+    @property
+    def name(self) -> str:
+        """`shared_input` of its layers."""
+        return self.spectra[0].shared_input
+
+    @property
+    def in_features(self) -> int:
+        """Features of the input."""
+        return self.spectra[0].in_features
+
+    def energies(self, mode: str) -> tuple[float, ...]:
+        """Gradient energies of a mode, summed over the layers; empty where one of them does not know its own."""
+        each = [spectrum.gradient_energies.get(mode, ()) for spectrum in self.spectra]
+        return tuple(map(sum, zip(*each, strict=True))) if len({len(one) for one in each}) == 1 else ()
+
+
+def input_groups(spectra: Iterable[LayerSpectrum]) -> list[InputGroup]:
+    """Group layers by the input they read, in order of first appearance.
+
+    Raises:
+        ValueError: If a name appears twice, or layers with one input differ in `in_features`.
+    """
+    names: set[str] = set()
+    groups: dict[str, list[LayerSpectrum]] = {}
+    for spectrum in spectra:
+        if spectrum.name in names:
+            raise ValueError(f"layer names must be unique, got {spectrum.name!r} twice.")
+        names.add(spectrum.name)
+        group = groups.setdefault(spectrum.shared_input, [])
+        group.append(spectrum)
+        if spectrum.in_features != group[0].in_features:
+            raise ValueError(
+                f"{spectrum.name}: layers that share an input must have the same in_features, got "
+                f"{spectrum.in_features} and {group[0].in_features} ({group[0].name})."
+            )
+    return [InputGroup(tuple(group)) for group in groups.values()]
+
+
+def _check_layer(name: Any, out_features: Any, in_features: Any) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a layer's name must be a string that is not empty, got {name!r}.")
+    _check_whole(f"{name}: out_features", out_features)
+    _check_whole(f"{name}: in_features", in_features)
+
+
+def _check_whole(what: str, value: Any, largest: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        bounds = "a positive integer" if largest == math.inf else f"an integer from 1 to {largest}"
+        raise ValueError(f"{what} must be {bounds}, got {value!r}.")

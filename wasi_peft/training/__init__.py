@@ -1,0 +1,1 @@
+"""While a model trains: optimizers, the Trainer's callback, ranks that change."""

@@ -1,0 +1,246 @@
+"""Helpers for the optimizer: parameter groups for any torch optimizer, and the paper's own update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..linalg.subspaces import paper_step
+from ..tuner.layer import WasiLayer, product_gradient_sink, record_product_gradient, wasi_layers
+
+NOT_REDUCED = (
+    "SubspaceSGD does not reduce product gradients over processes; use another optimizer with update='subspace'"
+)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value!r}.")
+
+
+def _check_weight_decay(value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"weight_decay must not be negative, got {value!r}.")
+
+
+def create_wasi_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[torch.optim.Optimizer],
+    *,
+    lr: float,
+    basis_lr_ratio: float = 1.0,
+    head_lr: float | None = None,
+    weight_decay: float = 0.0,
+    decay_basis: bool = False,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """An optimizer with parameter groups that suit WASI factors.
+
+    Groups: the orthonormal factors L (no weight decay unless asked: it would only rescale R), the factors R or what
+    else trains of the weights, vectors and biases (no weight decay), and the head (everything else that trains).
+
+    Args:
+        model: A model with a WASI adapter.
+        optimizer_cls: Any `torch.optim.Optimizer` class.
+        lr: Learning rate of the factors and vectors.
+        basis_lr_ratio: Learning rate of L relative to that of R, where both train.
+        head_lr: Learning rate of the head; `lr` by default.
+        weight_decay: Weight decay of R and of matrices in the head.
+        decay_basis: Decay L too.
+        **kwargs: Passed to the optimizer class, for instance `betas` or `momentum`.
+
+    Returns:
+        The optimizer; hand it to a `Trainer` as `optimizers=(optimizer, None)`.
+
+    Raises:
+        ValueError: If the model has no trainable WASI factor, or a rate is not positive.
+    """
+    head_lr = lr if head_lr is None else head_lr
+    for name, value in (("lr", lr), ("basis_lr_ratio", basis_lr_ratio), ("head_lr", head_lr)):
+        _check_positive(name, value)
+    _check_weight_decay(weight_decay)
+    basis, factors, vectors, head, head_vectors = _split_parameters(model)
+    if not basis and not factors:
+        raise ValueError("create_wasi_optimizer needs a model with trainable WASI factors, got none.")
+    basis_decay = weight_decay if decay_basis else 0.0
+    groups = [
+        {"name": "basis", "params": basis, "lr": lr * basis_lr_ratio, "weight_decay": basis_decay},
+        {"name": "factors", "params": factors, "lr": lr, "weight_decay": weight_decay},
+        {"name": "vectors", "params": vectors, "lr": lr, "weight_decay": 0.0},
+        {"name": "head", "params": head, "lr": head_lr, "weight_decay": weight_decay},
+        {"name": "head_vectors", "params": head_vectors, "lr": head_lr, "weight_decay": 0.0},
+    ]
+    return optimizer_cls([group for group in groups if group["params"]], **{"lr": lr, **kwargs})
+
+
+def _split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
+    """Trainable parameters as (L, R, vectors, head matrices, head vectors)."""
+    basis: list[nn.Parameter] = []
+    factors: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    head: list[nn.Parameter] = []
+    head_vectors: list[nn.Parameter] = []
+    kinds: dict[int, str] = {}
+    for module in model.modules():
+        if isinstance(module, WasiLayer):
+            for name, L in module.wasi_L.items():  # without R, L is the whole of what trains
+                kinds[id(L)] = "R" if module.wasi_update[name] == "frozen_basis" else "L"
+            for part in (module.wasi_R, module.wasi_A, module.wasi_B, module.wasi_M):
+                kinds.update({id(parameter): "R" for parameter in part.values()})
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            kinds.update({id(parameter): "head" for parameter in module.parameters()})
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        kind, is_vector = kinds.get(id(parameter)), parameter.dim() < 2
+        if kind == "L":
+            basis.append(parameter)
+        elif kind == "R":
+            factors.append(parameter)
+        elif kind == "head":
+            (head_vectors if is_vector else head).append(parameter)
+        elif is_vector or parameter.shape[0] == 1:
+            vectors.append(parameter)
+        else:
+            head.append(parameter)
+    return basis, factors, vectors, head, head_vectors
+
+
+class _ProductGradient:
+    """Collects the factors of one layer's product gradient over the backward passes of a step.
+
+    It starts afresh whenever a new backward pass finds that R has no gradient yet, so whatever cleared the gradients
+    (`optimizer.zero_grad`, `model.zero_grad`, a skipped step) has cleared it too. R, since a square L has none at all.
+    """
+
+    def __init__(self, R: nn.Parameter) -> None:
+        self._R = R
+        self._pass = -1
+        self.left: list[Tensor] = []
+        self.right: list[Tensor] = []
+
+    def __call__(self, left: Tensor, right: Tensor) -> None:
+        current = torch._C._current_graph_task_id()
+        if current != self._pass and (self._R.grad is None or not bool(self._R.grad.any())):
+            self.clear()
+        self._pass = current
+        # copies: autograd may hand dY on as a gradient that is added to, and inputs may be buffers that are refilled
+        self.left.append(left.clone())
+        self.right.append(right.clone())
+
+    def clear(self) -> None:
+        self.left.clear()
+        self.right.clear()
+
+    def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both factors of the whole step, (out, q) and (q, in)."""
+        return torch.cat(self.left, 1).to(dtype), torch.cat(self.right, 0).to(dtype)
+
+
+class SubspaceSGD(torch.optim.Optimizer):
+    """The paper's update exactly: SGD on the product `L R`, then one subspace iteration (arXiv 2510.09160).
+
+    Low-rank throughout: the gradient of the product stays in two factors. Parameters that are not WASI factors take a
+    plain SGD step. No momentum, as in the paper's recipe (lr 0.05, weight decay 1e-4, clip 2.0).
+
+    Whatever rescaled the gradients between backward and step (a gradient scaler, `clip_grad_norm_`) is read off the
+    gradient of R and applied to the product's gradient as well. One process only: product gradients are not reduced
+    over processes.
+
+    Args:
+        model: A model with a WASI adapter whose layers use `update="subspace"`.
+        lr: Learning rate.
+        weight_decay: `W <- (1 - lr * weight_decay) W` before the step.
+        max_grad_norm: Clip the norm of all gradients together, those of the products themselves included
+            (`clip_grad_norm_` knows only the gradients of the factors).
+
+    Raises:
+        ValueError: If the model has no trainable factors, or uses another update; or a value is out of range.
+        RuntimeError: In a distributed run, or in `step` after another SubspaceSGD took the layers over.
+    """
+
+    retracts = True  # the step itself returns orthonormal factors
+
+    def __init__(
+        self, model: nn.Module, lr: float = 0.05, weight_decay: float = 0.0, max_grad_norm: float | None = None
+    ) -> None:
+        _check_positive("lr", lr)
+        _check_weight_decay(weight_decay)
+        if max_grad_norm is not None:
+            _check_positive("max_grad_norm", max_grad_norm)
+        check_single_process(NOT_REDUCED)
+        self._layers: list[tuple[nn.Parameter, nn.Parameter, _ProductGradient]] = []
+        for name, layer in wasi_layers(model):
+            active = layer.active_name
+            if active is None or not layer.wasi_L[active].requires_grad:
+                continue
+            if layer.wasi_update[active] != "subspace":
+                raise ValueError(f"{name}: SubspaceSGD needs update='subspace', got {layer.wasi_update[active]!r}.")
+            if not layer.wasi_R[active].requires_grad:
+                raise ValueError(f"{name}: SubspaceSGD needs both factors to train, but R is frozen.")
+            L, R = layer.wasi_L[active], layer.wasi_R[active]
+            self._layers.append((L, R, _ProductGradient(R)))
+        if not self._layers:
+            raise ValueError("SubspaceSGD needs a model with trainable WASI factors, got none.")
+        for L, _, gradient in self._layers:
+            record_product_gradient(L, gradient)
+        self.max_grad_norm = max_grad_norm
+        parameters: Iterable[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        check_single_process(NOT_REDUCED)
+        rates = {id(p): (g["lr"], g["weight_decay"]) for g in self.param_groups for p in g["params"]}
+        factors = {id(p) for L, R, _ in self._layers for p in (L, R)}
+        others = [p for g in self.param_groups for p in g["params"] if id(p) not in factors and p.grad is not None]
+        products = [(L, R, *self._product(L, R, gradient)) for L, R, gradient in self._layers if R.grad is not None]
+        scale = self._clip_scale(others, products)
+        for parameter in others:
+            lr, decay = rates[id(parameter)]
+            parameter.mul_(1 - lr * decay).add_(parameter.grad, alpha=-lr * scale)
+        for L, R, left, right in products:
+            lr, decay = rates[id(L)]
+            new_L, new_R = paper_step(L, R * (1 - lr * decay), left, right, lr * scale)
+            L.copy_(new_L)
+            R.copy_(new_R)
+        for _, _, gradient in self._layers:
+            gradient.clear()
+        return loss
+
+    @staticmethod
+    def _product(L: Tensor, R: Tensor, gradient: _ProductGradient) -> tuple[Tensor, Tensor]:
+        """The product's gradient as two factors, rescaled as R's gradient was since backward."""
+        if not gradient.left or product_gradient_sink(L) is not gradient:
+            raise RuntimeError("another SubspaceSGD was created for this model; only the newest one can step.")
+        left, right = gradient.joined(L.dtype)
+        recorded = (L.T @ left) @ right  # R's gradient as backward computed it
+        size = recorded.square().sum()
+        assert R.grad is not None
+        ratio = (recorded * R.grad).sum() / size if float(size) > 0 else size.new_ones(())
+        return left * ratio, right
+
+    def _clip_scale(self, others: list[Tensor], products: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> float:
+        if self.max_grad_norm is None:
+            return 1.0
+        squares = [p.grad.square().sum() for p in others if p.grad is not None]
+        # ||left right||_F^2 from the thin sides
+        squares += [((left.T @ left) * (right @ right.T)).sum() for _, _, left, right in products]
+        norm = float(torch.stack([square.double() for square in squares]).sum().sqrt()) if squares else 0.0
+        return min(1.0, self.max_grad_norm / (norm + 1e-6))
+
+
+def check_single_process(reason: str) -> None:
+    """Raise RuntimeError in a run of several processes; the reason also says what to use there."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(f"{reason} in a distributed run, got {distributed.get_world_size()} processes.")

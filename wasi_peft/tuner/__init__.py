@@ -1,0 +1,1 @@
+"""The PEFT tuner: configuration, layer, model. What a PEFT maintainer would read."""

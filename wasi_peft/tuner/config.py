@@ -1,0 +1,384 @@
+"""Configuration of the WASI tuner."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+from ..linalg.tucker import MODES, CompressionRule
+from ..ranks.plan import (
+    DEFAULT_UPDATE,
+    DEFAULT_UPDATE_RANK,
+    IMAGE_UPDATES,
+    MEMORY_MODES,
+    UPDATES,
+    LayerPlan,
+    WasiPlan,
+    layer_plan,
+)
+from .registration import PEFT_TYPE, WASI_IMPORT_NOTE
+
+BASE_WEIGHTS = ("release", "cpu", "keep")
+SAVED_TENSORS = ("exact", "bf16", "int8", "int4", "recompute")
+BIASES = ("none", "all", "wasi_only")
+_PLANNED = (  # what a plan decides instead
+    "weight_rank",
+    "rank_pattern",
+    "weight_share",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "activation_ranks",
+    "activation_modes",
+)
+
+
+def _check_threshold(name: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}.")
+
+
+def _check_rank(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def _check_choice(name: str, value: Any, options: tuple[str, ...]) -> None:
+    if value not in options:
+        listed = ", ".join(repr(option) for option in options)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}.")
+
+
+@dataclass
+class WasiConfig(PeftConfig):
+    """Configuration of a WASI model: every targeted Linear becomes two thin factors `W ~ L R` (arXiv 2510.09160).
+
+    Args:
+        explained_variance_threshold (`float`, default 0.95):
+            Share of energy that each layer keeps, in (0, 1]; the rank is the smallest one that reaches it. After
+            [`preprocess_wasi`] the energy is what dropping a direction costs the model, without it that of the weight.
+            1 keeps the full rank.
+        weight_rank (`Optional[int]`):
+            One fixed rank for every layer instead of the threshold.
+        rank_pattern (`dict[str, int]`):
+            Ranks by layer name or regular expression (matched as in LoRA, against the end of the name); they override
+            `weight_rank` and the threshold.
+        weight_share (`Optional[float]`):
+            Budget for all targeted layers together instead of the threshold: elements of all factors over those of all
+            dense weights, in (0, 1]. Ranks are allocated across layers by kept energy per parameter, from the energies
+            of [`preprocess_wasi`], else from those of the weights, each relative to its layer's total, in steps that
+            suit matrix products. Not together with `weight_rank` or `rank_pattern`.
+        plan (`Optional[Union[WasiPlan, dict, str]]`):
+            Weight and activation ranks of every layer: a [`WasiPlan`], its dict, or the path of its JSON file. The
+            plan's layers are the targets. Stored as a dict and saved with the adapter. Not together with anything
+            else that chooses layers or ranks; the thresholds are not used.
+        target_modules (`Optional[Union[list[str], str]]`):
+            Names or a regular expression of the modules to replace. By default all Linear and Conv1D layers inside the
+            transformer blocks of any architecture, never the head. 'all-linear' takes those outside the blocks too.
+        exclude_modules (`Optional[Union[list[str], str]]`):
+            Names or a regular expression of modules to leave dense.
+        modules_to_save (`Optional[list[str]]`):
+            Modules that are trained and saved whole, such as a new classifier head.
+        layers_to_transform (`Optional[Union[list[int], int]]`):
+            Indices of the only blocks to transform. Not together with a string in `target_modules`.
+        layers_pattern (`Optional[Union[list[str], str]]`):
+            Name of the module list that `layers_to_transform` counts, for instance 'layers'.
+        bias (`str`, default 'wasi_only'):
+            Which biases train: 'none', 'wasi_only' (those of the targeted layers, stored with each adapter) or 'all'.
+        train_vectors (`bool`, default True):
+            Also train and save what costs next to nothing: norms, layer scales, position and class tokens.
+        activation_threshold (`Optional[float]`, default 0.95):
+            Share of the input's energy that is kept for the backward pass, in (0, 1]; the rank is chosen on the first
+            training batch. None, with `activation_ranks` None too, keeps the exact input. Only with the updates that
+            keep inputs: 'low_rank', 'subspace' and 'factor'.
+        activation_ranks (`Optional[Union[int, dict[str, int]]]`):
+            Fixed ranks instead, by mode ({'feature': 48, 'token': 12}); an integer is the rank of the feature mode.
+        activation_modes (`list[str]`, default ['feature']):
+            Modes of the input [batch, token, feature] that are compressed. 'feature' is always one of them; 'token'
+            pays while every batch has the same number of tokens.
+        activation_interval (`int`, default 8):
+            Optimizer steps from one subspace iteration of the activation bases to the next. 1 is the paper's choice;
+            the bases move slowly, and an iteration costs twice as much as the compression itself.
+        update (`Optional[str]`):
+            What trains; by default what `plan` says, else 'frozen_basis'. 'frozen_basis': only L, at LoRA's learning
+            rates or above; R keeps its row space, in which [`preprocess_wasi`] with batches whitens what L sees.
+            Backward keeps `R x`, K numbers of each token, from which gradients are exact, so inputs need no
+            compression. 'low_rank': the K most important directions, L R, stay as they are, and the `update_rank` next
+            ones, B A, train, as in MiLoRA (arXiv 2406.09044), at LoRA's learning rates. 'core': a K x K matrix M
+            between frozen factors, `W = L M R`, at the same rates; backward keeps K numbers of each token here too.
+            [`preprocess_wasi`] with batches whitens both sides of M. M counts in `weight_share` and in plans.
+            'subspace': both factors, by tangent-space gradients and, after each optimizer step, a retraction, which
+            together are the paper's subspace iteration to first order. 'factor': both factors, by plain gradients.
+        update_rank (`Optional[int]`):
+            Directions that train with `update="low_rank"`, beside the K that a rank or threshold asks for; by default
+            what `plan` says, else 16. They count in `weight_share` and in plans.
+        memory_mode (`Optional[str]`):
+            How far a training step goes to need little memory; by default what `plan` says, else 'exact'. 'exact':
+            only the inputs of the targeted layers are compressed. 'fast': what runs no layer twice on top, namely
+            `saved_tensors='int8'` with the inputs of GELU and SiLU in 4 bits, blocks in slices of the batch and, in
+            language models, a loss that never holds all logits. 'small': everything that lowers the peak,
+            `saved_tensors='recompute'`, the same slices, the same loss, and MLPs that run some tokens at a time where
+            one sample is longer than a slice.
+        saved_tensors (`Optional[str]`):
+            How the transformer blocks keep what else backward needs (attention, activation functions, norms), instead
+            of what `memory_mode` says: 'exact'; rounded to 'bf16', 'int8' or 'int4'; or not at all, 'recompute', which
+            keeps only the rounded input of each block and runs the block again. Nothing is compressed then, since
+            layer inputs exist for one block at a time. The forward pass is exact in any case.
+        base_weight (`str`, default 'release'):
+            What happens to the dense weight: 'release' frees it, 'cpu' parks it in main memory, 'keep' leaves it in
+            place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or 'keep'.
+        init_weights (`bool`, default True):
+            Compute the factors from the dense weights. False builds empty factors that must be loaded before use;
+            saved adapters are loaded that way.
+        ranks (`Optional[dict[str, int]]`):
+            Rank of every targeted layer by full module name. Filled in at injection and saved with the adapter, so
+            that loading needs no decomposition.
+    """
+
+    explained_variance_threshold: float = field(
+        default=0.95, metadata={"help": "Share of energy that each layer keeps, in (0, 1]; decides its rank."}
+    )
+    weight_rank: int | None = field(
+        default=None, metadata={"help": "One fixed rank for every layer instead of the threshold."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Ranks by layer name or regular expression; override the default."}
+    )
+    weight_share: float | None = field(
+        default=None, metadata={"help": "Budget for all layers together: share of their parameters kept, in (0, 1]."}
+    )
+    plan: WasiPlan | dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Ranks of every layer: a WasiPlan, its dict, or the path of its JSON file."}
+    )
+    target_modules: set[str] | list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Modules to replace; by default all Linear/Conv1D of the transformer blocks, not the head."},
+    )
+    exclude_modules: set[str] | list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regular expression of modules to leave dense."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved whole, such as a classifier head."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the only blocks to transform."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts."}
+    )
+    bias: Literal["none", "all", "wasi_only"] = field(
+        default="wasi_only", metadata={"help": "Which biases train: 'none', 'wasi_only' or 'all'."}
+    )
+    train_vectors: bool = field(
+        default=True, metadata={"help": "Also train norms, layer scales, position and class tokens."}
+    )
+    activation_threshold: float | None = field(
+        default=0.95, metadata={"help": "Share of the input's energy kept for backward; None: the exact input."}
+    )
+    activation_ranks: int | dict[str, int] | None = field(
+        default=None, metadata={"help": "Fixed activation ranks by mode, or an integer for the feature mode."}
+    )
+    activation_modes: list[str] = field(
+        default_factory=lambda: ["feature"],
+        metadata={"help": "Modes of the input that are compressed: 'feature', 'token', 'batch'."},
+    )
+    activation_interval: int = field(
+        default=8, metadata={"help": "Optimizer steps between two iterations of the activation bases."}
+    )
+    update: Literal["frozen_basis", "low_rank", "core", "subspace", "factor"] | None = field(
+        default=None,
+        metadata={"help": "What trains and how: 'frozen_basis', 'low_rank', 'core', 'subspace' or 'factor'."},
+    )
+    update_rank: int | None = field(
+        default=None, metadata={"help": "Rank of what trains with update='low_rank', by default 16."}
+    )
+    memory_mode: Literal["exact", "fast", "small"] | None = field(
+        default=None, metadata={"help": "How far a step goes to need little memory: 'exact', 'fast' or 'small'."}
+    )
+    saved_tensors: Literal["exact", "bf16", "int8", "int4", "recompute"] | None = field(
+        default=None,
+        metadata={"help": "How blocks keep what backward needs, instead of what memory_mode says."},
+    )
+    base_weight: Literal["release", "cpu", "keep"] = field(
+        default="release", metadata={"help": "What happens to the dense weight: 'release', 'cpu' or 'keep'."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Compute the factors from the dense weights; False: they will be loaded."}
+    )
+    ranks: dict[str, int] | None = field(
+        default=None, metadata={"help": "Resolved rank of every targeted layer, filled in at injection."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if isinstance(self.plan, (str, os.PathLike)):
+            self.plan = WasiPlan.load(self.plan)
+        if self.plan is not None:
+            plan = self.plan if isinstance(self.plan, WasiPlan) else WasiPlan.from_dict(self.plan)
+            self.plan = plan.to_dict()
+            for name in ("memory_mode", "update", "update_rank"):
+                if getattr(self, name) is None:
+                    setattr(self, name, getattr(plan, name))
+        defaults = {"memory_mode": "exact", "update": DEFAULT_UPDATE, "update_rank": DEFAULT_UPDATE_RANK}
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        self._validate()
+        self._validate_budgets()
+
+    def _validate(self) -> None:
+        _check_threshold("explained_variance_threshold", self.explained_variance_threshold)
+        if self.weight_rank is not None:
+            _check_rank("weight_rank", self.weight_rank)
+        for name in ("rank_pattern", "ranks"):
+            for pattern, rank in (getattr(self, name) or {}).items():
+                _check_rank(f"{name}[{pattern!r}]", rank)
+        if self.activation_threshold is not None:
+            _check_threshold("activation_threshold", self.activation_threshold)
+        _check_rank("activation_interval", self.activation_interval)
+        _check_rank("update_rank", self.update_rank)
+        _check_choice("bias", self.bias, BIASES)
+        _check_choice("update", self.update, UPDATES)
+        _check_choice("base_weight", self.base_weight, BASE_WEIGHTS)
+        _check_choice("memory_mode", self.memory_mode, MEMORY_MODES)
+        if self.saved_tensors is not None:
+            _check_choice("saved_tensors", self.saved_tensors, SAVED_TENSORS)
+        modes = self.activation_modes
+        if isinstance(modes, str) or "feature" not in modes or not set(modes) <= set(MODES):
+            raise ValueError(
+                f"activation_modes must be a list with 'feature' and any of {list(MODES[1:])}, got {modes!r}."
+            )
+        for mode, rank in (self._mode_ranks() or {}).items():
+            if mode not in modes:
+                raise ValueError(f"activation_ranks names the mode {mode!r}, not in activation_modes={modes!r}.")
+            _check_rank(f"activation_ranks[{mode!r}]", rank)
+        if self.keeps_image and self.activation_ranks is not None:
+            raise ValueError(
+                f"activation_ranks compresses inputs, and update={self.update!r} keeps none of them; leave it out, or "
+                f"choose update='low_rank', 'subspace' or 'factor', got {self.activation_ranks!r}."
+            )
+        if self.activation_ranks is not None and self.activation_threshold is None:
+            missing = sorted(set(modes) - set(self._mode_ranks() or {}))
+            if missing:
+                raise ValueError(
+                    f"activation_ranks must name every mode in activation_modes when activation_threshold is None; "
+                    f"missing {missing}, got {self.activation_ranks!r}."
+                )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform cannot be used when target_modules is a string (a regular expression or "
+                f"'all-linear'), got target_modules={self.target_modules!r}."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern needs layers_to_transform, got layers_pattern={self.layers_pattern!r} alone."
+            )
+
+    def _validate_budgets(self) -> None:
+        if self.weight_share is not None:
+            _check_threshold("weight_share", self.weight_share)
+            for name in ("weight_rank", "rank_pattern"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"weight_share decides the rank of every layer; leave {name} out, got {getattr(self, name)!r}."
+                    )
+        if self.plan is None:
+            return
+        # an injected configuration, which has ranks, also names the targets that the plan gave it
+        for name in _PLANNED if self.ranks is not None else (*_PLANNED, "target_modules"):
+            if getattr(self, name) and getattr(self, name) != ["feature"]:
+                raise ValueError(f"plan decides layers and ranks; leave {name} out, got {getattr(self, name)!r}.")
+
+    @property
+    def resolved_update(self) -> str:
+        """What trains."""
+        return self.update or DEFAULT_UPDATE
+
+    @property
+    def reserved_rank(self) -> int:
+        """Directions that the update adds to the K of every layer."""
+        return self.update_rank or 0 if self.update == "low_rank" else 0
+
+    @property
+    def has_core(self) -> bool:
+        """Whether a K x K core trains between the factors of every layer."""
+        return self.update == "core"
+
+    @property
+    def keeps_image(self) -> bool:
+        """Whether backward needs of a layer's input no more than its image under R, K numbers a row."""
+        return self.update in IMAGE_UPDATES
+
+    @property
+    def resolved_saved_tensors(self) -> str:
+        """`saved_tensors`, or what `memory_mode` stands for."""
+        return self.saved_tensors or {"fast": "int8", "small": "recompute"}.get(self.memory_mode or "", "exact")
+
+    def planned_names(self) -> set[str]:
+        """Names of the plan's layers; none without a plan."""
+        return set(self.plan["layers"]) if isinstance(self.plan, dict) else set()
+
+    def planned_layer(self, name: str) -> LayerPlan | None:
+        """What the plan says of a layer; None without a plan, or where it does not name the layer."""
+        layers = self.plan["layers"] if isinstance(self.plan, dict) else {}
+        return layer_plan(name, layers[name]) if name in layers else None
+
+    def _mode_ranks(self) -> dict[str, int] | None:
+        if self.activation_ranks is None or isinstance(self.activation_ranks, dict):
+            return self.activation_ranks
+        return {"feature": self.activation_ranks}
+
+    def compression_rule(self, name: str) -> CompressionRule | None:
+        """The rule for compressing a layer's input, or None where nothing of it is compressed."""
+        if self.keeps_image or self.resolved_saved_tensors == "recompute":
+            return None
+        planned = self.planned_layer(name)
+        if planned is not None:
+            ranks = planned.activation_ranks
+            modes = tuple(mode for mode in MODES if mode in (ranks or {}))
+            return None if ranks is None else CompressionRule.from_options(modes, None, ranks)
+        if self.activation_threshold is None and self.activation_ranks is None:
+            return None
+        return CompressionRule.from_options(
+            tuple(self.activation_modes), self.activation_threshold, self._mode_ranks()
+        )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration; loading it builds the factors' shapes from `ranks` and decomposes nothing.
+
+        Where the directory holds a model card, the card is told that loading needs `import wasi_peft`.
+        """
+        saved = copy.copy(self)
+        if saved.ranks is not None:
+            saved.init_weights = False
+        PeftConfig.save_pretrained(saved, save_directory, **kwargs)
+        _note_import_in_card(os.path.join(save_directory, "README.md"))
+
+
+def _note_import_in_card(path: str) -> None:
+    """Insert the import that loading needs behind the front matter of a model card, once."""
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        card = file.read()
+    if WASI_IMPORT_NOTE in card:
+        return
+    head, separator, body = "", "", card
+    if card.startswith("---\n") and "\n---\n" in card[4:]:
+        head, separator, body = card[4:].partition("\n---\n")
+        head = "---\n" + head
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(f"{head}{separator}\n{WASI_IMPORT_NOTE}\n{body}")
+    os.replace(temporary, path)

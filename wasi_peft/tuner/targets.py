@@ -1,0 +1,254 @@
+"""Which modules of a model a configuration selects, and whether they can be factored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..forms.dense import dense_weight
+from .config import WasiConfig
+from .layer import WasiLayer
+
+# layers that hold matrices, tables or filters: never "vectors that cost nothing"
+_MATRIX_HOLDERS: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.modules.rnn.RNNBase,
+    Conv1D,
+)
+_POSITION = re.compile(r"pos(ition)?_?(emb|bias)|position|cls_token|class_token|class_embedding|register|lambda|scale")
+
+
+def _inside_blocks(name: str) -> bool:
+    """Whether a module lies inside a numbered container: `encoder.layer.3.output.dense`, not `classifier`."""
+    return any(part.isdigit() for part in name.split(".")[:-1])
+
+
+def _is_patch_merging(model: nn.Module, name: str) -> bool:
+    """Whether a Linear only halves the resolution between stages (Swin), which is no part of a block."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return any(word in type(parent).__name__.lower() for word in ("merging", "downsample"))
+
+
+def resolve_targets(model: nn.Module, config: WasiConfig) -> None:
+    """Replace the default (None), 'all-linear' or a plan in `config.target_modules` by names of this model's modules.
+
+    Ranks of an earlier injection of a fresh configuration are forgotten: they say nothing about this model.
+    """
+    if config.init_weights:
+        config.ranks = None
+    if config.plan is not None:
+        config.target_modules = config.planned_names()
+    if config.target_modules is None:
+        config.target_modules = default_target_names(model, config)
+    _maybe_include_all_linear_layers(config, model)
+
+
+def vocabulary_head(model: nn.Module) -> nn.Linear | None:
+    """The plain linear layer over a vocabulary that a language model ends in; None for any other model."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return head if type(head) is nn.Linear else None
+
+
+def default_target_names(model: nn.Module, config: WasiConfig) -> set[str]:
+    """Names of all Linear and Conv1D layers inside the transformer blocks, never the head.
+
+    Works without a table of architectures: blocks are numbered containers, and the output embedding is known to the
+    model. Respects `layers_to_transform`, which PEFT would ignore for full names.
+
+    Raises:
+        ValueError: If the model has no such layer.
+    """
+    output_embedding = getattr(model, "get_output_embeddings", lambda: None)()
+    names = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D, WasiLayer)) or module is output_embedding:
+            continue
+        if ".base_layer" in name or not _inside_blocks(name) or _is_patch_merging(model, name):
+            continue
+        if config.layers_to_transform is None or _layer_selected(name, config):
+            names.add(name)
+    if not names:
+        raise ValueError(
+            "No Linear or Conv1D layers were found inside numbered blocks of this model. "
+            "Please specify `target_modules` in the WasiConfig."
+        )
+    return names
+
+
+def _layer_selected(name: str, config: WasiConfig) -> bool:
+    """`layers_to_transform` applied to one full name, by PEFT's own matcher with the last part as suffix."""
+    suffix_config = WasiConfig(
+        target_modules=[name.rpartition(".")[2]],
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    return bool(check_target_module_exists(suffix_config, name))
+
+
+def selected_modules(model: nn.Module, config: WasiConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules that the configuration (with `target_modules` resolved) matches."""
+    inner_names = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    for name, module in model.named_modules():
+        if name and not name.startswith(inner_names) and check_target_module_exists(config, name):
+            yield name, module
+
+
+def check_targets(model: nn.Module, config: WasiConfig) -> None:
+    """Check every selected module before anything is changed.
+
+    Raises:
+        TypeError: If one is neither a Linear nor a Conv1D.
+        ValueError: If one is tied, on the meta device, offloaded, not finite, has no free rank, or is already adapted
+            by another method; if a fresh adapter would need a dense weight that was released; or if a plan or the
+            saved ranks are those of another model.
+    """
+    shared = _shared_weights(model)
+    targets = dict(selected_modules(model, config))
+    if not config.init_weights and config.ranks is not None:
+        _check_saved_ranks(targets, config)
+    if config.plan is not None:
+        _check_planned_names(targets, config)
+    for name, module in targets.items():
+        _check_target(name, module, config, shared)
+    for name, module in model.named_modules():
+        if isinstance(module, WasiLayer) and module.base_is_released and name not in targets:
+            raise ValueError(
+                f"{name}: its dense weight was released by the first WASI adapter, so a further adapter must target "
+                "it too. Create the first adapter with base_weight='keep' to combine adapters with different targets."
+            )
+
+
+def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the parameters that appear under more than one name, by identity."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {key: value for key, value in names.items() if len(value) > 1}
+
+
+def _check_target(name: str, module: nn.Module, config: WasiConfig, shared: dict[int, list[str]]) -> None:
+    if isinstance(module, WasiLayer):
+        if config.init_weights and module.base_is_released:
+            raise ValueError(
+                f"{name}: a second fresh WASI adapter needs the dense weight, which was released. "
+                "Create the first adapter with base_weight='keep' or 'cpu'."
+            )
+        shape = (module.out_features, module.in_features)
+    elif isinstance(module, BaseTunerLayer):
+        raise ValueError(f"{name}: already adapted by {type(module).__module__}; WASI needs the plain dense layer.")
+    elif not isinstance(module, (nn.Linear, Conv1D)):
+        raise TypeError(
+            f"{name}: target modules must be torch.nn.Linear or transformers Conv1D, got {type(module).__name__}."
+        )
+    else:
+        weight = module.weight
+        if weight is None or weight.device.type == "meta" or getattr(getattr(module, "_hf_hook", None), "offload", 0):
+            raise ValueError(f"{name}: its weight is on the meta device or offloaded; load it into memory first.")
+        if not weight.is_floating_point() or weight.dim() != 2 or hasattr(weight, "quant_state"):
+            raise ValueError(f"{name}: WASI needs a floating point weight matrix, got {weight.dtype}.")
+        tied = shared.get(id(weight))
+        if tied is not None:
+            raise ValueError(
+                f"{name}: its weight is tied ({', '.join(sorted(tied))}); factoring one would untie them. "
+                "Leave it out with exclude_modules, or untie the weights first."
+            )
+        if not bool(torch.isfinite(weight.detach()).all()):
+            raise ValueError(f"{name}: its weight holds NaN or Inf.")
+        shape = (dense_weight(module).shape[0], dense_weight(module).shape[1])
+    planned = config.planned_layer(name)
+    if planned is not None and (planned.out_features, planned.in_features) != shape:
+        raise ValueError(
+            f"{name}: the plan is for another model: it has {planned.out_features} x {planned.in_features} there, "
+            f"this model {shape[0]} x {shape[1]}."
+        )
+    rank = fixed_rank(name, config)
+    if rank is None and not config.init_weights:
+        raise ValueError(
+            f"{name}: with init_weights=False the rank must be given by ranks, plan, rank_pattern or weight_rank; "
+            "a threshold or a share alone needs the weights."
+        )
+    if rank is not None and rank > min(shape):
+        raise ValueError(
+            f"{name}: the rank must be at most min(out_features, in_features) = {min(shape)}, got {rank}."
+        )
+
+
+def _check_saved_ranks(targets: dict[str, nn.Module], config: WasiConfig) -> None:
+    saved = set(config.ranks or {})
+    different = sorted(saved.symmetric_difference(targets))
+    if different:
+        raise ValueError(
+            f"{different[0]}: the saved adapter and this model do not have the same targeted layers "
+            f"({len(different)} differ). The adapter belongs to another model."
+        )
+
+
+def _check_planned_names(targets: dict[str, nn.Module], config: WasiConfig) -> None:
+    different = sorted(config.planned_names().symmetric_difference(targets))
+    if different:
+        where = "in this model but not in the plan" if different[0] in targets else "in the plan but not in this model"
+        raise ValueError(
+            f"{different[0]}: the plan is for another model: this layer is {where} ({len(different)} differ)."
+        )
+
+
+def fixed_rank(name: str, config: WasiConfig) -> int | None:
+    """The rank that the configuration fixes for a layer, None where a threshold decides.
+
+    With `weight_share` that is what was allocated, in `config.ranks`; None before.
+    """
+    if config.ranks is not None and (not config.init_weights or config.weight_share is not None):
+        return config.ranks.get(name)
+    planned = config.planned_layer(name)
+    if planned is not None:
+        return planned.weight_rank
+    if config.rank_pattern:
+        key = get_pattern_key(config.rank_pattern.keys(), name)
+        if key in config.rank_pattern:
+            return config.rank_pattern[key]
+    return config.weight_rank
+
+
+def asked_rank(name: str, config: WasiConfig) -> int | float:
+    """What the configuration asks of a layer: a rank (int) or a threshold (float).
+
+    Raises:
+        ValueError: If `weight_share` is to decide and ranks have not been allocated.
+    """
+    fixed = fixed_rank(name, config)
+    if fixed is None and config.weight_share is not None:
+        raise ValueError(f"{name}: weight_share must be allocated over all layers first, got no ranks yet.")
+    return fixed if fixed is not None else float(config.explained_variance_threshold)
+
+
+def vector_parameter_names(model: nn.Module) -> Iterator[str]:
+    """Names of the parameters that `train_vectors` trains: norms, layer scales, position and class tokens.
+
+    That is every parameter with a single long dimension that does not belong to a matrix-shaped layer, and position
+    tables; not the mask token, which supervised training does not use.
+    """
+    skipped: tuple[str, ...] = ()
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            skipped += (prefix,)
+        if isinstance(module, _MATRIX_HOLDERS) or (skipped and prefix.startswith(skipped)):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            long_dimensions = sum(size > 1 for size in parameter.shape)
+            is_token = parameter.dim() > 1 and _POSITION.search(name) is not None
+            if (long_dimensions <= 1 or is_token) and "mask_token" not in name:
+                yield prefix + name
