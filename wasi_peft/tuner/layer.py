@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..forms.dense import FactoredWeight, ParkedLinear, dense_weight
-from ..forms.factored import FactoredLinear
+from ..forms.factored import PREFIX, FactoredLinear
 from ..updates.base import InitialFactors, ProductGradientSink, Update
 from .config import WasiConfig
 from .inputs import InputCompression, SharedInputs
@@ -191,7 +191,7 @@ class WasiLayer(BaseTunerLayer):
             update, state = self.wasi_update.get(name), self.wasi_input.get(name)
             if update is None or state is None:
                 continue
-            trained = [form._parameters[part] for part in update.trained]
+            trained = [form.part(part) for part in update.trained]
             if not any(id(part) in moved for part in trained):
                 continue
             state.age += 1
@@ -249,7 +249,7 @@ class WasiLayer(BaseTunerLayer):
                 continue
             trained = self.wasi_update[name].trained
             for part, parameter in self.form_of(name).named_parameters():
-                if name in self.frozen_biases if part == "bias" else part not in trained:
+                if name in self.frozen_biases if part == "bias" else part.removeprefix(PREFIX) not in trained:
                     parameter.requires_grad_(False)
 
     # ---------------------------------------------------------------- the dense weight
@@ -424,19 +424,19 @@ class Linear(nn.Module, WasiLayer):
             self._require_loaded(name)
 
         form: Any = self.wasi_form._modules[name]
-        update, parameters = self.wasi_update[name], form._parameters
-        compute_dtype: torch.dtype = parameters["L"].dtype
+        update = self.wasi_update[name]
+        compute_dtype: torch.dtype = form.part("L").dtype
         if torch.is_autocast_enabled(x.device.type):
             compute_dtype = torch.get_autocast_dtype(x.device.type)
         elif x.dtype != compute_dtype and x.dtype.itemsize < compute_dtype.itemsize:
             compute_dtype = x.dtype  # factors in float32 for the optimizer, in a model of 16 bits
-        if not torch.is_grad_enabled() or not any(parameters[part].requires_grad for part in update.trained):
+        if not torch.is_grad_enabled() or not any(form.part(part).requires_grad for part in update.trained):
             return form.forward(x if x.dtype == compute_dtype else x.to(compute_dtype))
 
         compiling = torch.compiler.is_compiling()
         rows = x.to(compute_dtype) if compiling else self.inputs.cast(x, compute_dtype)
         state, compressed = self.wasi_input[name], None
-        if state.rule is not None and update.reads_input is not None and parameters[update.reads_input].requires_grad:
+        if state.rule is not None and update.reads_input is not None and form.part(update.reads_input).requires_grad:
             compressed = self.inputs.compress(x, rows, state, name)
         sink = None if compiling else self.product_gradient_sink(name)
         with torch.autocast(device_type=x.device.type, enabled=False):
