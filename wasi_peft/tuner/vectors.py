@@ -128,9 +128,9 @@ class AdapterVectors:
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter's vectors; where they are in use, the base model's come back, if there are any."""
-        if adapter in self._values:
+        if adapter == self.active:
             self.activate(None)
-            del self._values[adapter]
+        self._values.pop(adapter, None)
 
     def activate(self, adapter: str | None) -> None:
         """Register the vectors of an adapter, or those of the base model for None and for an adapter without any."""
