@@ -110,7 +110,7 @@ def test_save_selected_adapters(update: str, kind: type[nn.Module], tmp_path: Pa
 
 
 @matrix
-@pytest.mark.parametrize("names", [("ad", "adapter"), ("lin", "lin0"), ("default", "norm")])
+@pytest.mark.parametrize("names", [("ad", "adapter"), ("lin", "line"), ("default", "norm")])
 def test_names_that_are_parts_of_others(
     update: str, kind: type[nn.Module], names: tuple[str, str], tmp_path: Path
 ) -> None:
