@@ -92,8 +92,8 @@ class FactoredLinear(nn.Module):
         parts = {name: torch.empty(shape, **options) for name, shape in shapes.items()}
         for part in parts.values():
             part.uniform_(-1, 1).mul_(part.shape[1] ** -0.5)
-        value = torch.empty(out_features, **options).uniform_(-1, 1).mul_(in_features**-0.5) if bias else None
-        self._hold(parts, value, dense_class)
+        biases = torch.empty(out_features, **options).uniform_(-1, 1).mul_(in_features**-0.5) if bias else None
+        self._hold(parts, biases, dense_class)
 
     def _hold(self, parts: Mapping[str, Tensor], bias: Tensor | None, dense_class: type[nn.Module]) -> None:
         self.out_features, self.in_features = parts["L"].shape[0], parts["R"].shape[1]

@@ -187,10 +187,8 @@ class WasiLayer(BaseTunerLayer):
 
     def after_step(self, moved: set[int], retracted: bool) -> None:
         """What an optimizer's step calls for (:mod:`steps`): one more step for warm bases, a retraction."""
-        for name, form in list(self.wasi_form.items()):
-            update, state = self.wasi_update.get(name), self.wasi_input.get(name)
-            if update is None or state is None:
-                continue
+        for name in list(self.wasi_form):
+            form, update, state = self.form_of(name), self.wasi_update[name], self.wasi_input[name]
             trained = [form.part(part) for part in update.trained]
             if not any(id(part) in moved for part in trained):
                 continue
