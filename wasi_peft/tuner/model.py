@@ -181,8 +181,8 @@ class WasiModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if adapter_name.startswith(self.prefix) or adapter_name in ("base_layer", BASE):
             raise ValueError(
-                f"an adapter's name must not start with {self.prefix!r}, nor be 'base_layer' or {BASE!r}: PEFT could not "
-                f"tell its tensors from others; got {adapter_name!r}."
+                f"an adapter's name must not start with {self.prefix!r}, nor be 'base_layer' or {BASE!r}: PEFT could "
+                f"not tell its tensors from others; got {adapter_name!r}."
             )
         self._used_plain_svd = False
         self._loading_group: dict[str, WasiLayer] = {}
