@@ -163,11 +163,16 @@ class FactoredLinear(nn.Module):
         **Shape**
             - x: (..., in); returns (..., out)
         """
-        outer, inner = self.factors()
-        if outer.dtype != x.dtype:
-            outer, inner = outer.to(x.dtype), inner.to(x.dtype)
-        bias = self.bias
-        return F.linear(F.linear(x, inner), outer, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+        outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
+        return F.linear(F.linear(x, inner), outer, bias)
+
+    @staticmethod
+    def cast(dtype: torch.dtype, *parts: Any) -> Any:
+        """Tensors in a dtype, None as it is; at once where the first one has it, which they share but for the bias."""
+        bias = parts[-1]
+        if parts[0].dtype == dtype and (bias is None or bias.dtype == dtype):
+            return parts
+        return [part if part is None else part.to(dtype) for part in parts]
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
