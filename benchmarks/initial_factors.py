@@ -26,7 +26,6 @@ import argparse
 import copy
 import math
 import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -41,18 +40,20 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+import texts
 import wasi_peft
+from common import RESULTS_FOLDER, add_entry, cache_dir, environment, read_json
+from finetuning import unlabelled
+from images import ImageSet, load_images
+from vit import load_vit
+from wasi_peft.factors.blockwise import BLOCK_STEPS
+from wasi_peft.factors.calibration import dense_targets
 from wasi_peft.factors.prepare import STEPS, Repair
+from wasi_peft.forms.dense import dense_weight
 from wasi_peft.tuner.targets import vocabulary_head
 from wasi_peft.updates.costs import factored_elements
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import texts
-from assets import ImageSet, cache_dir, load_images, load_vit
-from benchmark.common import add_entry, environment, read_json
-from finetune import unlabelled
-
-RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "initial_factors.json"
+RESULTS = RESULTS_FOLDER / "initial_factors.json"
 REPAIRS: dict[str, Literal["model", "blocks"]] = {"repaired": "model", "blockwise": "blocks"}
 METHODS = ("plain", "one-sided", "two-sided", "repaired", "blockwise")
 Metrics = dict[str, float]
@@ -180,8 +181,8 @@ CALIBRATION_BATCHES = {"smollm2": 32}  # the rest is for the repair
 
 def uniform_ranks(model: nn.Module, share: float, reserved_rank: int = 0, core: bool = False) -> dict[str, int]:
     """Ranks that keep the same share of every target layer, with what trains beside or between the factors."""
-    layers = wasi_peft.calibration.dense_targets(model, None)
-    sizes = {name: wasi_peft.calibration.dense_weight(module).shape for name, module in layers.items()}
+    layers = dense_targets(model, None)
+    sizes = {name: dense_weight(module).shape for name, module in layers.items()}
 
     def fits(rank: int, out: int, size: int) -> bool:
         return factored_elements(out, size, rank, core) <= share * out * size
@@ -193,7 +194,7 @@ def uniform_ranks(model: nn.Module, share: float, reserved_rank: int = 0, core: 
     return {name: max(1, rank) for name, rank in largest.items()}
 
 
-def steps_of(method: str, repair_steps: int, block_steps: int = wasi_peft.blockwise.BLOCK_STEPS) -> int:
+def steps_of(method: str, repair_steps: int, block_steps: int = BLOCK_STEPS) -> int:
     """Steps of the repair: of the whole model or of each block, none with the other methods."""
     return {"repaired": repair_steps, "blockwise": block_steps}.get(method, 0)
 

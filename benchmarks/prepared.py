@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,17 +21,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import wasi_peft
+from common import cache_dir, environment
+from finetuning import CALIBRATION_BATCH, HEAD, calibration_loader
+from images import ImageSet
+from initial_factors import METHODS as VARIANTS
+from initial_factors import REPAIRS, uniform_ranks
 from wasi_peft.linalg.coordinates import ImageMoments
 from wasi_peft.tuner.model import INITIAL_FACTORS, PreparedFactors
 from wasi_peft.updates.base import InitialFactors
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from assets import ImageSet, cache_dir
-from benchmark.common import environment
-from benchmark.initial_factors import METHODS as VARIANTS
-from benchmark.initial_factors import REPAIRS, uniform_ranks
-from finetune import CALIBRATION_BATCH, HEAD, calibration_loader
 
 # fields of WasiConfig that the preparation does not see, and the update, which `prepared_once` takes from there
 UNSEEN = (
@@ -187,6 +183,7 @@ def images_digest(train_set: ImageSet) -> str:
 def code_digest() -> str:
     """Returns the start of the SHA-256 of the package's source, committed or not."""
     total = hashlib.sha256()
-    for path in sorted(Path(wasi_peft.__file__).parent.glob("*.py")):
-        total.update(path.name.encode() + path.read_bytes())
+    package = Path(wasi_peft.__file__).parent
+    for name in sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py")):
+        total.update(name.encode() + (package / name).read_bytes())
     return total.hexdigest()[:16]
