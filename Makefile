@@ -13,7 +13,7 @@ CONSTRAINTS ?= constraints.txt
 TORCH ?= torch
 PYTEST_FLAGS ?= -n logical --maxprocesses 4 --dist worksteal
 DEMO_FLAGS ?=
-BENCHMARKS ?= $(filter-out %/demo.py %/layer_overhead.py,$(sort $(shell grep -l __main__ benchmarks/*.py)))
+BENCHMARKS ?= $(filter-out %/demo.py %/layer_overhead.py %/overhead_probe.py,$(sort $(shell grep -l __main__ benchmarks/*.py)))
 BENCHMARK_FLAGS ?=
 
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.10

@@ -46,7 +46,7 @@ def environment() -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit_of(REPOSITORY),
         "processor": _processor_name(),
         "logical_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -56,9 +56,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    """Returns the commit of this repository, marked if files differ from it; None outside git."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
+def commit_of(checkout: Path) -> str | None:
+    """Returns the commit of a checkout, marked if files differ from it; None outside git."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -1,0 +1,62 @@
+"""Benchmarks are imported by their plain names, as their scripts import each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from scripts import BENCHMARKS
+
+
+@pytest.fixture(autouse=True)
+def importable_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `python benchmarks/NAME.py` does for its own imports."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ViT with its image processor's settings."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`<class>/*.png`, of noise around a grey level that tells the class."""
+    image_module = pytest.importorskip("PIL.Image", reason="folders of images need Pillow")
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for label in range(3):
+        (folder / f"class{label}").mkdir()
+        for index in range(20):
+            pixels = torch.randint(30, (20, 18, 3), generator=generator) + 80 * label
+            image_module.fromarray(pixels.byte().numpy()).save(folder / f"class{label}" / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[[], transformers.LlamaForCausalLM]:
+    """Makes a small language model, the same each time."""
+
+    def make() -> transformers.LlamaForCausalLM:
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=500,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config)
+
+    return make
