@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Result]:
         "results": {name: dataclasses.asdict(result) for name, result in results.items()},
     }
     write_json(args.output / "demo.json", content)
-    print(f"Wrote {args.output / 'finetune.png'} and {args.output / 'finetune.json'}")
+    print(f"Wrote {args.output / 'demo.png'} and {args.output / 'demo.json'}")
     return results
 
 

@@ -1,4 +1,4 @@
-"""Times a tiny layer and a small ViT with the default update, on the checkout of the package that is first on the path.
+"""Times a tiny layer and a small ViT with the default update, on the checkout that is first on the path.
 
 The process that ``layer_overhead.py`` starts: public calls only, so that old and new checkouts run it alike. It prints
 one JSON object; ``dense_forward_microseconds`` knows nothing of the package and shows what the machine does by itself.
@@ -79,7 +79,7 @@ def vit_seconds(repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures and prints; `package` says which checkout was timed."""
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
@@ -87,8 +87,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    times = {**forward_microseconds(args.repeats), **vit_seconds(args.repeats)}
-    print(json.dumps({"package": wasi_peft.__file__, "times": times}))
+    print(json.dumps({**forward_microseconds(args.repeats), **vit_seconds(args.repeats)}))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def finetuned(model_folder: Path, image_folder: Path, tmp_path_factory: pytest.T
     text = run_script(
         BENCHMARKS / "demo.py", "--model", model_folder, "--dataset", image_folder, "--steps", "6",
         "--batch-size", "8", "--calibration-images", "16", "--repair-steps", "10", "--rounds", "2", "--threads", "1",
-        "--weight-rank", "8", "--output", "out", 
+        "--weight-rank", "8", "--output", "out",
         "--lr-full", "1e-3", "--lr-wasi", "1e-3", "--seed", "5", "--update", "subspace", folder=folder,
     )  # fmt: skip
     return folder / "out", text
