@@ -61,14 +61,15 @@ from common import (
     training_step,
     vit_b32,
 )
-from wasi_peft.tuner.config import DEFAULT_UPDATE_RANK, MEMORY_MODES
+from wasi_peft.tuner.config import MEMORY_MODES
+from wasi_peft.updates import make_update
 from wasi_peft.updates.costs import input_elements
 
 RESULTS = RESULTS_FOLDER / "cost_curves.json"
 MIB = 2**20
 HEAD = 64  # features of an attention head
 PATCH = 8  # a third of DINOv2's embedding for a third of its blocks
-UPDATE_RANK = DEFAULT_UPDATE_RANK
+UPDATE_RANK = make_update("low_rank").side_rank
 SEEDS = {"weights": 0, "batch": 1}
 SWEEPS = {  # what moves, as the axis says it
     "rank": "(K + update_rank) / min(out, in)",

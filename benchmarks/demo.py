@@ -33,7 +33,7 @@ from common import (
 from finetuning import LEARNING_RATES, METHODS, accuracy, build, build_optimizer, predict, train
 from images import ImageSet, load_images
 from vit import load_vit
-from wasi_peft.tuner.config import DEFAULT_UPDATE, UPDATES
+from wasi_peft.updates import DEFAULT_UPDATE, UPDATES
 
 MIB = 2**20
 

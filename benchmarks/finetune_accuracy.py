@@ -49,7 +49,8 @@ from initial_factors import REPAIRS, steps_of
 from prepared import VARIANTS, attach_factors, build_config
 from vit import load_vit
 from wasi_peft.factors.blockwise import BLOCK_STEPS
-from wasi_peft.tuner.config import MEMORY_MODES, UPDATES
+from wasi_peft.tuner.config import MEMORY_MODES
+from wasi_peft.updates import UPDATES
 
 RESULTS = RESULTS_FOLDER / "finetune_accuracy.json"
 GRID = {"full": (2e-5, 5e-5, 1e-4), "lora": (2e-4, 5e-4, 1e-3), "wasi": (2e-5, 5e-5, 1e-4, 2e-4)}

@@ -34,7 +34,8 @@ from finetuning import METHODS, build_optimizer, train
 from prepared import digest, prepared_once
 from texts import load_mails, smollm2_folder, token_windows
 from wasi_peft.factors.token_repair import TOKEN_STEPS
-from wasi_peft.tuner.config import DEFAULT_UPDATE, MEMORY_MODES, UPDATES
+from wasi_peft.tuner.config import MEMORY_MODES
+from wasi_peft.updates import DEFAULT_UPDATE, UPDATES
 
 RESULTS = RESULTS_FOLDER / "finetune_perplexity.json"
 RATES = {"full": 2e-5, "lora": 5e-4, "wasi": 5e-4}

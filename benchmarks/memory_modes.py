@@ -46,8 +46,8 @@ from common import (
 from images import load_images
 from texts import load_mails, smollm2_folder, token_windows
 from vit import load_vit
-from wasi_peft.tuner.config import DEFAULT_UPDATE, DEFAULT_UPDATE_RANK
 from wasi_peft.tuner.targets import default_target_names
+from wasi_peft.updates import DEFAULT_UPDATE, make_update
 
 RESULTS = RESULTS_FOLDER / "memory_modes.json"
 LORA = "lora, checkpointing"
@@ -121,20 +121,19 @@ def build(variant: str, workload: Workload) -> nn.Module:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
     *low_rank, mode = variant.split()[1:]
-    update = "low_rank" if low_rank else DEFAULT_UPDATE
+    update = make_update("low_rank" if low_rank else DEFAULT_UPDATE)
     ranks = {}
     if workload.weight_rank is not None:
         for name in default_target_names(model, wasi_peft.WasiConfig()):
             layer = model.get_submodule(name)
             smaller = min(layer.out_features, layer.in_features)
-            ranks[name] = int(workload.weight_rank * smaller)
-            ranks[name] -= DEFAULT_UPDATE_RANK if low_rank else 0
+            ranks[name] = int(workload.weight_rank * smaller) - update.side_rank
     config = wasi_peft.WasiConfig(
         weight_share=workload.weight_share,
         rank_pattern=ranks,
         activation_threshold=None,
         activation_ranks=workload.activation_ranks if low_rank else None,
-        update=update,
+        update=update.name,
         modules_to_save=saved,
         memory_mode=mode,
     )

@@ -29,6 +29,7 @@ from vit import load_vit
 from wasi_peft.cost.estimate import PlannedPeaks
 from wasi_peft.planner import planner
 from wasi_peft.ranks.spectrum import LayerSpectrum
+from wasi_peft.updates import DEFAULT_UPDATE, Update, make_update
 
 RESULTS = RESULTS_FOLDER / "planning.json"
 MIB = 2**20
@@ -65,8 +66,8 @@ class MadeUpCalibration:
     def require(self, targets: Iterable[str]) -> None:
         assert set(targets) <= set(self._spectra)
 
-    def spectra(self, names: Iterable[str], reserved_rank: int = 0, core: bool = False) -> list[LayerSpectrum]:
-        return [replace(self._spectra[name], reserved_rank=reserved_rank, core=core) for name in names]
+    def spectra(self, names: Iterable[str], update: Update | None = None) -> list[LayerSpectrum]:
+        return [replace(self._spectra[name], update=update or make_update(DEFAULT_UPDATE)) for name in names]
 
 
 class Estimates:

@@ -49,7 +49,7 @@ def build_config(variant: str, model: nn.Module, share: float | None, options: M
     if share is None or variant not in ("plain", "one-sided"):
         return wasi_peft.WasiConfig(modules_to_save=[HEAD], weight_share=share, **options)
     asked = wasi_peft.WasiConfig(**options)
-    ranks = uniform_ranks(model, share, asked.reserved_rank, asked.has_core)
+    ranks = uniform_ranks(model, share, asked.layer_update)
     return wasi_peft.WasiConfig(modules_to_save=[HEAD], rank_pattern=ranks, **options)
 
 
@@ -116,7 +116,7 @@ def prepared_once(model: nn.Module, config: Any, key: Mapping[str, Any], prepare
         "weight_share": config.weight_share,
         "rank_pattern": config.rank_pattern,
         "update": config.update,
-        "reserved_rank": config.reserved_rank,
+        "update_rank": config.layer_update.side_rank,
         "versions": environment()["versions"],
         "code": code_digest(),
         "threads": torch.get_num_threads(),  # they decide in which order sums are taken

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import wasi_peft
 from common import RESULTS_FOLDER, Batch, environment, step_peak_bytes, training_step, vit_b32, write_json
-from wasi_peft.tuner.config import UPDATES
+from wasi_peft.updates import UPDATES
 
 RESULTS = RESULTS_FOLDER / "step_costs.json"
 LINEAR_OPS = ("mm", "addmm")  # what Linear layers, dense or factored, run as; attention runs as others
