@@ -34,8 +34,6 @@ class CoredLinear(FactoredLinear):
 
     parts: ClassVar[tuple[str, ...]] = ("L", "M", "R")
 
-    M: nn.Parameter
-
     def __init__(
         self,
         in_features: int,
@@ -49,6 +47,11 @@ class CoredLinear(FactoredLinear):
     ) -> None:
         shapes = {"L": (out_features, rank), "M": (rank, rank), "R": (rank, in_features)}
         self._make(shapes, bias, dense_class, {"device": device, "dtype": dtype})
+
+    @property
+    def M(self) -> nn.Parameter:
+        """The core."""
+        return self.part("M")
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.L @ self.M, self.R

@@ -37,9 +37,6 @@ class SplitLinear(FactoredLinear):
 
     parts: ClassVar[tuple[str, ...]] = ("L", "R", "B", "A")
 
-    B: nn.Parameter
-    A: nn.Parameter
-
     def __init__(
         self,
         in_features: int,
@@ -55,6 +52,16 @@ class SplitLinear(FactoredLinear):
         shapes = {"L": (out_features, rank), "R": (rank, in_features)}
         shapes |= {"B": (out_features, side_rank), "A": (side_rank, in_features)}
         self._make(shapes, bias, dense_class, {"device": device, "dtype": dtype})
+
+    @property
+    def B(self) -> nn.Parameter:
+        """The left factor of the pair that trains."""
+        return self.part("B")
+
+    @property
+    def A(self) -> nn.Parameter:
+        """The right factor of the pair that trains."""
+        return self.part("A")
 
     @property
     def rank(self) -> int:

@@ -95,9 +95,15 @@ class Update(ABC):
         """
         return {"L": initial.L, "R": initial.R}
 
-    def form_of(self, initial: InitialFactors, rank: int, dense_class: type[nn.Module]) -> FactoredLinear:
-        """The form that a layer starts with."""
-        return self.form_cls.from_parts(self.start(initial, rank), initial.bias, dense_class)
+    def form_of(
+        self, initial: InitialFactors, rank: int, dense_class: type[nn.Module], like: Tensor | None = None
+    ) -> FactoredLinear:
+        """The form that a layer starts with, with the device and dtype of `like`, else those of `initial`."""
+        parts, bias = self.start(initial, rank), initial.bias
+        if like is not None:
+            parts = {name: part.to(like.device, like.dtype) for name, part in parts.items()}
+            bias = None if bias is None else bias.to(like.device, like.dtype)
+        return self.form_cls.from_parts(parts, bias, dense_class)
 
     def new_form(self, in_features: int, out_features: int, rank: int, bias: bool, **options: Any) -> FactoredLinear:
         """A form with random values, to be loaded.
