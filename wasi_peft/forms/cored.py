@@ -62,5 +62,5 @@ class CoredLinear(FactoredLinear):
         return FactoredLinear.from_parts({"L": L, "R": self.R}, self.bias, self.dense_class)
 
     def forward(self, x: Tensor) -> Tensor:
-        L, M, R = (part.to(x.dtype) for part in (self.L, self.M, self.R))
-        return F.linear(F.linear(F.linear(x, R), M), L, None if self.bias is None else self.bias.to(x.dtype))
+        L, M, R, bias = self.cast(x.dtype, self.L, self.M, self.R, self.bias)
+        return F.linear(F.linear(F.linear(x, R), M), L, bias)

@@ -92,8 +92,8 @@ class FactoredLinear(nn.Module):
         parts = {name: torch.empty(shape, **options) for name, shape in shapes.items()}
         for part in parts.values():
             part.uniform_(-1, 1).mul_(part.shape[1] ** -0.5)
-        value = torch.empty(out_features, **options).uniform_(-1, 1).mul_(in_features**-0.5) if bias else None
-        self._hold(parts, value, dense_class)
+        biases = torch.empty(out_features, **options).uniform_(-1, 1).mul_(in_features**-0.5) if bias else None
+        self._hold(parts, biases, dense_class)
 
     def _hold(self, parts: Mapping[str, Tensor], bias: Tensor | None, dense_class: type[nn.Module]) -> None:
         self.out_features, self.in_features = parts["L"].shape[0], parts["R"].shape[1]
@@ -163,11 +163,16 @@ class FactoredLinear(nn.Module):
         **Shape**
             - x: (..., in); returns (..., out)
         """
-        outer, inner = self.factors()
-        if outer.dtype != x.dtype:
-            outer, inner = outer.to(x.dtype), inner.to(x.dtype)
-        bias = self.bias
-        return F.linear(F.linear(x, inner), outer, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+        outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
+        return F.linear(F.linear(x, inner), outer, bias)
+
+    @staticmethod
+    def cast(dtype: torch.dtype, *parts: Any) -> Any:
+        """Tensors in a dtype, None as it is; at once where the first one has it, which they share but for the bias."""
+        bias = parts[-1]
+        if parts[0].dtype == dtype and (bias is None or bias.dtype == dtype):
+            return parts
+        return [part if part is None else part.to(dtype) for part in parts]
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

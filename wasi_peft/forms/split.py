@@ -73,9 +73,8 @@ class SplitLinear(FactoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[:-1].numel() >= FEW_ROWS:
             return super().forward(x)
-        L, R, B, A = (part.to(x.dtype) for part in (self.L, self.R, self.B, self.A))
-        y = F.linear(F.linear(x, R), L, None if self.bias is None else self.bias.to(x.dtype))
-        return y + F.linear(F.linear(x, A), B)
+        L, R, B, A, bias = self.cast(x.dtype, self.L, self.R, self.B, self.A, self.bias)
+        return F.linear(F.linear(x, R), L, bias) + F.linear(F.linear(x, A), B)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, side_rank={len(self.A)}"

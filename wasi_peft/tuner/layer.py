@@ -187,10 +187,8 @@ class WasiLayer(BaseTunerLayer):
 
     def after_step(self, moved: set[int], retracted: bool) -> None:
         """What an optimizer's step calls for (:mod:`steps`): one more step for warm bases, a retraction."""
-        for name, form in list(self.wasi_form.items()):
-            update, state = self.wasi_update.get(name), self.wasi_input.get(name)
-            if update is None or state is None:
-                continue
+        for name in list(self.wasi_form):
+            form, update, state = self.form_of(name), self.wasi_update[name], self.wasi_input[name]
             trained = [form.part(part) for part in update.trained]
             if not any(id(part) in moved for part in trained):
                 continue
@@ -433,6 +431,8 @@ class Linear(nn.Module, WasiLayer):
         if not torch.is_grad_enabled() or not any(form.part(part).requires_grad for part in update.trained):
             return form.forward(x if x.dtype == compute_dtype else x.to(compute_dtype))
 
+        if torch.compiler.is_exporting():
+            return form.forward(x.to(compute_dtype))  # ordinary operations, whatever trains
         compiling = torch.compiler.is_compiling()
         rows = x.to(compute_dtype) if compiling else self.inputs.cast(x, compute_dtype)
         state, compressed = self.wasi_input[name], None

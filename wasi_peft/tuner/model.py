@@ -179,6 +179,11 @@ class WasiModel(BaseTuner):
         model as it was.
         """
         config = self.peft_config[adapter_name]
+        if adapter_name.startswith(self.prefix) or adapter_name in ("base_layer", BASE):
+            raise ValueError(
+                f"an adapter's name must not start with {self.prefix!r}, nor be 'base_layer' or {BASE!r}: PEFT could "
+                f"not tell its tensors from others; got {adapter_name!r}."
+            )
         self._used_plain_svd = False
         self._loading_group: dict[str, WasiLayer] = {}
         shared = next((layer for _, layer in wasi_layers(model)), None)
@@ -432,7 +437,7 @@ class WasiModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return super()._remove_adapter_name_from_key(plain_name(key), adapter_name)
+        return plain_name(key).replace(f"{FORM}{adapter_name}.", FORM)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

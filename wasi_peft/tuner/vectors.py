@@ -100,6 +100,11 @@ class AdapterVectors:
         """Whether the base model's own vectors are still there."""
         return not self._values or None in self._values
 
+    @property
+    def adapters(self) -> set[str]:
+        """Names of the adapters that have vectors."""
+        return {name for name in self._values if name is not None}
+
     def names(self, adapter: str) -> tuple[str, ...]:
         """Full names of an adapter's vectors."""
         return tuple(self._values.get(adapter, ()))
@@ -128,9 +133,9 @@ class AdapterVectors:
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter's vectors; where they are in use, the base model's come back, if there are any."""
-        if adapter in self._values:
+        if adapter == self.active:
             self.activate(None)
-            del self._values[adapter]
+        self._values.pop(adapter, None)
 
     def activate(self, adapter: str | None) -> None:
         """Register the vectors of an adapter, or those of the base model for None and for an adapter without any."""
