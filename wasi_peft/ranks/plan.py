@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..memory.modes import MEMORY_MODES
 from ..updates.costs import break_even_rank, dense_elements, factored_elements
 from .spectrum import LayerSpectrum, _check_layer, _check_whole
 
-MEMORY_MODES = ("exact", "fast", "small")
 UPDATES = ("frozen_basis", "low_rank", "core", "subspace", "factor")
 DEFAULT_UPDATE, DEFAULT_UPDATE_RANK = "frozen_basis", 16
 IMAGE_UPDATES = ("frozen_basis", "core")  # backward needs of an input no more than R x, K numbers a row

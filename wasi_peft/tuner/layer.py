@@ -248,6 +248,11 @@ class WasiLayer(BaseTunerLayer):
         return names[0] if names and names[0] in self.wasi_L else None
 
     @property
+    def needs_whole_batches(self) -> bool:
+        """Whether the active adapter keeps inputs compressed, by bases that belong to whole batches."""
+        return self.wasi_rule.get(self.active_name or "") is not None
+
+    @property
     def base_is_released(self) -> bool:
         """Whether the original dense weight no longer exists."""
         base = self._unmerged_base[0] if self._unmerged_base else self.base_layer

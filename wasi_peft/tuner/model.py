@@ -14,7 +14,7 @@ from torch import nn
 
 from ..forms.dense import dense_bias, dense_weight
 from ..linalg.spectra import factorize_weight, rank_for_threshold
-from ..memory.modes import apply_memory_mode, check_memory_mode, leave_memory_mode
+from ..memory.modes import check_memory_mode, enter_memory_mode, leave_memory_mode
 from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
@@ -171,7 +171,7 @@ class WasiModel(BaseTuner):
         self._used_plain_svd = False
         self._loading_group: dict[str, WasiLayer] = {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        apply_memory_mode(model, self.peft_config[adapter_name])
+        enter_memory_mode(model, self.peft_config[adapter_name].resolved_memory_mode)
         if self._used_plain_svd:
             warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
         summary = wasi_summary(model, adapter_name)
@@ -184,7 +184,7 @@ class WasiModel(BaseTuner):
     def _prepare_model(self, peft_config: WasiConfig, model: nn.Module) -> None:
         """Everything that can be wrong is found here, before the first layer is replaced."""
         check_targets(model, peft_config)
-        check_memory_mode(model, peft_config)
+        check_memory_mode(model, peft_config.resolved_memory_mode)
         if not peft_config.init_weights:
             return
         targets = dict(selected_modules(model, peft_config))
@@ -196,10 +196,9 @@ class WasiModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: WasiConfig) -> None:
         others = [other for other in self.peft_config.values() if other is not config]
-        for name in ("memory_mode", "saved_tensors"):
-            values = [getattr(other, name) for other in [*others, config]]
-            if len(set(values)) > 1:
-                raise ValueError(f"All adapters of a model must have the same {name}, got {values}.")
+        modes = [other.memory_mode for other in [*others, config]]
+        if len(set(modes)) > 1:
+            raise ValueError(f"All adapters of a model must have the same memory_mode, got {modes}.")
         for name in ("train_vectors", "bias"):
             shared = {"train_vectors": True, "bias": "all"}[name]
             values = [getattr(other, name) for other in [*others, config]]
@@ -306,7 +305,8 @@ class WasiModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        leave_memory_mode(model)
+        for mode in {config.resolved_memory_mode for config in self.peft_config.values()}:
+            leave_memory_mode(model, mode)
         return model
 
     # ---------------------------------------------------------------- state dict
