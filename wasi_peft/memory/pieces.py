@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -317,7 +317,6 @@ class SlicedBlocks:
 # -------------------------------------------------------------------- chunks of an MLP's tokens
 
 
-@runtime_checkable
 class NeedsWholeBatches(Protocol):
     """A module that says whether it can be given some of a batch's tokens at a time.
 
@@ -331,7 +330,7 @@ class NeedsWholeBatches(Protocol):
 
 
 def _needs_whole_batches(module: nn.Module) -> bool:
-    return any(isinstance(part, NeedsWholeBatches) and part.needs_whole_batches for part in module.modules())
+    return any(getattr(part, "needs_whole_batches", False) for part in module.modules())
 
 
 class _Chunks:

@@ -291,7 +291,8 @@ class LowBitBlocks:
 
     Embeddings, head and loss stay exact. Nothing happens without gradients, while `torch.compile` traces, and where
     other saved-tensor hooks are in force when the block starts (offloading): those stay in charge, as do those of
-    checkpointing inside the block. The model can be copied and pickled.
+    checkpointing inside the block, of which only the input is stored in few bits then. The model can be copied and
+    pickled.
 
     Args:
         kind: As for :class:`LowBitSavedTensors`.

@@ -9,7 +9,6 @@ end, and around `forward`, so that it can put back whatever it changes, also whe
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, Protocol
 
 from torch import nn
@@ -38,30 +37,41 @@ class Technique(Protocol):
         """Undo :meth:`install`; nothing happens where it is not in use."""
 
 
-class Around:
-    """Takes the place of a module's `forward`; like the bound method that it replaces, it has a `__self__`.
+class Forward:
+    """The forward of a module; like a bound method, it has a `__self__`.
 
     Args:
         module: The module.
-        run: Calls the forward.
-        inner: What took the place of the forward before, if anything did.
+        replaced: What somebody else put in the place of its class's forward, if anything.
     """
 
-    def __init__(self, module: nn.Module, run: Runner, inner: Any = None) -> None:
-        self.__self__, self.__name__ = module, "forward"
-        self.run, self.inner = run, inner
+    def __init__(self, module: nn.Module, replaced: Callable[..., Any] | None = None) -> None:
+        self.__self__, self.replaced = module, replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inner = self.inner
-        if inner is None:  # the class may have changed since, as FSDP does
-            inner = MethodType(type(self.__self__).forward, self.__self__)
-        return self.run(inner, *args, **kwargs)
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        module = self.__self__
+        return type(module).forward(module, *args, **kwargs)  # of the class that it has now: FSDP gives another
+
+
+class Around:
+    """A runner with the forward that it calls, in the place of that; it too has a `__self__`."""
+
+    __self__: nn.Module
+
+    def __init__(self, run: Runner, inner: Forward | Around) -> None:
+        self.__self__, self.run, self.inner = inner.__self__, run, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.inner, *args, **kwargs)
 
 
 def wrap(module: nn.Module, run: Runner) -> None:
     """Put a runner around the forward of a module, outside of those that are there; one of its class goes first."""
     unwrap(module, type(run))
-    module.__dict__["forward"] = Around(module, run, module.__dict__.get("forward"))
+    there = module.__dict__.get("forward")
+    module.__dict__["forward"] = Around(run, there if isinstance(there, Around) else Forward(module, there))
 
 
 def unwrap(module: nn.Module, kind: type) -> None:
@@ -73,7 +83,9 @@ def unwrap(module: nn.Module, kind: type) -> None:
         return
     if outer is not None:
         outer.inner = around.inner
-    elif around.inner is not None:
+    elif isinstance(around.inner, Around):
         module.__dict__["forward"] = around.inner
+    elif around.inner.replaced is not None:
+        module.__dict__["forward"] = around.inner.replaced
     else:
         del module.__dict__["forward"]
