@@ -404,7 +404,8 @@ def _profiler(**options: Any) -> torch.profiler.profile:
 def _rest_bases(model: nn.Module) -> None:
     """Makes all bases stay in the next step."""
     for _, layer in wasi_layers(model):
-        layer.wasi_basis_age.update(dict.fromkeys(layer.wasi_basis_age, 0))
+        for state in layer.wasi_input.values():
+            state.age = 0
 
 
 def _all_blocks(parts: Blocks) -> dict[int, int]:
@@ -458,7 +459,8 @@ def _kind(module: nn.Module) -> str:
     name = type(module).__name__
     if not isinstance(module, BaseTunerLayer):
         return name
-    method = type(module).__module__.split(".")[-2].removesuffix("_peft")
+    path = type(module).__module__.split(".")  # peft.tuners.lora.layer, or that of a package of its own
+    method = path[path.index("tuners") + 1] if "tuners" in path else path[0].removesuffix("_peft")
     return f"{method}.{name}"
 
 

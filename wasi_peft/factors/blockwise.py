@@ -140,6 +140,6 @@ def _error(block: str, wanted: Sequence[Tensor], states: BlockStates) -> float:
 def _repaired(layer: Linear, given: InitialFactors) -> InitialFactors:
     """The factors of a layer; L stays the given one, bit for bit, where only R was refitted."""
     repaired = orthonormal_factors(layer)
-    if not torch.equal(layer.wasi_L[ADAPTER], given.L):
+    if not torch.equal(layer.form_of(ADAPTER).L, given.L):
         return repaired
-    return InitialFactors(given.L, layer.wasi_R[ADAPTER].detach(), repaired.bias)
+    return InitialFactors(given.L, layer.form_of(ADAPTER).R.detach(), repaired.bias)

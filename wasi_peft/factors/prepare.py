@@ -90,24 +90,30 @@ def preprocess_wasi(
             progress_bar=progress_bar,
         )
     calibration.require(targets)
+    update = resolved.layer_update
     if resolved.weight_share is not None:
-        spectra = calibration.spectra(targets, resolved.reserved_rank, resolved.has_core)
-        resolved.ranks = allocate_ranks(spectra, resolved.weight_share)
+        spectra = calibration.spectra(targets, resolved.layer_update)
+        resolved.resolved_ranks = allocate_ranks(spectra, resolved.weight_share)
     asked = {name: asked_rank(name, resolved) for name in targets}
     ranks = {name: rank_for(asked[name], calibration.energies(name)) for name in targets}
     factors: dict[str, InitialFactors] = {}
     for name, module in tqdm(targets.items(), desc="WASI initial factors", disable=not progress_bar):
-        directions = initial_rank(ranks[name], resolved.reserved_rank, dense_weight(module).shape)
+        directions = initial_rank(ranks[name], update.side_rank, dense_weight(module).shape)
         factors[name] = calibration.factors(name, module, directions)
     if repair_steps and batches is not None:
         functions: dict[Repair, Callable[..., dict[str, InitialFactors]]]
         functions = {"model": repair_factors, "blocks": repair_blocks, "tokens": repair_tokens}
         factors = functions[repair](model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
-    if resolved.keeps_image and batches is not None:
+    if update.keeps_image and batches is not None:
         count = MOMENT_BATCHES if max_batches is None else min(max_batches, MOMENT_BATCHES)
         moments = image_moments(model, factors, batches, max_batches=count, progress_bar=progress_bar)
         factors = {name: replace(initial, moments=moments[name]) for name, initial in factors.items()}
     for name, initial in factors.items():
         targets[name].__dict__[INITIAL_FACTORS] = PreparedFactors(
-            initial, ranks[name], asked[name], resolved.weight_share, resolved.resolved_update, resolved.reserved_rank
+            initial,
+            ranks[name],
+            asked[name],
+            resolved.weight_share,
+            resolved.layer_update.name,
+            update.side_rank,
         )

@@ -144,8 +144,7 @@ def _readers(block: str, dense: BlockStates, names: Iterable[str]) -> list[list[
 def _refit(layer: Linear, target: nn.Module, moments: _Moments, ridge: float) -> None:
     """Give a layer the right factor, and the bias, that suit its inputs in the compressed model."""
     cross, moment, wanted, mean = moments.means()
-    (adapter,) = layer.wasi_L
-    L, R = layer.wasi_L[adapter], layer.wasi_R[adapter]
+    L, R = layer.form.L, layer.form.R
     bias = dense_bias(target)
     least = _ROUNDING * float(moment.diagonal().mean())
     if bias is not None:
@@ -153,5 +152,5 @@ def _refit(layer: Linear, target: nn.Module, moments: _Moments, ridge: float) ->
     refitted = R.double() @ input_map(cross, moment, max(ridge * float(moment.diagonal().mean()), least))
     if bias is not None:
         corrected = bias.double() + dense_weight(target).double() @ wanted - L.double() @ (refitted @ mean)
-        layer.wasi_bias[adapter].copy_(corrected)
+        layer.form.bias.copy_(corrected)
     R.copy_(refitted)

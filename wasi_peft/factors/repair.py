@@ -20,6 +20,7 @@ from ..models.structure import Structure
 from ..tuner.config import WasiConfig
 from ..tuner.layer import Linear
 from ..updates.base import InitialFactors
+from ..updates.factor import Factor
 from .blocks import hooked
 from .calibration import check_repeatable, evaluating, features_of, limited, model_output, real_rows, token_mask
 
@@ -123,7 +124,7 @@ def student_of(model: nn.Module, factors: Mapping[str, InitialFactors]) -> tuple
     """A second model that shares every tensor with the first, but has factored target layers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     student = copy.deepcopy(model, shared)
-    config = WasiConfig(update="factor", activation_threshold=None)
+    config = WasiConfig(update=Factor.name, activation_threshold=None)
     layers = {}
     for name, given in factors.items():
         initial = InitialFactors(given.L.clone(), given.R.clone(), given.bias)  # a layer trains what it is given
@@ -273,8 +274,9 @@ def _hidden_states(model: nn.Module, blocks: Sequence[str], batch: Any) -> list[
 @torch.no_grad()
 def orthonormal_factors(layer: Linear) -> InitialFactors:
     """The factors of a trained layer in the form that training starts from: L with orthonormal columns."""
-    L, R = layer.wasi_L[ADAPTER], layer.wasi_R[ADAPTER]
+    form = layer.form_of(ADAPTER)
+    L, R = form.L, form.R
     basis, corner = torch.linalg.qr(L.double())
     right = corner @ R.double()
-    bias = layer.wasi_bias[ADAPTER].detach() if ADAPTER in layer.wasi_bias else None
+    bias = None if form.bias is None else form.bias.detach()
     return InitialFactors(basis.to(L.dtype), right.to(R.dtype), bias)

@@ -76,16 +76,23 @@ def wrap(module: nn.Module, run: Runner) -> None:
 
 def unwrap(module: nn.Module, kind: type) -> None:
     """Take away the runner of a class, wherever it is among those around the forward of a module."""
-    outer, around = None, module.__dict__.get("forward")
-    while isinstance(around, Around) and not isinstance(around.run, kind):
-        outer, around = around, around.inner
-    if not isinstance(around, Around):
+    there = module.__dict__.get("forward")
+    if not isinstance(there, Around):
         return
-    if outer is not None:
-        outer.inner = around.inner
-    elif isinstance(around.inner, Around):
-        module.__dict__["forward"] = around.inner
-    elif around.inner.replaced is not None:
-        module.__dict__["forward"] = around.inner.replaced
+    rest = _without(there, kind)
+    if isinstance(rest, Around):
+        module.__dict__["forward"] = rest
+    elif rest.replaced is not None:
+        module.__dict__["forward"] = rest.replaced
     else:
         del module.__dict__["forward"]
+
+
+def _without(forward: Forward | Around, kind: type) -> Forward | Around:
+    """What is left without the runner of a class; what was there stays as it is, for those who put it back."""
+    if isinstance(forward, Forward):
+        return forward
+    if isinstance(forward.run, kind):
+        return forward.inner
+    inner = _without(forward.inner, kind)
+    return forward if inner is forward.inner else Around(forward.run, inner)
