@@ -345,7 +345,9 @@ class WasiLayer(BaseTunerLayer):
         group = self._loading_group
         if self._awaiting or any(layer._awaiting for layer in group.values()):
             return
-        for layer in list(group.values()):
+        layers = list(group.values())
+        group.clear()
+        for layer in layers:
             layer._loading_group = {}
             if layer._release_to is not None:
                 layer.release_base(layer._release_to)

@@ -185,7 +185,9 @@ class WasiModel(BaseTuner):
                 f"not tell its tensors from others; got {adapter_name!r}."
             )
         self._used_plain_svd = False
-        self._loading_group: dict[str, WasiLayer] = {}
+        # layers whose factors have not been loaded yet, by name
+        loading: dict[str, WasiLayer] = self.__dict__.setdefault("_loading_group", {})
+        loading_before = dict(loading)
         shared = next((layer for _, layer in wasi_layers(model)), None)
         self._inputs = SharedInputs() if shared is None else shared.inputs
         self._vectors = AdapterVectors() if shared is None else shared.vectors
@@ -197,6 +199,8 @@ class WasiModel(BaseTuner):
             self._release(model, config)
         except BaseException:
             before.restore()
+            loading.clear()
+            loading.update(loading_before)
             raise
         if self._used_plain_svd:
             warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
@@ -349,8 +353,8 @@ class WasiModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """What PEFT enters around every call of the model: adapters by sample, and no call before they are loaded."""
-        for _, layer in wasi_layers(self.model):
-            if layer._awaiting and layer.active_name is not None and not layer.disable_adapters:
+        for layer in list(self._loading_group.values()):
+            if layer.active_name is not None and not layer.disable_adapters:
                 layer._require_loaded(layer.active_name)
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
