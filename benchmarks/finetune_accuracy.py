@@ -56,7 +56,6 @@ RESULTS = RESULTS_FOLDER / "finetune_accuracy.json"
 GRID = {"full": (2e-5, 5e-5, 1e-4), "lora": (2e-4, 5e-4, 1e-3), "wasi": (2e-5, 5e-5, 1e-4, 2e-4)}
 SCORES = ("validation_accuracy", "test_accuracy", "test_accuracy_first_2000")
 DEFAULT_VARIANT, DEFAULT_MODE = "repaired", "exact"
-MODE_FIELDS = ("memory_mode", "saved_tensors")
 Settings = dict[str, Any]
 
 
@@ -206,11 +205,11 @@ def differences(entries: dict[str, Any]) -> list[str]:
 def exact_twin(entries: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any] | None:
     """Returns the run that differs from another one only in what is kept exactly for backward; None if it is missing.
 
-    That is the run without ``memory_mode`` and ``saved_tensors``, else the one that keeps exact inputs too. It must
+    That is the run without ``memory_mode``, else the one that keeps exact inputs too. It must
     have started from the same factors.
     """
     settings = entry["settings"]
-    without_mode = {key: value for key, value in settings["wasi"].items() if key not in MODE_FIELDS}
+    without_mode = {key: value for key, value in settings["wasi"].items() if key != "memory_mode"}
     others = {key: value for key, value in without_mode.items() if not key.startswith("activation_")}
     for options in (without_mode, {**others, "activation_threshold": None}):
         twin = entries.get(key_of({**settings, "wasi": options}))

@@ -33,7 +33,7 @@ from wasi_peft.updates.base import InitialFactors
 # fields of WasiConfig that the preparation does not see, and the update, which `prepared_once` takes from there
 UNSEEN = (
     "activation_interval", "activation_modes", "activation_ranks", "activation_threshold", "memory_mode",
-    "saved_tensors", "update", "update_rank",
+    "update", "update_rank",
 )  # fmt: skip
 MADE_FOR = ("rank", "asked", "share", "update", "update_rank")
 

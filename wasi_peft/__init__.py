@@ -3,6 +3,7 @@
 Importing this package registers the PEFT type `WASI`.
 """
 
+from . import memory
 from .cost.estimate import Estimate, estimate_wasi
 from .cost.peak import PeakMemory, measure_peak_memory
 from .cost.profile import StepProfile, profile_wasi
@@ -11,12 +12,6 @@ from .factors.calibration import Calibration, calibrate_wasi
 from .factors.prepare import preprocess_wasi
 from .factors.repair import REPAIR_STEPS, repair_factors
 from .factors.token_repair import repair_tokens
-from .memory.attention import low_bit_attention
-from .memory.chunked_mlp import chunk_mlps, unchunk_mlps
-from .memory.loss import chunked_cross_entropy, remove_chunked_loss, use_chunked_loss
-from .memory.recompute import BlockRecomputation, recompute_blocks
-from .memory.saved import LowBitSavedTensors, store_saved_tensors
-from .memory.slices import BatchSlices, slice_blocks, unslice_blocks
 from .planner.inference import fold_cores, merge_slow_layers
 from .planner.planner import plan_wasi
 from .ranks.plan import WasiPlan
@@ -36,12 +31,9 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "REPAIR_STEPS",
-    "BatchSlices",
-    "BlockRecomputation",
     "Calibration",
     "Estimate",
     "Linear",
-    "LowBitSavedTensors",
     "OptimizerInBackward",
     "PeakMemory",
     "StepProfile",
@@ -53,14 +45,12 @@ __all__ = [
     "WasiPlan",
     "WasiSummary",
     "calibrate_wasi",
-    "chunk_mlps",
-    "chunked_cross_entropy",
     "costs_table",
     "create_wasi_optimizer",
     "estimate_wasi",
     "fold_cores",
-    "low_bit_attention",
     "measure_peak_memory",
+    "memory",
     "merge_slow_layers",
     "plan_wasi",
     "plot_calibration",
@@ -70,17 +60,10 @@ __all__ = [
     "preprocess_wasi",
     "profile_wasi",
     "profiles_table",
-    "recompute_blocks",
-    "remove_chunked_loss",
     "repair_blocks",
     "repair_factors",
     "repair_tokens",
     "resize_rank",
-    "slice_blocks",
-    "store_saved_tensors",
-    "unchunk_mlps",
-    "unslice_blocks",
-    "use_chunked_loss",
     "wasi_summary",
 ]
 

@@ -76,7 +76,7 @@ def repair_blocks(
     with evaluating(model, gradients=False):
         student, layers = student_of(model, factors)
         (first,) = limited(data, 1, None)
-        chains, first_rows = segments(model, compared_blocks(factors, every=1), first)
+        chains, first_rows = segments(model, compared_blocks(model, factors, every=1), first)
         batches = list(limited(data, math.ceil(rows / max(1, first_rows)), None))
         with tqdm(total=sum(map(len, chains)), desc="WASI blocks", disable=not progress_bar) as bar:
             for chain in chains:

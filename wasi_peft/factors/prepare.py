@@ -11,10 +11,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..forms.dense import dense_weight
+from ..models.structure import vocabulary_head
 from ..ranks.allocate import allocate_ranks
 from ..tuner.config import WasiConfig
 from ..tuner.model import INITIAL_FACTORS, PreparedFactors, initial_rank, rank_for
-from ..tuner.targets import asked_rank, resolve_targets, vocabulary_head
+from ..tuner.targets import asked_rank, resolve_targets
 from ..updates.base import InitialFactors
 from .blockwise import BLOCK_STEPS, repair_blocks
 from .calibration import Calibration, CalibrationData, calibrate_wasi, dense_targets

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..models.structure import Structure
 from ..tuner.config import WasiConfig
 from ..tuner.layer import Linear
 from ..updates.base import InitialFactors
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 REPAIR_STEPS = 400
 ADAPTER = "repair"
 _WARM_UP = 0.05
-_NUMBERED = re.compile(r"^.*?\.\d+(?=\.)")
 
 
 def repair_factors(
@@ -73,7 +72,7 @@ def repair_factors(
     check_arguments(data, steps=steps, lr=lr, every=every)
     with evaluating(model, gradients=True):
         student, layers = student_of(model, factors)
-        blocks = compared_blocks(factors, every)
+        blocks = compared_blocks(model, factors, every)
         losses = list(_train(model, student, layers, blocks, data, steps, lr, max_batches, progress_bar))
     span = max(1, min(10, len(losses) // 4))
     before, after = sum(losses[:span]) / span, sum(losses[-span:]) / span
@@ -101,20 +100,23 @@ def check_arguments(data: Iterable[Any], **positive: float) -> None:
     check_repeatable(data)
 
 
-def compared_blocks(names: Iterable[str], every: int) -> list[str]:
-    """Names of every few blocks, counted from the last of each stack; blocks are numbered containers of the layers.
+def compared_blocks(model: nn.Module, names: Iterable[str], every: int) -> list[str]:
+    """Names of every few blocks that some layers are in, counted from the last of each list of blocks.
 
     Example:
-        >>> compared_blocks([f"encoder.layer.{i}.mlp.fc1" for i in range(5)], every=3)
-        ['encoder.layer.1', 'encoder.layer.4']
+        >>> from transformers import ViTConfig, ViTModel
+        >>> small = ViTConfig(hidden_size=16, num_hidden_layers=5, num_attention_heads=2, intermediate_size=32)
+        >>> compared_blocks(ViTModel(small), [f"layers.{i}.mlp.fc1" for i in range(5)], every=3)
+        ['layers.1', 'layers.4']
     """
+    structure = Structure(model)
     stacks: dict[str, list[str]] = {}
     for name in names:
-        match = _NUMBERED.match(f"{name}.")
-        if match is not None:
-            stack = stacks.setdefault(match[0].rpartition(".")[0], [])
-            if match[0] not in stack:
-                stack.append(match[0])
+        block = structure.block_of(name)
+        if block is not None:
+            stack = stacks.setdefault(block.rpartition(".")[0], [])
+            if block not in stack:
+                stack.append(block)
     return [block for stack in stacks.values() for block in reversed(stack[::-1][::every])]
 
 

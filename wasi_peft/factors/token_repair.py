@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..memory.loss import default_chunk_rows
+from ..models.structure import vocabulary_head
 from ..tuner.layer import Linear
-from ..tuner.targets import vocabulary_head
 from ..updates.base import InitialFactors
 from .blocks import Reached
 from .calibration import evaluating, layer_input, limited, model_output, real_rows, token_mask

@@ -23,10 +23,11 @@ from ..cost.timing import LayerTimer
 from ..factors.calibration import Calibration, dense_targets, evaluating
 from ..forms.dense import dense_weight
 from ..linalg.tucker import canonical
+from ..memory.modes import MEMORY_MODES
 from ..ranks.allocate import allocate_ranks
 from ..ranks.choosing import activation_options, choose_plan, plan_error
 from ..ranks.knapsack import InfeasibleError
-from ..ranks.plan import MEMORY_MODES, WasiPlan, build_plan
+from ..ranks.plan import WasiPlan, build_plan
 from ..ranks.spectrum import InputGroup, LayerSpectrum, input_groups
 from ..tuner.config import WasiConfig
 from ..updates.costs import (
@@ -63,7 +64,6 @@ _KEPT_FIELDS = (
     "update",
     "update_rank",
     "memory_mode",
-    "saved_tensors",
     "base_weight",
 )
 _DECIDED_FIELDS = ("weight_rank", "rank_pattern", "weight_share", "plan", "activation_ranks")

@@ -113,7 +113,7 @@ class WasiLayer(BaseTunerLayer):
         return self.wasi_update[self.active_name]
 
     @property
-    def compresses_input(self) -> bool:
+    def needs_whole_batches(self) -> bool:
         """Whether the active adapter keeps a compressed input for backward, whose bases belong to whole batches."""
         name = self.active_name
         return name is not None and self.wasi_input[name].rule is not None

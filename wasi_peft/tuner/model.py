@@ -16,7 +16,7 @@ from torch import nn
 from ..forms.dense import dense_bias, dense_weight
 from ..forms.factored import FactoredLinear
 from ..linalg.spectra import factorize_weight, rank_for_threshold
-from ..memory.modes import apply_memory_mode, check_memory_mode, leave_memory_mode
+from ..memory.modes import check_memory_mode, enter_memory_mode, leave_memory_mode
 from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
@@ -195,7 +195,7 @@ class WasiModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._add_vectors(model, adapter_name)
-            apply_memory_mode(model, config)
+            enter_memory_mode(model, config.resolved_memory_mode)
             self._release(model, config)
         except BaseException:
             before.restore()
@@ -220,7 +220,7 @@ class WasiModel(BaseTuner):
         """Everything that can be wrong is found here, before the first layer is replaced."""
         copied = self._source(peft_config) is not None
         check_targets(model, peft_config, copied)
-        check_memory_mode(model, peft_config)
+        check_memory_mode(model, peft_config.resolved_memory_mode)
         if copied:
             return
         if peft_config.ranks is not None:
@@ -417,7 +417,8 @@ class WasiModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        leave_memory_mode(model)
+        for mode in {config.resolved_memory_mode for config in self.peft_config.values()}:
+            leave_memory_mode(model, mode)
         return model
 
     # ---------------------------------------------------------------- state dict
