@@ -112,7 +112,7 @@ def test_only_adapter_parameters_change(kind: type[nn.Module], target: str, upda
     before = {name: value.clone() for name, value in model.state_dict().items()}
     names = trainable(model)
     parts = {"low_rank": "AB", "core": "M", "frozen_basis": "L"}.get(update, "LR")
-    assert {name.rpartition(".wasi_form.default.")[2] for name in names} == set(parts)
+    assert {name.rpartition(".wasi_form.default.wasi_")[2] for name in names} == set(parts)
     step(model)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == names
@@ -251,7 +251,7 @@ def test_requires_grad_follows_the_active_adapter(kind: type[nn.Module], target:
 def test_requires_grad_survives_disabling_and_switching(update: str, bias: str) -> None:
     model = get_peft_model(dense(MLP), config(update=update, bias=bias))
     only = trainable(model)
-    assert any(name.endswith(".default.R") for name in only) == (update == "subspace")
+    assert any(name.endswith(".default.wasi_R") for name in only) == (update == "subspace")
     assert any(name.endswith(".default.bias") for name in only) == (bias == "wasi_only")
     with model.disable_adapter():
         assert trainable(model) == set()

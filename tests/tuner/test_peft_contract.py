@@ -141,11 +141,11 @@ def test_training_at_low_rank_lowers_the_loss(
     losses = train(model, architecture.batch(), steps=30 if update in ("core", "frozen_basis") else 10)
     assert losses[-1] < 0.9 * losses[0]
     end = factors(model)
-    both = (".default.L", ".default.R")
-    frozen = {"frozen_basis": (".default.R",), "low_rank": both, "core": both}.get(update, ())
+    both = (".default.wasi_L", ".default.wasi_R")
+    frozen = {"frozen_basis": (".default.wasi_R",), "low_rank": both, "core": both}.get(update, ())
     for name in end:
         assert torch.equal(end[name], start[name]) == name.endswith(frozen)
-        if name.endswith(".default.L") and update == "subspace":
+        if name.endswith(".default.wasi_L") and update == "subspace":
             close(end[name].T @ end[name], torch.eye(5))
 
 
@@ -156,7 +156,7 @@ def test_exactly_the_right_parameters_train(architecture: Architecture, vectors:
     outside = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in targets]
     with_bias = {name for name in targets if model.get_submodule(name).bias is not None}
     parts = {"frozen_basis": ["L"], "low_rank": ["A", "B"], "core": ["M"]}.get(update, ["L", "R"])
-    expected = {f"{name}.wasi_form.default.{part}" for name in targets for part in parts}
+    expected = {f"{name}.wasi_form.default.wasi_{part}" for name in targets for part in parts}
     if bias != "none":
         expected |= {f"{name}.wasi_form.default.bias" for name in with_bias}
     if bias == "all":
@@ -360,7 +360,7 @@ def test_deepcopy_is_independent(architecture: Architecture, base_weight: str) -
     assert torch.equal(logits(model, batch), before)
     assert not torch.equal(logits(again, batch), before)
     for name, value in factors(again).items():  # a copy is retracted after its own steps
-        if name.endswith(".default.L"):
+        if name.endswith(".default.wasi_L"):
             close(value.T @ value, torch.eye(5))
 
 

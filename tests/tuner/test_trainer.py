@@ -405,14 +405,14 @@ def test_a_step_that_the_scaler_skips_changes_nothing(fused: bool, retractions: 
             assert parameters[0].grad is not None
             parameters[0].grad[0] = float("inf")
             before, retracted = trained_values(model), len(retractions)
-            ages = [dict(layer.wasi_basis_age) for _, layer in wasi_layers(model)]
+            ages = [layer.wasi_input["default"].age for _, layer in wasi_layers(model)]
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
     assert scaler.get_scale() == 512.0  # it did skip
     assert_same(trained_values(model), before)
     assert retracted == 12 and len(retractions) == retracted
-    assert [dict(layer.wasi_basis_age) for _, layer in wasi_layers(model)] == ages
+    assert [layer.wasi_input["default"].age for _, layer in wasi_layers(model)] == ages
 
 
 def test_subspace_sgd_with_a_scaler_takes_the_unscaled_step() -> None:
