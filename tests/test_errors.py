@@ -389,8 +389,14 @@ FILES: dict[str, tuple[Any, str]] = {
     "missing bias": (missing("fc1.wasi_form.bias"), r"fc1: the adapter lacks bias"),
     "missing vector": (missing("layernorm_before.weight"), "layernorm_before"),
     "other shape": (other_shape, r"fc1\.wasi_form\.default\.wasi_L: must have shape \(24, 5\), got \(24, 4\)"),
-    "NaN in L": (nan("k_proj.wasi_form.wasi_L"), r"k_proj\.wasi_form\.default\.wasi_L: the adapter file holds NaN or Inf"),
-    "Inf in R": (nan("k_proj.wasi_form.wasi_R", math.inf), r"k_proj\.wasi_form\.default\.wasi_R: the adapter file holds NaN or Inf"),
+    "NaN in L": (
+        nan("k_proj.wasi_form.wasi_L"),
+        r"k_proj\.wasi_form\.default\.wasi_L: the adapter file holds NaN or Inf",
+    ),
+    "Inf in R": (
+        nan("k_proj.wasi_form.wasi_R", math.inf),
+        r"k_proj\.wasi_form\.default\.wasi_R: the adapter file holds NaN or Inf",
+    ),
     "NaN in bias": (nan("fc1.wasi_form.bias"), r"fc1\.wasi_form\.default\.bias: the adapter file holds NaN or Inf"),
     "NaN in vector": (nan("layernorm_after.bias"), r"layernorm_after\.bias: the adapter file holds NaN or Inf"),
     "other ranks": (other_ranks, r"\.wasi_L: must have shape \(16, 4\), got \(16, 5\)"),

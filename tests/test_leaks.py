@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import get_peft_model
-from test_activation_state import Interrupted, fail, fail_in_backward, live_bytes, shared_inputs, trainable
+from probes import Interrupted, fail, fail_in_backward, live_bytes, shared_inputs, trainable
 from torch import Tensor, nn
 
 import wasi_peft.memory.saved as saved_module

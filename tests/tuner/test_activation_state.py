@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import ARCHITECTURES
 from peft import get_peft_model
+from probes import Interrupted, fail, fail_in_backward, live_bytes, shared_inputs, trainable
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -62,10 +63,6 @@ def architecture_model(name: str, **options: Any) -> Any:
     return wrap(ARCHITECTURES[name].model(), **options)
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 def sgd(model: nn.Module, lr: float = 0.01) -> torch.optim.Optimizer:
     return torch.optim.SGD(trainable(model), lr=lr)
 
@@ -98,23 +95,6 @@ def low_rank_input(shape: tuple[int, ...], seed: int, rank: int = 4) -> Tensor:
     """Rows in one fixed subspace of dimension `rank`, so that keeping `rank` features loses nothing."""
     subspace = torch.randn(rank, WIDTH, generator=torch.Generator().manual_seed(99))
     return torch.randn(*shape, rank, generator=torch.Generator().manual_seed(seed)) @ subspace
-
-
-def live_bytes() -> int:
-    """Bytes of all storages that some tensor in the process still holds."""
-    gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated attributes of other libraries' objects
-        tensors = [item for item in gc.get_objects() if isinstance(item, Tensor)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-def shared_inputs(model: nn.Module) -> SharedInputs:
-    """The one object by which the layers of a model share their inputs."""
-    first, *others = [layer.inputs for _, layer in wasi_layers(model)]
-    assert all(other is first for other in others)
-    return first
 
 
 class Recorder:
@@ -560,19 +540,6 @@ def test_passes_without_gradients_leave_no_trace(guard: Callable[[], Any]) -> No
 
 
 # -------------------------------------------------------------------- errors
-
-
-class Interrupted(RuntimeError):
-    """Raised on purpose."""
-
-
-def fail(*_: Any) -> None:
-    raise Interrupted
-
-
-def fail_in_backward(_: nn.Module, __: Any, output: Tensor) -> None:
-    """Forward hook after which the backward pass breaks off at this layer."""
-    output.register_hook(fail)
 
 
 def _step_after_interruption(where: str | None, name: str = "vit") -> tuple[dict[str, Tensor], dict[str, Tensor]]:

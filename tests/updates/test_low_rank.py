@@ -17,8 +17,8 @@ from strategies import normal, relative_error
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, calibrate_wasi, plan_wasi, preprocess_wasi, resize_rank, wasi_summary
-from wasi_peft.linalg.tucker import Bases, CompressionRule, canonical, compress, expand
 from wasi_peft.forms import SplitLinear
+from wasi_peft.linalg.tucker import Bases, CompressionRule, canonical, compress, expand
 from wasi_peft.tuner.layer import wasi_layers
 from wasi_peft.updates.low_rank import low_rank_linear, split_off
 
