@@ -151,14 +151,10 @@ def _check_target(
             f"{name}: the plan is for another model: it has {planned.out_features} x {planned.in_features} there, "
             f"this model {shape[0]} x {shape[1]}."
         )
-    rank, side_rank = fixed_rank(name, config), config.layer_update.side_rank
+    rank = fixed_rank(name, config)
     if rank is not None and rank > min(shape):
         raise ValueError(
             f"{name}: the rank must be at most min(out_features, in_features) = {min(shape)}, got {rank}."
-        )
-    if side_rank > min(shape):
-        raise ValueError(
-            f"{name}: update_rank must be at most min(out_features, in_features) = {min(shape)}, got {side_rank}."
         )
 
 
