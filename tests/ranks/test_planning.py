@@ -311,7 +311,9 @@ def test_build_plan() -> None:
 
 
 def kept_energy(spectra: list[LayerSpectrum], ranks: dict[str, int]) -> float:
-    return math.fsum(math.fsum(layer.weight_energies[: ranks[layer.name] + layer.update.side_rank]) for layer in spectra)
+    return math.fsum(
+        math.fsum(layer.weight_energies[: ranks[layer.name] + layer.update.side_rank]) for layer in spectra
+    )
 
 
 def parameters(spectra: list[LayerSpectrum], ranks: dict[str, int]) -> int:
