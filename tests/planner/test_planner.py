@@ -19,23 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wasi_peft import WasiConfig
 from wasi_peft.cost.estimate import PlannedPeaks, estimate_peak, estimate_wasi, input_sizes
+from wasi_peft.cost.timing import LayerTimer
 from wasi_peft.factors.calibration import Calibration, calibrate_wasi
 from wasi_peft.linalg.tucker import Tucker
-from wasi_peft.planner.planner import (
-    AIM,
-    BUDGETS,
-    GRADIENT_ERROR,
-    MODE_TOLERANCE,
-    PEAK_MARGIN,
-    LayerTimer,
-    _comparable,
-    _Flops,
-    _next_bound,
-    _Problem,
-    _run_for_sizes,
-    input_shapes,
-    plan_wasi,
-)
+from wasi_peft.planner.fit import AIM, GRADIENT_ERROR, Problem, next_bound
+from wasi_peft.planner.peak import MODE_TOLERANCE, PEAK_MARGIN
+from wasi_peft.planner.planner import BUDGETS, _comparable, _run_for_sizes, input_shapes, plan_wasi
+from wasi_peft.planner.work import Flops
 from wasi_peft.ranks.choosing import plan_error
 from wasi_peft.ranks.plan import MEMORY_MODES, WasiPlan
 from wasi_peft.ranks.spectrum import LayerSpectrum, input_groups
@@ -296,7 +286,7 @@ def test_flops_are_those_that_torch_counts(rank: int, update: str, feature_rank:
     compressed = None
     if feature_rank is not None:
         compressed = Tucker(timer._random(1, rows, feature_rank), timer._random(in_features, feature_rank))
-    work = _Flops(_Problem([spectrum], {"fc": (1, rows)}, {}), interval=8)
+    work = Flops(Problem([spectrum], {"fc": (1, rows)}, {}), interval=8)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         form(x)
     assert work.forward(spectrum, rank) == counter.get_total_flops()
@@ -358,7 +348,7 @@ def test_a_step_fits_and_uses_what_it_may(name: str, caplog: pytest.LogCaptureFi
         match=r"peak_bytes must be at least 0\.\d MiB \([\d,]+ bytes\) for this model, got 0\.1 MiB \(10 bytes\)",
     ):
         planned(model, calibration, peak_bytes=10, batch=batch, config=config)
-    with caplog.at_level("WARNING", logger="wasi_peft.planner.planner"):
+    with caplog.at_level("WARNING", logger="wasi_peft.planner.peak"):
         most = planned(model, calibration, peak_bytes=10**12, batch=batch, config=config)
     dense = estimate_wasi(model, batch=batch).peak_bytes
     assert ("the plan saves no memory" in caplog.text) == (peak(model, most, batch, **options) >= dense)
@@ -469,7 +459,7 @@ def test_peaks_of_several_plans_are_those_of_fresh_estimates(update: Any, memory
     ],
 )
 def test_the_next_bound_follows_the_secant(tried: list[tuple[float, float]], expected: float) -> None:
-    assert _next_bound(tried, 100.0) == pytest.approx(expected)
+    assert next_bound(tried, 100.0) == pytest.approx(expected)
 
 
 def test_the_least_feasible_peak_is_feasible() -> None:
