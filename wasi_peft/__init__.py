@@ -18,9 +18,10 @@ from .ranks.plan import WasiPlan
 from .report.plots import plot_calibration, plot_estimates, plot_plan
 from .report.profiles import costs_table, plot_profiles, profiles_table
 from .training.callback import WasiCallback
-from .training.optimizer import SubspaceSGD, create_wasi_optimizer
+from .training.optimizer import create_wasi_optimizer
 from .training.optimizer_in_backward import OptimizerInBackward
 from .training.resize import resize_rank
+from .training.subspace_sgd import SubspaceSGD
 from .tuner.config import WasiConfig
 from .tuner.layer import Linear, WasiLayer
 from .tuner.model import WasiModel

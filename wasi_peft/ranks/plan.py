@@ -101,8 +101,8 @@ class WasiPlan:
             _check_whole("a plan's update_rank", self.update_rank)
         if (self.update_rank or 0) != (0 if self.update is None else self.layer_update.side_rank):
             raise ValueError(
-                f"a plan's update_rank must be the directions that its update trains beside the factors, got "
-                f"{self.update_rank!r} with {self.update!r}."
+                f"a plan's update_rank must be the number of directions that its update trains beside the factors, or "
+                f"None where it trains none, got {self.update_rank!r} with {self.update!r}."
             )
         names = [layer.name for layer in self.layers]
         if not names:
