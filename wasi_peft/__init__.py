@@ -8,10 +8,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .cost.estimate import Estimate, estimate_wasi
 from .cost.peak import PeakMemory, measure_peak_memory
 from .cost.profile import StepProfile, profile_wasi
-from .factors.blockwise import repair_blocks
 from .factors.calibration import Calibration, calibrate_wasi
+from .factors.model_repair import repair_factors
 from .factors.prepare import preprocess_wasi
-from .factors.repair import REPAIR_STEPS, repair_factors
 from .factors.token_repair import repair_tokens
 from .memory.attention import low_bit_attention
 from .memory.chunked_mlp import chunk_mlps, unchunk_mlps
@@ -30,13 +29,13 @@ from .training.optimizer_in_backward import OptimizerInBackward
 from .tuner.config import WasiConfig
 from .tuner.layer import Linear, WasiLayer, after_optimizer_step
 from .tuner.model import WasiModel
+from .tuner.prepared import WasiFactors
 from .tuner.registration import register
 from .tuner.summary import WasiSummary, wasi_summary
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "REPAIR_STEPS",
     "BatchSlices",
     "BlockRecomputation",
     "Calibration",
@@ -49,6 +48,7 @@ __all__ = [
     "SubspaceSGD",
     "WasiCallback",
     "WasiConfig",
+    "WasiFactors",
     "WasiLayer",
     "WasiModel",
     "WasiPlan",
@@ -73,7 +73,6 @@ __all__ = [
     "profiles_table",
     "recompute_blocks",
     "remove_chunked_loss",
-    "repair_blocks",
     "repair_factors",
     "repair_tokens",
     "resize_rank",

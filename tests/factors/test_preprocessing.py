@@ -33,19 +33,20 @@ from wasi_peft import (
     WasiLayer,
     calibrate_wasi,
     preprocess_wasi,
-    repair_blocks,
     repair_factors,
     repair_tokens,
 )
-from wasi_peft.factors import prepare as preprocessing
+from wasi_peft.factors.repairs import REPAIRS
 from wasi_peft.ranks.plan import LayerPlan, WasiPlan
 from wasi_peft.tuner.layer import wasi_layers
-from wasi_peft.tuner.model import INITIAL_FACTORS
+from wasi_peft.tuner.prepared import ATTACHED, WasiFactors
 
 
-def run(net: nn.Module, config: WasiConfig, data: Any = None, *, repair_steps: int | None = 0, **options: Any) -> None:
+def run(
+    net: nn.Module, config: WasiConfig, data: Any = None, *, repair_steps: int | None = 0, **options: Any
+) -> WasiFactors:
     """`preprocess_wasi` without progress bars, and without repair unless asked for."""
-    preprocess_wasi(net, config, data, repair_steps=repair_steps, progress_bar=False, **options)
+    return preprocess_wasi(net, config, data, repair_steps=repair_steps, progress_bar=False, **options)
 
 
 def calibrate(net: nn.Module, **options: Any) -> Calibration:
@@ -55,7 +56,7 @@ def calibrate(net: nn.Module, **options: Any) -> Calibration:
 def ranks(net: nn.Module) -> dict[str, int]:
     """Ranks of the prepared factors, without the directions that train beside them."""
     modules = {name: net.get_submodule(name) for name in prepared(net)}
-    return {name: module.__dict__[INITIAL_FACTORS].rank for name, module in modules.items()}
+    return {name: vars(module)[ATTACHED].rank for name, module in modules.items()}
 
 
 def spent(ranks: dict[str, int], net: nn.Module) -> float:
@@ -260,36 +261,40 @@ def test_repair_is_on_with_batches_and_off_with_a_function(monkeypatch: pytest.M
         steps.append(options["steps"])
         return factors
 
-    monkeypatch.setattr(preprocessing, "repair_factors", recorded)
+    monkeypatch.setitem(REPAIRS, "model", REPAIRS["model"]._replace(run=recorded))
     net, data, config = reference.tiny_net(6), batches(), WasiConfig(weight_rank=3)
     calibrated = calibrate(net)
     run(net, config, data, repair_steps=None)
     run(net, config, data, calibration=calibrated, repair_steps=None)
     run(net, config, data, repair_steps=7)
-    assert steps == [preprocessing.REPAIR_STEPS, preprocessing.REPAIR_STEPS, 7]
+    assert steps == [400, 400, 7]
     run(net, config, lambda: [net(x) for x in data], repair_steps=None)
     run(net, config, calibration=calibrated, repair_steps=None)
     run(net, config, data, repair_steps=0)
     assert len(steps) == 3
 
 
-@pytest.mark.parametrize("repair", ["model", "blocks"])
-def test_each_repair(repair: Any) -> None:
+@pytest.mark.parametrize("update", ["factor", "frozen_basis", "core", "low_rank"])
+def test_the_repair_of_a_model_is_the_public_one(update: str) -> None:
+    """Moments too, which are those of the repaired factors."""
     net, data = reference.tiny_net(6), batches()
-    run(net, WasiConfig(weight_rank=3), data)
-    function = {"model": repair_factors, "blocks": repair_blocks}[repair]
-    expected = function(net, prepared(net), data, steps=3, progress_bar=False)
-    run(net, WasiConfig(weight_rank=3), data, repair=repair, repair_steps=3)
-    assert_same_factors(prepared(net), expected)
+    config = WasiConfig(weight_rank=3, update=update)
+    factors = repair_factors(net, run(net, config, data), data, steps=3, progress_bar=False)
+    run(net, config, data, repair="model", repair_steps=3)
+    assert_same_factors(prepared(net), factors.initial)
+    for name, initial in prepared(net).items():
+        moments = factors.initial[name].moments
+        assert (initial.moments is None) == (moments is None) == (update in ("factor", "low_rank"))
+        assert moments is None or initial.moments is None or torch.equal(initial.moments.image, moments.image)
 
 
 def test_repair_by_tokens() -> None:
     """One that only a model with a vocabulary can have; the others are told before anything is done."""
     model, data = ARCHITECTURES["llama"].model(), [ARCHITECTURES["llama"].batch(seed=seed) for seed in range(3)]
-    run(model, WasiConfig(weight_rank=3), data)
-    expected = repair_tokens(model, prepared(model), data, steps=3, progress_bar=False)
+    factors = run(model, WasiConfig(weight_rank=3), data)
+    expected = repair_tokens(model, factors, data, steps=3, progress_bar=False)
     run(model, WasiConfig(weight_rank=3), data, repair="tokens", repair_steps=3)
-    assert_same_factors(prepared(model), expected)
+    assert_same_factors(prepared(model), expected.initial)
     net = reference.tiny_net(6)
     untouched = Untouched(net)
     with pytest.raises(ValueError, match="repair='tokens' needs a model that ends in a linear layer over"):
@@ -299,17 +304,17 @@ def test_repair_by_tokens() -> None:
 
 def test_language_models_are_repaired_by_tokens(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    for name in ("repair_blocks", "repair_factors", "repair_tokens"):
+    for name, repair in REPAIRS.items():
 
         def recorded(model: nn.Module, factors: Any, data: Any, name: str = name, **options: Any) -> Any:
             called.append((name, options["steps"]))
             return factors
 
-        monkeypatch.setattr(preprocessing, name, recorded)
+        monkeypatch.setitem(REPAIRS, name, repair._replace(run=recorded))
     model = architecture.model()
     run(model, WasiConfig(weight_rank=2), [architecture.batch()], repair_steps=None)
     writes = type(model).__name__.endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration"))
-    assert called == [("repair_tokens", 128) if writes else ("repair_factors", 400)]
+    assert called == [("tokens", 128) if writes else ("model", 400)]
 
 
 def test_repaired_factors_are_attached() -> None:
@@ -343,7 +348,7 @@ def test_success_leaves_the_model_as_it_was() -> None:
         ({"data": batches(), "repair_steps": -1}, "repair_steps must be at least 0, got -1"),
         (
             {"data": batches(), "repair": "layers"},
-            "repair must be one of 'model', 'blocks', 'tokens', None, got 'layers'",
+            "repair must be one of 'model', 'tokens', None, got 'layers'",
         ),
         ({"data": []}, "at least one batch, got none"),
         ({"data": iter(batches())}, "got an iterator"),
@@ -390,13 +395,17 @@ def test_bad_configurations(config: WasiConfig, message: str) -> None:
     assert prepared(net) == {}
 
 
-@pytest.mark.parametrize("step", ["calibrate_wasi", "Calibration.factors", "repair_factors"])
+@pytest.mark.parametrize("step", ["calibrate_wasi", "Calibration.factors", "repair", "with_moments"])
 def test_nothing_is_attached_after_a_crash(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = reference.tiny_net(18)
     run(net, WasiConfig(weight_rank=2), batches())
     kept, untouched = prepared(net), Untouched(net)
     call = 3 if step == "Calibration.factors" else 1
-    monkeypatch.setattr(f"wasi_peft.preprocessing.{step}", crash_at(call, lambda *_: None))
+    crash = crash_at(call, lambda *_: None)
+    if step == "repair":
+        monkeypatch.setitem(REPAIRS, "model", REPAIRS["model"]._replace(run=crash))
+    else:
+        monkeypatch.setattr(f"wasi_peft.factors.prepare.{step}", crash)
     with pytest.raises(Interrupted):
         run(net, WasiConfig(weight_rank=3), batches(), repair_steps=2)
     untouched.check()
