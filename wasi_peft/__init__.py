@@ -8,6 +8,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .cost.estimate import Estimate, estimate_wasi
 from .cost.peak import PeakMemory, measure_peak_memory
 from .cost.profile import StepProfile, profile_wasi
+from .factors.block_repair import repair_blocks
 from .factors.calibration import Calibration, calibrate_wasi
 from .factors.model_repair import repair_factors
 from .factors.prepare import preprocess_wasi
@@ -73,6 +74,7 @@ __all__ = [
     "profiles_table",
     "recompute_blocks",
     "remove_chunked_loss",
+    "repair_blocks",
     "repair_factors",
     "repair_tokens",
     "resize_rank",

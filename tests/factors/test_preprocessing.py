@@ -33,6 +33,7 @@ from wasi_peft import (
     WasiLayer,
     calibrate_wasi,
     preprocess_wasi,
+    repair_blocks,
     repair_factors,
     repair_tokens,
 )
@@ -275,12 +276,14 @@ def test_repair_is_on_with_batches_and_off_with_a_function(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("update", ["factor", "frozen_basis", "core", "low_rank"])
-def test_the_repair_of_a_model_is_the_public_one(update: str) -> None:
+@pytest.mark.parametrize("repair", ["model", "blocks"])
+def test_the_repair_of_preprocessing_is_the_public_one(repair: Any, update: str) -> None:
     """Moments too, which are those of the repaired factors."""
     net, data = reference.tiny_net(6), batches()
     config = WasiConfig(weight_rank=3, update=update)
-    factors = repair_factors(net, run(net, config, data), data, steps=3, progress_bar=False)
-    run(net, config, data, repair="model", repair_steps=3)
+    function = {"model": repair_factors, "blocks": repair_blocks}[repair]
+    factors = function(net, run(net, config, data), data, steps=3, progress_bar=False)
+    run(net, config, data, repair=repair, repair_steps=3)
     assert_same_factors(prepared(net), factors.initial)
     for name, initial in prepared(net).items():
         moments = factors.initial[name].moments
@@ -348,7 +351,7 @@ def test_success_leaves_the_model_as_it_was() -> None:
         ({"data": batches(), "repair_steps": -1}, "repair_steps must be at least 0, got -1"),
         (
             {"data": batches(), "repair": "layers"},
-            "repair must be one of 'model', 'tokens', None, got 'layers'",
+            "repair must be one of 'model', 'blocks', 'tokens', None, got 'layers'",
         ),
         ({"data": []}, "at least one batch, got none"),
         ({"data": iter(batches())}, "got an iterator"),

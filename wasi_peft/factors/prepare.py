@@ -42,11 +42,11 @@ def preprocess_wasi(
         config: The configuration that will be injected: it decides targets and ranks.
         data: Calibration batches without labels, see [`calibrate_wasi`]; also what the factors are repaired on.
         calibration: A calibration made before, so that only the factors are computed (and repaired, with `data`).
-        repair: How the truncated factors are repaired: "model", by what blocks answer ([`repair_factors`]), or
-            "tokens", by the tokens predicted ([`repair_tokens`]). By default "tokens" for language models, else
-            "model": measured.
-        repair_steps: Steps of that; by default 400 for "model" and 128 for "tokens" where `data` are batches, 0 (no
-            repair) where they are a function or missing.
+        repair: How the truncated factors are repaired: "model", all at once, by what blocks answer
+            ([`repair_factors`]); "tokens", all at once, by the tokens predicted ([`repair_tokens`]); or "blocks",
+            one after the other ([`repair_blocks`]). By default "tokens" for language models, else "model": measured.
+        repair_steps: Steps of that, with "blocks" of each block; by default 400 for "model", 128 for "tokens" and 64
+            for "blocks" where `data` are batches, 0 (no repair) where they are a function or missing.
         max_batches: Calibrate on that many batches; the repair goes through all of them.
         max_memory_bytes: Bound on the memory for sums during calibration, bytes.
         progress_bar: Show progress bars.

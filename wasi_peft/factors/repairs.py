@@ -9,10 +9,11 @@ from torch import nn
 
 from ..tuner.prepared import WasiFactors
 from ..tuner.targets import vocabulary_head
+from .block_repair import BLOCK_STEPS, repair_blocks
 from .model_repair import REPAIR_STEPS, repair_factors
 from .token_repair import TOKEN_STEPS, repair_tokens, require_head
 
-RepairName = Literal["model", "tokens"]
+RepairName = Literal["model", "blocks", "tokens"]
 
 
 class Repair(NamedTuple):
@@ -31,6 +32,7 @@ class Repair(NamedTuple):
 
 REPAIRS: dict[RepairName, Repair] = {
     "model": Repair(repair_factors, REPAIR_STEPS),
+    "blocks": Repair(repair_blocks, BLOCK_STEPS),
     "tokens": Repair(repair_tokens, TOKEN_STEPS, require_head),
 }
 
