@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from wasi_peft import WasiConfig
-from wasi_peft.ranks.plan import IMAGE_UPDATES
+from wasi_peft.updates import UPDATES
 
 Batch = dict[str, Tensor]
 
@@ -334,7 +334,7 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def input_options(update: str, rank: int = 4) -> dict[str, Any]:
     """Compression of inputs to a feature rank, for the updates that keep inputs."""
-    return {} if update in IMAGE_UPDATES else {"activation_ranks": rank}
+    return {} if UPDATES[update].reads_input is None else {"activation_ranks": rank}
 
 
 def train(model: nn.Module, batch: Batch, steps: int = 2, lr: float = 1e-2) -> list[float]:

@@ -271,7 +271,7 @@ def test_merging_twice() -> None:
 def test_safe_merge_refuses_nan(how: str) -> None:
     model = wasi_model(VIT.model(), **LOW)
     with torch.no_grad():
-        next(layer for _, layer in wasi_layers(model)).wasi_L["default"][0, 0] = math.nan
+        next(layer for _, layer in wasi_layers(model)).wasi_form["default"].L[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"NaNs detected in the merged weights.* The adapter default"):
         getattr(model, how)(safe_merge=True)
 

@@ -138,7 +138,7 @@ def test_finetuned_adapter_is_a_wasi_adapter(finetuned: tuple[Path, str], model_
     layers = dict(wasi_layers(model))
     assert len(layers) == 12
     for layer in layers.values():
-        L = layer.wasi_L["default"].detach()
+        L = layer.wasi_form["default"].L.detach()
         assert L.shape[1] == 8
         torch.testing.assert_close(L.T @ L, torch.eye(8), rtol=0, atol=1e-5)
 

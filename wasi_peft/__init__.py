@@ -3,8 +3,6 @@
 Importing this package registers the PEFT type `WASI`.
 """
 
-from torch.optim.optimizer import register_optimizer_step_post_hook
-
 from .cost.estimate import Estimate, estimate_wasi
 from .cost.peak import PeakMemory, measure_peak_memory
 from .cost.profile import StepProfile, profile_wasi
@@ -24,11 +22,12 @@ from .planner.planner import plan_wasi
 from .ranks.plan import WasiPlan
 from .report.plots import plot_calibration, plot_estimates, plot_plan
 from .report.profiles import costs_table, plot_profiles, profiles_table
-from .training.callback import WasiCallback, resize_rank
+from .training.callback import WasiCallback
 from .training.optimizer import SubspaceSGD, create_wasi_optimizer
 from .training.optimizer_in_backward import OptimizerInBackward
+from .training.resize import resize_rank
 from .tuner.config import WasiConfig
-from .tuner.layer import Linear, WasiLayer, after_optimizer_step
+from .tuner.layer import Linear, WasiLayer
 from .tuner.model import WasiModel
 from .tuner.prepared import WasiFactors
 from .tuner.registration import register
@@ -87,4 +86,3 @@ __all__ = [
 ]
 
 register(WasiConfig, WasiModel)
-_step_hook = register_optimizer_step_post_hook(after_optimizer_step)

@@ -277,7 +277,7 @@ def test_activation_bases_are_state_and_the_optimizer_may_be_any() -> None:
         model, batch=VIT.batch(SAMPLES), optimizer=lambda twin: SubspaceSGD(twin, lr=1e-4), rounds=1
     )
     assert profile.at_peak["optimizer"] == 0
-    with_state = [layer for _, layer in wasi_layers(model) if layer.wasi_rule["default"] is not None]
+    with_state = [layer for _, layer in wasi_layers(model) if layer.wasi_input["default"].rule is not None]
     most = sum(4 * layer.in_features * 4 for layer in with_state)
     assert 0 < profile.at_peak["state"] <= most
     nothing = profile_wasi(model, batch=VIT.batch(SAMPLES), optimizer=None, rounds=1)

@@ -84,10 +84,12 @@ def test_the_injection_uses_and_consumes_the_factors(bias: bool) -> None:
     assert set(layers) == set(TARGETS)
     for name, layer in layers.items():
         initial = expected[name]
-        assert torch.equal(layer.wasi_L["default"], initial.L) and torch.equal(layer.wasi_R["default"], initial.R)
+        assert torch.equal(layer.wasi_form["default"].L, initial.L) and torch.equal(
+            layer.wasi_form["default"].R, initial.R
+        )
         assert ("default" in layer.wasi_bias) == bias
         if initial.bias is not None:
-            assert torch.equal(layer.wasi_bias["default"], initial.bias)
+            assert torch.equal(layer.wasi_form["default"].bias, initial.bias)
     assert prepared(model) == {}
     plain = get_peft_model(copy.deepcopy(dense), WasiConfig(weight_rank=3, update="factor"))
     with torch.no_grad():
@@ -105,12 +107,12 @@ def test_what_trains_starts_from_the_directions_after_those_of_the_rank() -> Non
     expected = prepared(net)
     model = get_peft_model(net, config)
     for name, layer in wasi_layers(model.base_model.model):
-        weight, kept = expected[name].L @ expected[name].R, layer.wasi_L["default"] @ layer.wasi_R["default"]
+        weight, kept = expected[name].L @ expected[name].R, layer.wasi_form["default"].L @ layer.wasi_form["default"].R
         assert expected[name].L.shape[1] == 5 and layer.rank("default") == 5
         assert relative_error(torch.matmul(*layer.factors("default")), weight) < 1e-6
         left, values, right = torch.linalg.svd(weight)
         assert relative_error(kept, left[:, :3] * values[:3] @ right[:3]) < 1e-5
-        assert orthonormality_error(layer.wasi_L["default"]) < 1e-6
+        assert orthonormality_error(layer.wasi_form["default"].L) < 1e-6
 
 
 def test_no_more_directions_train_than_the_weight_has() -> None:
@@ -121,8 +123,8 @@ def test_no_more_directions_train_than_the_weight_has() -> None:
     assert {initial.L.shape[1] for initial in prepared(net).values()} == {8}
     model = get_peft_model(net, config)
     for _, layer in wasi_layers(model.base_model.model):
-        assert layer.wasi_A["default"].shape[0] == 16
-        assert not layer.wasi_B["default"][:, 5:].any() and layer.wasi_A["default"][5:].any(1).all()
+        assert layer.wasi_form["default"].A.shape[0] == 16
+        assert not layer.wasi_form["default"].B[:, 5:].any() and layer.wasi_form["default"].A[5:].any(1).all()
     x = batches()[0]
     assert relative_error(model(x), dense(x)) < 1e-5
 
@@ -215,7 +217,9 @@ def test_a_share_is_kept_to_and_spent_where_it_matters(share: float, gradients: 
     assert lost[0] < lost[1]
     config = WasiConfig(weight_share=share, update="factor")
     model = get_peft_model(net, config)
-    assert {name: layer.wasi_L["default"].shape[1] for name, layer in wasi_layers(model.base_model.model)} == found
+    assert {
+        name: layer.wasi_form["default"].L.shape[1] for name, layer in wasi_layers(model.base_model.model)
+    } == found
     assert model.wasi_summary().kept_share <= share
 
 
@@ -237,7 +241,7 @@ def test_the_ranks_of_a_plan() -> None:
     expected = prepared(net)
     model = get_peft_model(net, WasiConfig(plan=plan(wanted), update="factor"))
     for name, layer in wasi_layers(model.base_model.model):
-        assert torch.equal(layer.wasi_R["default"], expected[name].R)
+        assert torch.equal(layer.wasi_form["default"].R, expected[name].R)
 
 
 def test_a_rank_pattern() -> None:

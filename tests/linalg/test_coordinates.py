@@ -81,7 +81,7 @@ def test_a_frozen_basis_has_white_images_in_the_model() -> None:
         found = []
 
         def look(layer: nn.Module, args: Any, found: list[float] = found) -> None:
-            h = args[0].reshape(-1, args[0].shape[-1]) @ layer.wasi_R["default"].T
+            h = args[0].reshape(-1, args[0].shape[-1]) @ layer.wasi_form["default"].R.T
             values = torch.linalg.eigvalsh(h.T @ h)
             found.append(float(values[-1] / values[0]))
 
@@ -227,6 +227,6 @@ def test_rounding_changes_only_the_gradient_of_what_trains(update: str) -> None:
             y = layer(x)
         y.backward(normal(4, 10, y.shape[-1], seed=1).float())
         trained = layer.wasi_M if update == "core" else layer.wasi_L
-        found[rounded] = x.grad, layer.wasi_bias["default"].grad, trained["default"].grad
+        found[rounded] = x.grad, layer.wasi_form["default"].bias.grad, trained["default"].grad
     assert torch.equal(found[True][0], found[False][0]) and torch.equal(found[True][1], found[False][1])
     assert 0 < relative_error(found[True][2], found[False][2]) < 0.02

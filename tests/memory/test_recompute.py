@@ -689,7 +689,7 @@ def train(model: Any, name: str, steps: int = 3) -> tuple[list[float], list[Tens
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    bases = [layer.wasi_bases["default"].feature for _, layer in wasi_layers(model)]
+    bases = [layer.wasi_input["default"].bases.feature for _, layer in wasi_layers(model)]
     return losses, [p.detach().clone() for p in model.parameters()] + [basis for basis in bases if basis is not None]
 
 

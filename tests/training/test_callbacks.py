@@ -103,7 +103,7 @@ def test_the_kept_energy_is_that_of_the_logged_step(tmp_path: Path) -> None:
     kept = []
 
     def measure(layer: Any, args: tuple[Tensor], output: Tensor) -> None:
-        x, basis = args[0].detach().double(), layer.wasi_bases["default"].feature.double()
+        x, basis = args[0].detach().double(), layer.wasi_input["default"].bases.feature.double()
         kept.append(float((x @ basis).square().sum() / x.square().sum()))
 
     first.register_forward_hook(measure)
@@ -206,14 +206,14 @@ def test_ranks_in_use_are_those_of_the_product(update: str) -> None:
     model = build(update=update)
     layer = layer_of(model)
     with torch.no_grad():
-        layer.wasi_L["default"].mul_(3)
-        layer.wasi_R["default"][2:] = 0
+        layer.wasi_form["default"].L.mul_(3)
+        layer.wasi_form["default"].R[2:] = 0
     assert ranks_in_use(model, 1 - 1e-9)[NAME] == 2
     with torch.no_grad():
-        layer.wasi_R["default"].zero_()
+        layer.wasi_form["default"].R.zero_()
     assert ranks_in_use(model, 0.9)[NAME] == 1
     with torch.no_grad():
-        layer.wasi_R["default"].fill_(torch.nan)
+        layer.wasi_form["default"].R.fill_(torch.nan)
     assert ranks_in_use(model, 0.9)[NAME] == 6
 
 
@@ -252,14 +252,14 @@ def test_training_goes_on_at_another_rank(kind: str, rank: int, update: str) -> 
     resize_rank(model, NAME, rank, optimizer)
     assert [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups] == places
     layer = layer_of(model)
-    assert layer.wasi_L["default"].shape == (24, rank) and layer.wasi_R["default"].shape == (rank, 16)
+    assert layer.wasi_form["default"].L.shape == (24, rank) and layer.wasi_form["default"].R.shape == (rank, 16)
     for parameter in layer.parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             assert not isinstance(value, Tensor) or value.dim() == 0 or value.shape == parameter.shape
             assert "sq" not in key or bool((value >= 0).all())
     losses = steps(model, optimizer, 4)
     assert losses[-1] < losses[0]
-    assert orthonormality_error(layer.wasi_L["default"]) < 1e-4 or update != "subspace"
+    assert orthonormality_error(layer.wasi_form["default"].L) < 1e-4 or update != "subspace"
 
 
 class EightBits(torch.optim.SGD):
@@ -278,7 +278,7 @@ def test_state_that_cannot_be_rotated_starts_afresh(cls: Any) -> None:
     model = build()
     optimizer = cls([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     steps(model, optimizer)
-    factors = [layer_of(model).wasi_L["default"], layer_of(model).wasi_R["default"]]
+    factors = [layer_of(model).wasi_form["default"].L, layer_of(model).wasi_form["default"].R]
     count = len(optimizer.state)
     resize_rank(model, NAME, 9, optimizer)
     assert len(optimizer.state) == count - 2 and not any(factor in optimizer.state for factor in factors)
@@ -292,7 +292,7 @@ def test_growing_changes_nothing_that_the_layer_computes(update: str) -> None:
     train(model, VIT.batch())
     before = logits(model, VIT.batch())
     resize_rank(model, NAME, 16)
-    assert orthonormality_error(layer_of(model).wasi_L["default"]) < 1e-5 or update != "subspace"
+    assert orthonormality_error(layer_of(model).wasi_form["default"].L) < 1e-5 or update != "subspace"
     assert relative_error(logits(model, VIT.batch()), before) < 1e-5
 
 
@@ -301,9 +301,9 @@ def test_shrinking_keeps_the_best_approximation(update: str) -> None:
     model = build(update=update)
     train(model, VIT.batch())
     layer = layer_of(model)
-    product = (layer.wasi_L["default"] @ layer.wasi_R["default"]).detach().double()
+    product = (layer.wasi_form["default"].L @ layer.wasi_form["default"].R).detach().double()
     resize_rank(model, NAME, 3)
-    L, R = layer.wasi_L["default"].detach(), layer.wasi_R["default"].detach()
+    L, R = layer.wasi_form["default"].L.detach(), layer.wasi_form["default"].R.detach()
     U, S, Vh = torch.linalg.svd(product)
     assert relative_error(L @ R, (U[:, :3] * S[:3]) @ Vh[:3]) < 1e-5
     assert orthonormality_error(L) < 1e-5
@@ -318,7 +318,7 @@ def test_shrinking_keeps_the_largest_singular_values_of_a_core() -> None:
     U, S, Vh = torch.linalg.svd(M)
     wanted = L @ ((U[:, :3] * S[:3]) @ Vh[:3]) @ R
     assert relative_error(layer.get_dense_layer("default").weight, wanted) < 1e-5
-    assert layer.wasi_M["default"].shape == (3, 3)
+    assert layer.wasi_form["default"].M.shape == (3, 3)
 
 
 def test_shrinking_keeps_the_image_of_a_frozen_basis_white() -> None:
@@ -328,15 +328,15 @@ def test_shrinking_keeps_the_image_of_a_frozen_basis_white() -> None:
     L, R = (part["default"].detach().clone() for part in (layer.wasi_L, layer.wasi_R))
     U, S, Vh = torch.linalg.svd(L, full_matrices=False)
     resize_rank(model, NAME, 3)
-    turned = layer.wasi_R["default"].detach()
-    assert relative_error(layer.wasi_L["default"].detach() @ turned, (U[:, :3] * S[:3]) @ Vh[:3] @ R) < 1e-5
+    turned = layer.wasi_form["default"].R.detach()
+    assert relative_error(layer.wasi_form["default"].L.detach() @ turned, (U[:, :3] * S[:3]) @ Vh[:3] @ R) < 1e-5
     assert relative_error(turned @ turned.T, Vh[:3] @ R @ R.T @ Vh[:3].T) < 1e-5
 
 
 def test_a_grown_frozen_basis_trains_in_its_new_directions() -> None:
     model = build(update="frozen_basis")
     resize_rank(model, NAME, 9)
-    L = layer_of(model).wasi_L["default"]
+    L = layer_of(model).wasi_form["default"].L
     assert not L[:, 6:].any()
     train(model, VIT.batch())
     assert bool(L[:, 6:].any(0).all())
@@ -344,7 +344,7 @@ def test_a_grown_frozen_basis_trains_in_its_new_directions() -> None:
 
 def test_averages_of_gradients_follow_a_core() -> None:
     model = build(update="core").double()
-    M = layer_of(model).wasi_M["default"]
+    M = layer_of(model).wasi_form["default"].M
     with torch.no_grad():
         M.copy_(normal(6, 3, seed=1) @ normal(3, 6, seed=2))  # rank 3
     U, _, Vh = torch.linalg.svd(M.detach())
@@ -361,7 +361,7 @@ def test_averages_of_gradients_follow_the_basis(orthonormal_L: bool) -> None:
     """At a rank that loses nothing, gradients taken before and carried over are those taken after."""
     model = build(update="factor").double()
     layer = layer_of(model)
-    L, R = layer.wasi_L["default"], layer.wasi_R["default"]
+    L, R = layer.wasi_form["default"].L, layer.wasi_form["default"].R
     with torch.no_grad():
         L.copy_(orthonormal(24, 6, seed=0) if orthonormal_L else normal(24, 6, seed=0))
         R.copy_(normal(6, 3, seed=1) @ normal(3, 16, seed=2))  # rank 3
@@ -409,7 +409,7 @@ def test_the_optimizer_of_the_package_works_too(tmp_path: Path) -> None:
     optimizer = create_wasi_optimizer(model, torch.optim.AdamW, lr=1e-3)
     steps(model, optimizer)
     resize_rank(model, NAME, 2, optimizer)
-    assert optimizer.state[layer_of(model).wasi_L["default"]]["exp_avg"].shape == (24, 2)
+    assert optimizer.state[layer_of(model).wasi_form["default"].L]["exp_avg"].shape == (24, 2)
     assert torch.isfinite(torch.tensor(steps(model, optimizer))).all()
 
 

@@ -46,7 +46,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def factors_of(layer: WasiLayer) -> tuple[nn.Parameter, nn.Parameter]:
     """L and R of the default adapter."""
-    return layer.wasi_L["default"], layer.wasi_R["default"]
+    return layer.wasi_form["default"].L, layer.wasi_form["default"].R
 
 
 def largest_orthonormality_error(model: nn.Module) -> float:
@@ -231,7 +231,7 @@ class DenseTwin:
         for name, parameter in self.net.named_parameters():
             module, _, kind = name.rpartition(".")
             own = module in names and (
-                f"{module}.wasi_L.default" if kind == "weight" else f"{module}.wasi_bias.default"
+                f"{module}.wasi_form.default.L" if kind == "weight" else f"{module}.wasi_form.default.bias"
             )
             parameter.requires_grad = (own or name) in train
 
@@ -536,7 +536,7 @@ def test_subspace_sgd_needs_the_subspace_update(update: str) -> None:
 def test_subspace_sgd_needs_both_factors() -> None:
     model = adapted()
     _, layer = next(iter(wasi_layers(model)))
-    layer.wasi_R[layer.active_name].requires_grad_(False)
+    layer.wasi_form[layer.active_name].R.requires_grad_(False)
     with pytest.raises(ValueError, match="SubspaceSGD needs both factors to train, but R is frozen"):
         SubspaceSGD(model)
 

@@ -294,7 +294,7 @@ def test_retraction_and_ages_count_whole_steps(monkeypatch: pytest.MonkeyPatch) 
         assert len(retracted) == (step - 1) * len(layers)  # nothing between the steps of single parameters
         optimizer.step()
         assert len(retracted) == step * len(layers)
-        assert {layer.wasi_basis_age["default"] for layer in layers} == {step}
+        assert {layer.wasi_input["default"].age for layer in layers} == {step}
 
 
 def test_after_an_exception_in_backward_training_goes_on() -> None:

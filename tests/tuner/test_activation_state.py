@@ -85,7 +85,7 @@ def bases(model: nn.Module) -> dict[str, Tensor]:
     """Every warm basis by layer and mode."""
     found = {}
     for name, layer in wasi_layers(model):
-        for mode, basis in layer.wasi_bases["default"]._asdict().items():
+        for mode, basis in layer.wasi_input["default"].bases._asdict().items():
             if basis is not None:
                 found[f"{name}.{mode}"] = basis.clone()
     return found
@@ -299,7 +299,7 @@ def test_layers_that_read_one_tensor_get_the_same_object(
 ) -> None:
     products = Recorder(monkeypatch, "factored_linear")
     model = architecture_model(name)
-    factor_names = {id(layer.wasi_L["default"]): path for path, layer in wasi_layers(model)}
+    factor_names = {id(layer.wasi_form["default"].L): path for path, layer in wasi_layers(model)}
     model(**ARCHITECTURES[name].batch(samples=8))
     copies: dict[str, dict[str, Tucker]] = {}
     for (_, L, _, _, compressed, *_), _ in products.calls:

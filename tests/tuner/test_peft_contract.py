@@ -157,7 +157,7 @@ def test_exactly_the_right_parameters_train(architecture: Architecture, vectors:
     parts = {"frozen_basis": ["L"], "low_rank": ["A", "B"], "core": ["M"]}.get(update, ["L", "R"])
     expected = {f"{name}.wasi_{part}.default" for name in targets for part in parts}
     if bias != "none":
-        expected |= {f"{name}.wasi_bias.default" for name in with_bias}
+        expected |= {f"{name}.wasi_form.default.bias" for name in with_bias}
     if bias == "all":
         expected |= {name for name in outside if name.endswith(".bias")}
     if vectors:
@@ -846,11 +846,11 @@ def test_multihead_attention_reads_the_product(base_weight: str, rank: int) -> N
     layer = model.get_base_model().attention.out_proj
     product = copy.deepcopy(dense)
     with torch.no_grad():
-        layer.wasi_bias["default"].add_(1.0)
+        layer.wasi_form["default"].bias.add_(1.0)
         product.attention.out_proj.bias.add_(1.0)
-        product.attention.out_proj.weight.copy_(layer.wasi_L["default"] @ layer.wasi_R["default"])
+        product.attention.out_proj.weight.copy_(layer.wasi_form["default"].L @ layer.wasi_form["default"].R)
     model(x).square().sum().backward()
-    assert layer.wasi_L["default"].grad is not None and layer.wasi_L["default"].grad.abs().sum() > 0
+    assert layer.wasi_form["default"].L.grad is not None and layer.wasi_form["default"].L.grad.abs().sum() > 0
     close(model(x), product(x))
     model.eval(), product.eval()
     with torch.no_grad():  # the fast path

@@ -65,7 +65,7 @@ def test_the_layers_of_a_plan_are_the_targets_at_its_ranks(architecture: Archite
     assert peft_model.peft_config["default"].ranks == ranks(peft_model)
     planned = {layer.name: layer.activation_ranks for layer in some.layers}
     for name, layer in wasi_layers(peft_model.get_base_model()):
-        rule = layer.wasi_rule["default"]
+        rule = layer.wasi_input["default"].rule
         assert (None if rule is None else dict(rule.ranks)) == planned[name]
     losses = train(peft_model, architecture.batch(), steps=3)
     assert losses[-1] < losses[0]
@@ -105,7 +105,7 @@ def test_a_plan_is_saved_with_the_adapter_and_loads_in_another_process(tmp_path:
         "model = PeftModel.from_pretrained(vit.model(), folder + '/adapter', is_trainable=True)\n"
         "assert torch.allclose(logits(model, vit.batch()), torch.load(folder + '/logits.pt'), atol=1e-6)\n"
         "plan = wasi_peft.planning.WasiPlan.from_dict(model.peft_config['default'].plan)\n"
-        "rules = {name: layer.wasi_rule['default'] for name, layer in wasi_layers(model.get_base_model())}\n"
+        "rules = {name: layer.wasi_input['default'].rule for name, layer in wasi_layers(model.get_base_model())}\n"
         "for layer in plan.layers:\n"
         "    rule = rules.pop(layer.name)\n"
         "    assert (rule and dict(rule.ranks)) == layer.activation_ranks\n"

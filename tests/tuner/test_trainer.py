@@ -119,7 +119,7 @@ def trained_values(model: nn.Module) -> dict[str, Tensor]:
 def bases(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, layer in wasi_layers(model):
-        feature = layer.wasi_bases["default"].feature
+        feature = layer.wasi_input["default"].bases.feature
         if feature is not None:
             found[name] = feature.clone()
     return found
@@ -136,7 +136,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolera
 
 def assert_orthonormal(model: nn.Module, tolerance: float = 1e-5) -> None:
     for name, layer in wasi_layers(model):
-        L = layer.wasi_L["default"].detach()
+        L = layer.wasi_form["default"].L.detach()
         error = (L.T @ L - torch.eye(L.shape[1])).abs().max().item()
         assert error <= tolerance, (name, error)
 

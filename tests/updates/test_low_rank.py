@@ -197,7 +197,9 @@ def test_factors_are_copies_where_a_gradient_is_asked_for() -> None:
     model = adapted(tiny_net(8), weight_rank=4)
     for _, layer in wasi_layers(model):
         outer, inner = layer.factors("default")
-        found = torch.autograd.grad(outer.sum() + inner.sum(), [layer.wasi_B["default"], layer.wasi_A["default"]])
+        found = torch.autograd.grad(
+            outer.sum() + inner.sum(), [layer.wasi_form["default"].B, layer.wasi_form["default"].A]
+        )
         assert all(bool((gradient == 1).all()) for gradient in found)
 
 
@@ -252,12 +254,12 @@ def test_gradients_are_those_of_lora_on_the_product() -> None:
     lora = get_peft_model(dense, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
     for name, layer in wasi_layers(net):
         torch.manual_seed(1)
-        nn.init.normal_(layer.wasi_B["default"])
+        nn.init.normal_(layer.wasi_form["default"].B)
         twin = dense.get_submodule(name)
-        twin.base_layer.weight.data = (layer.wasi_L["default"] @ layer.wasi_R["default"]).detach()
-        twin.base_layer.bias.data = layer.wasi_bias["default"].detach()
-        twin.lora_A["default"].weight.data = layer.wasi_A["default"].detach().clone()
-        twin.lora_B["default"].weight.data = layer.wasi_B["default"].detach().clone()
+        twin.base_layer.weight.data = (layer.wasi_form["default"].L @ layer.wasi_form["default"].R).detach()
+        twin.base_layer.bias.data = layer.wasi_form["default"].bias.detach()
+        twin.lora_A["default"].weight.data = layer.wasi_form["default"].A.detach().clone()
+        twin.lora_B["default"].weight.data = layer.wasi_form["default"].B.detach().clone()
     x = data()[0].double()
     outputs = [model(x) for model in (wasi, lora)]
     assert relative_error(*outputs) < 1e-12
@@ -265,9 +267,9 @@ def test_gradients_are_those_of_lora_on_the_product() -> None:
         output.square().mean().backward()
     for name, layer in wasi_layers(net):
         twin = dense.get_submodule(name)
-        assert relative_error(layer.wasi_A["default"].grad, twin.lora_A["default"].weight.grad) < 1e-10
-        assert relative_error(layer.wasi_B["default"].grad, twin.lora_B["default"].weight.grad) < 1e-10
-        assert layer.wasi_L["default"].grad is None and layer.wasi_R["default"].grad is None
+        assert relative_error(layer.wasi_form["default"].A.grad, twin.lora_A["default"].weight.grad) < 1e-10
+        assert relative_error(layer.wasi_form["default"].B.grad, twin.lora_B["default"].weight.grad) < 1e-10
+        assert layer.wasi_form["default"].L.grad is None and layer.wasi_form["default"].R.grad is None
 
 
 @pytest.mark.parametrize("update_rank", [2, 4, 9])
@@ -297,7 +299,7 @@ def test_the_change_counts_in_the_share(share: float) -> None:
     assert share - 0.2 < summary.kept_share <= share
     assert not summary.past_break_even
     for (_, layer), entry in zip(wasi_layers(net), summary.layers, strict=True):
-        assert entry.rank == layer.wasi_L["default"].shape[1] + 1
+        assert entry.rank == layer.wasi_form["default"].L.shape[1] + 1
     merged = model.merge_and_unload()
     assert torch.isfinite(merged(data()[0])).all()
 

@@ -24,12 +24,13 @@ from ..cost.estimate import OPTIMIZERS, Estimate, estimate_wasi
 from ..cost.profile import ROUNDS, StepProfile, profile_wasi
 from ..factors.calibration import Calibration, calibrate_wasi
 from ..planner.planner import BUDGETS, plan_wasi
-from ..ranks.plan import DEFAULT_UPDATE, DEFAULT_UPDATE_RANK, MEMORY_MODES, UPDATES, WasiPlan
+from ..ranks.plan import MEMORY_MODES, WasiPlan
 from ..report import plots as report
 from ..report.profiles import GROUPINGS, costs_table, plot_profiles, profiles_table
 from ..tuner.config import WasiConfig
 from ..tuner.registration import NAME
 from ..tuner.summary import LayerSummary, WasiSummary
+from ..updates import DEFAULT_UPDATE, UPDATES
 from .loading import (
     SEQUENCE_LENGTH,
     TASKS,
@@ -146,9 +147,14 @@ def _add_batch_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sequence-length", metavar="N", type=_count, help=f"tokens of a text ({SEQUENCE_LENGTH})")
     command.add_argument("--image-size", metavar="P", type=_count, help="pixels of an image's side (the model's)")
     command.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="(adamw)")
-    command.add_argument("--update", choices=UPDATES, help=f"what trains (what a plan says, else {DEFAULT_UPDATE})")
     command.add_argument(
-        "--update-rank", metavar="R", type=_count, help=f"with low_rank (what a plan says, else {DEFAULT_UPDATE_RANK})"
+        "--update", choices=tuple(UPDATES), help=f"what trains (what a plan says, else {DEFAULT_UPDATE})"
+    )
+    command.add_argument(
+        "--update-rank",
+        metavar="R",
+        type=_count,
+        help="directions that train beside the factors (what a plan says)",
     )
 
 
@@ -255,8 +261,7 @@ def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
 def _plan_as_injected(config: WasiConfig) -> WasiPlan:
     """The plan of an adapter, with the update and the memory mode that the adapter has, whatever it was made for."""
     plan = WasiPlan.from_dict(config.plan)
-    update_rank = config.reserved_rank or None
-    return replace(plan, memory_mode=config.memory_mode, update=config.update, update_rank=update_rank)
+    return replace(plan, memory_mode=config.memory_mode, update=config.update, update_rank=config.update_rank)
 
 
 def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
@@ -273,14 +278,16 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from error
-    for key in (key for key in shapes if key.endswith(".wasi_L")):
+    update = config.layer_update
+    for key in (key for key in shapes if key.endswith(".wasi_form.L")):
         L, R = shapes[key], shapes.get(key.removesuffix("L") + "R", [])
         if len(L) != 2 or len(R) != 2 or L[1] != R[0]:
-            raise ValueError(f"{path}: {key} must have a matching wasi_R, got the shapes {L} and {R}.")
-        name = key.removeprefix("base_model.model.").removesuffix(".wasi_L")
-        trained = shapes.get(key.removesuffix("L") + "A", [0])[0]  # of update="low_rank"
-        core = key.removesuffix("L") + "M" in shapes  # of update="core"
-        layers.append(LayerSummary(name, L[0], R[1], L[1] + trained, core))
+            raise ValueError(f"{path}: {key} must have a matching R, got the shapes {L} and {R}.")
+        missing = [part for part in update.form_cls.parts if key.removesuffix("L") + part not in shapes]
+        if missing:
+            raise ValueError(f"{path}: {key} must stand with {missing[0]} for update={update.name!r}, got none.")
+        name = key.removeprefix("base_model.model.").removesuffix(".wasi_form.L")
+        layers.append(LayerSummary(name, L[0], R[1], L[1], update))
     if not layers:
         raise ValueError(f"{path}: must hold WASI factors, got none.")
     return config, WasiSummary(folder.name, tuple(layers))
@@ -289,7 +296,7 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
 def _input_rule(config: WasiConfig, name: str) -> str:
     rule = config.compression_rule(name)
     if rule is None:
-        return "image" if config.keeps_image else "exact"
+        return "image" if config.layer_update.keeps_image else "exact"
     ranks = dict(rule.ranks)
     return ", ".join(f"{mode} {ranks[mode] if mode in ranks else f'{rule.threshold:.0%}'}" for mode in rule.modes)
 

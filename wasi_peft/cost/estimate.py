@@ -26,10 +26,10 @@ from transformers.pytorch_utils import Conv1D
 from ..models.calls import Arguments, call_arguments, hooked, layer_input, tensors_in, training_loss
 from ..ranks.plan import WasiPlan
 from ..tuner.config import WasiConfig
-from ..tuner.layer import WasiLayer, _shared, wasi_layers
+from ..tuner.inputs import InputCompression
+from ..tuner.layer import WasiLayer, wasi_layers
 from ..tuner.targets import default_target_names
 from ..updates.base import InitialFactors
-from ..updates.costs import factored_elements
 from .simulation import Simulation, UnknownValue, isolated
 
 MIB = 2**20
@@ -389,9 +389,10 @@ class _Run:
                 planned = config.planned_layer(name)
                 adapter = layer.active_name
                 assert planned is not None and adapter is not None
-                L, R = (part[adapter].detach() for part in (layer.wasi_L, layer.wasi_R))
-                L, R = L.new_empty(len(L), planned.weight_rank), R.new_empty(planned.weight_rank, R.shape[1])
-                bias = layer.factored_bias()
+                form = layer.form
+                L = form.L.detach().new_empty(layer.out_features, planned.weight_rank)
+                R = form.R.detach().new_empty(planned.weight_rank, layer.in_features)
+                bias = form.bias
                 initial = InitialFactors(L, R, None if bias is None else bias.detach())
                 layer.update_layer(adapter, config, name, planned.weight_rank, initial)
         if self._last_optimizer is not None and self._last_optimizer() is not None:
@@ -474,21 +475,26 @@ class _Run:
 
 def _age_bases(model: nn.Module) -> bool:
     """Makes all bases move in the next step; whether there are any."""
-    compressing = [layer for _, layer in wasi_layers(model) if any(layer.wasi_rule.values())]
-    for layer in compressing:
-        layer.wasi_basis_age.update(layer.wasi_basis_interval)
-    return bool(compressing)
+    compressions = _compressions(model)
+    for state in compressions:
+        state.age = state.interval
+    return bool(compressions)
+
+
+def _compressions(model: nn.Module) -> list[InputCompression]:
+    """The states of all compressed inputs."""
+    states = [state for _, layer in wasi_layers(model) for state in layer.wasi_input.values()]
+    return [state for state in states if state.rule is not None]
 
 
 def _has_threshold(model: nn.Module) -> bool:
     """Whether the rank of an input is left to a threshold in any layer."""
-    rules = [rule for _, layer in wasi_layers(model) for rule in layer.wasi_rule.values() if rule is not None]
+    rules = [state.rule for state in _compressions(model) if state.rule is not None]
     return any(set(rule.modes) - set(dict(rule.ranks)) for rule in rules)
 
 
 def _basis_interval(model: nn.Module) -> int:
-    intervals = [interval for _, layer in wasi_layers(model) for interval in layer.wasi_basis_interval.values()]
-    return max(intervals, default=1)
+    return max((state.interval for state in _compressions(model)), default=1)
 
 
 # ---------------------------------------------------------------- the paper's accounting
@@ -510,30 +516,23 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
 
 def _weight_elements(layer: nn.Module) -> int:
     if isinstance(layer, WasiLayer):
-        assert layer.active_name is not None
-        name = layer.active_name
-        return factored_elements(layer.out_features, layer.in_features, layer.rank(name), name in layer.wasi_M)
+        return layer.update.elements(layer.out_features, layer.in_features, layer.form.weight_rank)
     assert isinstance(layer.weight, Tensor)
     return layer.weight.numel()
 
 
 def _input_elements(layer: nn.Module, x: Tensor) -> int:
-    """Elements that a layer keeps for the gradients of its factors, shared with other layers or not."""
+    """Elements that a layer keeps for the gradients of what trains of it, shared with other layers or not."""
     if not isinstance(layer, WasiLayer):
         assert isinstance(layer.weight, Tensor)
         return x.numel() if layer.weight.requires_grad else 0
-    name = layer.active_name
-    assert name is not None
-    if name in layer.wasi_M:
-        return x.shape[:-1].numel() * len(layer.wasi_R[name]) if layer.wasi_M[name].requires_grad else 0
-    trained = name in layer.wasi_A
-    outer, inner = (layer.wasi_B[name], layer.wasi_A[name]) if trained else (layer.wasi_L[name], layer.wasi_R[name])
-    image = x.shape[:-1].numel() * outer.shape[1]  # of the input, from which the gradient of `outer` can come
-    if not inner.requires_grad:
-        return image if outer.requires_grad else 0
-    kept, seen = x.numel(), _shared(x)
-    announced = ((rule, form) for (rule, *_), (_, form) in seen.announced.items())
-    for rule, form in (*announced, *((rule, form) for (rule, _), form in seen.compressed.items())):
-        if rule == layer.wasi_rule[name] and form is not None:
-            kept = sum(part.numel() for part in form if part is not None)
-    return kept + (image if trained and outer.requires_grad else 0)
+    form, update = layer.form, layer.update
+    image = x.shape[:-1].numel() * update.image_width(form)
+    if update.reads_input is None or not form.get_parameter(update.reads_input).requires_grad:
+        return image
+    elements, entry = x.numel(), layer.inputs.of(x)
+    announced = ((rule, form) for (rule, *_), (_, form) in entry.announced.items())
+    for rule, compressed in (*announced, *((rule, form) for (rule, _), form in entry.compressed.items())):
+        if rule == layer.wasi_input[layer.active_name or ""].rule and compressed is not None:
+            elements = sum(part.numel() for part in compressed if part is not None)
+    return elements + image

@@ -403,7 +403,8 @@ def _profiler(**options: Any) -> torch.profiler.profile:
 def _rest_bases(model: nn.Module) -> None:
     """Makes all bases stay in the next step."""
     for _, layer in wasi_layers(model):
-        layer.wasi_basis_age.update(dict.fromkeys(layer.wasi_basis_age, 0))
+        for state in layer.wasi_input.values():
+            state.age = 0
 
 
 def _all_blocks(parts: Blocks) -> dict[int, int]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..forms.factored import FactoredLinear
 from ..models.calls import evaluating, real_rows
-from ..tuner.layer import Linear
 from ..tuner.prepared import WasiFactors
 from ..updates.base import InitialFactors
 from .block_states import BlockStates, segments
@@ -27,7 +27,7 @@ from .descent import Descent, check_arguments, shuffled
 from .model_repair import compared_blocks
 from .moments import with_initial
 from .refit import RIDGE, refit_block
-from .student import ADAPTER, orthonormal_factors, student_of
+from .student import orthonormal_factors, student_of
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def _train_block(
     block: str,
     wanted: Sequence[Tensor],
     states: BlockStates,
-    layers: Mapping[str, Linear],
+    layers: Mapping[str, FactoredLinear],
     steps: int,
     rate: float,
 ) -> float:
@@ -140,9 +140,9 @@ def _error(block: str, wanted: Sequence[Tensor], states: BlockStates) -> float:
     return float(torch.stack(errors).mean())
 
 
-def _repaired(layer: Linear, given: InitialFactors) -> InitialFactors:
+def _repaired(layer: FactoredLinear, given: InitialFactors) -> InitialFactors:
     """The factors of a layer; L stays the given one, bit for bit, where only R was refitted."""
     repaired = orthonormal_factors(layer)
-    if not torch.equal(layer.wasi_L[ADAPTER], given.L):
+    if not torch.equal(layer.L, given.L):
         return repaired
-    return InitialFactors(given.L, layer.wasi_R[ADAPTER].detach(), repaired.bias)
+    return InitialFactors(given.L, layer.R.detach(), repaired.bias)

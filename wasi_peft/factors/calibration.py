@@ -29,7 +29,7 @@ from ..ranks.spectrum import LayerSpectrum
 from ..tuner.config import WasiConfig
 from ..tuner.layer import WasiLayer
 from ..tuner.targets import check_targets, resolve_targets, selected_modules
-from ..updates.base import InitialFactors
+from ..updates import DEFAULT_UPDATE, InitialFactors, Update, make_update
 from .collecting import Collector, Gradients, run_model
 from .data import CalibrationData, check_repeatable, describe_data
 from .folder import open_index, read_index, read_tensor, weight_checksum, write_index
@@ -91,9 +91,7 @@ class Calibration:
         """What dropping each direction of a layer's weight costs, descending, (min(out, in),), float64."""
         return self._tensor(name, "energies").double()
 
-    def spectra(
-        self, names: Iterable[str] | None = None, reserved_rank: int = 0, core: bool = False
-    ) -> list[LayerSpectrum]:
+    def spectra(self, names: Iterable[str] | None = None, update: Update | None = None) -> list[LayerSpectrum]:
         """Plain numbers of all layers (or of some), for planning.
 
         Energies that no gradient weighs are not comparable to those of other layers; they are scaled so that such a
@@ -102,6 +100,7 @@ class Calibration:
         entries = self._index["layers"]
         weighed = [entry["energy"] for entry in entries.values() if entry["weighed"]]
         unit = sum(weighed) / len(weighed) if weighed else 1.0
+        update = update or make_update(DEFAULT_UPDATE)
         spectra = []
         for name in self.layers if names is None else names:
             entry = entries[name]
@@ -112,9 +111,7 @@ class Calibration:
                 energies = energies / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny) * unit
             out_features, in_features = entry["shape"]
             values = tuple(energies.tolist())
-            spectra.append(
-                LayerSpectrum(name, out_features, in_features, entry["input"], values, gradient, reserved_rank, core)
-            )
+            spectra.append(LayerSpectrum(name, out_features, in_features, entry["input"], values, gradient, update))
         return spectra
 
     def factors(self, name: str, module: nn.Module, rank: int) -> InitialFactors:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tuner.layer import Linear
+from ..forms.factored import FactoredLinear
 from .data import check_repeatable
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Descent:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: decayed(step, steps))
 
     @classmethod
-    def relative(cls, layers: Iterable[Linear], rate: float, steps: int) -> Descent:
+    def relative(cls, layers: Iterable[FactoredLinear], rate: float, steps: int) -> Descent:
         """Of everything in some layers that trains, for few steps, at rates relative to each part's size.
 
         The size is the root mean square, 1 for a bias of zeros. The second moment must follow few steps.
@@ -84,7 +84,7 @@ class Descent:
         self.schedule.step()
 
 
-def trained_parts(layers: Iterable[Linear]) -> list[nn.Parameter]:
+def trained_parts(layers: Iterable[FactoredLinear]) -> list[nn.Parameter]:
     """What trains of some layers."""
     return [part for layer in layers for part in layer.parameters() if part.requires_grad]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..forms.factored import FactoredLinear
 from ..models.calls import evaluating, features_of, hooked, model_output, real_rows, token_mask
-from ..tuner.layer import Linear
 from ..tuner.prepared import WasiFactors
 from .data import limited
 from .descent import Descent, check_arguments, lowered, trained_parts
@@ -96,7 +96,7 @@ def compared_blocks(names: Iterable[str], every: int) -> list[str]:
 def _train(
     teacher: nn.Module,
     student: nn.Module,
-    layers: Mapping[str, Linear],
+    layers: Mapping[str, FactoredLinear],
     blocks: Sequence[str],
     data: Iterable[Any],
     steps: int,

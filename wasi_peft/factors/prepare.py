@@ -85,21 +85,21 @@ def preprocess_wasi(
             progress_bar=progress_bar,
         )
     calibration.require(targets)
+    update = resolved.layer_update
     if resolved.weight_share is not None:
-        spectra = calibration.spectra(targets, resolved.reserved_rank, resolved.has_core)
-        resolved.ranks = allocate_ranks(spectra, resolved.weight_share)
+        spectra = calibration.spectra(targets, update)
+        resolved.resolved_ranks = allocate_ranks(spectra, resolved.weight_share)
     layers: dict[str, PreparedLayer] = {}
     for name, module in tqdm(targets.items(), desc="WASI initial factors", disable=not progress_bar):
         asked = asked_rank(name, resolved)
         rank = rank_for(asked, calibration.energies(name))
-        directions = initial_rank(rank, resolved.reserved_rank, dense_weight(module).shape)
+        directions = initial_rank(rank, update.side_rank, dense_weight(module).shape)
         initial = calibration.factors(name, module, directions)
-        update, update_rank = resolved.resolved_update, resolved.reserved_rank
-        layers[name] = PreparedLayer(initial, rank, asked, resolved.weight_share, update, update_rank)
+        layers[name] = PreparedLayer(initial, rank, asked, resolved.weight_share, update.name, update.side_rank)
     factors = WasiFactors(layers)
     if repair_steps and batches is not None:
         factors = chosen.run(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
-    if resolved.keeps_image and batches is not None:
+    if update.keeps_image and batches is not None:
         count = MOMENT_BATCHES if max_batches is None else min(max_batches, MOMENT_BATCHES)
         factors = with_moments(model, factors, batches, max_batches=count, progress_bar=progress_bar)
     factors.attach(model)

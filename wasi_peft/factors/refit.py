@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..forms.dense import dense_bias, dense_weight
+from ..forms.factored import FactoredLinear
 from ..models.calls import hooked, layer_input
-from ..tuner.layer import Linear
 from .block_states import BlockStates
 
 RIDGE = 1e-2
@@ -86,7 +86,7 @@ class _Moments:
 
 
 def refit_block(
-    block: str, dense: BlockStates, compressed: BlockStates, layers: Mapping[str, Linear], ridge: float
+    block: str, dense: BlockStates, compressed: BlockStates, layers: Mapping[str, FactoredLinear], ridge: float
 ) -> None:
     """Refit layers of a block in the order in which they run, those that read one input together.
 
@@ -141,17 +141,16 @@ def _readers(block: str, dense: BlockStates, names: Iterable[str]) -> list[list[
     return [group for group, _ in groups]
 
 
-def _refit(layer: Linear, target: nn.Module, moments: _Moments, ridge: float) -> None:
+def _refit(layer: FactoredLinear, target: nn.Module, moments: _Moments, ridge: float) -> None:
     """Give a layer the right factor, and the bias, that suit its inputs in the compressed model."""
     cross, moment, wanted, mean = moments.means()
-    (adapter,) = layer.wasi_L
-    L, R = layer.wasi_L[adapter], layer.wasi_R[adapter]
+    L, R = layer.L, layer.R
     bias = dense_bias(target)
     least = _ROUNDING * float(moment.diagonal().mean())
     if bias is not None:
         cross, moment = cross - torch.outer(wanted, mean), moment - torch.outer(mean, mean)
     refitted = R.double() @ input_map(cross, moment, max(ridge * float(moment.diagonal().mean()), least))
-    if bias is not None:
+    if bias is not None and layer.bias is not None:
         corrected = bias.double() + dense_weight(target).double() @ wanted - L.double() @ (refitted @ mean)
-        layer.wasi_bias[adapter].copy_(corrected)
+        layer.bias.copy_(corrected)
     R.copy_(refitted)

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..forms.factored import FactoredLinear
 from ..memory.loss import default_chunk_rows
 from ..models.calls import Reached, evaluating, layer_input, model_output, real_rows, token_mask
-from ..tuner.layer import Linear
 from ..tuner.prepared import WasiFactors
 from ..tuner.targets import vocabulary_head
 from .data import limited
@@ -171,7 +171,7 @@ def _mean_divergence(student: nn.Module, batches: Sequence[tuple[Any, Tensor]]) 
 
 def _train(
     student: nn.Module,
-    layers: Mapping[str, Linear],
+    layers: Mapping[str, FactoredLinear],
     batches: Sequence[tuple[Any, Tensor]],
     steps: int,
     rate: float,

@@ -1,4 +1,4 @@
-"""What stands in for a dense layer after its weight is gone: a stub module and a stand-in for its `weight`."""
+"""Dense layers: what they hold, how one is made, and what answers for a weight that is not stored."""
 
 from __future__ import annotations
 
@@ -53,56 +53,22 @@ class FactoredWeight:
         return func(*dense(args), **{key: dense(value) for key, value in (kwargs or {}).items()})
 
 
-class ReleasedLinear(nn.Module):
-    """Base layer whose dense weight was released (or parked on the CPU): it owns no parameter.
+def is_transposed(dense_class: type[nn.Module]) -> bool:
+    """Whether layers of a class hold their weight as (in, out): transformers' `Conv1D` does."""
+    return issubclass(dense_class, Conv1D)
 
-    `weight` and `bias` are the parked ones, or answer for the adapter that is active in the owning layer. The owner is
-    held in a list so that it is no submodule of its own base layer.
 
-    Args:
-        owner: The tuner layer.
-        dense: The dense layer that was replaced, without its weight unless `parked` is given.
-        parked: The dense weight in main memory for `base_weight="cpu"`, else None.
-    """
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight of a Linear, Conv1D or parked layer in Linear layout, (out, in), detached."""
+    assert isinstance(layer.weight, Tensor)
+    weight = layer.weight.detach()
+    return weight.T if is_transposed(getattr(layer, "dense_class", type(layer))) else weight
 
-    def __init__(self, owner: Any, dense: nn.Module, parked: tuple[Tensor, Tensor | None] | None):
-        super().__init__()
-        self.in_features = owner.in_features
-        self.out_features = owner.out_features
-        self._owner = [owner]
-        self._dense_class = type(dense)
-        self.parked = parked
 
-    @property
-    def weight(self) -> Any:
-        if self.parked is not None:
-            return self.parked[0]
-        return self._owner[0].factored_weight()
-
-    @property
-    def bias(self) -> Tensor | None:
-        if self.parked is not None:
-            return self.parked[1]
-        return self._owner[0].factored_bias()
-
-    def restore(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The dense layer with its original weight. Only where it was parked."""
-        assert self.parked is not None
-        weight, bias = self.parked
-        bias = None if bias is None else bias.to(device, dtype)
-        return build_dense(self._dense_class, weight.to(device, dtype), bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.parked is None:
-            raise RuntimeError(
-                "The dense weight of this layer was released when the WASI adapter was injected. "
-                "Create the adapter with base_weight='keep' or 'cpu' to use the base layer."
-            )
-        return self.restore(x.device, x.dtype)(x)
-
-    def extra_repr(self) -> str:
-        state = "parked on cpu" if self.parked is not None else "released"
-        return f"in_features={self.in_features}, out_features={self.out_features}, weight={state}"
+def dense_bias(layer: nn.Module) -> Tensor | None:
+    """The bias of such a layer, detached, or None."""
+    bias = layer.bias
+    return bias.detach() if isinstance(bias, Tensor) else None
 
 
 def build_dense(dense_class: type[nn.Module], weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -116,7 +82,7 @@ def build_dense(dense_class: type[nn.Module], weight: Tensor, bias: Tensor | Non
     """
     with torch.device("meta"):
         layer: nn.Module
-        if issubclass(dense_class, Conv1D):
+        if is_transposed(dense_class):
             layer = Conv1D(weight.shape[1], weight.shape[0])
         else:
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
@@ -125,14 +91,31 @@ def build_dense(dense_class: type[nn.Module], weight: Tensor, bias: Tensor | Non
     return layer
 
 
-def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight of a Linear or Conv1D in Linear layout, (out, in), detached."""
-    assert isinstance(layer.weight, Tensor)
-    weight = layer.weight.detach()
-    return weight.T if isinstance(layer, Conv1D) else weight
+class ParkedLinear(nn.Module):
+    """A dense layer whose weight waits in main memory: it owns no parameter and no buffer.
 
+    So it is not moved to an accelerator, not saved, and not trained.
 
-def dense_bias(layer: nn.Module) -> Tensor | None:
-    """The bias of a Linear or Conv1D, detached, or None."""
-    bias = layer.bias
-    return bias.detach() if isinstance(bias, Tensor) else None
+    Args:
+        dense: The dense layer.
+    """
+
+    def __init__(self, dense: nn.Module) -> None:
+        super().__init__()
+        weight, bias = dense.weight, dense_bias(dense)
+        assert isinstance(weight, Tensor)
+        self.dense_class = type(dense)
+        self.weight = weight.detach().cpu()
+        self.bias = None if bias is None else bias.cpu()
+        self.out_features, self.in_features = dense_weight(dense).shape
+
+    def restore(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The dense layer again."""
+        bias = None if self.bias is None else self.bias.to(device, dtype)
+        return build_dense(self.dense_class, self.weight.to(device, dtype), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.restore(x.device, x.dtype)(x)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, weight=parked on cpu"

@@ -45,7 +45,7 @@ _OVER_FEATURES = frozenset(("mean", "var", "chunk", "split", "unbind"))
 def _compresses(module: nn.Module) -> bool:
     """Whether the active WASI adapters in a module keep compressed inputs."""
     layers = (layer for layer in module.modules() if isinstance(layer, WasiLayer))
-    return any(layer.wasi_rule.get(layer.active_name or "") is not None for layer in layers)
+    return any(layer.compresses_input for layer in layers)
 
 
 def _forward_in_chunks(module: nn.Module, chunk_rows: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

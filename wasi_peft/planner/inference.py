@@ -39,16 +39,17 @@ def fold_cores(model: Any) -> None:
         >>> f"{model.wasi_summary().kept_share:.0%}"
         '50%'
     """
-    layers = {name: layer for name, layer in wasi_layers(model) if (layer.active_name or "") in layer.wasi_M}
-    if not layers:
+    layers = {name: layer for name, layer in wasi_layers(model) if layer.active_name is not None}
+    if not any(layer.update.fold(layer.form) for layer in layers.values()):
         raise ValueError("the model must have WASI layers with an active adapter with cores, got none.")
     merged = next((name for name, layer in layers.items() if layer.merged), None)
     if merged is not None:
         raise ValueError(f"{merged}: the adapter is merged; call unmerge_adapter() first.")
     for layer in layers.values():
         assert layer.active_name is not None
-        layer.fold_core(layer.active_name)
-        model.peft_config[layer.active_name].update = "factor"
+        layer.fold(layer.active_name)
+        config = model.peft_config[layer.active_name]
+        config.update, config.update_rank = layer.update.name, layer.update.side_rank or None
 
 
 def merge_slow_layers(model: nn.Module, batch: Any, *, least_gain: float = 0.05) -> dict[str, float]:
@@ -109,7 +110,7 @@ def merge_slow_layers(model: nn.Module, batch: Any, *, least_gain: float = 0.05)
 
 def _kind(layer: WasiLayer) -> tuple[Any, ...]:
     assert layer.active_name is not None
-    L = layer.wasi_L[layer.active_name]
+    L = layer.form.L
     return layer.out_features, layer.in_features, layer.rank(layer.active_name), L.dtype, L.device
 
 
@@ -124,7 +125,7 @@ def dense_over_factored(layer: WasiLayer, rows: int, evicted_bytes: int) -> floa
             other layers run in between.
     """
     assert layer.active_name is not None
-    L = layer.wasi_L[layer.active_name]
+    L = layer.form.L
     x = torch.randn(rows, layer.in_features, dtype=L.dtype, device=L.device)
     forms: tuple[Any, ...] = layer, layer.get_dense_layer(layer.active_name)
     scratch = torch.zeros(evicted_bytes, dtype=torch.uint8, device=L.device)

@@ -33,8 +33,6 @@ from ..tuner.config import WasiConfig
 from ..updates.costs import (
     break_even_rank,
     dense_forward_flops,
-    factored_elements,
-    factored_forward_flops,
     input_elements,
 )
 
@@ -144,21 +142,21 @@ def plan_wasi(
     if batch is not None:
         shapes = input_shapes(model, targets, batch)
     exact = config.compression_rule("") is None
-    spectra = _comparable(calibration.spectra(targets, config.reserved_rank, config.has_core), shapes, exact)
+    spectra = _comparable(calibration.spectra(targets, config.layer_update), shapes, exact)
     problem = _Problem(spectra, shapes, {name: value})
 
     try:
         if name == "weight_share":
             plan = problem.with_tolerable_inputs(allocate_ranks(spectra, value))
         elif name == "error":
-            plan = problem.weights_alone(_rank_elements, error_bound=value)
+            plan = problem.weights_alone(LayerSpectrum.elements, error_bound=value)
         elif name == "peak_bytes":
             plan = _plan_peak(problem, model, config, modes, value, batch, optimizer, calibration.bytes_per_element)
         else:
-            work: _Work = _Flops(problem, config.resolved_update, config.activation_interval)
+            work: _Work = _Flops(problem, config.activation_interval)
             if name.endswith("_seconds"):
                 weight = dense_weight(next(iter(targets.values())))
-                timer = timer or LayerTimer(weight.dtype, weight.device, config.resolved_update, config.reserved_rank)
+                timer = timer or LayerTimer(weight.dtype, weight.device, config.layer_update)
                 work = _Seconds(problem, timer)
             plan = _plan_work(problem, work, value, training=name in ("training_flops", "step_seconds"))
     except InfeasibleError as infeasible:
@@ -166,7 +164,7 @@ def plan_wasi(
         raise ValueError(
             f"{name} must be at least {_readable(name, least)} for this model, got {_readable(name, value)}."
         ) from infeasible
-    return replace(plan, update=config.update, update_rank=config.reserved_rank or None)
+    return replace(plan, update=config.update, update_rank=config.update_rank)
 
 
 # -------------------------------------------------------------------- what is asked, and of what
@@ -330,10 +328,6 @@ class _Problem:
         return self.with_tolerable_inputs({layer.name: layer.weight_rank for layer in plan.layers})
 
 
-def _rank_elements(spectrum: LayerSpectrum, rank: int) -> int:
-    return factored_elements(spectrum.out_features, spectrum.in_features, rank, spectrum.core)
-
-
 def _fit(
     problem: _Problem,
     weight_cost: WeightCost,
@@ -456,15 +450,12 @@ def _plan_peak_in_mode(
     states = OPTIMIZER_STATES.get(optimizer, 2) if isinstance(optimizer, str) else 2
 
     def lasting(spectrum: LayerSpectrum, rank: int) -> int:
-        # what trains beside the factors is as large at every rank
-        trained = 0 if spectrum.reserved_rank else _rank_elements(spectrum, rank)
-        if config.keeps_image:
-            trained = rank * (rank if spectrum.core else spectrum.out_features)
-        image = problem.rows(spectrum) * rank if config.keeps_image else 0
-        return _rank_elements(spectrum, rank) + states * trained + image
+        sizes, update = (spectrum.out_features, spectrum.in_features, rank), spectrum.update
+        image = problem.rows(spectrum) * rank if update.keeps_image else 0
+        return update.elements(*sizes) + states * update.trained_elements(*sizes) + image
 
     def kept(group: InputGroup, ranks: dict[str, int] | None) -> float:
-        return 0.0 if config.keeps_image else problem.kept_elements(group, ranks)
+        return 0.0 if config.layer_update.keeps_image else problem.kept_elements(group, ranks)
 
     peaks = PlannedPeaks(model, batch=batch, optimizer=optimizer)
     planned = [model.get_submodule(spectrum.name) for spectrum in problem.spectra]
@@ -568,42 +559,31 @@ class _Flops:
     """
 
     problem: _Problem
-    update: str
     interval: int
 
     def forward(self, spectrum: LayerSpectrum, rank: int | None) -> float:
         rows, sizes = self.problem.rows(spectrum), (spectrum.out_features, spectrum.in_features)
         if rank is None:
             return dense_forward_flops(rows, *sizes)
-        return factored_forward_flops(rows, *sizes, rank + spectrum.reserved_rank, spectrum.core)
+        return spectrum.update.forward_flops(rows, *sizes, rank)
 
     def weight(self, spectrum: LayerSpectrum, rank: int | None, exact: bool) -> float:
         if rank is None:
             return 3 * self.forward(spectrum, None)
-        flops = 2 * self.forward(spectrum, rank)  # the gradient of the input costs as much
-        if self.update == "subspace":
-            flops += 2 * rank**2 * (4 * spectrum.out_features + 3 * spectrum.in_features)
-        rows = self.problem.rows(spectrum)
-        if self.update == "core":
-            flops += 2 * rows * rank**2
-        elif self.update == "frozen_basis":
-            flops += 2 * rows * rank * spectrum.out_features
-        elif self.update == "low_rank":
-            inner = spectrum.in_features if exact else 0
-            flops += 2 * rows * spectrum.reserved_rank * (spectrum.out_features + inner)
-        elif exact:
-            flops += 2 * rows * rank * (spectrum.out_features + 2 * spectrum.in_features)
-        return flops
+        rows, sizes = self.problem.rows(spectrum), (spectrum.out_features, spectrum.in_features)
+        gradient_of_x = self.forward(spectrum, rank)
+        return self.forward(spectrum, rank) + gradient_of_x + spectrum.update.gradient_flops(rows, *sizes, rank, exact)
 
     def compression(self, group: InputGroup, rank: int) -> float:
         rows = self.problem.rows(group.spectra[0])
         flops = 2 * rows * rank * group.in_features * (1 + 2 / self.interval)
-        return flops + sum(2 * rows * rank * (x.reserved_rank or x.out_features) for x in group.spectra)
+        layers = group.spectra
+        return flops + sum(
+            x.update.compressed_gradient_flops(rows, x.out_features, x.in_features, rank) for x in layers
+        )
 
     def product(self, spectrum: LayerSpectrum, weight_rank: int, rank: int) -> float:
-        if spectrum.reserved_rank:
-            return 2 * rank * spectrum.reserved_rank * spectrum.in_features
-        return 2 * factored_forward_flops(rank, spectrum.out_features, spectrum.in_features, weight_rank)
+        return spectrum.update.product_flops(spectrum.out_features, spectrum.in_features, weight_rank, rank)
 
 
 class _Seconds:

@@ -1,7 +1,7 @@
-"""What is known of layers, and plans of their ranks: energies in, ranks out, plain numbers, no tensors.
+"""Ranks of the weights alone under one budget of parameters.
 
-For weights alone, where a rank costs the same number of parameters at any rank and dropped energy is convex in it,
-ranks are allocated here, by the best marginal energy per parameter. :mod:`choosing` weighs anything else.
+Dropped energy is convex in the rank, so the best marginal energy per parameter decides. :mod:`choosing` weighs
+anything else.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .spectrum import LayerSpectrum, input_groups
 
 
 def allocate_ranks(spectra: Sequence[LayerSpectrum], share: float) -> dict[str, int]:
-    """Weight ranks of all layers under one budget, `sum (K + reserved_rank) (out + in) <= share * sum out * in`.
+    """Weight ranks of all layers under one budget, `sum elements(K) <= share * sum out * in`.
 
-    (With a core, K is added to the second bracket.) Every layer gets rank 1; then the direction with the most energy
-    per parameter, `e_k / (out + in)` without a core, is taken as long as it fits, never past break-even. Because
-    energies descend, dropped energy is convex in the rank, and the result is optimal but for the first direction that
-    did not fit: no other allocation keeps more than its energy on top. What it leaves over goes to cheaper directions
-    further down.
+    (:meth:`updates.base.Update.elements`, `(K + side_rank) (out + in)` without a core.) Every layer gets rank 1; then
+    the direction with the most energy per parameter, `e_k / (out + in)` without a core, is taken as long as it fits,
+    never past break-even. Because energies descend, dropped energy is convex in the rank, and the result is optimal
+    but for the first direction that did not fit: no other allocation keeps more than its energy on top. What it leaves
+    over goes to cheaper directions further down.
 
     These ranks are cut to :attr:`LayerSpectrum.rank_choices`, whose widths multiply fast, and what that frees goes to
     whole steps between choices in the same way: no less energy is kept than after the cut, and what is left over is

@@ -1,8 +1,4 @@
-"""What is known of layers, and plans of their ranks: energies in, ranks out, plain numbers, no tensors.
-
-For weights alone, where a rank costs the same number of parameters at any rank and dropped energy is convex in it,
-ranks are allocated here, by the best marginal energy per parameter. :mod:`choosing` weighs anything else.
-"""
+"""Plans: a rank for every layer, as plain data that people may edit."""
 
 from __future__ import annotations
 
@@ -13,13 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..updates.costs import break_even_rank, dense_elements, factored_elements
+from ..updates import DEFAULT_UPDATE, UPDATES, Update, make_update
+from ..updates.costs import dense_elements
 from .spectrum import LayerSpectrum, _check_layer, _check_whole
 
 MEMORY_MODES = ("exact", "fast", "small")
-UPDATES = ("frozen_basis", "low_rank", "core", "subspace", "factor")
-DEFAULT_UPDATE, DEFAULT_UPDATE_RANK = "frozen_basis", 16
-IMAGE_UPDATES = ("frozen_basis", "core")  # backward needs of an input no more than R x, K numbers a row
 FORMAT = 1
 _ACTIVATION_MODES = ("feature", "token", "batch")
 
@@ -67,11 +61,6 @@ class LayerPlan:
         if isinstance(kept, bool) or not isinstance(kept, (int, float)) or not 0 < kept <= 1:
             raise ValueError(f"{self.name}: kept_energy must be a number in (0, 1], got {kept!r}.")
 
-    @property
-    def past_break_even(self) -> bool:
-        """Whether the factors cost more memory and compute than the dense weight."""
-        return self.weight_rank > break_even_rank(self.out_features, self.in_features)
-
 
 @dataclass(frozen=True)
 class WasiPlan:
@@ -83,11 +72,11 @@ class WasiPlan:
         memory_mode: The mode that the plan was made for, if its budget depends on that. A configuration with the plan
             takes it, unless it names another one.
         update: The update that the plan was made for; a configuration with the plan takes it in the same way.
-        update_rank: The rank of that update, with "low_rank".
+        update_rank: Directions that the update trains beside the factors, None for an update without any.
 
     Raises:
         ValueError: If there is no layer, a name appears twice, `budget` is not a dict of JSON values, the mode or the
-            update is unknown, or its rank is no positive integer, or is given with another update.
+            update is unknown, or its rank is not the update's.
 
     Example:
         >>> plan = WasiPlan((LayerPlan("fc1", 8, 8, 2, {"feature": 3}, 0.9),), {"weight_share": 0.5})
@@ -108,10 +97,13 @@ class WasiPlan:
             raise ValueError(f"a plan's memory_mode must be one of {list(MEMORY_MODES)}, got {self.memory_mode!r}.")
         if self.update not in (None, *UPDATES):
             raise ValueError(f"a plan's update must be one of {list(UPDATES)}, got {self.update!r}.")
-        if self.update == "low_rank":
-            _check_whole("a plan's update_rank", self.update_rank, math.inf)
-        elif self.update_rank is not None:
-            raise ValueError(f"a plan's update_rank is for update='low_rank' alone, got it with {self.update!r}.")
+        if self.update_rank is not None:
+            _check_whole("a plan's update_rank", self.update_rank)
+        if (self.update_rank or 0) != (0 if self.update is None else self.layer_update.side_rank):
+            raise ValueError(
+                f"a plan's update_rank must be the directions that its update trains beside the factors, got "
+                f"{self.update_rank!r} with {self.update!r}."
+            )
         names = [layer.name for layer in self.layers]
         if not names:
             raise ValueError("a plan must have at least one layer, got none.")
@@ -128,9 +120,22 @@ class WasiPlan:
     @property
     def kept_share(self) -> float:
         """Elements of all factors over elements of all dense weights they replace."""
-        core, more = self.update == "core", self.update_rank or 0
-        kept = sum(factored_elements(x.out_features, x.in_features, x.weight_rank + more, core) for x in self.layers)
-        return kept / sum(dense_elements(x.out_features, x.in_features) for x in self.layers)
+        return sum(map(self.elements, self.layers)) / sum(
+            dense_elements(x.out_features, x.in_features) for x in self.layers
+        )
+
+    @property
+    def layer_update(self) -> Update:
+        """The update that the plan was made for; the default one where it names none."""
+        return make_update(self.update or DEFAULT_UPDATE, self.update_rank)
+
+    def elements(self, layer: LayerPlan) -> int:
+        """Elements that a layer stores under the plan."""
+        return self.layer_update.elements(layer.out_features, layer.in_features, layer.weight_rank)
+
+    def past_break_even(self, layer: LayerPlan) -> bool:
+        """Whether a layer costs more memory and compute than the dense weight."""
+        return layer.weight_rank > self.layer_update.break_even_rank(layer.out_features, layer.in_features)
 
     def headline(self) -> str:
         """One line for a log."""
@@ -147,7 +152,7 @@ class WasiPlan:
 
     def input_kept(self, layer: LayerPlan) -> str:
         """What a layer keeps of its input for backward: ranks by mode, "exact", or "image", K numbers a row."""
-        if self.update in IMAGE_UPDATES:
+        if self.update is not None and self.layer_update.keeps_image:
             return "image"
         ranks = layer.activation_ranks
         return "exact" if ranks is None else ", ".join(f"{mode} {rank}" for mode, rank in ranks.items())
@@ -157,7 +162,7 @@ class WasiPlan:
         lines = [f"{'layer':<{width}}  {'out x in':>13}  {'rank':>5}  {'energy':>6}  input"]
         for layer in self.layers:
             shape = f"{layer.out_features} x {layer.in_features}"
-            note = "  costs more than dense" if layer.past_break_even else ""
+            note = "  costs more than dense" if self.past_break_even(layer) else ""
             energy = f"{layer.kept_energy:>6.1%}"
             lines.append(
                 f"{layer.name:<{width}}  {shape:>13}  {layer.weight_rank:>5}  {energy}  {self.input_kept(layer)}{note}"
@@ -263,7 +268,7 @@ def build_plan(
     for spectrum in spectra:
         rank, ranks = weight_ranks[spectrum.name], activation_ranks.get(spectrum.shared_input)
         total = sum(spectrum.weight_energies)
-        directions = rank + spectrum.reserved_rank
+        directions = rank + spectrum.update.side_rank
         kept = min(1.0, sum(spectrum.weight_energies[:directions]) / total) if total else 1.0
         sizes = spectrum.out_features, spectrum.in_features
         layers.append(LayerPlan(spectrum.name, *sizes, rank, None if ranks is None else dict(ranks), kept))

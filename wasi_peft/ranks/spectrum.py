@@ -1,8 +1,4 @@
-"""What is known of layers, and plans of their ranks: energies in, ranks out, plain numbers, no tensors.
-
-For weights alone, where a rank costs the same number of parameters at any rank and dropped energy is convex in it,
-ranks are allocated here, by the best marginal energy per parameter. :mod:`choosing` weighs anything else.
-"""
+"""What calibration knows of layers, as plain numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..updates.costs import break_even_rank, factored_elements, rank_step
+from ..updates import DEFAULT_UPDATE, Update, make_update
+from ..updates.costs import rank_step
 
 # -------------------------------------------------------------------- what is known of a layer
 
@@ -28,12 +25,11 @@ class LayerSpectrum:
         in_features: Columns of the weight.
         shared_input: Name of the first layer that reads the same input tensor; the layer's own where it is alone.
         weight_energies: What is lost with each direction of the weight, descending and comparable between layers:
-            rank K loses `sum(weight_energies[K + reserved_rank:])`.
+            rank K loses `sum(weight_energies[K + update.side_rank:])`.
         gradient_energies: The same for the weight gradient and the ranks of the compressed input, by mode: "feature",
             and "token" where every batch had the same number of tokens. Empty where gradients were not collected.
-        reserved_rank: Directions that train beside the K of the weight, and start from those after them; they count in
-            every budget.
-        core: Whether a K x K core trains between the factors; it counts too.
+        update: What is going to train, which says what a rank costs. Directions that train beside the K of the weight
+            start from those after them.
 
     **Shape**
         - weight_energies: (min(out, in),); gradient_energies: (in,) for "feature", (N,) for "token"
@@ -52,8 +48,7 @@ class LayerSpectrum:
     shared_input: str
     weight_energies: tuple[float, ...]
     gradient_energies: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    reserved_rank: int = 0
-    core: bool = False
+    update: Update = field(default_factory=lambda: make_update(DEFAULT_UPDATE))
 
     def __post_init__(self) -> None:
         _check_layer(self.name, self.out_features, self.in_features)
@@ -74,26 +69,26 @@ class LayerSpectrum:
     @property
     def rank_energies(self) -> tuple[float, ...]:
         """What each rank adds to what the trained directions alone would keep, then zeros, (min(out, in),)."""
-        kept = min(self.reserved_rank, len(self.weight_energies))
-        return self.weight_energies[kept:] + (0.0,) * kept
+        side = min(self.update.side_rank, len(self.weight_energies))
+        return self.weight_energies[side:] + (0.0,) * side
 
     @property
     def largest_rank(self) -> int:
         """Largest rank worth considering: the last that saves anything, 1 where none does."""
-        return max(1, break_even_rank(self.out_features, self.in_features, self.core) - self.reserved_rank)
+        return max(1, self.update.break_even_rank(self.out_features, self.in_features))
 
     def elements(self, rank: int) -> int:
-        """Elements of the factors at rank K, of what trains beside or between them too."""
-        return factored_elements(self.out_features, self.in_features, rank + self.reserved_rank, self.core)
+        """Elements that the layer stores at rank K."""
+        return self.update.elements(self.out_features, self.in_features, rank)
 
     @property
     def aligned_ranks(self) -> range:
-        """Ranks K up to the largest for which `K + reserved_rank` is a multiple of :func:`costs.rank_step`.
+        """Ranks K up to the largest for which `K + update.side_rank` is a multiple of :func:`costs.rank_step`.
 
         Every rank where the update leaves no room for such a multiple.
         """
         step = rank_step(self.out_features, self.in_features)
-        first = step - self.reserved_rank % step
+        first = step - self.update.side_rank % step
         if first > self.largest_rank:
             first = step = 1
         return range(first, self.largest_rank + 1, step)

@@ -10,7 +10,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..linalg.subspaces import paper_step
-from ..tuner.layer import WasiLayer, product_gradient_sink, record_product_gradient, wasi_layers
+from ..tuner.layer import WasiLayer, wasi_layers
+from ..updates import UPDATES
 
 NOT_REDUCED = (
     "SubspaceSGD does not reduce product gradients over processes; use another optimizer with update='subspace'"
@@ -87,19 +88,19 @@ def _split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
     kinds: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, WasiLayer):
-            for name, L in module.wasi_L.items():  # without R, L is the whole of what trains
-                kinds[id(L)] = "R" if module.wasi_update[name] == "frozen_basis" else "L"
-            for part in (module.wasi_R, module.wasi_A, module.wasi_B, module.wasi_M):
-                kinds.update({id(parameter): "R" for parameter in part.values()})
+            for name, update in module.wasi_update.items():
+                for part, parameter in module.form_of(name).named_parameters():
+                    if part != "bias":
+                        kinds[id(parameter)] = "basis" if part == update.basis else "factor"
         elif isinstance(module, AuxiliaryTrainingWrapper):
             kinds.update({id(parameter): "head" for parameter in module.parameters()})
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         kind, is_vector = kinds.get(id(parameter)), parameter.dim() < 2
-        if kind == "L":
+        if kind == "basis":
             basis.append(parameter)
-        elif kind == "R":
+        elif kind == "factor":
             factors.append(parameter)
         elif kind == "head":
             (head_vectors if is_vector else head).append(parameter)
@@ -173,21 +174,22 @@ class SubspaceSGD(torch.optim.Optimizer):
         if max_grad_norm is not None:
             _check_positive("max_grad_norm", max_grad_norm)
         check_single_process(NOT_REDUCED)
-        self._layers: list[tuple[nn.Parameter, nn.Parameter, _ProductGradient]] = []
+        self._layers: list[tuple[WasiLayer, nn.Parameter, nn.Parameter, _ProductGradient]] = []
         for name, layer in wasi_layers(model):
             active = layer.active_name
-            if active is None or not layer.wasi_L[active].requires_grad:
+            if active is None or not any(p.requires_grad for p in map(layer.form.get_parameter, layer.update.trained)):
                 continue
-            if layer.wasi_update[active] != "subspace":
-                raise ValueError(f"{name}: SubspaceSGD needs update='subspace', got {layer.wasi_update[active]!r}.")
-            if not layer.wasi_R[active].requires_grad:
-                raise ValueError(f"{name}: SubspaceSGD needs both factors to train, but R is frozen.")
-            L, R = layer.wasi_L[active], layer.wasi_R[active]
-            self._layers.append((L, R, _ProductGradient(R)))
+            if not layer.update.hands_out_product:
+                able = " or ".join(repr(key) for key, update in UPDATES.items() if update.hands_out_product)
+                raise ValueError(f"{name}: SubspaceSGD needs update={able}, got {layer.update.name!r}.")
+            L, R = layer.form.L, layer.form.R
+            if not (L.requires_grad and R.requires_grad):
+                raise ValueError(f"{name}: SubspaceSGD needs both factors to train, but one of them is frozen.")
+            self._layers.append((layer, L, R, _ProductGradient(R)))
         if not self._layers:
             raise ValueError("SubspaceSGD needs a model with trainable WASI factors, got none.")
-        for L, _, gradient in self._layers:
-            record_product_gradient(L, gradient)
+        for layer, _, _, gradient in self._layers:
+            layer.record_product_gradient(gradient)
         self.max_grad_norm = max_grad_norm
         parameters: Iterable[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
@@ -201,9 +203,9 @@ class SubspaceSGD(torch.optim.Optimizer):
                 loss = closure()
         check_single_process(NOT_REDUCED)
         rates = {id(p): (g["lr"], g["weight_decay"]) for g in self.param_groups for p in g["params"]}
-        factors = {id(p) for L, R, _ in self._layers for p in (L, R)}
+        factors = {id(p) for _, L, R, _ in self._layers for p in (L, R)}
         others = [p for g in self.param_groups for p in g["params"] if id(p) not in factors and p.grad is not None]
-        products = [(L, R, *self._product(L, R, gradient)) for L, R, gradient in self._layers if R.grad is not None]
+        products = [(each[1], each[2], *self._product(*each)) for each in self._layers if each[2].grad is not None]
         scale = self._clip_scale(others, products)
         for parameter in others:
             lr, decay = rates[id(parameter)]
@@ -213,14 +215,14 @@ class SubspaceSGD(torch.optim.Optimizer):
             new_L, new_R = paper_step(L, R * (1 - lr * decay), left, right, lr * scale)
             L.copy_(new_L)
             R.copy_(new_R)
-        for _, _, gradient in self._layers:
+        for *_, gradient in self._layers:
             gradient.clear()
         return loss
 
     @staticmethod
-    def _product(L: Tensor, R: Tensor, gradient: _ProductGradient) -> tuple[Tensor, Tensor]:
+    def _product(layer: WasiLayer, L: Tensor, R: Tensor, gradient: _ProductGradient) -> tuple[Tensor, Tensor]:
         """The product's gradient as two factors, rescaled as R's gradient was since backward."""
-        if not gradient.left or product_gradient_sink(L) is not gradient:
+        if not gradient.left or layer.product_gradient_sink(layer.active_name or "") is not gradient:
             raise RuntimeError("another SubspaceSGD was created for this model; only the newest one can step.")
         left, right = gradient.joined(L.dtype)
         recorded = (L.T @ left) @ right  # R's gradient as backward computed it

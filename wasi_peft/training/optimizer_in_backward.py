@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tuner.steps import step_in_parts
 from .optimizer import SubspaceSGD, check_single_process
 
 CONSUMED = (
@@ -83,7 +84,6 @@ class OptimizerInBackward(torch.optim.Optimizer):
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         _check_steps_apart(optimizer)
         _check_single_process()
-        optimizer.steps_in_parts = True  # type: ignore[attr-defined]
         self._optimizer = optimizer
         self._lock = threading.Lock()  # a model on several devices has one backward thread for each
         self._handles: list[Any] = []
@@ -120,7 +120,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
             options = dict(group)
             optimizer.param_groups, group["params"] = [group], [parameter]
             try:
-                optimizer.step()
+                with step_in_parts():
+                    optimizer.step()
             finally:
                 optimizer.param_groups, group["params"] = self.param_groups, options["params"]
         changed = [name for name, value in group.items() if options.get(name) is not value]
@@ -149,7 +150,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
             if isinstance(parameter.grad, _Consumed):
                 parameter.grad = None
         if any(parameter.grad is not None for parameter in parameters):
-            self._optimizer.step()
+            with step_in_parts():
+                self._optimizer.step()
             self.zero_grad()
         return loss
 

@@ -11,16 +11,8 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from ..linalg.tucker import MODES, CompressionRule
-from ..ranks.plan import (
-    DEFAULT_UPDATE,
-    DEFAULT_UPDATE_RANK,
-    IMAGE_UPDATES,
-    MEMORY_MODES,
-    UPDATES,
-    LayerPlan,
-    WasiPlan,
-    layer_plan,
-)
+from ..ranks.plan import MEMORY_MODES, LayerPlan, WasiPlan, layer_plan
+from ..updates import DEFAULT_UPDATE, UPDATES, Update, make_update
 from .registration import PEFT_TYPE, WASI_IMPORT_NOTE
 
 BASE_WEIGHTS = ("release", "cpu", "keep")
@@ -134,11 +126,11 @@ class WasiConfig(PeftConfig):
             What happens to the dense weight: 'release' frees it, 'cpu' parks it in main memory, 'keep' leaves it in
             place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or 'keep'.
         init_weights (`bool`, default True):
-            Compute the factors from the dense weights. False builds empty factors that must be loaded before use;
-            saved adapters are loaded that way.
+            Compute the factors from the dense weights. False gives them random values: the layers then compute
+            something else than the dense ones, which is for tests.
         ranks (`Optional[dict[str, int]]`):
-            Rank of every targeted layer by full module name. Filled in at injection and saved with the adapter, so
-            that loading needs no decomposition.
+            Rank of every targeted layer by full module name, as saved with an adapter. With it, factors are not
+            computed but expected from the adapter's file: the layers answer as the dense ones do until they come.
     """
 
     explained_variance_threshold: float = field(
@@ -209,14 +201,17 @@ class WasiConfig(PeftConfig):
         default="release", metadata={"help": "What happens to the dense weight: 'release', 'cpu' or 'keep'."}
     )
     init_weights: bool = field(
-        default=True, metadata={"help": "Compute the factors from the dense weights; False: they will be loaded."}
+        default=True, metadata={"help": "Compute the factors from the dense weights; False: random values."}
     )
     ranks: dict[str, int] | None = field(
-        default=None, metadata={"help": "Resolved rank of every targeted layer, filled in at injection."}
+        default=None,
+        metadata={"help": "Rank of every targeted layer of a saved adapter, whose factors are then expected."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # ranks of every layer once injected; no field: a configuration that was used is still a fresh one
+        self.resolved_ranks: dict[str, int] | None = None
         self.peft_type = PEFT_TYPE
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -230,11 +225,11 @@ class WasiConfig(PeftConfig):
             for name in ("memory_mode", "update", "update_rank"):
                 if getattr(self, name) is None:
                     setattr(self, name, getattr(plan, name))
-        defaults = {"memory_mode": "exact", "update": DEFAULT_UPDATE, "update_rank": DEFAULT_UPDATE_RANK}
-        for name, default in defaults.items():
+        for name, default in {"memory_mode": "exact", "update": DEFAULT_UPDATE}.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
         self._validate()
+        self.update_rank = self.layer_update.side_rank or None
         self._validate_budgets()
 
     def _validate(self) -> None:
@@ -247,9 +242,10 @@ class WasiConfig(PeftConfig):
         if self.activation_threshold is not None:
             _check_threshold("activation_threshold", self.activation_threshold)
         _check_rank("activation_interval", self.activation_interval)
-        _check_rank("update_rank", self.update_rank)
+        if self.update_rank is not None:
+            _check_rank("update_rank", self.update_rank)
         _check_choice("bias", self.bias, BIASES)
-        _check_choice("update", self.update, UPDATES)
+        _check_choice("update", self.update, tuple(UPDATES))
         _check_choice("base_weight", self.base_weight, BASE_WEIGHTS)
         _check_choice("memory_mode", self.memory_mode, MEMORY_MODES)
         if self.saved_tensors is not None:
@@ -263,10 +259,11 @@ class WasiConfig(PeftConfig):
             if mode not in modes:
                 raise ValueError(f"activation_ranks names the mode {mode!r}, not in activation_modes={modes!r}.")
             _check_rank(f"activation_ranks[{mode!r}]", rank)
-        if self.keeps_image and self.activation_ranks is not None:
+        if self.layer_update.keeps_image and self.activation_ranks is not None:
+            others = " or ".join(repr(name) for name, update in UPDATES.items() if update.reads_input is not None)
             raise ValueError(
                 f"activation_ranks compresses inputs, and update={self.update!r} keeps none of them; leave it out, or "
-                f"choose update='low_rank', 'subspace' or 'factor', got {self.activation_ranks!r}."
+                f"choose update={others}, got {self.activation_ranks!r}."
             )
         if self.activation_ranks is not None and self.activation_threshold is None:
             missing = sorted(set(modes) - set(self._mode_ranks() or {}))
@@ -296,29 +293,19 @@ class WasiConfig(PeftConfig):
         if self.plan is None:
             return
         # an injected configuration, which has ranks, also names the targets that the plan gave it
-        for name in _PLANNED if self.ranks is not None else (*_PLANNED, "target_modules"):
+        for name in _PLANNED if self.awaits_loading else (*_PLANNED, "target_modules"):
             if getattr(self, name) and getattr(self, name) != ["feature"]:
                 raise ValueError(f"plan decides layers and ranks; leave {name} out, got {getattr(self, name)!r}.")
 
     @property
-    def resolved_update(self) -> str:
-        """What trains."""
-        return self.update or DEFAULT_UPDATE
+    def layer_update(self) -> Update:
+        """What of each layer trains, and how."""
+        return make_update(self.update or DEFAULT_UPDATE, self.update_rank)
 
     @property
-    def reserved_rank(self) -> int:
-        """Directions that the update adds to the K of every layer."""
-        return self.update_rank or 0 if self.update == "low_rank" else 0
-
-    @property
-    def has_core(self) -> bool:
-        """Whether a K x K core trains between the factors of every layer."""
-        return self.update == "core"
-
-    @property
-    def keeps_image(self) -> bool:
-        """Whether backward needs of a layer's input no more than its image under R, K numbers a row."""
-        return self.update in IMAGE_UPDATES
+    def awaits_loading(self) -> bool:
+        """Whether the factors are to come from a saved adapter: then its ranks are given."""
+        return self.ranks is not None
 
     @property
     def resolved_saved_tensors(self) -> str:
@@ -341,7 +328,7 @@ class WasiConfig(PeftConfig):
 
     def compression_rule(self, name: str) -> CompressionRule | None:
         """The rule for compressing a layer's input, or None where nothing of it is compressed."""
-        if self.keeps_image or self.resolved_saved_tensors == "recompute":
+        if self.layer_update.keeps_image or self.resolved_saved_tensors == "recompute":
             return None
         planned = self.planned_layer(name)
         if planned is not None:
@@ -360,8 +347,8 @@ class WasiConfig(PeftConfig):
         Where the directory holds a model card, the card is told that loading needs `import wasi_peft`.
         """
         saved = copy.copy(self)
-        if saved.ranks is not None:
-            saved.init_weights = False
+        if self.resolved_ranks is not None:
+            saved.ranks = dict(self.resolved_ranks)
         PeftConfig.save_pretrained(saved, save_directory, **kwargs)
         _note_import_in_card(os.path.join(save_directory, "README.md"))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,16 +13,21 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..forms.dense import dense_bias, dense_weight
+from ..forms.factored import FactoredLinear
 from ..linalg.spectra import factorize_weight, rank_for_threshold
 from ..memory.modes import apply_memory_mode, check_memory_mode, leave_memory_mode
 from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
 from .config import WasiConfig
-from .layer import RELEASED, Linear, WasiLayer, wasi_layers
-from .prepared import PreparedLayer, check_prepared, take_prepared
+from .inputs import SharedInputs
+from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
+from .prepared import PreparedLayer, check_prepared, drop_prepared, prepared_for
+from .state import FORM, check_loadable, shared_vectors, vectors_by_key, with_model_keys
 from .summary import WasiSummary, wasi_summary
-from .targets import asked_rank, check_targets, fixed_rank, resolve_targets, selected_modules, vector_parameter_names
+from .targets import asked_rank, check_targets, plain_name, resolve_targets, selected_modules
+from .undo import Structure
+from .vectors import AdapterVectors, vector_places
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +51,7 @@ def initial_rank(rank: int, update_rank: int, shape: Sequence[int]) -> int:
 def _dense_parts(target: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense weight, in Linear layout, and bias of a target, which may be a layer with another adapter."""
     if isinstance(target, WasiLayer):
-        return target._base_weight(), target._base_bias()
+        target = target.original
     return dense_weight(target), dense_bias(target)
 
 
@@ -75,7 +81,7 @@ def _shared_ranks(
         out_features, in_features = weight.shape
         energies = tuple(shares.tolist())
         sizes = out_features, in_features
-        spectra.append(LayerSpectrum(name, *sizes, name, energies, {}, config.reserved_rank, config.has_core))
+        spectra.append(LayerSpectrum(name, *sizes, name, energies, {}, config.layer_update))
     assert config.weight_share is not None
     return allocate_ranks(spectra, config.weight_share)
 
@@ -115,11 +121,26 @@ class WasiModel(BaseTuner):
     # ---------------------------------------------------------------- injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Replace the target modules; afterwards one log line says what it amounts to."""
+        """Replace the target modules, all or none; afterwards one log line says what it amounts to.
+
+        Dense weights go when everything else is done. Whatever ends the injection before, an interrupt too, leaves the
+        model as it was.
+        """
+        config = self.peft_config[adapter_name]
         self._used_plain_svd = False
         self._loading_group: dict[str, WasiLayer] = {}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        apply_memory_mode(model, self.peft_config[adapter_name])
+        shared = next((layer for _, layer in wasi_layers(model)), None)
+        self._inputs = SharedInputs() if shared is None else shared.inputs
+        self._vectors = AdapterVectors() if shared is None else shared.vectors
+        before = Structure(model)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._add_vectors(model, adapter_name)
+            apply_memory_mode(model, config)
+            self._release(model, config)
+        except BaseException:
+            before.restore()
+            raise
         if self._used_plain_svd:
             warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
         summary = wasi_summary(model, adapter_name)
@@ -129,33 +150,39 @@ class WasiModel(BaseTuner):
         resolve_targets(self.model, peft_config)
         return peft_config
 
+    def _source(self, config: WasiConfig) -> str | None:
+        """The adapter, if there is one, whose very configuration a new adapter has: it starts as a copy of it."""
+        names = [name for name, other in self.peft_config.items() if other is config]
+        return names[0] if len(names) > 1 else None
+
     def _prepare_model(self, peft_config: WasiConfig, model: nn.Module) -> None:
         """Everything that can be wrong is found here, before the first layer is replaced."""
-        check_targets(model, peft_config)
+        copied = self._source(peft_config) is not None
+        check_targets(model, peft_config, copied)
         check_memory_mode(model, peft_config)
-        if not peft_config.init_weights:
+        if copied:
             return
+        if peft_config.ranks is not None:
+            peft_config.resolved_ranks = dict(peft_config.ranks)
+            return
+        peft_config.resolved_ranks = None
         targets = dict(selected_modules(model, peft_config))
         prepared = check_prepared(targets, peft_config)
-        if peft_config.weight_share is not None:
-            peft_config.ranks = _shared_ranks(targets, prepared, peft_config)
-            return
-        peft_config.ranks = {}
+        shared = peft_config.weight_share is not None
+        peft_config.resolved_ranks = _shared_ranks(targets, prepared, peft_config) if shared else {}
 
     def _check_new_adapter_config(self, config: WasiConfig) -> None:
         others = [other for other in self.peft_config.values() if other is not config]
-        for name in ("memory_mode", "saved_tensors"):
-            values = [getattr(other, name) for other in [*others, config]]
-            if len(set(values)) > 1:
-                raise ValueError(f"All adapters of a model must have the same {name}, got {values}.")
-        for name in ("train_vectors", "bias"):
-            shared = {"train_vectors": True, "bias": "all"}[name]
-            values = [getattr(other, name) for other in [*others, config]]
-            if others and shared in values:
-                raise ValueError(
-                    f"Only one adapter can have {name}={shared!r}, because it trains parameters of the base model "
-                    f"that all adapters share; got {values} for {len(values)} adapters."
-                )
+        modes = [other.memory_mode for other in [*others, config]]
+        if len(set(modes)) > 1:
+            raise ValueError(f"All adapters of a model must have the same memory_mode, got {modes}.")
+        trained = [(other.train_vectors, other.bias == "all") for other in [*others, config]]
+        released = any(layer.base_is_released for _, layer in wasi_layers(self.model))
+        if released and len(set(trained)) > 1:
+            raise ValueError(
+                "The base model's own norms and tokens were given up with its dense weights, so all adapters must "
+                f"train the same; got train_vectors and bias='all' as {trained}. Use base_weight='keep' or 'cpu'."
+            )
 
     def _create_and_replace(
         self,
@@ -167,42 +194,65 @@ class WasiModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        initial = None
-        if peft_config.init_weights:
-            initial, rank = self._initial_factors(peft_config, target, current_key)
-            assert peft_config.ranks is not None
-            peft_config.ranks[current_key] = rank
-        else:
-            given = fixed_rank(current_key, peft_config)
-            assert given is not None  # check_targets saw to it
-            rank = given
+        name = plain_name(current_key)
+        assert peft_config.resolved_ranks is not None  # _prepare_model saw to it
+        initial: InitialFactors | FactoredLinear | None = None
+        source = self._source(peft_config)
+        if source is not None and isinstance(target, WasiLayer) and source in target.wasi_form:
+            target._require_loaded(source)
+            initial = target.form_of(source)
+        elif not peft_config.awaits_loading:
+            initial, peft_config.resolved_ranks[name] = self._initial_factors(peft_config, target, current_key)
+        rank = peft_config.resolved_ranks[name]
+        if not peft_config.init_weights and not isinstance(initial, FactoredLinear):
+            initial = None
         if isinstance(target, WasiLayer):
-            target.update_layer(adapter_name, peft_config, current_key, rank, initial)
-            if initial is None:
-                target.await_loading(self._loading_group, current_key)
-            return
-        layer = Linear(target, adapter_name, peft_config, current_key, rank, initial)
-        if initial is None:
+            layer = target
+            layer.update_layer(adapter_name, peft_config, name, rank, initial)
+        else:
+            assert not isinstance(initial, FactoredLinear)
+            layer = Linear(target, adapter_name, peft_config, name, rank, initial, self._inputs, self._vectors)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        if peft_config.awaits_loading and initial is None:
             layer.await_loading(self._loading_group, current_key)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-        # another adapter that does not target this layer still needs it dense
-        layer.release_base("keep" if len(self.peft_config) > 1 else peft_config.base_weight)
 
     def _initial_factors(self, config: WasiConfig, target: nn.Module, name: str) -> tuple[InitialFactors, int]:
-        prepared = take_prepared(target)
+        prepared = prepared_for(target)
         weight, bias = _dense_parts(target)
         if prepared is not None:
             return prepared.initial, prepared.rank
         asked = asked_rank(name, config)
 
         def directions(energies: torch.Tensor) -> int:
-            return initial_rank(rank_for(asked, energies), config.reserved_rank, weight.shape)
+            return initial_rank(rank_for(asked, energies), config.layer_update.side_rank, weight.shape)
 
         L, R, energies = factorize_weight(weight, directions)
         self._used_plain_svd |= L.shape[1] < min(weight.shape)
         return InitialFactors(L, R, bias), rank_for(asked, energies)
+
+    def _release(self, model: nn.Module, config: WasiConfig) -> None:
+        """Give up the dense weights of the layers that are complete, and the factors that were prepared for them."""
+        alone = len(self.peft_config) == 1  # another adapter that does not target a layer still needs it dense
+        for _, layer in wasi_layers(model):
+            if layer.original is not None:
+                drop_prepared(layer.original)
+            if alone:
+                layer.release_base(config.base_weight)
+
+    def _add_vectors(self, model: nn.Module, adapter_name: str) -> None:
+        config, source = self.peft_config[adapter_name], self._source(self.peft_config[adapter_name])
+        if config.train_vectors or config.bias == "all":
+            places = dict(vector_places(model, config.train_vectors, config.bias == "all"))
+            self._vectors.add(adapter_name, places, keep_base=config.base_weight != "release", source=source)
+        self._vectors.activate(self.active_adapters[0] if self.active_adapters else None)
+        if adapter_name in self.active_adapters:
+            self._vectors.require_grad(adapter_name, not config.inference_mode)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Forms are made where they belong, so nothing is moved; a head that is a container has no weight to move."""
+        setattr(parent, child_name, new_module)
 
     # ---------------------------------------------------------------- what trains
 
@@ -212,16 +262,63 @@ class WasiModel(BaseTuner):
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         for _, layer in wasi_layers(model):
-            for parameter in layer.base_layer.parameters():
-                parameter.requires_grad = False  # bias="all" means the adapter's bias, not the unused one below it
-            for name, parameter in layer.wasi_bias.items():
-                if self.peft_config[name].inference_mode:
-                    parameter.requires_grad = False
-        configs = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
-        if any(config.train_vectors and not config.inference_mode for config in configs):
-            parameters = dict(model.named_parameters())
-            for name in vector_parameter_names(model):
-                parameters[name].requires_grad = True
+            if "base_layer" in layer._modules:
+                layer._modules["base_layer"].requires_grad_(False)  # bias="all" means the adapter's bias
+            for name in layer.wasi_form:
+                bias = layer.form_of(name).bias
+                if bias is not None and self.peft_config[name].inference_mode:
+                    bias.requires_grad_(False)
+        for name in self.active_adapters:
+            if name in self.peft_config:
+                self._vectors.require_grad(name, not self.peft_config[name].inference_mode)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for name in self.active_adapters:
+            self._vectors.require_grad(name, not inference_mode)
+
+    # ---------------------------------------------------------------- inference
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What PEFT enters around every call of the model: adapters by sample, and no call before they are loaded."""
+        for _, layer in wasi_layers(self.model):
+            if layer._awaiting and layer.active_name is not None and not layer.disable_adapters:
+                layer._require_loaded(layer.active_name)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        self._check_mixed_batch(adapter_names)
+        if (kwargs.get("num_beams") or 1) > 1:
+            raise ValueError(f"adapter_names needs num_beams=1, got {kwargs['num_beams']}.")
+
+        def add_names(layer: nn.Module, args: Any, kwargs: Any) -> Any:
+            return args, {**kwargs, "adapter_names": adapter_names}
+
+        handles = [
+            layer.register_forward_pre_hook(add_names, with_kwargs=True)
+            for layer in self.model.modules()
+            if isinstance(layer, WasiLayer)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_mixed_batch(self, adapter_names: list[str]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE})
+        if unknown:
+            raise ValueError(f"adapter_names must name adapters of the model, got {', '.join(unknown)}.")
+        different = sorted(name for name in set(adapter_names) if self._vectors.names(name))
+        if different and len(set(adapter_names)) > 1:
+            raise ValueError(
+                f"adapter_names cannot mix adapters of which one trains vectors of the model (train_vectors, or "
+                f"bias='all'): a batch has one norm. Got {different}."
+            )
 
     # ---------------------------------------------------------------- base model
 
@@ -233,12 +330,6 @@ class WasiModel(BaseTuner):
     def disable_adapter_layers(self) -> None:
         """Switch to the base model's weights; needs `base_weight="keep"` or "cpu"."""
         self._require_base("disabling the adapter")
-        if any(self.peft_config[name].train_vectors for name in self.active_adapters):
-            warnings.warn(
-                "Disabling a WASI adapter with train_vectors=True leaves the trained norms, layer scales and tokens "
-                "in place, so the output is not that of the base model once they were trained.",
-                stacklevel=2,
-            )
         self._enable_adapter_layers(enabled=False)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -250,6 +341,7 @@ class WasiModel(BaseTuner):
     def unload(self) -> nn.Module:
         """The base model with its original weights; needs `base_weight="keep"` or "cpu"."""
         self._require_base("unloading without merging")
+        self._vectors.activate(None)
         return super().unload()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -269,43 +361,25 @@ class WasiModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # contiguous: L and B may be transposed views (`lay_side_by_side`), which files cannot hold
-        selected = {key: value.contiguous() for key, value in selected.items() if ".base_layer." not in key}
-        if config.train_vectors:
-            selected.update({name: state_dict[name] for name in vector_parameter_names(model) if name in state_dict})
+        selected = {key: value for key, value in selected.items() if f"{FORM}{adapter_name}." in key}
+        active = shared_vectors(model).active == adapter_name
+        for key, vector in vectors_by_key(model, adapter_name):
+            # those of the active adapter are in the state dict, where a distributed run has gathered them
+            selected[plain_name(key)] = state_dict[key] if active and key in state_dict else vector.detach()
         return selected
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return super()._remove_adapter_name_from_key(plain_name(key), adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: WasiConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        cls._check_loadable(model, config, adapter_name, remapped)
+        remapped = with_model_keys(model, adapter_name, remapped)
+        check_loadable(model, config, adapter_name, remapped)
+        if shared_vectors(model).active != adapter_name:  # those that wait are not where the model looks for them
+            for key, vector in vectors_by_key(model, adapter_name):
+                vector.data.copy_(remapped.pop(key))
         return remapped
-
-    @staticmethod
-    def _check_loadable(
-        model: nn.Module, config: WasiConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> None:
-        """Refuse, before anything is copied, a state dict that lacks a factor, has another shape, or holds NaN."""
-        own = model.state_dict()
-        for module_name, layer in wasi_layers(model):
-            for part in layer.adapter_layer_names:
-                if adapter_name not in getattr(layer, part):
-                    continue
-                key = f"{module_name}.{part}.{adapter_name}"
-                value = state_dict.get(key)
-                if value is None:
-                    raise ValueError(f"{module_name}: the adapter lacks {part}; it is incomplete or of another model.")
-                if value.shape != own[key].shape:
-                    raise ValueError(
-                        f"{module_name}: {part} must have shape {tuple(own[key].shape)}, got {tuple(value.shape)}. "
-                        "The adapter belongs to another model or has other ranks."
-                    )
-        vectors = vector_parameter_names(model) if config.train_vectors else ()
-        for key in vectors:
-            if key not in state_dict and f"base_model.model.{key}" not in state_dict:
-                raise ValueError(f"{key}: the adapter lacks this vector; it is incomplete or of another model.")
-        for key, value in state_dict.items():
-            if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{key}: the adapter file holds NaN or Inf.")

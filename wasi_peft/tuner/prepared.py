@@ -112,7 +112,7 @@ class WasiFactors:
         for name, layer in self.layers.items():
             _check_module(name, layer.initial, modules.get(name))
         for module in modules.values():
-            module.__dict__.pop(ATTACHED, None)
+            drop_prepared(module)
         for name, layer in self.layers.items():
             modules[name].__dict__[ATTACHED] = layer
 
@@ -260,8 +260,8 @@ def check_prepared(targets: Mapping[str, nn.Module], config: WasiConfig) -> dict
     prepared: dict[str, PreparedLayer] = {name: layer for name, layer in attached.items() if layer is not None}
     for name, layer in prepared.items():
         made_for: list[tuple[str, Any, Any]] = [
-            ("update", layer.update, config.resolved_update),
-            ("update_rank", layer.update_rank, config.reserved_rank),
+            ("update", layer.update, config.layer_update.name),
+            ("update_rank", layer.update_rank, config.layer_update.side_rank),
         ]
         if config.weight_share is not None:
             made_for.append(("weight_share", layer.weight_share, config.weight_share))
@@ -276,10 +276,15 @@ def check_prepared(targets: Mapping[str, nn.Module], config: WasiConfig) -> dict
     return prepared
 
 
-def take_prepared(target: nn.Module) -> PreparedLayer | None:
-    """What is attached to a target, which then has it no more: a copy, because what trains is changed in place."""
-    layer: PreparedLayer | None = target.__dict__.pop(ATTACHED, None)
+def prepared_for(target: nn.Module) -> PreparedLayer | None:
+    """What is attached to a target, in copies, because what trains is changed in place."""
+    layer: PreparedLayer | None = target.__dict__.get(ATTACHED)
     if layer is None:
         return None
     initial = layer.initial
     return replace(layer, initial=replace(initial, L=initial.L.clone(), R=initial.R.clone()))
+
+
+def drop_prepared(module: nn.Module) -> None:
+    """Nothing is attached to a module any more."""
+    module.__dict__.pop(ATTACHED, None)

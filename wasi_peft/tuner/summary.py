@@ -6,19 +6,25 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..updates.costs import break_even_rank, dense_elements, factored_elements
+from ..updates.base import Update
+from ..updates.costs import dense_elements
 from .layer import wasi_layers
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer: full module name, sizes, rank K, whether it has a core, elements dense and factored."""
+    """One layer: full module name, sizes, rank K, update, elements dense and stored."""
 
     name: str
     out_features: int
     in_features: int
-    rank: int
-    core: bool = False
+    weight_rank: int
+    update: Update
+
+    @property
+    def rank(self) -> int:
+        """Directions that the weight is made of: K, and those that train beside them."""
+        return self.weight_rank + self.update.side_rank
 
     @property
     def dense_elements(self) -> int:
@@ -27,13 +33,13 @@ class LayerSummary:
 
     @property
     def factored_elements(self) -> int:
-        """Elements of both factors, and of the core between them."""
-        return factored_elements(self.out_features, self.in_features, self.rank, self.core)
+        """Elements that are stored in its place."""
+        return self.update.elements(self.out_features, self.in_features, self.weight_rank)
 
     @property
     def past_break_even(self) -> bool:
         """Whether the factors cost more memory and compute than the dense weight."""
-        return self.rank > break_even_rank(self.out_features, self.in_features, self.core)
+        return self.weight_rank > self.update.break_even_rank(self.out_features, self.in_features)
 
 
 @dataclass(frozen=True)
@@ -85,11 +91,11 @@ def wasi_summary(model: nn.Module, adapter_name: str = "default") -> WasiSummary
             name.removeprefix("base_model.").removeprefix("model."),
             layer.out_features,
             layer.in_features,
-            layer.rank(adapter_name),
-            adapter_name in layer.wasi_M,
+            layer.form_of(adapter_name).weight_rank,
+            layer.wasi_update[adapter_name],
         )
         for name, layer in wasi_layers(model)
-        if adapter_name in layer.wasi_L
+        if adapter_name in layer.wasi_form
     )
     if not layers:
         raise ValueError(f"The model has no WASI adapter named {adapter_name!r}.")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,18 +15,15 @@ from ..forms.dense import dense_weight
 from .config import WasiConfig
 from .layer import WasiLayer
 
-# layers that hold matrices, tables or filters: never "vectors that cost nothing"
-_MATRIX_HOLDERS: tuple[type[nn.Module], ...] = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.modules.conv._ConvNd,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.MultiheadAttention,
-    nn.modules.rnn.RNNBase,
-    Conv1D,
-)
-_POSITION = re.compile(r"pos(ition)?_?(emb|bias)|position|cls_token|class_token|class_embedding|register|lambda|scale")
+
+def plain_name(name: str) -> str:
+    """A module's name without what `torch.compile` puts into it: configurations and files know the plain one.
+
+    Example:
+        >>> plain_name("_orig_mod.encoder.layer.0.fc1")
+        'encoder.layer.0.fc1'
+    """
+    return name.replace("_orig_mod.", "")
 
 
 def _inside_blocks(name: str) -> bool:
@@ -43,12 +38,7 @@ def _is_patch_merging(model: nn.Module, name: str) -> bool:
 
 
 def resolve_targets(model: nn.Module, config: WasiConfig) -> None:
-    """Replace the default (None), 'all-linear' or a plan in `config.target_modules` by names of this model's modules.
-
-    Ranks of an earlier injection of a fresh configuration are forgotten: they say nothing about this model.
-    """
-    if config.init_weights:
-        config.ranks = None
+    """Replace the default (None), 'all-linear' or a plan in `config.target_modules` by names of modules."""
     if config.plan is not None:
         config.target_modules = config.planned_names()
     if config.target_modules is None:
@@ -79,7 +69,7 @@ def default_target_names(model: nn.Module, config: WasiConfig) -> set[str]:
         if ".base_layer" in name or not _inside_blocks(name) or _is_patch_merging(model, name):
             continue
         if config.layers_to_transform is None or _layer_selected(name, config):
-            names.add(name)
+            names.add(plain_name(name))
     if not names:
         raise ValueError(
             "No Linear or Conv1D layers were found inside numbered blocks of this model. "
@@ -106,8 +96,13 @@ def selected_modules(model: nn.Module, config: WasiConfig) -> Iterator[tuple[str
             yield name, module
 
 
-def check_targets(model: nn.Module, config: WasiConfig) -> None:
+def check_targets(model: nn.Module, config: WasiConfig, copied: bool = False) -> None:
     """Check every selected module before anything is changed.
+
+    Args:
+        model: The base model.
+        config: With `target_modules` resolved.
+        copied: Whether the layers start as copies of another adapter's, so that no dense weight is needed.
 
     Raises:
         TypeError: If one is neither a Linear nor a Conv1D.
@@ -117,12 +112,12 @@ def check_targets(model: nn.Module, config: WasiConfig) -> None:
     """
     shared = _shared_weights(model)
     targets = dict(selected_modules(model, config))
-    if not config.init_weights and config.ranks is not None:
-        _check_saved_ranks(targets, config)
+    if config.ranks is not None:
+        _check_saved_ranks(map(plain_name, targets), config.ranks)
     if config.plan is not None:
-        _check_planned_names(targets, config)
+        _check_planned_names({plain_name(name) for name in targets}, config)
     for name, module in targets.items():
-        _check_target(name, module, config, shared)
+        _check_target(name, module, config, shared, copied)
     for name, module in model.named_modules():
         if isinstance(module, WasiLayer) and module.base_is_released and name not in targets:
             raise ValueError(
@@ -139,9 +134,11 @@ def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
     return {key: value for key, value in names.items() if len(value) > 1}
 
 
-def _check_target(name: str, module: nn.Module, config: WasiConfig, shared: dict[int, list[str]]) -> None:
+def _check_target(
+    name: str, module: nn.Module, config: WasiConfig, shared: dict[int, list[str]], copied: bool
+) -> None:
     if isinstance(module, WasiLayer):
-        if config.init_weights and module.base_is_released:
+        if not (config.awaits_loading or copied) and module.base_is_released:
             raise ValueError(
                 f"{name}: a second fresh WASI adapter needs the dense weight, which was released. "
                 "Create the first adapter with base_weight='keep' or 'cpu'."
@@ -168,27 +165,25 @@ def _check_target(name: str, module: nn.Module, config: WasiConfig, shared: dict
         if not bool(torch.isfinite(weight.detach()).all()):
             raise ValueError(f"{name}: its weight holds NaN or Inf.")
         shape = (dense_weight(module).shape[0], dense_weight(module).shape[1])
-    planned = config.planned_layer(name)
+    planned = config.planned_layer(plain_name(name))
     if planned is not None and (planned.out_features, planned.in_features) != shape:
         raise ValueError(
             f"{name}: the plan is for another model: it has {planned.out_features} x {planned.in_features} there, "
             f"this model {shape[0]} x {shape[1]}."
         )
-    rank = fixed_rank(name, config)
-    if rank is None and not config.init_weights:
-        raise ValueError(
-            f"{name}: with init_weights=False the rank must be given by ranks, plan, rank_pattern or weight_rank; "
-            "a threshold or a share alone needs the weights."
-        )
+    rank, side_rank = fixed_rank(name, config), config.layer_update.side_rank
     if rank is not None and rank > min(shape):
         raise ValueError(
             f"{name}: the rank must be at most min(out_features, in_features) = {min(shape)}, got {rank}."
         )
+    if side_rank > min(shape):
+        raise ValueError(
+            f"{name}: update_rank must be at most min(out_features, in_features) = {min(shape)}, got {side_rank}."
+        )
 
 
-def _check_saved_ranks(targets: dict[str, nn.Module], config: WasiConfig) -> None:
-    saved = set(config.ranks or {})
-    different = sorted(saved.symmetric_difference(targets))
+def _check_saved_ranks(targets: Iterable[str], ranks: Mapping[str, int]) -> None:
+    different = sorted(set(ranks).symmetric_difference(targets))
     if different:
         raise ValueError(
             f"{different[0]}: the saved adapter and this model do not have the same targeted layers "
@@ -196,7 +191,7 @@ def _check_saved_ranks(targets: dict[str, nn.Module], config: WasiConfig) -> Non
         )
 
 
-def _check_planned_names(targets: dict[str, nn.Module], config: WasiConfig) -> None:
+def _check_planned_names(targets: set[str], config: WasiConfig) -> None:
     different = sorted(config.planned_names().symmetric_difference(targets))
     if different:
         where = "in this model but not in the plan" if different[0] in targets else "in the plan but not in this model"
@@ -208,10 +203,13 @@ def _check_planned_names(targets: dict[str, nn.Module], config: WasiConfig) -> N
 def fixed_rank(name: str, config: WasiConfig) -> int | None:
     """The rank that the configuration fixes for a layer, None where a threshold decides.
 
-    With `weight_share` that is what was allocated, in `config.ranks`; None before.
+    With `weight_share` that is what was allocated, in `config.resolved_ranks`; None before.
     """
-    if config.ranks is not None and (not config.init_weights or config.weight_share is not None):
+    name = plain_name(name)
+    if config.ranks is not None:
         return config.ranks.get(name)
+    if config.weight_share is not None and config.resolved_ranks is not None:
+        return config.resolved_ranks.get(name)
     planned = config.planned_layer(name)
     if planned is not None:
         return planned.weight_rank
@@ -232,23 +230,3 @@ def asked_rank(name: str, config: WasiConfig) -> int | float:
     if fixed is None and config.weight_share is not None:
         raise ValueError(f"{name}: weight_share must be allocated over all layers first, got no ranks yet.")
     return fixed if fixed is not None else float(config.explained_variance_threshold)
-
-
-def vector_parameter_names(model: nn.Module) -> Iterator[str]:
-    """Names of the parameters that `train_vectors` trains: norms, layer scales, position and class tokens.
-
-    That is every parameter with a single long dimension that does not belong to a matrix-shaped layer, and position
-    tables; not the mask token, which supervised training does not use.
-    """
-    skipped: tuple[str, ...] = ()
-    for module_name, module in model.named_modules():
-        prefix = f"{module_name}." if module_name else ""
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            skipped += (prefix,)
-        if isinstance(module, _MATRIX_HOLDERS) or (skipped and prefix.startswith(skipped)):
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            long_dimensions = sum(size > 1 for size in parameter.shape)
-            is_token = parameter.dim() > 1 and _POSITION.search(name) is not None
-            if (long_dimensions <= 1 or is_token) and "mask_token" not in name:
-                yield prefix + name

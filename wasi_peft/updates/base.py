@@ -1,12 +1,27 @@
-"""What an update offers."""
+"""What an update offers: which part of a form trains, how, and what that costs.
+
+A new update is one file with one subclass of :class:`Update`, and one line in the registry (`updates/__init__.py`).
+Configuration, layers, budgets, plans, estimates, timers, summaries and the command line ask the object and know no
+update by name.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..forms.factored import FactoredLinear
 from ..linalg.coordinates import ImageMoments
+from ..linalg.subspaces import orthonormalize
+from ..linalg.tucker import Tucker
+from . import costs
+from .resizing import Carry
+
+ProductGradientSink = Callable[[Tensor, Tensor], None]
 
 
 @dataclass
@@ -14,8 +29,8 @@ class InitialFactors:
     """What injection gives a layer: its factors, and its bias corrected for the mean input that the factors drop.
 
     **Shape**
-        - L: (out, n), orthonormal columns; R: (n, in); bias: (out,) or None; n is K, and with `update="low_rank"` as
-          many more as train
+        - L: (out, n), orthonormal columns; R: (n, in); bias: (out,) or None; n is K, and as many directions more as
+          the update trains beside it (:attr:`Update.side_rank`), as far as the weight has them
         - moments: what the data look like in these coordinates, where R does not train
     """
 
@@ -23,3 +38,157 @@ class InitialFactors:
     R: Tensor
     bias: Tensor | None
     moments: ImageMoments | None = None
+
+
+@dataclass(frozen=True)
+class Update(ABC):
+    """Which part of a form trains, and how. A value: two with the same options are equal.
+
+    Attributes:
+        name: By which configurations and plans know it.
+        form_cls: What a layer stores.
+        trained: Names of the form's parts that train.
+        reads_input: Name of the trained part whose gradient needs the input, which can be compressed; None where
+            backward needs no more than the input's image `R x`, K numbers a row.
+        basis: Name of the part that trains in directions of its own scale, orthonormal columns: optimizers give it a
+            learning rate of its own and no weight decay.
+        hands_out_product: Whether backward can hand the gradient of the product `L R` to an optimizer.
+        after_step: What is to be done to a form after every step of an optimizer that moved it; None for nothing, and
+            then no hook is installed and no layer registered anywhere.
+    """
+
+    name: ClassVar[str]
+    form_cls: ClassVar[type[FactoredLinear]] = FactoredLinear
+    trained: ClassVar[tuple[str, ...]]
+    reads_input: ClassVar[str | None] = None
+    basis: ClassVar[str | None] = None
+    hands_out_product: ClassVar[bool] = False
+    after_step: ClassVar[Callable[[FactoredLinear], None] | None] = None
+
+    @classmethod
+    def from_options(cls, update_rank: int | None) -> Update:
+        """The update as a configuration asks for it.
+
+        Args:
+            update_rank: `WasiConfig.update_rank`; updates without a rank of their own ignore it.
+        """
+        return cls()
+
+    # ---------------------------------------------------------------- forms
+
+    @property
+    def keeps_image(self) -> bool:
+        """Whether backward keeps the image `R x` of an input alone."""
+        return self.reads_input is None
+
+    @property
+    def side_rank(self) -> int:
+        """Directions that train beside the K of the weight; they count in every budget."""
+        return 0
+
+    def start(self, initial: InitialFactors, rank: int) -> Mapping[str, Tensor]:
+        """Values of the form's parts, of which `initial` is the weight.
+
+        Args:
+            initial: Factors of K and :attr:`side_rank` directions, as far as the weight has them.
+            rank: K.
+        """
+        return {"L": initial.L, "R": initial.R}
+
+    def form_of(self, initial: InitialFactors, rank: int, dense_class: type[nn.Module]) -> FactoredLinear:
+        """The form that a layer starts with."""
+        return self.form_cls.from_parts(self.start(initial, rank), initial.bias, dense_class)
+
+    def new_form(self, in_features: int, out_features: int, rank: int, bias: bool, **options: Any) -> FactoredLinear:
+        """A form with random values, to be loaded.
+
+        Args:
+            in_features: Of the layer.
+            out_features: Of the layer.
+            rank: K.
+            bias: Whether the layer has a bias.
+            **options: `dense_class`, `device` and `dtype` of :class:`forms.factored.FactoredLinear`.
+        """
+        return self.form_cls(in_features, out_features, rank, bias, **options)
+
+    @abstractmethod
+    def forward(self, form: Any, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None) -> Tensor:
+        """What the form computes, recorded so that what trains gets its gradients. Without gradients, call the form.
+
+        **Shape**
+            - x: (..., in), in the compute dtype; returns (..., out)
+
+        Args:
+            form: Of :attr:`form_cls`.
+            x: Input.
+            compressed: Compressed form of x, to be kept instead of it; None keeps what is needed exactly.
+            sink: Given with :attr:`hands_out_product` where an optimizer wants the product's gradient.
+        """
+
+    def image_width(self, form: Any) -> int:
+        """Numbers of each row that backward keeps of a form's input beside the (compressed) input itself."""
+        return int(form.weight_rank) if self.keeps_image and getattr(form, self.trained[0]).requires_grad else 0
+
+    def fold(self, form: Any) -> tuple[FactoredLinear, Update] | None:
+        """A smaller form that computes the same when training is over, and its update; None where there is none."""
+        return None
+
+    def column_space(self, form: Any) -> Tensor | None:
+        """Orthonormal basis of what the trained part can answer with, (out, n); None where that does not turn."""
+        outer = getattr(form, self.trained[0]).detach()
+        return orthonormalize(outer) if bool(outer.any()) else None
+
+    # ---------------------------------------------------------------- ranks that change
+
+    @abstractmethod
+    def shrink(self, form: Any, rank: int, carry: Carry) -> None:
+        """Give a form a smaller rank K in place, keeping what matters most; parameters stay the same objects.
+
+        Args:
+            form: Of :attr:`form_cls`.
+            rank: The new K, smaller than the present one.
+            carry: Transforms the optimizer's state of a parameter that still has its old shape (:mod:`resizing`).
+        """
+
+    @abstractmethod
+    def grow(self, form: Any, rank: int, carry: Carry) -> None:
+        """Give a form a larger rank K in place; it computes the same."""
+
+    # ---------------------------------------------------------------- costs
+
+    def elements(self, out_features: int, in_features: int, rank: int) -> int:
+        """Elements that a layer stores in place of a dense weight at rank K, all that trains included."""
+        return costs.factored_elements(out_features, in_features, rank + self.side_rank)
+
+    def trained_elements(self, out_features: int, in_features: int, rank: int) -> int:
+        """Those of them that train: gradients and optimizer states are as large."""
+        sizes = {"L": out_features * rank, "R": rank * in_features}
+        return sum(sizes[part] for part in self.trained)
+
+    def break_even_rank(self, out_features: int, in_features: int) -> int:
+        """Largest K at which a layer is smaller (and cheaper) than the dense one; 0 where none is."""
+        return max(0, costs.break_even_rank(out_features, in_features) - self.side_rank)
+
+    def forward_flops(self, rows: int, out_features: int, in_features: int, rank: int) -> int:
+        """FLOPs of a forward pass; the gradient of the input costs as much."""
+        return 2 * rows * self.elements(out_features, in_features, rank)
+
+    @abstractmethod
+    def gradient_flops(self, rows: int, out_features: int, in_features: int, rank: int, exact: bool) -> int:
+        """FLOPs of a step for the gradients of what trains and :attr:`after_step`: the part that depends on K alone.
+
+        Args:
+            rows: Batch times tokens.
+            out_features: Of the layer.
+            in_features: Of the layer.
+            rank: K.
+            exact: Whether the input is kept exactly; then that is all.
+        """
+
+    def compressed_gradient_flops(self, rows: int, out_features: int, in_features: int, input_rank: int) -> int:
+        """The part that depends on the rank of the compressed input alone."""
+        return 0
+
+    def product_flops(self, out_features: int, in_features: int, rank: int, input_rank: int) -> int:
+        """The part that depends on both."""
+        return 0

@@ -1,4 +1,4 @@
-"""The one autograd Function: a linear layer whose weight is `L R` and whose input is kept compressed for backward.
+"""A linear layer with weight `L R`, of which one factor or both train, and whose input is kept compressed.
 
 Glossary (shapes after flattening the leading dimensions of the input into `rows`):
 
@@ -20,13 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..linalg.subspaces import factor_gradients, tangent_gradient
 from ..linalg.tucker import Tucker, expand_rows, roundable
+from .base import ProductGradientSink
 
-ProductGradientSink = Callable[[Tensor, Tensor], None]
 _Gradients = tuple[Tensor | None, ...]
 
 
@@ -54,7 +55,7 @@ def outside_autocast(backward: Callable[[Any, Tensor], _Gradients]) -> Callable[
     return run
 
 
-class FactoredLinear(torch.autograd.Function):
+class FactoredProduct(torch.autograd.Function):
     """`y = (x R^T) L^T + b`, saving for backward only what the requested gradients need.
 
     What is saved of the input: nothing when no factor needs a gradient; `h` when only L does (exact, K wide); the
@@ -75,10 +76,9 @@ class FactoredLinear(torch.autograd.Function):
         token: Tensor | None,
         batch: Tensor | None,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        h = rows @ R.T.to(x.dtype)
-        L_compute = L.to(x.dtype)
-        y = h @ L_compute.T if bias is None else torch.addmm(bias.to(x.dtype), h, L_compute.T)
+        h = F.linear(x, R.to(x.dtype))
+        # no view of another tensor: models may add to what a layer answers, in place
+        y = F.linear(h, L.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
         ctx.tangent, ctx.sink = tangent, sink
         ctx.shape, ctx.dtype = x.shape, x.dtype
@@ -90,10 +90,10 @@ class FactoredLinear(torch.autograd.Function):
             ctx.kept = "input" if core is None else "compressed"
             kept = (x, None, None, None) if core is None else (core, feature, token, batch)
         elif needs_L:
-            ctx.kept, kept = "hidden", (roundable(h), None, None, None)
+            ctx.kept, kept = "hidden", (roundable(h.reshape(-1, h.shape[-1])), None, None, None)
         needs_factors = needs_x or needs_L or needs_R
         ctx.save_for_backward(L if needs_factors else None, R if needs_factors else None, *kept)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -173,4 +173,4 @@ def factored_linear(
         `(x R^T) L^T + b`. Not differentiable twice.
     """
     parts = compressed if compressed is not None else (None, None, None, None)
-    return FactoredLinear.apply(x, L, R, bias, tangent, sink, *parts)
+    return FactoredProduct.apply(x, L, R, bias, tangent, sink, *parts)

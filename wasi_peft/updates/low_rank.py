@@ -1,40 +1,88 @@
 """The low-rank update: a linear layer with weight `L R + B A` of which only B and A train.
 
-Names as in :mod:`wasi_peft.updates.factored`; r is the rank of `B A`, which starts as the least important of all K + r
-directions of the weight (:func:`split_off`). The products are those of one pair of factors, `[L B]` and `[R; A]`, so
-B A costs what r more directions of L and R would, and no pass over the rows on top. Backward keeps r numbers a row for
-B, and the (compressed) input for A.
+Names as in :mod:`factored`; r is the rank of `B A`, which starts as the least important of all K + r directions of the
+weight (:func:`split_off`). The products are those of one pair of factors, `[L B]` and `[R; A]`, so B A costs what r
+more directions of L and R would, and no pass over the rows on top. Backward keeps r numbers a row for B, and the
+(compressed) input for A.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..forms.factored import FactoredLinear
+from ..forms.split import SplitLinear, joined
 from ..linalg.tucker import Tucker, expand_rows, roundable
+from .base import InitialFactors, ProductGradientSink, Update
 from .factored import outside_autocast
+from .resizing import Carry, grow_factors, shrink_factors
+
+DEFAULT_RANK = 16
 
 
-def joined(
-    L: Tensor, R: Tensor, B: Tensor | None, A: Tensor | None, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """One pair of factors for a weight, `[L B]` and `[R; A]`; L and R themselves where there is no B A.
+@dataclass(frozen=True)
+class LowRank(Update):
+    """The K most important directions, L R, stay as they are, and the next ones, B A, train, as in MiLoRA.
 
-    These are views where :func:`lay_side_by_side` was applied and no gradient is asked for, else copies.
+    MiLoRA: arXiv 2406.09044. B A trains at LoRA's learning rates.
 
-    **Shape**
-        - L: (out, K); R: (K, in); B: (out, r); A: (r, in); returns (out, K + r), (K + r, in)
+    Args:
+        rank: r, directions that train.
     """
-    if B is None or A is None:
-        outer, inner = L, R
-    else:
-        outer, inner = _side_by_side(L, B, 1), _side_by_side(R, A, 0)
-    return (outer, inner) if dtype is None or dtype == L.dtype else (outer.to(dtype), inner.to(dtype))
+
+    rank: int = DEFAULT_RANK
+
+    name: ClassVar[str] = "low_rank"
+    form_cls: ClassVar[type[FactoredLinear]] = SplitLinear
+    reads_input: ClassVar[str | None] = "A"
+    trained: ClassVar[tuple[str, ...]] = ("B", "A")
+
+    @classmethod
+    def from_options(cls, update_rank: int | None) -> LowRank:
+        return cls(DEFAULT_RANK if update_rank is None else update_rank)
+
+    @property
+    def side_rank(self) -> int:
+        return self.rank
+
+    def start(self, initial: InitialFactors, rank: int) -> Mapping[str, Tensor]:
+        return dict(zip(SplitLinear.parts, split_off(initial.L, initial.R, rank, self.rank), strict=True))
+
+    def new_form(self, in_features: int, out_features: int, rank: int, bias: bool, **options: Any) -> FactoredLinear:
+        return SplitLinear(in_features, out_features, rank, bias, side_rank=self.rank, **options)
+
+    def forward(
+        self, form: SplitLinear, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None
+    ) -> Tensor:
+        return low_rank_linear(x, form.L, form.R, form.B, form.A, form.bias, compressed)
+
+    def image_width(self, form: SplitLinear) -> int:
+        return form.B.shape[1] if form.B.requires_grad else 0
+
+    def shrink(self, form: SplitLinear, rank: int, carry: Carry) -> None:
+        shrink_factors(form.L, form.R, rank, carry)
+
+    def grow(self, form: SplitLinear, rank: int, carry: Carry) -> None:
+        grow_factors(form.L, form.R, rank, carry)
+
+    def trained_elements(self, out_features: int, in_features: int, rank: int) -> int:
+        return self.rank * (out_features + in_features)
+
+    def gradient_flops(self, rows: int, out_features: int, in_features: int, rank: int, exact: bool) -> int:
+        return 2 * rows * self.rank * (out_features + (in_features if exact else 0))
+
+    def compressed_gradient_flops(self, rows: int, out_features: int, in_features: int, input_rank: int) -> int:
+        return 2 * rows * input_rank * self.rank
+
+    def product_flops(self, out_features: int, in_features: int, rank: int, input_rank: int) -> int:
+        return 2 * input_rank * self.rank * in_features
 
 
 @torch.no_grad()
@@ -58,68 +106,20 @@ def split_off(L: Tensor, R: Tensor, kept: int, trained: int) -> tuple[Tensor, Te
     """
     drawn = torch.empty(trained, R.shape[1], dtype=R.dtype, device=R.device).uniform_(-1, 1) * (2 / R.shape[1] ** 0.5)
     B = L.new_zeros(len(L), trained)
-    found = L.shape[1] - kept
-    if not found:
+    terms = L.shape[1] - kept  # that there are for B A
+    if not terms:
         return L, R, B, drawn
     right = R.double()
     turned = torch.linalg.eigh(right @ right.T).eigenvectors.flip(1)  # most important first
     left, right = L.double() @ turned, turned.T @ right
     size = right[kept:].norm(dim=1, keepdim=True) * 3**0.5 / 2
-    rows = torch.where(size > 0, right[kept:] / size, drawn[:found].double())
-    B[:, :found] = left[:, kept:] * size.T
-    A = torch.cat([rows.to(R.dtype), drawn[found:]])
+    rows = torch.where(size > 0, right[kept:] / size, drawn[:terms].double())
+    B[:, :terms] = left[:, kept:] * size.T
+    A = torch.cat([rows.to(R.dtype), drawn[terms:]])
     return left[:, :kept].to(L.dtype), right[:kept].to(R.dtype), B, A
 
 
-@torch.no_grad()
-def lay_side_by_side(L: nn.Parameter, R: nn.Parameter, B: nn.Parameter, A: nn.Parameter) -> None:
-    """Move factors in memory, in place, so that `[L B]^T` and `[R; A]` are there without a copy.
-
-    Copying them in every pass costs as much as multiplying a few tokens by them, which is what generating text does.
-    L and B are then transposed views. Parameters stay the same objects, each with its own version counter. Those of
-    different dtypes or devices, and sharded or quantized ones, stay where they are.
-    """
-    if any(type(part.data) not in (Tensor, FakeTensor) for part in (L, R, B, A)):
-        return
-    if not _are_side_by_side(L, B, 1) and _same_kind(L, B):
-        rows = torch.cat([L.T, B.T])
-        L.data, B.data = rows[: L.shape[1]].T, rows[L.shape[1] :].T
-    if not _are_side_by_side(R, A, 0) and _same_kind(R, A):
-        rows = torch.cat([R, A])
-        R.data, A.data = rows[: len(R)], rows[len(R) :]
-
-
-def _same_kind(first: Tensor, second: Tensor) -> bool:
-    return first.dtype == second.dtype and first.device == second.device
-
-
-def _side_by_side(first: Tensor, second: Tensor, dim: int) -> Tensor:
-    """Both along `dim`: a view where they are side by side in memory, unless it would hide a gradient."""
-    differentiable = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
-    if differentiable or torch.compiler.is_compiling() or not _are_side_by_side(first, second, dim):
-        return torch.cat([first, second], dim)
-    size = list(first.shape)
-    size[dim] += second.shape[dim]
-    return first.as_strided(size, first.stride())
-
-
-def _are_side_by_side(first: Tensor, second: Tensor, dim: int) -> bool:
-    """Whether the second follows the first in one storage, `dim` being the outer dimension of both there.
-
-    Asked for in every forward pass, where each microsecond counts when text is generated.
-    """
-    width = first.shape[1 - dim]
-    strides = (width, 1) if dim == 0 else (1, width)
-    return (
-        first.stride() == strides
-        and second.stride() == strides
-        and second.storage_offset() == first.storage_offset() + first.numel()
-        and first.dtype == second.dtype
-        and first.untyped_storage()._cdata == second.untyped_storage()._cdata
-    )
-
-
-class LowRankLinear(torch.autograd.Function):
+class LowRankProduct(torch.autograd.Function):
     """`y = (x [R; A]^T) [L B]^T + b` with gradients for x, B, A and b.
 
     What is saved of the input: `x A^T` for B (exact, r wide), the compressed form or the input itself for A.
@@ -139,7 +139,7 @@ class LowRankLinear(torch.autograd.Function):
         token: Tensor | None,
         batch: Tensor | None,
     ) -> Tensor:
-        outer, inner = joined(L, R, B, A, x.dtype)
+        outer, inner = (part.to(x.dtype) for part in joined(L, R, B, A))
         hidden = F.linear(x, inner)
         y = F.linear(hidden, outer, None if bias is None else bias.to(x.dtype))
 
@@ -168,10 +168,10 @@ class LowRankLinear(torch.autograd.Function):
         if needs_bias:
             grad_bias = dY.sum(0, dtype=ctx.bias_dtype)
         if needs_B:
-            grad_B = (trained.reshape(-1, trained.shape[-1]).T @ dY).T.to(B.dtype)  # laid out like B
+            grad_B = (dY.T @ trained.reshape(-1, trained.shape[-1])).to(B.dtype)
         hidden_grad = None
         if needs_x:
-            outer, inner = joined(L, R, B, A, ctx.dtype)
+            outer, inner = (part.to(ctx.dtype) for part in joined(L, R, B, A))
             hidden_grad = dY @ outer
             grad_x = (hidden_grad @ inner).reshape(ctx.shape)
             hidden_grad = hidden_grad[:, L.shape[1] :]
@@ -214,4 +214,4 @@ def low_rank_linear(
         `(x [R; A]^T) [L B]^T + b`. Not differentiable twice.
     """
     parts = compressed if compressed is not None else (None, None, None, None)
-    return LowRankLinear.apply(x, L, R, B, A, bias, *parts)
+    return LowRankProduct.apply(x, L, R, B, A, bias, *parts)

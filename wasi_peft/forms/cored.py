@@ -1,0 +1,63 @@
+"""Two factors and a small core between them in place of a dense weight."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .factored import FactoredLinear
+
+
+class CoredLinear(FactoredLinear):
+    """`y = ((x R^T) M^T) L^T + b`: a linear layer with weight `L M R`.
+
+    **Shape**
+        - L: (out, K); M: (K, K); R: (K, in); bias: (out,) or None
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output.
+        rank: K.
+        bias: Whether there is a bias.
+        dense_class: As for :class:`FactoredLinear`.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+
+    Example:
+        >>> form = CoredLinear(8, 6, rank=2)
+        >>> torch.allclose(form(torch.ones(3, 8)), form.fold()(torch.ones(3, 8)), atol=1e-6)
+        True
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("L", "M", "R")
+
+    M: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        dense_class: type[nn.Module] = nn.Linear,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shapes = {"L": (out_features, rank), "M": (rank, rank), "R": (rank, in_features)}
+        self._make(shapes, bias, dense_class, {"device": device, "dtype": dtype})
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.L @ self.M, self.R
+
+    def fold(self) -> FactoredLinear:
+        """The core multiplied into L: two factors that compute the same up to rounding."""
+        L = (self.L.detach().double() @ self.M.detach().double()).to(self.L.dtype)
+        return FactoredLinear.from_parts({"L": L, "R": self.R}, self.bias, self.dense_class)
+
+    def forward(self, x: Tensor) -> Tensor:
+        L, M, R = (part.to(x.dtype) for part in (self.L, self.M, self.R))
+        return F.linear(F.linear(F.linear(x, R), M), L, None if self.bias is None else self.bias.to(x.dtype))

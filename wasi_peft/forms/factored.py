@@ -1,0 +1,161 @@
+"""Two thin factors in place of a dense weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .dense import FactoredWeight, build_dense, is_transposed
+
+
+class FactoredLinear(nn.Module):
+    """`y = (x R^T) L^T + b`: a linear layer that stores two thin factors in place of its weight.
+
+    An ordinary module: `state_dict`, `to`, deepcopy, pickle, `torch.export` and FSDP see contiguous parameters named
+    L, R and bias. `weight` answers what model code asks of a dense weight (:class:`dense.FactoredWeight`).
+
+    **Shape**
+        - L: (out, K); R: (K, in); bias: (out,) or None
+        - input (..., in), output (..., out)
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output.
+        rank: K.
+        bias: Whether there is a bias.
+        dense_class: The class of the dense layer whose place this one takes, `nn.Linear` or transformers' `Conv1D`,
+            in whose layout `weight` answers.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: If the rank is not in 1 to min(out_features, in_features).
+
+    Example:
+        >>> form = FactoredLinear(8, 6, rank=2)
+        >>> form(torch.zeros(5, 8)).shape, form.weight.shape, sum(p.numel() for p in form.parameters())
+        (torch.Size([5, 6]), torch.Size([6, 8]), 34)
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("L", "R")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        dense_class: type[nn.Module] = nn.Linear,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shapes = {"L": (out_features, rank), "R": (rank, in_features)}
+        self._make(shapes, bias, dense_class, {"device": device, "dtype": dtype})
+
+    L: nn.Parameter
+    R: nn.Parameter
+    bias: nn.Parameter | None
+
+    def _make(
+        self, shapes: dict[str, tuple[int, int]], bias: bool, dense_class: type[nn.Module], options: dict[str, Any]
+    ) -> None:
+        """Random values of the size that a dense layer starts with, as `nn.Linear` does."""
+        (out_features, rank), (_, in_features) = shapes["L"], shapes["R"]
+        largest = min(out_features, in_features)
+        for name, value in (("rank", rank), *((name, min(shapes[name])) for name in shapes)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+                raise ValueError(
+                    f"{name} must be from 1 to min(out_features, in_features) = {largest}, got {value!r}."
+                )
+        nn.Module.__init__(self)
+        parts = {name: torch.empty(shape, **options) for name, shape in shapes.items()}
+        for part in parts.values():
+            part.uniform_(-1, 1).mul_(part.shape[1] ** -0.5)
+        value = torch.empty(out_features, **options).uniform_(-1, 1).mul_(in_features**-0.5) if bias else None
+        self._hold(parts, value, dense_class)
+
+    def _hold(self, parts: Mapping[str, Tensor], bias: Tensor | None, dense_class: type[nn.Module]) -> None:
+        self.out_features, self.in_features = parts["L"].shape[0], parts["R"].shape[1]
+        self.dense_class = dense_class
+        for name in self.parts:
+            self.register_parameter(name, nn.Parameter(parts[name]))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+    @classmethod
+    def from_parts(
+        cls, parts: Mapping[str, Tensor], bias: Tensor | None, dense_class: type[nn.Module] = nn.Linear
+    ) -> Self:
+        """A form around existing tensors; those that are not contiguous are copied, and so is the bias.
+
+        Args:
+            parts: A tensor for every name in `cls.parts`, of one dtype and device.
+            bias: (out,) or None.
+            dense_class: As in the constructor.
+        """
+        form = cls.__new__(cls)
+        nn.Module.__init__(form)
+        contiguous = {name: parts[name].detach().contiguous() for name in cls.parts}
+        form._hold(contiguous, None if bias is None else bias.detach().clone(), dense_class)
+        return form
+
+    @property
+    def weight_rank(self) -> int:
+        """K."""
+        return int(self.L.shape[1])
+
+    @property
+    def rank(self) -> int:
+        """Directions that the weight is made of."""
+        return self.weight_rank
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """All directions of the weight: W = outer @ inner.
+
+        **Shape**
+            - returns outer (out, rank), inner (rank, in)
+        """
+        return self.L, self.R
+
+    @property
+    def weight(self) -> FactoredWeight:
+        """Stand-in for the dense weight, in the layout of `dense_class`; multiplied out only on use."""
+        shape = (self.out_features, self.in_features)
+        transposed = is_transposed(self.dense_class)
+        L = self.L
+        return FactoredWeight(shape[::-1] if transposed else shape, L.dtype, L.device, self.multiply_out)
+
+    def multiply_out(self) -> Tensor:
+        """The dense weight, in the layout of `dense_class`."""
+        outer, inner = self.factors()
+        weight = outer @ inner
+        return weight.T if is_transposed(self.dense_class) else weight
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """The dense layer that computes the same, its parameters frozen copies."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return build_dense(self.dense_class, self.multiply_out().contiguous(), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(x R^T) L^T + b` in the dtype of x.
+
+        **Shape**
+            - x: (..., in); returns (..., out)
+        """
+        outer, inner = self.factors()
+        if outer.dtype != x.dtype:
+            outer, inner = outer.to(x.dtype), inner.to(x.dtype)
+        bias = self.bias
+        return F.linear(F.linear(x, inner), outer, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.weight_rank}, bias={bias}"
+        )

@@ -1,0 +1,83 @@
+"""Two pairs of factors in place of a dense weight: one that stays and one that trains."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .factored import FactoredLinear
+
+FEW_ROWS = 16  # below, putting the pairs side by side costs more than multiplying by each
+
+
+class SplitLinear(FactoredLinear):
+    """`y = (x [R; A]^T) [L B]^T + b`: a linear layer with weight `L R + B A`.
+
+    **Shape**
+        - L: (out, K); R: (K, in); B: (out, r); A: (r, in); bias: (out,) or None
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output.
+        rank: K.
+        bias: Whether there is a bias.
+        side_rank: r.
+        dense_class: As for :class:`FactoredLinear`.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+
+    Example:
+        >>> form = SplitLinear(8, 6, rank=2, side_rank=1)
+        >>> form.rank, form.weight_rank, form.B.shape
+        (3, 2, torch.Size([6, 1]))
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("L", "R", "B", "A")
+
+    B: nn.Parameter
+    A: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        side_rank: int,
+        dense_class: type[nn.Module] = nn.Linear,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shapes = {"L": (out_features, rank), "R": (rank, in_features)}
+        shapes |= {"B": (out_features, side_rank), "A": (side_rank, in_features)}
+        self._make(shapes, bias, dense_class, {"device": device, "dtype": dtype})
+
+    @property
+    def rank(self) -> int:
+        return self.weight_rank + len(self.A)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return joined(self.L, self.R, self.B, self.A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[:-1].numel() >= FEW_ROWS:
+            return super().forward(x)
+        L, R, B, A = (part.to(x.dtype) for part in (self.L, self.R, self.B, self.A))
+        y = F.linear(F.linear(x, R), L, None if self.bias is None else self.bias.to(x.dtype))
+        return y + F.linear(F.linear(x, A), B)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, side_rank={len(self.A)}"
+
+
+def joined(L: Tensor, R: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """One pair of factors for the weight `L R + B A`: copies of `[L B]` and `[R; A]`.
+
+    **Shape**
+        - L: (out, K); R: (K, in); B: (out, r); A: (r, in); returns (out, K + r), (K + r, in)
+    """
+    return torch.cat([L.T, B.T]).T, torch.cat([R, A])

@@ -1,0 +1,83 @@
+"""The state dict of an adapter: where its vectors are in it, and whether one can be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .config import WasiConfig
+from .layer import wasi_layers
+from .targets import plain_name
+from .vectors import AdapterVectors
+
+PEFT_PREFIX = "base_model.model."
+FORM = ".wasi_form."
+
+
+def shared_vectors(model: nn.Module) -> AdapterVectors:
+    """The vectors that the WASI layers of a model share."""
+    layer = next((layer for _, layer in wasi_layers(model)), None)
+    return AdapterVectors() if layer is None else layer.vectors
+
+
+def vectors_by_key(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    """An adapter's vectors by their keys in the model's state dict, PEFT's model or the base model itself."""
+    first = next((name for name, _ in wasi_layers(model)), "")
+    prefix = PEFT_PREFIX if first.startswith(PEFT_PREFIX) else ""
+    for name, vector in shared_vectors(model).items(adapter_name):
+        yield prefix + name, vector
+
+
+def with_model_keys(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict from a file, its vectors under the keys that they have in this model, compiled or not."""
+    keys = {}
+    for key, _ in vectors_by_key(model, adapter_name):
+        keys[plain_name(key)] = keys[PEFT_PREFIX + plain_name(key)] = key
+    return {keys.get(key, key): value for key, value in state_dict.items()}
+
+
+def check_loadable(model: nn.Module, config: WasiConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse, before anything is copied, a state dict that is not this adapter's.
+
+    Args:
+        model: With the adapter injected.
+        config: The adapter's configuration.
+        adapter_name: Its name.
+        state_dict: By the model's keys.
+
+    Raises:
+        ValueError: If a tensor of a form, a vector or a whole module is missing, is one that the model does not have,
+            has another shape or kind of dtype, or holds NaN or Inf.
+    """
+    own = dict(model.state_dict())
+    own.update(vectors_by_key(model, adapter_name))
+    forms = [
+        (name, f"{name}{FORM}{adapter_name}.{part}", part)
+        for name, layer in wasi_layers(model)
+        if adapter_name in layer.wasi_form
+        for part, _ in layer.form_of(adapter_name).named_parameters()
+    ]
+    for name, key, part in forms:
+        if key not in state_dict:
+            raise ValueError(f"{name}: the adapter lacks {part}; it is incomplete or of another model.")
+    for key, _ in vectors_by_key(model, adapter_name):
+        if key not in state_dict:
+            raise ValueError(f"{key}: the adapter lacks this vector; it is incomplete or of another model.")
+    for key, value in state_dict.items():
+        known = own.get(key, own.get(key.removeprefix(PEFT_PREFIX)))
+        if known is None:
+            raise ValueError(
+                f"{key}: the adapter holds this tensor, which update={config.update!r} and this model do not have. "
+                "Its configuration and its file do not belong together."
+            )
+        if value.shape != known.shape:
+            raise ValueError(
+                f"{key}: must have shape {tuple(known.shape)}, got {tuple(value.shape)}. "
+                "The adapter belongs to another model or has other ranks."
+            )
+        if value.is_floating_point() != known.is_floating_point() or value.is_complex():
+            raise ValueError(f"{key}: must be of a dtype like {known.dtype}, got {value.dtype}.")
+        if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{key}: the adapter file holds NaN or Inf.")

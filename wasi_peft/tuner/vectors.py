@@ -1,0 +1,176 @@
+"""The vectors of a model that train beside its factors, for each adapter its own.
+
+Norms, layer scales, position and class tokens cost next to nothing, so they train with an adapter
+(`WasiConfig.train_vectors`), and so do all biases with `bias="all"`; running statistics of batch norms follow the
+data. They are parameters and buffers of the base model. The active adapter's are registered where the model looks for
+them, under the names that the model gives them; those of other adapters, and the base model's own, wait here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# layers that hold matrices, tables or filters: never "vectors that cost nothing"
+_MATRIX_HOLDERS: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.modules.rnn.RNNBase,
+    Conv1D,
+)
+_POSITION = re.compile(r"pos(ition)?_?(emb|bias)|position|cls_token|class_token|class_embedding|register|lambda|scale")
+
+
+class Place(NamedTuple):
+    """Where a vector is registered: a module, and the name of its parameter or buffer."""
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """The owner's parameters, or its buffers, whichever the vector is one of."""
+        return self.owner._parameters if self.name in self.owner._parameters else self.owner._buffers
+
+
+def vector_places(model: nn.Module, vectors: bool = True, biases: bool = False) -> Iterator[tuple[str, Place]]:
+    """Full names and places of what trains beside the factors, outside tuner layers and modules that are saved whole.
+
+    Args:
+        model: The base model, with or without adapters.
+        vectors: Every parameter with a single long dimension that does not belong to a matrix-shaped layer, and
+            position tables; not the mask token, which supervised training does not use. And the running statistics of
+            batch norms.
+        biases: Every bias.
+    """
+    skipped: tuple[str, ...] = ()
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            skipped += (prefix,)
+        if skipped and prefix.startswith(skipped):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if (vectors and _is_vector(module, name, parameter)) or (biases and name == "bias"):
+                yield prefix + name, Place(module, name)
+        if vectors and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for name, _ in module.named_buffers(recurse=False):
+                yield prefix + name, Place(module, name)
+
+
+def vector_parameter_names(model: nn.Module) -> Iterator[str]:
+    """Names of the parameters that `train_vectors` trains."""
+    for name, place in vector_places(model):
+        if place.name in place.owner._parameters:
+            yield name
+
+
+def _is_vector(module: nn.Module, name: str, parameter: Tensor) -> bool:
+    if isinstance(module, _MATRIX_HOLDERS) or "mask_token" in name:
+        return False
+    is_token = parameter.dim() > 1 and _POSITION.search(name) is not None
+    return sum(size > 1 for size in parameter.shape) <= 1 or is_token
+
+
+class AdapterVectors:
+    """The vectors of all adapters of one model. One object that all tuner layers of the model share.
+
+    Attributes:
+        active: The adapter whose vectors are registered in the model; None for the base model's own.
+    """
+
+    def __init__(self) -> None:
+        self.active: str | None = None
+        self._places: dict[str, Place] = {}
+        # by adapter (None: the base model) and full name; those of the active one may be older than what is registered
+        self._values: dict[str | None, dict[str, Any]] = {}
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base model's own vectors are still there."""
+        return not self._values or None in self._values
+
+    def names(self, adapter: str) -> tuple[str, ...]:
+        """Full names of an adapter's vectors."""
+        return tuple(self._values.get(adapter, ()))
+
+    def add(self, adapter: str, places: dict[str, Place], keep_base: bool, source: str | None = None) -> None:
+        """Give an adapter vectors of its own, equal to those of the base model, or of another adapter.
+
+        Args:
+            adapter: Its name.
+            places: By full name.
+            keep_base: Whether the base model's own stay, for when no adapter is active. Otherwise the first adapter
+                takes them over as they are.
+            source: The other adapter; by default the base model, where its vectors were kept, else the active one.
+        """
+        registered = {name: place.table[place.name] for name, place in places.items()}
+        if not self._values and not keep_base:
+            self._values[adapter], self.active = registered, adapter
+        else:
+            if self.keeps_base:
+                base = self._values.setdefault(None, {})
+                base |= {name: value for name, value in registered.items() if name not in base}
+                registered |= base
+            registered |= dict(self.items(source)) if source is not None else {}
+            self._values[adapter] = {name: _copy(registered[name]) for name in places}
+        self._places |= places
+
+    def remove(self, adapter: str) -> None:
+        """Forget an adapter's vectors; where they are in use, the base model's come back, if there are any."""
+        if adapter in self._values:
+            self.activate(None)
+            del self._values[adapter]
+
+    def activate(self, adapter: str | None) -> None:
+        """Register the vectors of an adapter, or those of the base model for None and for an adapter without any."""
+        target = adapter if adapter in self._values else None
+        if target == self.active or target not in self._values:
+            return
+        leaving, coming = self._values[self.active], self._values[target]
+        leaving |= dict(self._registered(leaving))  # wrappers for distributed training replace parameters
+        base = self._values.get(None, {})
+        for name in {**leaving, **coming}:
+            place = self._places[name]
+            value = coming[name] if name in coming else base[name]
+            place.table[place.name] = _moved(value, place.table[place.name])
+        self.active = target
+
+    def require_grad(self, adapter: str, trains: bool) -> None:
+        """Have an adapter's vectors train or not."""
+        for _, vector in self.items(adapter):
+            if isinstance(vector, nn.Parameter):
+                vector.requires_grad_(trains)
+
+    def items(self, adapter: str) -> Iterator[tuple[str, Tensor]]:
+        """Full names and vectors of an adapter, whether it is active or not."""
+        values = self._values.get(adapter, {})
+        yield from self._registered(values) if adapter == self.active else values.items()
+
+    def _registered(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+        for name in names:
+            place = self._places[name]
+            yield name, place.table[place.name]
+
+
+def _copy(vector: Tensor) -> Tensor:
+    if isinstance(vector, nn.Parameter):
+        return nn.Parameter(vector.detach().clone(), vector.requires_grad)
+    return vector.detach().clone()
+
+
+def _moved(vector: Tensor, like: Tensor) -> Tensor:
+    """A vector that waited while the model was moved or cast."""
+    if vector.is_floating_point() and (vector.device != like.device or vector.dtype != like.dtype):
+        vector.data = vector.data.to(like.device, like.dtype)
+    return vector
