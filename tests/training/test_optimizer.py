@@ -231,7 +231,7 @@ class DenseTwin:
         for name, parameter in self.net.named_parameters():
             module, _, kind = name.rpartition(".")
             own = module in names and (
-                f"{module}.wasi_form.default.L" if kind == "weight" else f"{module}.wasi_form.default.bias"
+                f"{module}.wasi_form.default.wasi_L" if kind == "weight" else f"{module}.wasi_form.default.bias"
             )
             parameter.requires_grad = (own or name) in train
 

@@ -159,7 +159,7 @@ def test_factors_are_retracted_on_every_rank(scenario: str, ranks: list[dict[str
     for values in (rank[scenario] for rank in ranks):
         assert isinstance(values, dict), values
         for path in layers:
-            L = values[f"{path}.wasi_form.default.L"]
+            L = values[f"{path}.wasi_form.default.wasi_L"]
             torch.testing.assert_close(L.T @ L, torch.eye(L.shape[1]), rtol=0, atol=1e-5)
         assert any(not torch.equal(values[path], parameter) for path, parameter in start.items())
 

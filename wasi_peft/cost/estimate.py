@@ -528,7 +528,7 @@ def _input_elements(layer: nn.Module, x: Tensor) -> int:
         return x.numel() if layer.weight.requires_grad else 0
     form, update = layer.form, layer.update
     image = x.shape[:-1].numel() * update.image_width(form)
-    if update.reads_input is None or not form.get_parameter(update.reads_input).requires_grad:
+    if update.reads_input is None or not form.part(update.reads_input).requires_grad:
         return image
     elements, entry = x.numel(), layer.inputs.of(x)
     announced = ((rule, form) for (rule, *_), (_, form) in entry.announced.items())

@@ -69,7 +69,7 @@ class LayerTimer:
         def layer(x: Tensor, *_: Tensor) -> Tensor:
             return self._update.forward(form, x, compressed, None) if training else form(x)
 
-        trained = [form.get_parameter(part) for part in self._update.trained]
+        trained = [form.part(part) for part in self._update.trained]
         return self._layer(layer, (rows, out_features, in_features), trained, training)
 
     def compression(self, rows: int, in_features: int, rank: int) -> float:
@@ -83,8 +83,8 @@ class LayerTimer:
     def _form(self, out_features: int, in_features: int, rank: int) -> FactoredLinear:
         """A form with random values, as a layer holds it, of which what trains asks for gradients."""
         form = self._update.new_form(in_features, out_features, rank, bias=False, **self._options)
-        for part, parameter in form.named_parameters():
-            parameter.requires_grad_(part in self._update.trained)
+        for part in form.parts:
+            form.part(part).requires_grad_(part in self._update.trained)
         return form
 
     def _layer(

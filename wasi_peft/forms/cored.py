@@ -34,8 +34,6 @@ class CoredLinear(FactoredLinear):
 
     parts: ClassVar[tuple[str, ...]] = ("L", "M", "R")
 
-    M: nn.Parameter
-
     def __init__(
         self,
         in_features: int,
@@ -50,6 +48,11 @@ class CoredLinear(FactoredLinear):
         shapes = {"L": (out_features, rank), "M": (rank, rank), "R": (rank, in_features)}
         self._make(shapes, bias, dense_class, {"device": device, "dtype": dtype})
 
+    @property
+    def M(self) -> nn.Parameter:
+        """The core."""
+        return self.part("M")
+
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.L @ self.M, self.R
 
@@ -59,5 +62,5 @@ class CoredLinear(FactoredLinear):
         return FactoredLinear.from_parts({"L": L, "R": self.R}, self.bias, self.dense_class)
 
     def forward(self, x: Tensor) -> Tensor:
-        L, M, R = (part.to(x.dtype) for part in (self.L, self.M, self.R))
-        return F.linear(F.linear(F.linear(x, R), M), L, None if self.bias is None else self.bias.to(x.dtype))
+        L, M, R, bias = self.cast(x.dtype, self.L, self.M, self.R, self.bias)
+        return F.linear(F.linear(F.linear(x, R), M), L, bias)

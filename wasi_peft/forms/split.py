@@ -37,9 +37,6 @@ class SplitLinear(FactoredLinear):
 
     parts: ClassVar[tuple[str, ...]] = ("L", "R", "B", "A")
 
-    B: nn.Parameter
-    A: nn.Parameter
-
     def __init__(
         self,
         in_features: int,
@@ -57,6 +54,16 @@ class SplitLinear(FactoredLinear):
         self._make(shapes, bias, dense_class, {"device": device, "dtype": dtype})
 
     @property
+    def B(self) -> nn.Parameter:
+        """The left factor of the pair that trains."""
+        return self.part("B")
+
+    @property
+    def A(self) -> nn.Parameter:
+        """The right factor of the pair that trains."""
+        return self.part("A")
+
+    @property
     def rank(self) -> int:
         return self.weight_rank + len(self.A)
 
@@ -66,9 +73,8 @@ class SplitLinear(FactoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[:-1].numel() >= FEW_ROWS:
             return super().forward(x)
-        L, R, B, A = (part.to(x.dtype) for part in (self.L, self.R, self.B, self.A))
-        y = F.linear(F.linear(x, R), L, None if self.bias is None else self.bias.to(x.dtype))
-        return y + F.linear(F.linear(x, A), B)
+        L, R, B, A, bias = self.cast(x.dtype, self.L, self.R, self.B, self.A, self.bias)
+        return F.linear(F.linear(x, R), L, bias) + F.linear(F.linear(x, A), B)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, side_rank={len(self.A)}"

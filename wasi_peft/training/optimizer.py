@@ -89,9 +89,9 @@ def _split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
     for module in model.modules():
         if isinstance(module, WasiLayer):
             for name, update in module.wasi_update.items():
-                for part, parameter in module.form_of(name).named_parameters():
-                    if part != "bias":
-                        kinds[id(parameter)] = "basis" if part == update.basis else "factor"
+                form = module.form_of(name)
+                for part in form.parts:
+                    kinds[id(form.part(part))] = "basis" if part == update.basis else "factor"
         elif isinstance(module, AuxiliaryTrainingWrapper):
             kinds.update({id(parameter): "head" for parameter in module.parameters()})
     for parameter in model.parameters():
@@ -177,7 +177,7 @@ class SubspaceSGD(torch.optim.Optimizer):
         self._layers: list[tuple[WasiLayer, nn.Parameter, nn.Parameter, _ProductGradient]] = []
         for name, layer in wasi_layers(model):
             active = layer.active_name
-            if active is None or not any(p.requires_grad for p in map(layer.form.get_parameter, layer.update.trained)):
+            if active is None or not any(p.requires_grad for p in map(layer.form.part, layer.update.trained)):
                 continue
             if not layer.update.hands_out_product:
                 able = " or ".join(repr(key) for key, update in UPDATES.items() if update.hands_out_product)

@@ -183,9 +183,9 @@ class WasiConfig(PeftConfig):
     activation_interval: int = field(
         default=8, metadata={"help": "Optimizer steps between two iterations of the activation bases."}
     )
-    update: Literal["frozen_basis", "low_rank", "core", "subspace", "factor"] | None = field(
+    update: str | None = field(
         default=None,
-        metadata={"help": "What trains and how: 'frozen_basis', 'low_rank', 'core', 'subspace' or 'factor'."},
+        metadata={"help": "What trains and how: a name in wasi_peft.updates.UPDATES, 'frozen_basis' by default."},
     )
     update_rank: int | None = field(
         default=None, metadata={"help": "Rank of what trains with update='low_rank', by default 16."}

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..forms.dense import FactoredWeight, ParkedLinear, dense_weight
-from ..forms.factored import FactoredLinear
+from ..forms.factored import PREFIX, FactoredLinear
 from ..updates.base import InitialFactors, ProductGradientSink, Update
 from .config import WasiConfig
 from .inputs import InputCompression, SharedInputs
@@ -46,6 +46,7 @@ class WasiLayer(BaseTunerLayer):
         self._modules["base_layer"] = base_layer
         self.out_features, self.in_features = dense_weight(base_layer).shape
         self.dense_class: type[nn.Module] = type(base_layer)
+        self._like = dense_weight(base_layer).new_empty(0)  # has the device and dtype of the dense layer
         self.wasi_form = nn.ModuleDict()
         self.wasi_update: dict[str, Update] = {}
         self.wasi_input: dict[str, InputCompression] = {}
@@ -87,8 +88,11 @@ class WasiLayer(BaseTunerLayer):
     @property
     def active_name(self) -> str | None:
         """Name of the active adapter, None where this layer has none."""
-        names = self.active_adapters
-        return names[0] if names and names[0] in self.wasi_form._modules else None
+        active, forms = self._active_adapter, self.wasi_form._modules
+        for name in (active,) if isinstance(active, str) else active:
+            if name in forms:
+                return name
+        return None
 
     @property
     def form(self) -> FactoredLinear:
@@ -153,8 +157,7 @@ class WasiLayer(BaseTunerLayer):
             initial: Factors to start from, or another adapter's form, to start as a copy of. None leaves the form to
                 be loaded: until then the dense layer answers.
         """
-        update = config.layer_update
-        like = self._like()
+        update, like = config.layer_update, self._like
         if isinstance(initial, FactoredLinear):
             parts = {part: getattr(initial, part).clone() for part in initial.parts}
             form = type(initial).from_parts(parts, initial.bias, self.dense_class)
@@ -165,7 +168,7 @@ class WasiLayer(BaseTunerLayer):
                 for parameter in form.parameters():
                     parameter.data.fill_(torch.nan)
         else:
-            form = update.form_of(initial, rank, self.dense_class).to(like.device, like.dtype)
+            form = update.form_of(initial, rank, self.dense_class, like)
         if initial is None and config.awaits_loading:
             self._awaiting.add(adapter_name)
         (self.frozen_biases.add if config.bias == "none" else self.frozen_biases.discard)(adapter_name)
@@ -184,11 +187,9 @@ class WasiLayer(BaseTunerLayer):
 
     def after_step(self, moved: set[int], retracted: bool) -> None:
         """What an optimizer's step calls for (:mod:`steps`): one more step for warm bases, a retraction."""
-        for name, form in list(self.wasi_form.items()):
-            update, state = self.wasi_update.get(name), self.wasi_input.get(name)
-            if update is None or state is None:
-                continue
-            trained = [form._parameters[part] for part in update.trained]
+        for name in list(self.wasi_form):
+            form, update, state = self.form_of(name), self.wasi_update[name], self.wasi_input[name]
+            trained = [form.part(part) for part in update.trained]
             if not any(id(part) in moved for part in trained):
                 continue
             state.age += 1
@@ -212,17 +213,18 @@ class WasiLayer(BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if len(names) > 1:
-            raise ValueError(f"WASI factors replace the weight, so only one adapter can be active, got {names}.")
+        own = [name for name in names if name in self.wasi_form]
+        if len(own) > 1:
+            raise ValueError(f"WASI factors replace the weight, so only one adapter can be active, got {own}.")
         super().set_adapter(names, inference_mode=inference_mode)
         if not self._disable_adapters:
-            self.vectors.activate(names[0] if names else None)
+            self.vectors.activate_one_of(names)
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled and self.base_is_released:
             raise ValueError(RELEASED.format(action="disabling the adapter"))
         super().enable_adapters(enabled)
-        self.vectors.activate(self.active_adapters[0] if enabled and self.active_adapters else None)
+        self.vectors.activate_one_of(self.active_adapters if enabled else [])
 
     def delete_adapter(self, adapter_name: str) -> None:
         if self.base_is_released and set(self.wasi_form) == {adapter_name}:
@@ -245,17 +247,10 @@ class WasiLayer(BaseTunerLayer):
                 continue
             trained = self.wasi_update[name].trained
             for part, parameter in self.form_of(name).named_parameters():
-                if name in self.frozen_biases if part == "bias" else part not in trained:
+                if name in self.frozen_biases if part == "bias" else part.removeprefix(PREFIX) not in trained:
                     parameter.requires_grad_(False)
 
     # ---------------------------------------------------------------- the dense weight
-
-    def _like(self) -> Tensor | FactoredWeight:
-        """What has the device and dtype of the layer."""
-        weight = self.base_layer.weight
-        if isinstance(self.base_layer, ParkedLinear) and len(self.wasi_form):
-            return self.form.L
-        return weight  # type: ignore[no-any-return]
 
     @property
     def _has_bias(self) -> bool:
@@ -284,7 +279,7 @@ class WasiLayer(BaseTunerLayer):
             ValueError: If `safe_merge` and the product has NaN or Inf.
         """
         self._require_loaded(adapter_name)
-        dense = self.form_of(adapter_name).to_dense()
+        dense = self.form_of(adapter_name).to_dense().to(self._like.dtype)
         if safe_merge and not torch.isfinite(dense_weight(dense)).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
         return dense
@@ -328,8 +323,7 @@ class WasiLayer(BaseTunerLayer):
         if self.base_is_released:
             raise ValueError(RELEASED.format(action="unloading without merging"))
         if isinstance(self.base_layer, ParkedLinear):
-            like = self._like()
-            return self.base_layer.restore(like.device, like.dtype)
+            return self.base_layer.restore(self._like.device, self._like.dtype)
         return self.base_layer
 
     # ---------------------------------------------------------------- loading
@@ -411,6 +405,11 @@ class Linear(nn.Module, WasiLayer):
         super().__setstate__(state)
         self._watch_steps()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+        super()._apply(fn, recurse)
+        self._like = fn(self._like)
+        return self
+
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None:
             return self._mixed_forward(x, adapter_names)
@@ -423,17 +422,21 @@ class Linear(nn.Module, WasiLayer):
             self._require_loaded(name)
 
         form: Any = self.wasi_form._modules[name]
-        update, parameters = self.wasi_update[name], form._parameters
-        compute_dtype: torch.dtype = parameters["L"].dtype
+        update = self.wasi_update[name]
+        compute_dtype: torch.dtype = form.part("L").dtype
         if torch.is_autocast_enabled(x.device.type):
             compute_dtype = torch.get_autocast_dtype(x.device.type)
-        if not torch.is_grad_enabled() or not any(parameters[part].requires_grad for part in update.trained):
+        elif x.dtype != compute_dtype and x.dtype.itemsize < compute_dtype.itemsize:
+            compute_dtype = x.dtype  # factors in float32 for the optimizer, in a model of 16 bits
+        if not torch.is_grad_enabled() or not any(form.part(part).requires_grad for part in update.trained):
             return form.forward(x if x.dtype == compute_dtype else x.to(compute_dtype))
 
+        if torch.compiler.is_exporting():
+            return form.forward(x.to(compute_dtype))  # ordinary operations, whatever trains
         compiling = torch.compiler.is_compiling()
         rows = x.to(compute_dtype) if compiling else self.inputs.cast(x, compute_dtype)
         state, compressed = self.wasi_input[name], None
-        if state.rule is not None and update.reads_input is not None and parameters[update.reads_input].requires_grad:
+        if state.rule is not None and update.reads_input is not None and form.part(update.reads_input).requires_grad:
             compressed = self.inputs.compress(x, rows, state, name)
         sink = None if compiling else self.product_gradient_sink(name)
         with torch.autocast(device_type=x.device.type, enabled=False):
@@ -457,7 +460,7 @@ class Linear(nn.Module, WasiLayer):
             if name in self.wasi_form:
                 self._require_loaded(name)
                 form = self.form_of(name)
-                part = form(x[samples].to(form.L.dtype))
+                part = form(x[samples])
             elif self.base_is_released:
                 raise ValueError(RELEASED.format(action=f"{name!r} in adapter_names"))
             else:

@@ -127,6 +127,11 @@ class WasiModel(BaseTuner):
         model as it was.
         """
         config = self.peft_config[adapter_name]
+        if adapter_name.startswith(self.prefix) or adapter_name in ("base_layer", BASE):
+            raise ValueError(
+                f"an adapter's name must not start with {self.prefix!r}, nor be 'base_layer' or {BASE!r}: PEFT could "
+                f"not tell its tensors from others; got {adapter_name!r}."
+            )
         self._used_plain_svd = False
         self._loading_group: dict[str, WasiLayer] = {}
         shared = next((layer for _, layer in wasi_layers(model)), None)
@@ -246,7 +251,7 @@ class WasiModel(BaseTuner):
         if config.train_vectors or config.bias == "all":
             places = dict(vector_places(model, config.train_vectors, config.bias == "all"))
             self._vectors.add(adapter_name, places, keep_base=config.base_weight != "release", source=source)
-        self._vectors.activate(self.active_adapters[0] if self.active_adapters else None)
+        self._vectors.activate_one_of(self.active_adapters)
         if adapter_name in self.active_adapters:
             self._vectors.require_grad(adapter_name, not config.inference_mode)
 
@@ -255,9 +260,6 @@ class WasiModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     # ---------------------------------------------------------------- what trains
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """The factors are the weight: they keep the dtype of the model, whatever `autocast_adapter_dtype` says."""
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -273,6 +275,19 @@ class WasiModel(BaseTuner):
                 self._vectors.require_grad(name, not self.peft_config[name].inference_mode)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one, or several that have no layer and no vectors in common.
+
+        Raises:
+            ValueError: If two of them have; nothing is changed then.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for key, layer in wasi_layers(self.model):
+            own = [name for name in names if name in layer.wasi_form]
+            if len(own) > 1:
+                raise ValueError(
+                    f"{key}: WASI factors replace the weight, so only one adapter can be active, got {own}."
+                )
+        self._vectors.activate_one_of(names)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         for name in self.active_adapters:
             self._vectors.require_grad(name, not inference_mode)
@@ -370,7 +385,7 @@ class WasiModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return super()._remove_adapter_name_from_key(plain_name(key), adapter_name)
+        return plain_name(key).replace(f"{FORM}{adapter_name}.", FORM)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -9,7 +9,7 @@ them, under the names that the model gives them; those of other adapters, and th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -128,9 +128,9 @@ class AdapterVectors:
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter's vectors; where they are in use, the base model's come back, if there are any."""
-        if adapter in self._values:
+        if adapter == self.active:
             self.activate(None)
-            del self._values[adapter]
+        self._values.pop(adapter, None)
 
     def activate(self, adapter: str | None) -> None:
         """Register the vectors of an adapter, or those of the base model for None and for an adapter without any."""
@@ -145,6 +145,17 @@ class AdapterVectors:
             value = coming[name] if name in coming else base[name]
             place.table[place.name] = _moved(value, place.table[place.name])
         self.active = target
+
+    def activate_one_of(self, adapters: Sequence[str]) -> None:
+        """Register the vectors of the one adapter among these that has any.
+
+        Raises:
+            ValueError: If several of them have; nothing is changed then.
+        """
+        trained = [name for name in adapters if name in self._values]
+        if len(trained) > 1:
+            raise ValueError(f"only one adapter that trains vectors of the model can be active, got {trained}.")
+        self.activate(trained[0] if trained else None)
 
     def require_grad(self, adapter: str, trains: bool) -> None:
         """Have an adapter's vectors train or not."""

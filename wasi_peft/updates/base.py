@@ -53,8 +53,6 @@ class Update(ABC):
         basis: Name of the part that trains in directions of its own scale, orthonormal columns: optimizers give it a
             learning rate of its own and no weight decay.
         hands_out_product: Whether backward can hand the gradient of the product `L R` to an optimizer.
-        after_step: What is to be done to a form after every step of an optimizer that moved it; None for nothing, and
-            then no hook is installed and no layer registered anywhere.
     """
 
     name: ClassVar[str]
@@ -63,7 +61,6 @@ class Update(ABC):
     reads_input: ClassVar[str | None] = None
     basis: ClassVar[str | None] = None
     hands_out_product: ClassVar[bool] = False
-    after_step: ClassVar[Callable[[FactoredLinear], None] | None] = None
 
     @classmethod
     def from_options(cls, update_rank: int | None) -> Update:
@@ -95,9 +92,15 @@ class Update(ABC):
         """
         return {"L": initial.L, "R": initial.R}
 
-    def form_of(self, initial: InitialFactors, rank: int, dense_class: type[nn.Module]) -> FactoredLinear:
-        """The form that a layer starts with."""
-        return self.form_cls.from_parts(self.start(initial, rank), initial.bias, dense_class)
+    def form_of(
+        self, initial: InitialFactors, rank: int, dense_class: type[nn.Module], like: Tensor | None = None
+    ) -> FactoredLinear:
+        """The form that a layer starts with, with the device and dtype of `like`, else those of `initial`."""
+        parts, bias = self.start(initial, rank), initial.bias
+        if like is not None:
+            parts = {name: part.to(like.device, like.dtype) for name, part in parts.items()}
+            bias = None if bias is None else bias.to(like.device, like.dtype)
+        return self.form_cls.from_parts(parts, bias, dense_class)
 
     def new_form(self, in_features: int, out_features: int, rank: int, bias: bool, **options: Any) -> FactoredLinear:
         """A form with random values, to be loaded.
@@ -124,6 +127,14 @@ class Update(ABC):
             compressed: Compressed form of x, to be kept instead of it; None keeps what is needed exactly.
             sink: Given with :attr:`hands_out_product` where an optimizer wants the product's gradient.
         """
+
+    @property
+    def after_step(self) -> Callable[[Any], None] | None:
+        """What is to be done to a form, in place, after every step of an optimizer that moved it.
+
+        None for nothing: then no hook is installed and no layer registered anywhere.
+        """
+        return None
 
     def image_width(self, form: Any) -> int:
         """Numbers of each row that backward keeps of a form's input beside the (compressed) input itself."""

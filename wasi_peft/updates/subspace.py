@@ -6,6 +6,7 @@ the paper's gradient step and subspace iteration do, up to O(lr^2) (docs/method.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,13 +33,9 @@ class Subspace(Factor):
     ) -> Tensor:
         return factored_linear(x, form.L, form.R, form.bias, compressed, tangent=True, sink=sink)
 
-    @staticmethod
-    @torch.no_grad()
-    def after_step(form: FactoredLinear) -> None:
-        """Retract in place; the changes of one layer are gone before those of the next are computed."""
-        change_L, change_R = retraction(form.L, form.R)
-        form.L.add_(change_L)
-        form.R.add_(change_R)
+    @property
+    def after_step(self) -> Callable[[FactoredLinear], None]:
+        return retract_form
 
     def column_space(self, form: FactoredLinear) -> Tensor:
         return form.L.detach().clone()  # orthonormal as it is
@@ -47,3 +44,11 @@ class Subspace(Factor):
         """The K x K work is bounded from above."""
         tangent = 2 * rank**2 * (4 * out_features + 3 * in_features)
         return tangent + super().gradient_flops(rows, out_features, in_features, rank, exact)
+
+
+@torch.no_grad()
+def retract_form(form: FactoredLinear) -> None:
+    """Retract L and R in place; the changes of one layer are gone before those of the next are computed."""
+    change_L, change_R = retraction(form.L, form.R)
+    form.L.add_(change_L)
+    form.R.add_(change_R)
