@@ -84,12 +84,10 @@ def test_the_injection_uses_and_consumes_the_factors(bias: bool) -> None:
     assert set(layers) == set(TARGETS)
     for name, layer in layers.items():
         initial = expected[name]
-        assert torch.equal(layer.wasi_form["default"].L, initial.L) and torch.equal(
-            layer.wasi_form["default"].R, initial.R
-        )
-        assert ("default" in layer.wasi_bias) == bias
+        assert torch.equal(layer.form.L, initial.L) and torch.equal(layer.form.R, initial.R)
+        assert (layer.form.bias is not None) == bias
         if initial.bias is not None:
-            assert torch.equal(layer.wasi_form["default"].bias, initial.bias)
+            assert torch.equal(layer.form.bias, initial.bias)
     assert prepared(model) == {}
     plain = get_peft_model(copy.deepcopy(dense), WasiConfig(weight_rank=3, update="factor"))
     with torch.no_grad():
@@ -107,24 +105,24 @@ def test_what_trains_starts_from_the_directions_after_those_of_the_rank() -> Non
     expected = prepared(net)
     model = get_peft_model(net, config)
     for name, layer in wasi_layers(model.base_model.model):
-        weight, kept = expected[name].L @ expected[name].R, layer.wasi_form["default"].L @ layer.wasi_form["default"].R
+        weight, kept = expected[name].L @ expected[name].R, layer.form.L @ layer.form.R
         assert expected[name].L.shape[1] == 5 and layer.rank("default") == 5
-        assert relative_error(torch.matmul(*layer.factors("default")), weight) < 1e-6
+        assert relative_error(torch.matmul(*layer.form.factors()), weight) < 1e-6
         left, values, right = torch.linalg.svd(weight)
         assert relative_error(kept, left[:, :3] * values[:3] @ right[:3]) < 1e-5
-        assert orthonormality_error(layer.wasi_form["default"].L) < 1e-6
+        assert orthonormality_error(layer.form.L) < 1e-6
 
 
 def test_no_more_directions_train_than_the_weight_has() -> None:
     net = reference.tiny_net(2)
     dense = copy.deepcopy(net)
-    config = WasiConfig(weight_rank=3, update="low_rank")
+    config = WasiConfig(weight_rank=3, update="low_rank", update_rank=8)
     run(net, config, batches())
     assert {initial.L.shape[1] for initial in prepared(net).values()} == {8}
     model = get_peft_model(net, config)
     for _, layer in wasi_layers(model.base_model.model):
-        assert layer.wasi_form["default"].A.shape[0] == 16
-        assert not layer.wasi_form["default"].B[:, 5:].any() and layer.wasi_form["default"].A[5:].any(1).all()
+        assert layer.form.A.shape[0] == 8
+        assert not layer.form.B[:, 5:].any() and layer.form.A[5:].any(1).all()
     x = batches()[0]
     assert relative_error(model(x), dense(x)) < 1e-5
 
@@ -217,9 +215,7 @@ def test_a_share_is_kept_to_and_spent_where_it_matters(share: float, gradients: 
     assert lost[0] < lost[1]
     config = WasiConfig(weight_share=share, update="factor")
     model = get_peft_model(net, config)
-    assert {
-        name: layer.wasi_form["default"].L.shape[1] for name, layer in wasi_layers(model.base_model.model)
-    } == found
+    assert {name: layer.form.L.shape[1] for name, layer in wasi_layers(model.base_model.model)} == found
     assert model.wasi_summary().kept_share <= share
 
 
@@ -241,7 +237,7 @@ def test_the_ranks_of_a_plan() -> None:
     expected = prepared(net)
     model = get_peft_model(net, WasiConfig(plan=plan(wanted), update="factor"))
     for name, layer in wasi_layers(model.base_model.model):
-        assert torch.equal(layer.wasi_form["default"].R, expected[name].R)
+        assert torch.equal(layer.form.R, expected[name].R)
 
 
 def test_a_rank_pattern() -> None:
@@ -284,7 +280,7 @@ def test_repair_is_on_with_batches_and_off_with_a_function(monkeypatch: pytest.M
 def test_the_repair_of_preprocessing_is_the_public_one(repair: Any, update: str) -> None:
     """Moments too, which are those of the repaired factors."""
     net, data = reference.tiny_net(6), batches()
-    config = WasiConfig(weight_rank=3, update=update)
+    config = WasiConfig(weight_rank=3, update=update, update_rank=2)
     function = {"model": repair_factors, "blocks": repair_blocks}[repair]
     factors = function(net, run(net, config, data), data, steps=3, progress_bar=False)
     run(net, config, data, repair=repair, repair_steps=3)

@@ -52,8 +52,6 @@ def assert_same_state(first: dict[str, torch.Tensor], second: dict[str, torch.Te
 def test_a_file_gives_the_same_adapter(update: str, options: dict[str, Any], bias: bool, tmp_path: Path) -> None:
     net = reference.tiny_net(2, bias=bias)
     other, config = copy.deepcopy(net), WasiConfig(update=update, update_rank=2, **options)
-    if update != "low_rank":
-        config = WasiConfig(update=update, **options)
     factors = made(net, config)
     factors.save(tmp_path / "factors.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["factors.safetensors"]

@@ -96,23 +96,23 @@ def repair_blocks(
     return with_initial(model, factors, repaired, data, progress_bar=progress_bar)
 
 
-def token_error(hidden: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
+def token_error(hidden: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over tokens of `|h - h*|^2 / |h*|^2`; padded tokens do not count.
 
     Relative to each token's own size, because that is how the norm of the next block sees it: the few tokens whose
     hidden states are a hundred times as large as the others' would decide everything otherwise.
 
     **Shape**
-        - hidden, wanted: (..., features); mask: (B, N) where these are (B, N, features), or None
+        - hidden, target: (..., features); mask: (B, N) where these are (B, N, features), or None
     """
-    hidden, wanted = real_rows(hidden, mask).float(), real_rows(wanted, mask).float()
-    size = wanted.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((hidden - wanted).square().sum(-1) / size).mean()
+    hidden, target = real_rows(hidden, mask).float(), real_rows(target, mask).float()
+    size = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((hidden - target).square().sum(-1) / size).mean()
 
 
 def _train_block(
     block: str,
-    wanted: Sequence[Tensor],
+    target: Sequence[Tensor],
     states: BlockStates,
     layers: Mapping[str, FactoredLinear],
     steps: int,
@@ -120,13 +120,13 @@ def _train_block(
 ) -> float:
     """Train the factors of a block; returns its error, which is never larger than before."""
     descent = Descent.relative(layers.values(), rate, steps)
-    before, given = _error(block, wanted, states), [part.detach().clone() for part in descent.parameters]
-    for index in shuffled(len(wanted), steps):
+    before, given = _error(block, target, states), [part.detach().clone() for part in descent.parameters]
+    for index in shuffled(len(target), steps):
         with torch.enable_grad():
-            loss = token_error(states.run(block, index), wanted[index], states.masks[index])
+            loss = token_error(states.run(block, index), target[index], states.masks[index])
         loss.backward()
         descent.step()
-    after = _error(block, wanted, states)
+    after = _error(block, target, states)
     if after < before:
         return after
     logger.warning("%s: training did not lower its error (%.4f to %.4f); it is only refitted.", block, before, after)
@@ -135,8 +135,8 @@ def _train_block(
     return before
 
 
-def _error(block: str, wanted: Sequence[Tensor], states: BlockStates) -> float:
-    errors = [token_error(states.run(block, i), wanted[i], states.masks[i]) for i in range(len(wanted))]
+def _error(block: str, target: Sequence[Tensor], states: BlockStates) -> float:
+    errors = [token_error(states.run(block, i), target[i], states.masks[i]) for i in range(len(target))]
     return float(torch.stack(errors).mean())
 
 
