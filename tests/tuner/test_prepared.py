@@ -212,7 +212,8 @@ def rewritten(path: Path, change: Any) -> None:
     """Write a file again, changed by `change(tensors, entries)`."""
     tensors = load_file(path)
     entries = {
-        name: {"rank": 3, "asked": 3, "weight_share": None, "update": "core", "update_rank": 0, "mean_square": 1.0}
+        name: {**dict.fromkeys(("rank", "rank_or_threshold"), 3), "weight_share": None, "update": "core"}
+        | {"update_rank": 0, "mean_square": 1.0}
         for name in ("blocks.0.q", "blocks.0.fc1")
     }
     metadata = {"format": FORMAT}

@@ -112,7 +112,7 @@ def token_error(hidden: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
 
 def _train_block(
     block: str,
-    target: Sequence[Tensor],
+    targets: Sequence[Tensor],
     states: BlockStates,
     layers: Mapping[str, FactoredLinear],
     steps: int,
@@ -120,13 +120,13 @@ def _train_block(
 ) -> float:
     """Train the factors of a block; returns its error, which is never larger than before."""
     descent = Descent.relative(layers.values(), rate, steps)
-    before, given = _error(block, target, states), [part.detach().clone() for part in descent.parameters]
-    for index in shuffled(len(target), steps):
+    before, given = _error(block, targets, states), [part.detach().clone() for part in descent.parameters]
+    for index in shuffled(len(targets), steps):
         with torch.enable_grad():
-            loss = token_error(states.run(block, index), target[index], states.masks[index])
+            loss = token_error(states.run(block, index), targets[index], states.masks[index])
         loss.backward()
         descent.step()
-    after = _error(block, target, states)
+    after = _error(block, targets, states)
     if after < before:
         return after
     logger.warning("%s: training did not lower its error (%.4f to %.4f); it is only refitted.", block, before, after)
@@ -135,8 +135,8 @@ def _train_block(
     return before
 
 
-def _error(block: str, target: Sequence[Tensor], states: BlockStates) -> float:
-    errors = [token_error(states.run(block, i), target[i], states.masks[i]) for i in range(len(target))]
+def _error(block: str, targets: Sequence[Tensor], states: BlockStates) -> float:
+    errors = [token_error(states.run(block, i), targets[i], states.masks[i]) for i in range(len(targets))]
     return float(torch.stack(errors).mean())
 
 

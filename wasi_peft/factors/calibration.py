@@ -105,7 +105,7 @@ class Calibration:
         for name in self.layers if names is None else names:
             entry = entries[name]
             gradients = {mode: read_tensor(self._path(name), f"gradient.{mode}") for mode in ("feature", "token")}
-            gradient = {mode: tuple(found.tolist()) for mode, found in gradients.items() if found is not None}
+            gradient = {mode: tuple(each.tolist()) for mode, each in gradients.items() if each is not None}
             energies = self._tensor(name, "energies")
             if not entry["weighed"]:
                 energies = energies / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny) * unit

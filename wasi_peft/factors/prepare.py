@@ -91,11 +91,12 @@ def preprocess_wasi(
         resolved.resolved_ranks = allocate_ranks(spectra, resolved.weight_share)
     layers: dict[str, PreparedLayer] = {}
     for name, module in tqdm(targets.items(), desc="WASI initial factors", disable=not progress_bar):
-        asked = asked_rank(name, resolved)
-        rank = rank_for(asked, calibration.energies(name))
+        rank_or_threshold = asked_rank(name, resolved)
+        rank = rank_for(rank_or_threshold, calibration.energies(name))
         directions = initial_rank(rank, update.side_rank, dense_weight(module).shape)
         initial = calibration.factors(name, module, directions)
-        layers[name] = PreparedLayer(initial, rank, asked, resolved.weight_share, update.name, update.side_rank)
+        made_for = rank_or_threshold, resolved.weight_share, update.name, update.side_rank
+        layers[name] = PreparedLayer(initial, rank, *made_for)
     factors = WasiFactors(layers)
     if repair_steps and batches is not None:
         factors = chosen.run(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)

@@ -35,7 +35,7 @@ class PreparedLayer:
     Args:
         initial: Factors of `rank` directions, and of those on top that train.
         rank: K.
-        asked: The rank or threshold that the configuration asked for.
+        rank_or_threshold: What the configuration asked for.
         weight_share: The share under which the rank was allocated, if it was.
         update: What is going to train.
         update_rank: Directions of that on top of K.
@@ -43,7 +43,7 @@ class PreparedLayer:
 
     initial: InitialFactors
     rank: int
-    asked: int | float
+    rank_or_threshold: int | float
     weight_share: float | None
     update: str
     update_rank: int = 0
@@ -167,7 +167,7 @@ class WasiFactors:
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "rank": (int,),
-    "asked": (int, float),
+    "rank_or_threshold": (int, float),
     "weight_share": (float, int, type(None)),
     "update": (str,),
     "update_rank": (int,),
@@ -266,7 +266,7 @@ def check_prepared(targets: Mapping[str, nn.Module], config: WasiConfig) -> dict
         if config.weight_share is not None:
             made_for.append(("weight_share", layer.weight_share, config.weight_share))
         else:
-            made_for.append(("rank or threshold", layer.asked, asked_rank(name, config)))
+            made_for.append(("rank or threshold", layer.rank_or_threshold, asked_rank(name, config)))
         for what, given, now in made_for:
             if given != now:
                 raise ValueError(
