@@ -458,7 +458,8 @@ def _kind(module: nn.Module) -> str:
     name = type(module).__name__
     if not isinstance(module, BaseTunerLayer):
         return name
-    method = type(module).__module__.split(".")[-2].removesuffix("_peft")
+    path = type(module).__module__.split(".")  # peft.tuners.lora.layer, or that of a package of its own
+    method = path[path.index("tuners") + 1] if "tuners" in path else path[0].removesuffix("_peft")
     return f"{method}.{name}"
 
 

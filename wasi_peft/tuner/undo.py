@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 from torch import nn
@@ -11,40 +10,37 @@ from .layer import WasiLayer
 
 
 class Structure:
-    """Which modules, parameters, buffers, hooks and replaced methods a model has; no values, and no copies of them.
+    """What hangs on a model's modules: children, parameters, buffers, hooks, replaced methods, flags, adapters.
+
+    References alone: no value of a tensor is copied, and none is restored.
 
     Args:
         model: The model.
     """
 
-    _TABLES = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
-
     def __init__(self, model: nn.Module) -> None:
-        self._tables = [
-            (module, name, OrderedDict(module.__dict__[name])) for module in model.modules() for name in self._TABLES
-        ]
-        self._attributes = [(module, set(module.__dict__)) for module in model.modules()]
+        self._attributes: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+        for module in model.modules():
+            tables = {name: value.copy() for name, value in module.__dict__.items() if isinstance(value, (dict, set))}
+            self._attributes.append((module, dict(module.__dict__), tables))
         self._trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._adapters = [
-            (layer, set(layer.wasi_form), layer._active_adapter, layer.vectors.active)
-            for layer in model.modules()
-            if isinstance(layer, WasiLayer)
-        ]
+        layer = next((module for module in model.modules() if isinstance(module, WasiLayer)), None)
+        self._vectors = None if layer is None else layer.vectors
+        self._active = None if layer is None else layer.vectors.active
+        self._adapters = set() if layer is None else layer.vectors.adapters
 
     def restore(self) -> None:
-        """Put everything back; values were never touched."""
-        for layer, adapters, active_adapter, active_vectors in self._adapters:
-            for name in set(layer.wasi_form) - adapters:
-                layer.vectors.activate(active_vectors)
-                layer.vectors.remove(name)
-                layer.forget_adapter(name)
-            layer._active_adapter = active_adapter
-        for module, name, table in self._tables:
-            present: dict[str, Any] = module.__dict__[name]
-            present.clear()
-            present.update(table)
-        for module, attributes in self._attributes:
-            for name in set(module.__dict__) - attributes:
-                del module.__dict__[name]
+        """Put everything back."""
+        if self._vectors is not None:
+            self._vectors.activate(self._active)
+            for name in self._vectors.adapters - self._adapters:
+                self._vectors.remove(name)
+        for module, attributes, tables in self._attributes:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, table in tables.items():
+                present = attributes[name]
+                present.clear()
+                present.update(table)
         for parameter, trains in self._trains:
             parameter.requires_grad_(trains)

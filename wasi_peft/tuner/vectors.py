@@ -100,6 +100,11 @@ class AdapterVectors:
         """Whether the base model's own vectors are still there."""
         return not self._values or None in self._values
 
+    @property
+    def adapters(self) -> set[str]:
+        """Names of the adapters that have vectors."""
+        return {name for name in self._values if name is not None}
+
     def names(self, adapter: str) -> tuple[str, ...]:
         """Full names of an adapter's vectors."""
         return tuple(self._values.get(adapter, ()))

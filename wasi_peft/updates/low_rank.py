@@ -119,7 +119,7 @@ def split_off(L: Tensor, R: Tensor, kept: int, trained: int) -> tuple[Tensor, Te
     return left[:, :kept].to(L.dtype), right[:kept].to(R.dtype), B, A
 
 
-class LowRankProduct(torch.autograd.Function):
+class LowRankLinear(torch.autograd.Function):
     """`y = (x [R; A]^T) [L B]^T + b` with gradients for x, B, A and b.
 
     What is saved of the input: `x A^T` for B (exact, r wide), the compressed form or the input itself for A.
@@ -214,4 +214,4 @@ def low_rank_linear(
         `(x [R; A]^T) [L B]^T + b`. Not differentiable twice.
     """
     parts = compressed if compressed is not None else (None, None, None, None)
-    return LowRankProduct.apply(x, L, R, B, A, bias, *parts)
+    return LowRankLinear.apply(x, L, R, B, A, bias, *parts)
