@@ -22,9 +22,9 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from common import environment, read_json, write_json
 from torch import nn
 
+from common import environment, read_json, write_json
 from wasi_peft import WasiFactors
 from wasi_peft.cost.peak import measure_peak_memory
 from wasi_peft.factors.calibration import dense_targets

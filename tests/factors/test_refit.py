@@ -157,7 +157,7 @@ def test_blocks_in_the_order_they_run(order: list[int], breaks: tuple[int, ...],
     net, data = Chain(order, breaks), batches()
     factors = plain_factors(net)
     with torch.no_grad():
-        chains, rows = segments(net, compared_blocks(factors, 1), data[0])
+        chains, rows = segments(net, compared_blocks(net, factors, 1), data[0])
     assert (chains, rows) == (expected, 20)
     refitted = run(net, factors, data)
     flat = [f"{block}.0" for chain in chains for block in chain]

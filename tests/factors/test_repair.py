@@ -50,7 +50,7 @@ def compressed(model: nn.Module, factors: Factors) -> nn.Module:
 def final_hidden(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """What the last block of the model answers."""
     found: list[Tensor] = []
-    block = compared_blocks(sorted(default_target_names(model, WasiConfig())), 1)[-1]
+    block = compared_blocks(model, sorted(default_target_names(model, WasiConfig())), 1)[-1]
     handle = model.get_submodule(block).register_forward_hook(lambda *args: found.append(features_of(args[-1])))
     model.eval()(**batch)
     handle.remove()
@@ -169,17 +169,19 @@ def test_relative_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "every", "expected"),
+    ("name", "every", "expected"),
     [
-        (["h.0.a", "h.0.b", "h.1.a", "h.2.a", "h.3.a"], 2, ["h.1", "h.3"]),
-        (["encoder.block.0.q", "encoder.block.1.q", "decoder.block.0.q"], 3, ["encoder.block.1", "decoder.block.0"]),
-        (["s.layers.0.blocks.0.q", "s.layers.0.blocks.1.q", "s.layers.1.blocks.0.q"], 1, ["s.layers.0", "s.layers.1"]),
-        (["classifier", "0.fc"], 1, []),
-        (["net.0"], 1, ["net.0"]),
+        ("gpt2", 1, ["transformer.h.0", "transformer.h.1"]),
+        ("gpt2", 2, ["transformer.h.1"]),
+        ("t5", 3, ["encoder.block.1", "decoder.block.0"]),
+        ("swin", 1, ["swin.encoder.layers.0.blocks.0", "swin.encoder.layers.1.blocks.0"]),
     ],
 )
-def test_compared_blocks(names: list[str], every: int, expected: list[str]) -> None:
-    assert compared_blocks(names, every) == expected
+def test_compared_blocks(name: str, every: int, expected: list[str]) -> None:
+    model = ARCHITECTURES[name].model()
+    layers = [each for each, module in model.named_modules() if each in default_target_names(model, WasiConfig())]
+    assert compared_blocks(model, layers, every) == expected
+    assert compared_blocks(model, ["classifier"], every) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wasi_peft import repair_tokens
 from wasi_peft.factors import token_repair
 from wasi_peft.factors.token_repair import TokenDivergence
-from wasi_peft.tuner.targets import vocabulary_head
+from wasi_peft.models.structure import vocabulary_head
 from wasi_peft.updates.base import InitialFactors
 
 LLAMA = ARCHITECTURES["llama"]

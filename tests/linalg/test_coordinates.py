@@ -226,7 +226,7 @@ def test_rounding_changes_only_the_gradient_of_what_trains(update: str) -> None:
         with LowBitSavedTensors("int8", 0) if rounded else nullcontext():
             y = layer(x)
         y.backward(normal(4, 10, y.shape[-1], seed=1).float())
-        trained = layer.wasi_M if update == "core" else layer.wasi_L
-        found[rounded] = x.grad, layer.wasi_form["default"].bias.grad, trained["default"].grad
+        trained = layer.form.M if update == "core" else layer.form.L
+        found[rounded] = x.grad, layer.wasi_form["default"].bias.grad, trained.grad
     assert torch.equal(found[True][0], found[False][0]) and torch.equal(found[True][1], found[False][1])
     assert 0 < relative_error(found[True][2], found[False][2]) < 0.02

@@ -390,10 +390,16 @@ class _Runner:
         """What exists between steps: bytes by address, by category."""
         weights = _blocks(itertools.chain(self.model.parameters(), self.model.buffers()))
         optimizer = {} if self.optimizer is None else _blocks(tensors_in(list(self.optimizer.state.values())))
-        # what modules hold besides parameters and buffers: activation bases, parked weights, caches
-        held = _blocks(tensors_in([vars(module) for module in self.model.modules()]))
-        state = {address: size for address, size in held.items() if address not in weights}
+        state = {address: size for address, size in _blocks(_attributes(self.model)).items() if address not in weights}
         return {"weights": weights, "optimizer": optimizer, "state": state}
+
+
+def _attributes(model: nn.Module) -> Iterator[Tensor]:
+    """What modules hold besides parameters and buffers: caches, parked weights, activation bases, waiting vectors."""
+    yield from tensors_in([vars(module) for module in model.modules()])
+    for _, layer in wasi_layers(model):
+        yield from tensors_in([state.bases for state in layer.wasi_input.values()])
+        yield from layer.vectors.tensors()
 
 
 def _profiler(**options: Any) -> torch.profiler.profile:
@@ -458,9 +464,8 @@ def _kind(module: nn.Module) -> str:
     name = type(module).__name__
     if not isinstance(module, BaseTunerLayer):
         return name
-    path = type(module).__module__.split(".")  # peft.tuners.lora.layer, or that of a package of its own
-    method = path[path.index("tuners") + 1] if "tuners" in path else path[0].removesuffix("_peft")
-    return f"{method}.{name}"
+    package, _, method, *_ = type(module).__module__.split(".")  # peft.tuners.lora.layer, or a package of its own
+    return f"{method if package == 'peft' else package.removesuffix('_peft')}.{name}"
 
 
 # ---------------------------------------------------------------- accounting

@@ -78,7 +78,7 @@ def repair_blocks(
     with evaluating(model, gradients=False):
         student, layers = student_of(model, factors.initial)
         (first,) = limited(data, 1, None)
-        chains, first_rows = segments(model, compared_blocks(factors.layers, every=1), first)
+        chains, first_rows = segments(model, compared_blocks(model, factors.layers, every=1), first)
         batches = list(limited(data, math.ceil(rows / max(1, first_rows)), None))
         with tqdm(total=sum(map(len, chains)), desc="WASI blocks", disable=not progress_bar) as bar:
             for chain in chains:

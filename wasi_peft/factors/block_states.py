@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
-from ..memory.slices import block_input
 from ..models.calls import Reached, features_of, hooked, layer_input, model_output, real_rows, token_mask
+from ..models.structure import hidden_states, without_cache
 
 
 @dataclass
@@ -31,11 +30,6 @@ class _Call:
         return features_of(block(hidden, *self.args, **self.kwargs))
 
 
-def _without_cache(argument: Any) -> Any:
-    """An argument of a block; no cache of keys and values, to which every run would add."""
-    return None if isinstance(argument, Cache) else argument
-
-
 def segments(model: nn.Module, blocks: Sequence[str], batch: Any) -> tuple[list[list[str]], int]:
     """Blocks in the order in which they run, cut where one does not read what the one before it returned.
 
@@ -45,7 +39,7 @@ def segments(model: nn.Module, blocks: Sequence[str], batch: Any) -> tuple[list[
     outputs: dict[str, Tensor] = {}
 
     def before(name: str, args: Any, kwargs: Any) -> None:
-        calls.append((name, block_input(args, kwargs)))
+        calls.append((name, hidden_states(args, kwargs)))
 
     def after(name: str, output: Any) -> None:
         outputs[name] = features_of(output)
@@ -83,13 +77,13 @@ class BlockStates:
         def on_call(name: str, args: Any, kwargs: Any) -> None:
             named = "hidden_states" in kwargs
             if name == blocks[0]:
-                hidden = block_input(args, kwargs)
+                hidden = hidden_states(args, kwargs)
                 assert hidden is not None
                 states.hidden.append(hidden)
-            rest = {key: _without_cache(value) for key, value in kwargs.items() if key != "hidden_states"}
+            rest = {key: without_cache(value) for key, value in kwargs.items() if key != "hidden_states"}
             rest |= {"hidden_states": None} if named else {}
             others = args if named else args[1:]
-            states.calls[name].append(_Call(tuple(map(_without_cache, others)), rest))
+            states.calls[name].append(_Call(tuple(map(without_cache, others)), rest))
             if name == blocks[-1]:
                 raise Reached
 

@@ -7,7 +7,6 @@ A few hundred steps against the dense model's own hidden states ("healing") corr
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..forms.factored import FactoredLinear
 from ..models.calls import evaluating, features_of, hooked, model_output, real_rows, token_mask
+from ..models.structure import Structure
 from ..tuner.prepared import WasiFactors
 from .data import limited
 from .descent import Descent, check_arguments, lowered, trained_parts
@@ -24,7 +24,6 @@ from .moments import with_initial
 from .student import orthonormal_factors, student_of
 
 REPAIR_STEPS = 400
-_NUMBERED = re.compile(r"^.*?\.\d+(?=\.)")
 
 
 def repair_factors(
@@ -66,7 +65,7 @@ def repair_factors(
     check_arguments(data, steps=steps, lr=lr, every=every)
     with evaluating(model, gradients=True):
         student, layers = student_of(model, factors.initial)
-        blocks = compared_blocks(factors.layers, every)
+        blocks = compared_blocks(model, factors.layers, every)
         losses = list(_train(model, student, layers, blocks, data, steps, lr, max_batches, progress_bar))
     span = max(1, min(10, len(losses) // 4))
     before, after = sum(losses[:span]) / span, sum(losses[-span:]) / span
@@ -76,20 +75,23 @@ def repair_factors(
     return with_initial(model, factors, repaired, data, progress_bar=progress_bar)
 
 
-def compared_blocks(names: Iterable[str], every: int) -> list[str]:
-    """Names of every few blocks, counted from the last of each stack; blocks are numbered containers of the layers.
+def compared_blocks(model: nn.Module, names: Iterable[str], every: int) -> list[str]:
+    """Names of every few blocks that some layers are in, counted from the last of each list of blocks.
 
     Example:
-        >>> compared_blocks([f"encoder.layer.{i}.mlp.fc1" for i in range(5)], every=3)
-        ['encoder.layer.1', 'encoder.layer.4']
+        >>> from transformers import ViTConfig, ViTModel
+        >>> small = ViTConfig(hidden_size=16, num_hidden_layers=5, num_attention_heads=2, intermediate_size=32)
+        >>> compared_blocks(ViTModel(small), [f"layers.{i}.mlp.fc1" for i in range(5)], every=3)
+        ['layers.1', 'layers.4']
     """
+    structure = Structure(model)
     stacks: dict[str, list[str]] = {}
     for name in names:
-        match = _NUMBERED.match(f"{name}.")
-        if match is not None:
-            stack = stacks.setdefault(match[0].rpartition(".")[0], [])
-            if match[0] not in stack:
-                stack.append(match[0])
+        block = structure.block_of(name)
+        if block is not None:
+            stack = stacks.setdefault(block.rpartition(".")[0], [])
+            if block not in stack:
+                stack.append(block)
     return [block for stack in stacks.values() for block in reversed(stack[::-1][::every])]
 
 

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
+from ..models.structure import vocabulary_head
 from ..tuner.prepared import WasiFactors
-from ..tuner.targets import vocabulary_head
 from .block_repair import BLOCK_STEPS, repair_blocks
 from .model_repair import REPAIR_STEPS, repair_factors
 from .token_repair import TOKEN_STEPS, repair_tokens, require_head

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from ..forms.factored import FactoredLinear
 from ..memory.loss import default_chunk_rows
 from ..models.calls import Reached, evaluating, layer_input, model_output, real_rows, token_mask
+from ..models.structure import vocabulary_head
 from ..tuner.prepared import WasiFactors
-from ..tuner.targets import vocabulary_head
 from .data import limited
 from .descent import Descent, check_arguments, lowered, shuffled
 from .moments import with_initial

@@ -15,7 +15,7 @@ from torch import nn
 from ..forms.dense import dense_bias, dense_weight
 from ..forms.factored import FactoredLinear
 from ..linalg.spectra import factorize_weight, rank_for_threshold
-from ..memory.modes import apply_memory_mode, check_memory_mode, leave_memory_mode
+from ..memory.modes import check_memory_mode, enter_memory_mode, leave_memory_mode
 from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
@@ -133,7 +133,9 @@ class WasiModel(BaseTuner):
                 f"not tell its tensors from others; got {adapter_name!r}."
             )
         self._used_plain_svd = False
-        self._loading_group: dict[str, WasiLayer] = {}
+        # layers whose factors have not been loaded yet, by name
+        loading: dict[str, WasiLayer] = self.__dict__.setdefault("_loading_group", {})
+        loading_before = dict(loading)
         shared = next((layer for _, layer in wasi_layers(model)), None)
         self._inputs = SharedInputs() if shared is None else shared.inputs
         self._vectors = AdapterVectors() if shared is None else shared.vectors
@@ -141,10 +143,12 @@ class WasiModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._add_vectors(model, adapter_name)
-            apply_memory_mode(model, config)
+            enter_memory_mode(model, config.resolved_memory_mode)
             self._release(model, config)
         except BaseException:
             before.restore()
+            loading.clear()
+            loading.update(loading_before)
             raise
         if self._used_plain_svd:
             warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
@@ -164,7 +168,7 @@ class WasiModel(BaseTuner):
         """Everything that can be wrong is found here, before the first layer is replaced."""
         copied = self._source(peft_config) is not None
         check_targets(model, peft_config, copied)
-        check_memory_mode(model, peft_config)
+        check_memory_mode(model, peft_config.resolved_memory_mode)
         if copied:
             return
         if peft_config.ranks is not None:
@@ -297,8 +301,8 @@ class WasiModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """What PEFT enters around every call of the model: adapters by sample, and no call before they are loaded."""
-        for _, layer in wasi_layers(self.model):
-            if layer._awaiting and layer.active_name is not None and not layer.disable_adapters:
+        for layer in list(self._loading_group.values()):
+            if layer.active_name is not None and not layer.disable_adapters:
                 layer._require_loaded(layer.active_name)
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
@@ -361,7 +365,8 @@ class WasiModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        leave_memory_mode(model)
+        for mode in {config.resolved_memory_mode for config in self.peft_config.values()}:
+            leave_memory_mode(model, mode)
         return model
 
     # ---------------------------------------------------------------- state dict
