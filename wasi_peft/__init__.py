@@ -7,10 +7,10 @@ from . import memory
 from .cost.estimate import Estimate, estimate_wasi
 from .cost.peak import PeakMemory, measure_peak_memory
 from .cost.profile import StepProfile, profile_wasi
-from .factors.blockwise import repair_blocks
+from .factors.block_repair import repair_blocks
 from .factors.calibration import Calibration, calibrate_wasi
+from .factors.model_repair import repair_factors
 from .factors.prepare import preprocess_wasi
-from .factors.repair import REPAIR_STEPS, repair_factors
 from .factors.token_repair import repair_tokens
 from .planner.inference import fold_cores, merge_slow_layers
 from .planner.planner import plan_wasi
@@ -25,13 +25,13 @@ from .training.subspace_sgd import SubspaceSGD
 from .tuner.config import WasiConfig
 from .tuner.layer import Linear, WasiLayer
 from .tuner.model import WasiModel
+from .tuner.prepared import WasiFactors
 from .tuner.registration import register
 from .tuner.summary import WasiSummary, wasi_summary
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "REPAIR_STEPS",
     "Calibration",
     "Estimate",
     "Linear",
@@ -41,6 +41,7 @@ __all__ = [
     "SubspaceSGD",
     "WasiCallback",
     "WasiConfig",
+    "WasiFactors",
     "WasiLayer",
     "WasiModel",
     "WasiPlan",

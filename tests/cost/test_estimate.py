@@ -566,7 +566,7 @@ def test_arguments_of_wrong_kinds() -> None:
     layer, x = nn.Linear(8, 2), torch.zeros(1, 8)
     with pytest.raises(ValueError, match=r"'adamw', 'adam', 'sgd', 'sgd_momentum', a function or None, got 'lion'"):
         estimate_wasi(layer, batch=x, optimizer="lion")
-    with pytest.raises(TypeError, match="a mapping, a tuple or a tensor, got int"):
+    with pytest.raises(TypeError, match="a mapping, a tensor, or a tuple that begins with one of them, got int"):
         estimate_wasi(layer, batch=3)
     with pytest.raises(TypeError, match="a PEFT configuration, a WasiPlan or None, got dict"):
         estimate_wasi(layer, {"r": 8}, batch=x)  # type: ignore[arg-type]
