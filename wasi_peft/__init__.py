@@ -3,7 +3,7 @@
 Importing this package registers the PEFT type `WASI`.
 """
 
-from . import memory
+from . import memory, report
 from .cost.estimate import Estimate, estimate_wasi
 from .cost.peak import PeakMemory, measure_peak_memory
 from .cost.profile import StepProfile, profile_wasi
@@ -15,15 +15,13 @@ from .factors.token_repair import repair_tokens
 from .planner.inference import fold_cores, merge_slow_layers
 from .planner.planner import plan_wasi
 from .ranks.plan import WasiPlan
-from .report.plots import plot_calibration, plot_estimates, plot_plan
-from .report.profiles import costs_table, plot_profiles, profiles_table
 from .training.callback import WasiCallback
 from .training.optimizer import create_wasi_optimizer
 from .training.optimizer_in_backward import OptimizerInBackward
 from .training.resize import resize_rank
 from .training.subspace_sgd import SubspaceSGD
 from .tuner.config import WasiConfig
-from .tuner.layer import Linear, WasiLayer
+from .tuner.layer import WasiLayer
 from .tuner.model import WasiModel
 from .tuner.prepared import WasiFactors
 from .tuner.registration import register
@@ -34,7 +32,6 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "Calibration",
     "Estimate",
-    "Linear",
     "OptimizerInBackward",
     "PeakMemory",
     "StepProfile",
@@ -47,7 +44,6 @@ __all__ = [
     "WasiPlan",
     "WasiSummary",
     "calibrate_wasi",
-    "costs_table",
     "create_wasi_optimizer",
     "estimate_wasi",
     "fold_cores",
@@ -55,16 +51,12 @@ __all__ = [
     "memory",
     "merge_slow_layers",
     "plan_wasi",
-    "plot_calibration",
-    "plot_estimates",
-    "plot_plan",
-    "plot_profiles",
     "preprocess_wasi",
     "profile_wasi",
-    "profiles_table",
     "repair_blocks",
     "repair_factors",
     "repair_tokens",
+    "report",
     "resize_rank",
     "wasi_summary",
 ]
