@@ -391,11 +391,11 @@ FILES: dict[str, tuple[Any, str]] = {
     "other shape": (other_shape, r"fc1\.wasi_form\.default\.wasi_L: must have shape \(24, 5\), got \(24, 4\)"),
     "NaN in L": (
         nan("k_proj.wasi_form.wasi_L"),
-        r"k_proj\.wasi_form\.default\.wasi_L: the adapter file holds NaN or Inf",
+        r"k_proj\.wasi_form\.default\.wasi_L: .* holds NaN or Inf",
     ),
     "Inf in R": (
         nan("k_proj.wasi_form.wasi_R", math.inf),
-        r"k_proj\.wasi_form\.default\.wasi_R: the adapter file holds NaN or Inf",
+        r"k_proj\.wasi_form\.default\.wasi_R: .* holds NaN or Inf",
     ),
     "NaN in bias": (nan("fc1.wasi_form.bias"), r"fc1\.wasi_form\.default\.bias: the adapter file holds NaN or Inf"),
     "NaN in vector": (nan("layernorm_after.bias"), r"layernorm_after\.bias: the adapter file holds NaN or Inf"),

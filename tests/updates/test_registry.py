@@ -98,15 +98,15 @@ pytestmark = pytest.mark.usefixtures("rows")
 
 def test_it_is_not_known_without_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(UPDATES, "rows")
-    with pytest.raises(ValueError, match="update must be one of 'frozen_basis', .* got 'rows'"):
+    with pytest.raises(ValueError, match=r"update must be one of 'frozen_basis', .* got 'rows'"):
         WasiConfig(update="rows")
 
 
 def test_configuration() -> None:
     assert config().layer_update == Rows() and config().update_rank is None
-    with pytest.raises(ValueError, match="update must be one of .*'rows', got 'columns'"):
+    with pytest.raises(ValueError, match=r"update must be one of .*'rows', got 'columns'"):
         WasiConfig(update="columns")
-    with pytest.raises(ValueError, match="choose update='low_rank' or .*'rows', got"):
+    with pytest.raises(ValueError, match=r"choose update='low_rank' or .*'rows', got"):
         WasiConfig(update="core", activation_ranks=4)  # keeps no input, and names those that do
 
 

@@ -109,7 +109,8 @@ class WasiConfig(PeftConfig):
             together are the paper's subspace iteration to first order. 'factor': both factors, by plain gradients.
         update_rank (`Optional[int]`):
             Directions that train with `update="low_rank"`, beside the K that a rank or threshold asks for; by default
-            what `plan` says, else 16; in a layer with a smaller side, as many as that. They count in `weight_share` and in plans.
+            what `plan` says, else 16; in a layer with a smaller side, as many as that. They count in `weight_share`
+            and in plans.
         memory_mode (`Optional[str]`):
             How far a training step goes to need little memory; by default what `plan` says, else 'exact'. 'exact':
             only the inputs of the targeted layers are compressed. 'fast': what runs no layer twice on top, namely
