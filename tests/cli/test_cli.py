@@ -512,7 +512,7 @@ def bad_assets(assets: Path) -> None:
         (assets / name / "adapter_config.json").write_text(json.dumps(settings))
     (assets / "damaged" / "adapter_model.safetensors").write_text("no tensors")
     save_file({"other": torch.zeros(2)}, assets / "unfactored" / "adapter_model.safetensors")
-    save_file({"fc.wasi_L": torch.zeros(2, 1)}, assets / "halved" / "adapter_model.safetensors")
+    save_file({"fc.wasi_form.wasi_L": torch.zeros(2, 1)}, assets / "halved" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import importlib
-import json
 import os
+import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,9 +200,11 @@ def test_parked_and_kept_weights_count() -> None:
 
     released, parked, kept = estimate("release"), estimate("cpu"), estimate("keep")
     dense = sum(p.nbytes for name in architecture.targets(model) for p in model.get_submodule(name).parameters())
-    assert parked.state_bytes - released.state_bytes == dense
+    vectors = sum(p.nbytes for name, p in model.named_parameters() if re.search(r"norm|token|position", name))
+    assert parked.state_bytes - released.state_bytes == dense + vectors  # the adapter trains copies of its own
     assert kept.weights_bytes - released.weights_bytes == dense
-    assert parked.peak_bytes == kept.peak_bytes == released.peak_bytes + dense
+    assert kept.state_bytes - released.state_bytes == vectors
+    assert parked.peak_bytes == kept.peak_bytes == released.peak_bytes + dense + vectors
 
 
 @pytest.mark.parametrize("kind", ["dense", "subspace"])
@@ -335,9 +335,9 @@ def test_table_and_plain_data() -> None:
 def test_adapter_that_is_there_already(name: str) -> None:
     architecture = ARCHITECTURES[name]
     model, batch = architecture.model(), architecture.batch()
-    config = WasiConfig(weight_rank=5, activation_ranks=4, update="low_rank")
+    config = WasiConfig(weight_rank=5, activation_ranks=4, update="low_rank", update_rank=2)
     fresh = estimate_wasi(model, config, batch=batch)
-    assert config.target_modules is None and config.ranks is None
+    assert config.target_modules is None and config.resolved_ranks is None
     assert estimate_wasi(get_peft_model(model, config), batch=batch) == fresh
 
 
@@ -359,7 +359,7 @@ def test_saved_configuration_needs_no_decomposition() -> None:
     model, batch = architecture.model(), architecture.batch()
     config = WasiConfig(explained_variance_threshold=0.5)
     injected = get_peft_model(copy.deepcopy(model), config)
-    saved = WasiConfig(init_weights=False, ranks=config.ranks, target_modules=config.target_modules)
+    saved = WasiConfig(ranks=config.resolved_ranks, target_modules=config.target_modules)
     assert estimate_wasi(model, saved, batch=batch) == estimate_wasi(injected, batch=batch)
 
 
@@ -480,7 +480,9 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         hooks = [len(value) for key, value in vars(module).items() if key.endswith("_hooks")]
         state[f"module {name}"] = (module.training, sorted(vars(module)), hooks, type(module))
         if isinstance(module, WasiLayer):
-            state[f"wasi {name}"] = (dict(module.wasi_basis_age), {k: id(v) for k, v in module.wasi_bases.items()})
+            state[f"wasi {name}"] = {
+                key: (value.age, id(value.bases.feature)) for key, value in module.wasi_input.items()
+            }
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         grad = None if tensor.grad is None else (id(tensor.grad), tensor.grad.tolist())
         value = tensor.tolist() if tensor.device.type != "meta" else None
@@ -564,7 +566,7 @@ def test_arguments_of_wrong_kinds() -> None:
     layer, x = nn.Linear(8, 2), torch.zeros(1, 8)
     with pytest.raises(ValueError, match=r"'adamw', 'adam', 'sgd', 'sgd_momentum', a function or None, got 'lion'"):
         estimate_wasi(layer, batch=x, optimizer="lion")
-    with pytest.raises(TypeError, match="a mapping, a tuple or a tensor, got int"):
+    with pytest.raises(TypeError, match="a mapping, a tensor, or a tuple that begins with one of them, got int"):
         estimate_wasi(layer, batch=3)
     with pytest.raises(TypeError, match="a PEFT configuration, a WasiPlan or None, got dict"):
         estimate_wasi(layer, {"r": 8}, batch=x)  # type: ignore[arg-type]
@@ -596,20 +598,3 @@ def test_shapes_that_depend_on_values() -> None:
 
     with pytest.raises(ValueError, match=r"depend on values .*Measure one with measure_peak_memory"):
         estimate_wasi(Picks(8, 2), batch=torch.zeros(4, 8))
-
-
-# ---------------------------------------------------------------- the benchmark
-
-
-def test_accuracy_benchmark(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
-    benchmark = importlib.import_module("benchmark.estimate_accuracy")
-    sizes = ["--batches", "2", "--width", "128", "--layers", "1", "--tokens", "16", "--rank", "8"]
-    results = benchmark.main(["--architectures", "vit", *sizes, "--results", str(tmp_path / "results.json")])
-    entries = [entry for batches in results.values() for methods in batches.values() for entry in methods.values()]
-    assert len(entries) == len(benchmark.methods(8)) == 10
-    assert all(abs(entry["relative_difference"]) < 0.02 for entry in entries)
-    assert json.loads((tmp_path / "results.json").read_text())["results"] == results
-    assert "wasi_subspace" in capsys.readouterr().out

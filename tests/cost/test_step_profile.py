@@ -17,7 +17,8 @@ from models import ARCHITECTURES, Batch, input_options, wasi_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from wasi_peft import SubspaceSGD, WasiConfig, costs_table, measure_peak_memory, plot_profiles, profiles_table
+from wasi_peft import SubspaceSGD, WasiConfig, measure_peak_memory
+from wasi_peft.report import costs_table, plot_profiles, profiles_table
 from wasi_peft.cost import profile as implementation
 from wasi_peft.cost.estimate import CATEGORIES, OPTIMIZERS, estimate_wasi
 from wasi_peft.cost.profile import TRAINING, Cost, StepProfile, profile_wasi
@@ -58,7 +59,7 @@ def measured_peak(model: nn.Module, batch: Batch) -> int:
             optimizer.zero_grad()
             del loss
             for _, layer in wasi_layers(twin):
-                layer.wasi_basis_age.update(layer.wasi_basis_interval)
+                layer.wasi_input["default"].age = layer.wasi_input["default"].interval
 
     return measure_peak_memory(train).peak_bytes
 
@@ -126,7 +127,9 @@ def test_the_step_runs_in_its_memory_mode(name: str, mode: str) -> None:
     assert all(profile.saved_bytes < 0.8 * other for other in others)
 
 
-@pytest.mark.parametrize(("update", "operation"), [("frozen_basis", "FactoredLinear"), ("low_rank", "LowRankLinear")])
+@pytest.mark.parametrize(
+    ("update", "operation"), [("frozen_basis", "FactoredProduct"), ("low_rank", "LowRankProduct")]
+)
 def test_rounded_tensors_belong_to_what_keeps_them(update: str, operation: str) -> None:
     """Exactly, a norm keeps its input; in few bits, it keeps what the rounding made of it, and the same statistics."""
     profiles = [profiled_in_mode("vit", mode, update) for mode in ("exact", "fast")]
@@ -298,19 +301,19 @@ def unchanged(model: nn.Module, batch: Batch) -> Iterator[None]:
     """Asserts that model, gradients, bases, modes, hooks, batch, modes of torch and random state stay as they are."""
 
     def state() -> tuple[list[Any], list[Tensor | None]]:
-        layers = [layer for _, layer in wasi_layers(model)]
+        states = [state for _, layer in wasi_layers(model) for state in layer.wasi_input.values()]
         plain = [
             [module.training for module in model.modules()],
             [parameter.requires_grad for parameter in model.parameters()],
             [id(tensor) for tensor in (*model.parameters(), *model.buffers())],
             [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
-            [(dict(layer.wasi_basis_age), [id(b.feature) for b in layer.wasi_bases.values()]) for layer in layers],
+            [(state.age, id(state.bases.feature)) for state in states],
             list(model.state_dict()),
             torch.is_grad_enabled(),
             torch.autograd._profiler_enabled(),
         ]
         tensors = [*model.parameters(), *model.buffers(), *batch.values(), torch.get_rng_state()]
-        tensors += [bases.feature for layer in layers for bases in layer.wasi_bases.values()]
+        tensors += [state.bases.feature for state in states]
         return plain, [*tensors, *(parameter.grad for parameter in model.parameters())]
 
     plain, tensors = state()
@@ -438,7 +441,7 @@ def test_plain_data_and_tables() -> None:
     assert {"phase": "forward", **profile.timeline[0].held} == data["timeline"][0]
     assert {module["name"] for module in data["modules"]} == set(profile.by_module())
     text = str(profile)
-    assert "wasi.Linear" in text and "FactoredLinear" in text and "held at the peak" in text
+    assert "wasi.Linear" in text and "FactoredProduct" in text and "held at the peak" in text
 
 
 def test_profiles_side_by_side() -> None:

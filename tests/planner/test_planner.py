@@ -19,29 +19,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wasi_peft import WasiConfig
 from wasi_peft.cost.estimate import PlannedPeaks, estimate_peak, estimate_wasi, input_sizes
+from wasi_peft.cost.timing import LayerTimer
 from wasi_peft.factors.calibration import Calibration, calibrate_wasi
 from wasi_peft.linalg.tucker import Tucker
-from wasi_peft.planner.planner import (
-    AIM,
-    BUDGETS,
-    GRADIENT_ERROR,
-    MODE_TOLERANCE,
-    PEAK_MARGIN,
-    LayerTimer,
-    _comparable,
-    _Flops,
-    _next_bound,
-    _Problem,
-    _run_for_sizes,
-    input_shapes,
-    plan_wasi,
-)
+from wasi_peft.planner.fit import AIM, GRADIENT_ERROR, Problem, next_bound
+from wasi_peft.planner.peak import MODE_TOLERANCE, PEAK_MARGIN
+from wasi_peft.planner.planner import BUDGETS, _comparable, _run_for_sizes, input_shapes, plan_wasi
+from wasi_peft.planner.work import Flops
 from wasi_peft.ranks.choosing import plan_error
-from wasi_peft.ranks.plan import MEMORY_MODES, UPDATES, WasiPlan
+from wasi_peft.ranks.plan import MEMORY_MODES, WasiPlan
 from wasi_peft.ranks.spectrum import LayerSpectrum, input_groups
-from wasi_peft.updates.core import core_linear, three_linears
+from wasi_peft.updates import UPDATES, make_update
 from wasi_peft.updates.costs import break_even_rank, rank_step
-from wasi_peft.updates.factored import factored_linear
 
 NAMES = ["vit", "swin", "llama"]
 BATCH = {name: ARCHITECTURES[name].batch(8) for name in ARCHITECTURES}
@@ -127,7 +116,7 @@ def test_a_plan_can_be_injected_and_trained(name: str, field: str) -> None:
     plan = planned(model, calibration, batch=BATCH[name], timer=CountingTimer(), **asked)
     assert plan.budget == asked
     assert {layer.name for layer in plan.layers} == ARCHITECTURES[name].targets(model)
-    assert not any(layer.past_break_even for layer in plan.layers)
+    assert not any(map(plan.past_break_even, plan.layers))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
     losses = train(
@@ -146,7 +135,7 @@ def test_ranks_make_widths_that_are_multiples_of_a_step(field: str, value: Any, 
     budget: Any = {field: value}
     plan = plan_wasi(model, calibration, batch=x, timer=CountingTimer(), config=config, **budget)
     assert (plan.update, plan.update_rank) == (update, 16 if update == "low_rank" else None)
-    spectra = calibration.spectra(reserved_rank=config.reserved_rank)
+    spectra = calibration.spectra(update=config.layer_update)
     assert [rank_step(x.out_features, x.in_features) for x in spectra] == [16, 8]
     for layer, spectrum in zip(plan.layers, spectra, strict=True):
         assert layer.weight_rank in spectrum.rank_choices[1:]
@@ -283,47 +272,36 @@ def test_shapes_that_depend_on_values_are_found_by_running() -> None:
 @pytest.mark.parametrize("rank", [3, 9])
 @pytest.mark.parametrize(
     ("update", "feature_rank"),
-    [*itertools.product(("factor", "subspace"), (2, 7, None)), ("frozen_basis", None)],
+    [
+        *itertools.product(("factor", "subspace", "low_rank"), (2, 7, None)),
+        *itertools.product(("frozen_basis", "core"), (None,)),
+    ],
 )
 def test_flops_are_those_that_torch_counts(rank: int, update: str, feature_rank: int | None) -> None:
-    subspace, frozen = update == "subspace", update == "frozen_basis"
     rows, out_features, in_features = 60, 24, 20
-    spectrum = LayerSpectrum("fc", out_features, in_features, "fc", (1.0,) * 20)
-    timer = LayerTimer(update=update)
-    x, L, R = (timer._random(*shape).requires_grad_() for shape in ((1, rows, 20), (out_features, rank), (rank, 20)))
-    R.requires_grad_(not frozen)
+    layer_update = make_update(update, 4)
+    spectrum = LayerSpectrum("fc", out_features, in_features, "fc", (1.0,) * 20, update=layer_update)
+    timer = LayerTimer(update=layer_update)
+    form, x = timer._form(out_features, in_features, rank), timer._random(1, rows, in_features).requires_grad_()
     compressed = None
     if feature_rank is not None:
         compressed = Tucker(timer._random(1, rows, feature_rank), timer._random(in_features, feature_rank))
+    work = Flops(Problem([spectrum], {"fc": (1, rows)}, {}), interval=8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        form(x)
+    assert work.forward(spectrum, rank) == counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
-        factored_linear(x, L, R, None, compressed, subspace).sum().backward()
-    problem = _Problem([spectrum], {"fc": (1, rows)}, {})
-    work = _Flops(problem, update, interval=8)
+        layer_update.forward(form, x, compressed, None).sum().backward()
     flops = work.weight(spectrum, rank, feature_rank is None)
     if feature_rank is not None:
         flops += work.product(spectrum, rank, feature_rank)
         group = input_groups([spectrum])[0]
         flops += work.compression(group, feature_rank) - 2 * rows * in_features * feature_rank * (1 + 2 / 8)
     counted = counter.get_total_flops()
-    if subspace:
+    if update == "subspace":
         assert counted <= flops <= counted + 2 * rank**2 * (4 * out_features + 3 * in_features)
     else:
         assert flops == counted
-
-
-@pytest.mark.parametrize("rank", [3, 9])
-def test_flops_of_a_core_are_those_that_torch_counts(rank: int) -> None:
-    rows, out_features, in_features = 60, 24, 20
-    spectrum = LayerSpectrum("fc", out_features, in_features, "fc", (1.0,) * 20, core=True)
-    shapes = ((1, rows, in_features), (out_features, rank), (rank, rank), (rank, in_features))
-    x, L, M, R = (LayerTimer()._random(*shape) for shape in shapes)
-    work = _Flops(_Problem([spectrum], {"fc": (1, rows)}, {}), "core", interval=8)
-    with FlopCounterMode(display=False) as counter:
-        core_linear(x.requires_grad_(), L, M.requires_grad_(), R).sum().backward()
-    assert work.weight(spectrum, rank, True) == counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        three_linears(x, L, M, R, None)
-    assert work.forward(spectrum, rank) == counter.get_total_flops()
 
 
 # -------------------------------------------------------------------- time
@@ -331,13 +309,13 @@ def test_flops_of_a_core_are_those_that_torch_counts(rank: int) -> None:
 
 @pytest.mark.parametrize("update", ["core", "frozen_basis"])
 def test_the_timer_measures_updates_that_keep_no_input(update: str) -> None:
-    timer = LayerTimer(update=update)
+    timer = LayerTimer(update=make_update(update))
     assert all(timer.factored(8, 6, 5, 2, None, training) > 0 for training in (False, True))
 
 
 def test_the_timer_measures_something() -> None:
     for update in ("factor", "subspace", "low_rank"):
-        timer = LayerTimer(update=update, update_rank=2)
+        timer = LayerTimer(update=make_update(update, 2))
         for training in (False, True):
             assert timer.dense(8, 6, 5, training) > 0
             assert timer.factored(8, 6, 5, 2, 3 if training else None, training) > 0
@@ -370,7 +348,7 @@ def test_a_step_fits_and_uses_what_it_may(name: str, caplog: pytest.LogCaptureFi
         match=r"peak_bytes must be at least 0\.\d MiB \([\d,]+ bytes\) for this model, got 0\.1 MiB \(10 bytes\)",
     ):
         planned(model, calibration, peak_bytes=10, batch=batch, config=config)
-    with caplog.at_level("WARNING", logger="wasi_peft.planner.planner"):
+    with caplog.at_level("WARNING", logger="wasi_peft.planner.peak"):
         most = planned(model, calibration, peak_bytes=10**12, batch=batch, config=config)
     dense = estimate_wasi(model, batch=batch).peak_bytes
     assert ("the plan saves no memory" in caplog.text) == (peak(model, most, batch, **options) >= dense)
@@ -481,7 +459,7 @@ def test_peaks_of_several_plans_are_those_of_fresh_estimates(update: Any, memory
     ],
 )
 def test_the_next_bound_follows_the_secant(tried: list[tuple[float, float]], expected: float) -> None:
-    assert _next_bound(tried, 100.0) == pytest.approx(expected)
+    assert next_bound(tried, 100.0) == pytest.approx(expected)
 
 
 def test_the_least_feasible_peak_is_feasible() -> None:

@@ -23,6 +23,7 @@ from wasi_peft.ranks.choosing import (
 from wasi_peft.ranks.knapsack import InfeasibleError, Option
 from wasi_peft.ranks.plan import WasiPlan, build_plan
 from wasi_peft.ranks.spectrum import InputGroup, LayerSpectrum, input_groups
+from wasi_peft.updates import LowRank
 from wasi_peft.updates.costs import input_elements
 
 
@@ -194,7 +195,7 @@ def test_ranks_between_the_spread_candidates_are_found() -> None:
 
 def in_steps() -> list[LayerSpectrum]:
     """Steps of 16 and 8, and an update of rank 5."""
-    return [spectrum("a", 300, 300, 0.97, reserved_rank=5), spectrum("b", 200, 250, 0.99, reserved_rank=5)]
+    return [spectrum("a", 300, 300, 0.97, update=LowRank(5)), spectrum("b", 200, 250, 0.99, update=LowRank(5))]
 
 
 def ranks_of(plan: WasiPlan) -> tuple[int, ...]:

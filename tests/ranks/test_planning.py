@@ -20,6 +20,7 @@ from strategies import QUICK, descending, spectrum
 from wasi_peft.ranks.allocate import allocate_ranks
 from wasi_peft.ranks.plan import LayerPlan, WasiPlan, build_plan
 from wasi_peft.ranks.spectrum import InputGroup, LayerSpectrum, input_groups
+from wasi_peft.updates import UPDATES, Core, FrozenBasis, LowRank, make_update
 from wasi_peft.updates.costs import break_even_rank, rank_step
 
 CHECKED = {"out_features": 4, "in_features": 6, "shared_input": "a", "weight_energies": (4.0, 2.0, 1.0, 0.0)}
@@ -35,15 +36,14 @@ def small_spectra(draw: st.DrawFn) -> list[LayerSpectrum]:
         energy = st.integers(0, 4) | st.floats(0, 10, allow_subnormal=False)
         energies = draw(st.lists(energy, min_size=size, max_size=size))
         spectra.append(LayerSpectrum(f"l{index}", out_features, in_features, f"l{index}", descending(energies)))
-    core = draw(st.booleans())
-    return [dataclasses.replace(layer, core=core) for layer in spectra]
+    update = draw(st.sampled_from([FrozenBasis(), Core()]))
+    return [dataclasses.replace(layer, update=update) for layer in spectra]
 
 
 @st.composite
 def larger_spectra(draw: st.DrawFn) -> list[LayerSpectrum]:
     """One to four layers with steps from 1 to 16, whose energies fall fast or slowly, some down to zero."""
-    core = draw(st.booleans())
-    reserved = 0 if core else draw(st.integers(0, 40))
+    update = draw(st.sampled_from([FrozenBasis(), Core()]) | st.builds(LowRank, st.integers(1, 40)))
     spectra = []
     for index in range(draw(st.integers(1, 4))):
         out_features, in_features = draw(st.integers(1, 500)), draw(st.integers(1, 500))
@@ -51,7 +51,7 @@ def larger_spectra(draw: st.DrawFn) -> list[LayerSpectrum]:
         first, rate, known = draw(st.floats(0.01, 100)), draw(st.floats(0.5, 1)), draw(st.integers(0, size))
         energies = tuple(first * rate**k if k < known else 0.0 for k in range(size))
         spectra.append(spectrum(f"l{index}", out_features, in_features, weight_energies=energies))
-    return [dataclasses.replace(layer, reserved_rank=reserved, core=core) for layer in spectra]
+    return [dataclasses.replace(layer, update=update) for layer in spectra]
 
 
 # -------------------------------------------------------------------- spectra
@@ -85,16 +85,16 @@ def test_the_largest_rank_is_break_even_or_1() -> None:
 
 @QUICK
 @given(st.integers(1, 500), st.integers(1, 500), st.integers(0, 60))
-def test_aligned_ranks_give_widths_that_are_multiples_of_the_step(out: int, in_features: int, reserved: int) -> None:
-    layer, step = spectrum("a", out, in_features, reserved_rank=reserved), rank_step(out, in_features)
+def test_aligned_ranks_give_widths_that_are_multiples_of_the_step(out: int, in_features: int, side: int) -> None:
+    layer, step = spectrum("a", out, in_features, update=LowRank(side)), rank_step(out, in_features)
     every = range(1, layer.largest_rank + 1)
-    aligned = [rank for rank in every if (rank + reserved) % step == 0]
+    aligned = [rank for rank in every if (rank + side) % step == 0]
     assert list(layer.aligned_ranks) == (aligned or list(every))
     assert layer.rank_choices == tuple(sorted({1, *layer.aligned_ranks}))
 
 
 def test_a_large_update_leaves_no_room_for_a_step() -> None:
-    layer = spectrum("a", 384, 384, reserved_rank=180)
+    layer = spectrum("a", 384, 384, update=LowRank(180))
     assert layer.rank_choices == tuple(range(1, 12))
 
 
@@ -182,7 +182,7 @@ def test_saving_replaces_a_plan_as_a_whole_or_not_at_all(tmp_path: Path) -> None
 
 def test_plan_numbers_and_text() -> None:
     assert PLAN.kept_share == (2 * 16 + 4 * 12) / (64 + 32)
-    assert [layer.past_break_even for layer in PLAN.layers] == [False, True]
+    assert [PLAN.past_break_even(layer) for layer in PLAN.layers] == [False, True]
     lines = str(PLAN).splitlines()
     assert lines[0].split() == ["layer", "out", "x", "in", "rank", "energy", "input"]
     assert lines[1] == "blocks.0.q           8 x 8      2   75.0%  feature 3, token 5"
@@ -205,6 +205,20 @@ def test_plan_numbers_and_text() -> None:
     )
 
 
+@pytest.mark.parametrize("update", UPDATES)
+def test_break_even_is_that_of_the_update(update: str) -> None:
+    """Past it are the ranks, and only those, at which a layer stores as much as the dense weight or more."""
+    update_rank = make_update(update, 3).side_rank or None
+    plans = [
+        WasiPlan((LayerPlan("a", 20, 20, rank, None, 1.0),), update=update, update_rank=update_rank)
+        for rank in range(1, 21)
+    ]
+    past = [plan.past_break_even(plan.layers[0]) for plan in plans]
+    assert past == [plan.kept_share >= 1 for plan in plans]
+    assert past == ["costs more than dense" in str(plan) for plan in plans]
+    assert past.index(True) + 1 == {"low_rank": 7, "core": 9}.get(update, 10)
+
+
 @pytest.mark.parametrize(
     ("data", "match"),
     [
@@ -224,10 +238,13 @@ def test_plan_numbers_and_text() -> None:
             {**PLAN.to_dict(), "update": "all"},
             r"a plan's update must be one of \['frozen_basis', 'low_rank', .*\], got 'all'",
         ),
-        ({**PLAN.to_dict(), "update": "low_rank"}, "a plan's update_rank must be a positive integer, got None"),
+        (
+            {**PLAN.to_dict(), "update": "low_rank"},
+            "a plan's update_rank must be the number of directions that its update trains .*, got None with 'low",
+        ),
         (
             {**PLAN.to_dict(), "update": "core", "update_rank": 4},
-            "a plan's update_rank is for update='low_rank' alone, got it with 'core'",
+            "a plan's update_rank must be the number .*, or None where it trains none, got 4 with 'core'",
         ),
         ({**PLAN.to_dict(), "budget": None}, "a plan's budget must be a dict of JSON values, got None"),
         ({**PLAN.to_dict(), "layers": {"a": 3}}, "a: a layer of a plan must be a dict, got 3"),
@@ -294,14 +311,17 @@ def test_build_plan() -> None:
 
 
 def kept_energy(spectra: list[LayerSpectrum], ranks: dict[str, int]) -> float:
-    return math.fsum(math.fsum(layer.weight_energies[: ranks[layer.name] + layer.reserved_rank]) for layer in spectra)
+    return math.fsum(
+        math.fsum(layer.weight_energies[: ranks[layer.name] + layer.update.side_rank]) for layer in spectra
+    )
 
 
 def parameters(spectra: list[LayerSpectrum], ranks: dict[str, int]) -> int:
     total = 0
     for layer in spectra:
-        width = ranks[layer.name] + layer.reserved_rank
-        total += width * (layer.out_features + layer.in_features) + (width**2 if layer.core else 0)
+        width = ranks[layer.name] + layer.update.side_rank
+        core = width**2 if isinstance(layer.update, Core) else 0
+        total += width * (layer.out_features + layer.in_features) + core
     return total
 
 
@@ -378,7 +398,7 @@ def test_allocation_in_steps(spectra: list[LayerSpectrum], share: float) -> None
 
 def test_steps_go_where_they_keep_the_most() -> None:
     """Widths of 16 and 32 for ranks of 12 and 28 beside an update of rank 4."""
-    strong, weak = (spectrum(name, 400, 400, rate, reserved_rank=4) for name, rate in (("a", 0.95), ("b", 0.9)))
+    strong, weak = (spectrum(name, 400, 400, rate, update=LowRank(4)) for name, rate in (("a", 0.95), ("b", 0.9)))
     assert rank_step(400, 400) == 16
     assert allocate_ranks([strong, weak], (32 + 16) / 400) == {"a": 28, "b": 12}
     assert allocate_ranks([strong, weak], (48 + 31) / 400) == {"a": 44, "b": 12}
@@ -386,13 +406,13 @@ def test_steps_go_where_they_keep_the_most() -> None:
     assert allocate_ranks([strong], 15 / 200) == {"a": 11}
 
 
-@pytest.mark.parametrize("reserved", [0, 1, 3, 4, 9])
-def test_directions_that_train_start_after_those_of_the_rank(reserved: int) -> None:
+@pytest.mark.parametrize("side", [0, 1, 3, 4, 9])
+def test_directions_that_train_start_after_those_of_the_rank(side: int) -> None:
     energies = (4.0, 2.0, 1.0, 0.5)
-    layer = spectrum("a", 4, 6, weight_energies=energies, reserved_rank=reserved)
+    layer = spectrum("a", 4, 6, weight_energies=energies, update=LowRank(side))
     assert len(layer.rank_energies) == 4
     for rank in range(5):
-        assert sum(layer.rank_energies[rank:]) == sum(energies[rank + reserved :])
+        assert sum(layer.rank_energies[rank:]) == sum(energies[rank + side :])
 
 
 def test_allocation_is_the_optimum_for_equal_shapes_and_prefers_energy_per_parameter() -> None:

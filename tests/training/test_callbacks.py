@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, create_wasi_optimizer
 from wasi_peft.ranks.plan import LayerPlan, WasiPlan
-from wasi_peft.training.callback import WasiCallback, chordal_distance, ranks_in_use, resize_rank
+from wasi_peft.training.callback import WasiCallback, chordal_distance
+from wasi_peft.training.resize import ranks_in_use, resize_rank
 from wasi_peft.tuner.layer import wasi_layers
 
 VIT = ARCHITECTURES["vit"]
@@ -313,7 +314,7 @@ def test_shrinking_keeps_the_largest_singular_values_of_a_core() -> None:
     model = build(update="core")
     train(model, VIT.batch())
     layer = layer_of(model)
-    L, M, R = (part["default"].detach().clone() for part in (layer.wasi_L, layer.wasi_M, layer.wasi_R))
+    L, M, R = (layer.form.part(part).detach().clone() for part in "LMR")
     resize_rank(model, NAME, 3)
     U, S, Vh = torch.linalg.svd(M)
     wanted = L @ ((U[:, :3] * S[:3]) @ Vh[:3]) @ R
@@ -325,7 +326,7 @@ def test_shrinking_keeps_the_image_of_a_frozen_basis_white() -> None:
     model = build(update="frozen_basis")
     train(model, VIT.batch())
     layer = layer_of(model)
-    L, R = (part["default"].detach().clone() for part in (layer.wasi_L, layer.wasi_R))
+    L, R = (layer.form.part(part).detach().clone() for part in "LR")
     U, S, Vh = torch.linalg.svd(L, full_matrices=False)
     resize_rank(model, NAME, 3)
     turned = layer.wasi_form["default"].R.detach()

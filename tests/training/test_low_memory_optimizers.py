@@ -11,7 +11,7 @@ import transformers as tf
 from models import ARCHITECTURES
 from peft import get_peft_model
 from test_optimizer_in_backward import Chain
-from test_trainer import assert_orthonormal, assert_same, build, make_trainer, run, trained_values
+from training_runs import assert_orthonormal, assert_same, build, make_trainer, run, trained_values
 
 from wasi_peft import OptimizerInBackward, WasiConfig, create_wasi_optimizer, measure_peak_memory
 

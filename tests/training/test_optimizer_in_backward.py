@@ -14,10 +14,9 @@ import reference
 import torch
 from models import ARCHITECTURES, input_options
 from peft import get_peft_model
-from test_trainer import LossRecorder, assert_same, bases, build, make_trainer, trained_values
 from torch import Tensor, nn
+from training_runs import LossRecorder, assert_same, bases, build, make_trainer, trained_values
 
-import wasi_peft.tuner.layer as layer_module
 from wasi_peft import (
     OptimizerInBackward,
     SubspaceSGD,
@@ -27,8 +26,8 @@ from wasi_peft import (
     measure_peak_memory,
     profile_wasi,
 )
-from wasi_peft.ranks.plan import UPDATES
 from wasi_peft.tuner.layer import wasi_layers
+from wasi_peft.updates import UPDATES, subspace
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -279,13 +278,13 @@ def test_estimates_and_profiles_know_of_it() -> None:
 
 def test_retraction_and_ages_count_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     retracted: list[Tensor] = []
-    original = layer_module.retraction
+    original = subspace.retraction
 
     def spy(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         retracted.append(L)
         return original(L, R)
 
-    monkeypatch.setattr(layer_module, "retraction", spy)
+    monkeypatch.setattr(subspace, "retraction", spy)
     model = build("vit", activation_ranks=4, activation_interval=100)
     layers = [layer for _, layer in wasi_layers(model)]
     optimizer = in_backward(model)

@@ -43,7 +43,6 @@ VARIED: dict[str, Any] = {
     "update": "factor",
     "update_rank": 8,
     "memory_mode": "small",
-    "saved_tensors": "int8",
     "base_weight": "cpu",
     "init_weights": False,
     "ranks": {"layers.0.fc1": 3},

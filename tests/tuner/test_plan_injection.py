@@ -25,7 +25,7 @@ from wasi_peft.ranks.plan import LayerPlan, WasiPlan
 from wasi_peft.ranks.spectrum import LayerSpectrum
 from wasi_peft.tuner.inputs import SharedInput
 from wasi_peft.tuner.layer import wasi_layers
-from wasi_peft.tuner.model import INITIAL_FACTORS, PreparedFactors
+from wasi_peft.tuner.prepared import PreparedLayer, WasiFactors
 from wasi_peft.tuner.targets import asked_rank, check_targets, resolve_targets
 from wasi_peft.updates.base import InitialFactors
 from wasi_peft.updates.costs import break_even_rank
@@ -254,11 +254,13 @@ def test_ranks_of_an_earlier_model_are_forgotten() -> None:
 
 def prepare(model: nn.Module, names: set[str], rank: int, share: float | None) -> None:
     """What preprocess_wasi leaves on its targets."""
+    layers = {}
     for name in names:
         module = model.get_submodule(name)
         weight = dense_weight(module)
         initial = InitialFactors(weight[:, :rank], weight[:rank], module.bias.detach())  # type: ignore[union-attr,operator]
-        module.__dict__[INITIAL_FACTORS] = PreparedFactors(initial, rank, rank, share, "factor")
+        layers[name] = PreparedLayer(initial, rank, rank, share, "factor")
+    WasiFactors(layers).attach(model)
 
 
 def test_prepared_factors_decide_the_ranks_of_their_share() -> None:

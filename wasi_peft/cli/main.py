@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from ..cost.estimate import OPTIMIZERS, Estimate, estimate_wasi
 from ..cost.profile import ROUNDS, StepProfile, profile_wasi
 from ..factors.calibration import Calibration, calibrate_wasi
+from ..memory.modes import MEMORY_MODES
 from ..planner.planner import BUDGETS, plan_wasi
-from ..ranks.plan import MEMORY_MODES, WasiPlan
+from ..ranks.plan import WasiPlan
 from ..report import plots as report
 from ..report.profiles import GROUPINGS, costs_table, plot_profiles, profiles_table
 from ..tuner.config import WasiConfig
@@ -282,10 +283,10 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
     for key in (key for key in shapes if key.endswith(".wasi_form.wasi_L")):
         L, R = shapes[key], shapes.get(key.removesuffix("L") + "R", [])
         if len(L) != 2 or len(R) != 2 or L[1] != R[0]:
-            raise ValueError(f"{path}: {key} must have a matching R, got the shapes {L} and {R}.")
+            raise ValueError(f"{path}: {key} must have a matching wasi_R, got the shapes {L} and {R}.")
         missing = [part for part in update.form_cls.parts if key.removesuffix("L") + part not in shapes]
         if missing:
-            raise ValueError(f"{path}: {key} must stand with {missing[0]} for update={update.name!r}, got none.")
+            raise ValueError(f"{path}: {key} must stand with wasi_{missing[0]} for update={update.name!r}, got none.")
         name = key.removeprefix("base_model.model.").removesuffix(".wasi_form.wasi_L")
         layers.append(LayerSummary(name, L[0], R[1], L[1], update))
     if not layers:

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..memory.modes import MEMORY_MODES
 from ..updates import DEFAULT_UPDATE, UPDATES, Update, make_update
 from ..updates.costs import dense_elements
 from .spectrum import LayerSpectrum, _check_layer, _check_whole
 
-MEMORY_MODES = ("exact", "fast", "small")
 FORMAT = 1
 _ACTIVATION_MODES = ("feature", "token", "batch")
 
@@ -101,8 +101,8 @@ class WasiPlan:
             _check_whole("a plan's update_rank", self.update_rank)
         if (self.update_rank or 0) != (0 if self.update is None else self.layer_update.side_rank):
             raise ValueError(
-                f"a plan's update_rank must be the directions that its update trains beside the factors, got "
-                f"{self.update_rank!r} with {self.update!r}."
+                f"a plan's update_rank must be the number of directions that its update trains beside the factors, or "
+                f"None where it trains none, got {self.update_rank!r} with {self.update!r}."
             )
         names = [layer.name for layer in self.layers]
         if not names:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..tuner.steps import step_in_parts
-from .optimizer import SubspaceSGD, check_single_process
+from .optimizer import check_single_process
+from .subspace_sgd import SubspaceSGD
 
 CONSUMED = (
     "OptimizerInBackward has already used and freed this gradient, and {action} came too late for it. Leave out what "

@@ -173,6 +173,11 @@ class AdapterVectors:
         values = self._values.get(adapter, {})
         yield from self._registered(values) if adapter == self.active else values.items()
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All that are held: those of every adapter, and the base model's own where they are kept."""
+        for values in self._values.values():
+            yield from values.values()
+
     def _registered(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
         for name in names:
             place = self._places[name]

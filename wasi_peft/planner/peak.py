@@ -1,0 +1,125 @@
+"""A budget of all memory that a training step takes: ranks, and the memory mode that loses least with them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..cost.estimate import MIB, OptimizerFactory, PlannedPeaks, estimate_peak
+from ..forms.dense import dense_weight
+from ..ranks.choosing import plan_error
+from ..ranks.knapsack import InfeasibleError
+from ..ranks.plan import WasiPlan, build_plan
+from ..ranks.spectrum import InputGroup, LayerSpectrum, input_groups
+from ..tuner.config import WasiConfig
+from .fit import Problem, fit_budget
+
+logger = logging.getLogger(__name__)
+
+MODE_TOLERANCE = 0.1  # how much more the ranks of a better memory mode may lose
+PEAK_MARGIN = 0.02  # of a peak in bytes, left free for what the estimate may miss
+OPTIMIZER_STATES = {"sgd": 0, "sgd_momentum": 1}  # elements per parameter; 2 for the others
+
+# what a plan does not decide, so that the step it is checked in is the one that will run
+_KEPT_FIELDS = (
+    "modules_to_save",
+    "bias",
+    "train_vectors",
+    "activation_interval",
+    "update",
+    "update_rank",
+    "memory_mode",
+    "base_weight",
+)
+
+
+def plan_peak(
+    problem: Problem,
+    model: nn.Module,
+    config: WasiConfig,
+    modes: Sequence[str],
+    budget: float,
+    batch: Any,
+    optimizer: str | OptimizerFactory | None,
+    bytes_per_element: int,
+) -> WasiPlan:
+    """The plan of the first mode that loses little more than the best one."""
+    spectra = problem.spectra
+    unlimited = build_plan(spectra, {spectrum.name: spectrum.rank_choices[-1] for spectrum in spectra}, {}, {})
+    good_enough = (1 + MODE_TOLERANCE) * plan_error(spectra, unlimited)
+    plans: list[tuple[float, WasiPlan]] = []
+    least = math.inf
+    for mode in modes:
+        chosen = replace(config, memory_mode=mode)  # type: ignore[arg-type]
+        try:
+            plan = _plan_in_mode(problem, model, chosen, budget, batch, optimizer, bytes_per_element)
+        except InfeasibleError as error:
+            least = min(least, error.least)
+            continue
+        plans.append((plan_error(spectra, plan), plan))
+        if plans[-1][0] <= good_enough:
+            break  # no mode after it can lose so much less that it would be chosen
+    if not plans:
+        raise InfeasibleError("peak_bytes", budget, least)
+    bound = (1 + MODE_TOLERANCE) * min(error for error, _ in plans)
+    return next(plan for error, plan in plans if error <= bound)
+
+
+def _plan_in_mode(
+    problem: Problem,
+    model: nn.Module,
+    config: WasiConfig,
+    budget: float,
+    batch: Any,
+    optimizer: str | OptimizerFactory | None,
+    bytes_per_element: int,
+) -> WasiPlan:
+    """An element of a factor that trains costs itself and its optimizer state, one of an input or an image itself.
+
+    Gradients hardly exist where the peak usually is, at the start of backward; where they do, the estimate tells.
+    What else there is in a step is guessed from the dense model's.
+    """
+    fields = {field: getattr(config, field) for field in _KEPT_FIELDS}
+    states = OPTIMIZER_STATES.get(optimizer, 2) if isinstance(optimizer, str) else 2
+
+    def lasting(spectrum: LayerSpectrum, rank: int) -> int:
+        sizes, update = (spectrum.out_features, spectrum.in_features, rank), spectrum.update
+        image = problem.rows(spectrum) * rank if update.keeps_image else 0
+        return update.elements(*sizes) + states * update.trained_elements(*sizes) + image
+
+    def kept(group: InputGroup, ranks: dict[str, int] | None) -> float:
+        return 0.0 if config.layer_update.keeps_image else problem.kept_elements(group, ranks)
+
+    peaks = PlannedPeaks(model, batch=batch, optimizer=optimizer)
+    planned = [model.get_submodule(spectrum.name) for spectrum in problem.spectra]
+    dense = fixed = None
+    if all(parameter.requires_grad for module in planned for parameter in module.parameters()):
+        dense = estimate_peak(model, batch=batch, optimizer=optimizer)
+        weights = sum(dense_weight(module).numel() for module in planned)
+        inputs = sum(problem.kept_elements(group, None) for group in input_groups(problem.spectra))
+        # at the peak there are the inputs (before backward) or the gradients of the weights (in the optimizer's step)
+        fixed = dense - bytes_per_element * ((1 + states) * weights + max(weights, inputs))
+    try:
+        plan, needed = fit_budget(
+            problem,
+            lambda spectrum, rank: bytes_per_element * lasting(spectrum, rank),
+            lambda group, ranks: bytes_per_element * kept(group, ranks),
+            lambda plan: peaks(WasiConfig(plan=plan, **fields)),
+            (1 - PEAK_MARGIN) * budget,
+            fixed,
+        )
+    except InfeasibleError as error:
+        raise InfeasibleError("peak_bytes", budget, error.least / (1 - PEAK_MARGIN)) from error
+    if dense is not None and needed >= dense:  # a model with frozen layers is not what fine-tuning takes
+        logger.warning(
+            "A step under this plan needs %.1f MiB, dense fine-tuning %.1f MiB: the plan saves no memory. "
+            "Lower peak_bytes, or fine-tune the dense model.",
+            needed / MIB,
+            dense / MIB,
+        )
+    return replace(plan, memory_mode=config.memory_mode)
