@@ -123,7 +123,9 @@ class WasiLayer(BaseTunerLayer):
         """Whether the base layer answers: the adapter is merged into it, disabled, not on this layer, not loaded."""
         if self._disable_adapters or self.merged_adapters or self.active_name is None:
             return True
-        return bool(self._awaiting) and self.active_name in self._awaiting and "base_layer" in self._modules
+        if self._awaiting:
+            self._settle()  # not every loader tells when factors have arrived: transformers' own does not
+        return self.active_name in self._awaiting and "base_layer" in self._modules
 
     @property
     def weight(self) -> Tensor | FactoredWeight:
