@@ -132,9 +132,13 @@ class AdapterVectors:
         self._places |= places
 
     def remove(self, adapter: str) -> None:
-        """Forget an adapter's vectors; where they are in use, the base model's come back, if there are any."""
+        """Forget an adapter's vectors; where they are in use, the base model's come back, if there are any.
+
+        Otherwise they stay registered until another adapter's take their places.
+        """
         if adapter == self.active:
             self.activate(None)
+            self.active = None
         self._values.pop(adapter, None)
 
     def activate(self, adapter: str | None) -> None:
@@ -142,7 +146,7 @@ class AdapterVectors:
         target = adapter if adapter in self._values else None
         if target == self.active or target not in self._values:
             return
-        leaving, coming = self._values[self.active], self._values[target]
+        leaving, coming = self._values.get(self.active, {}), self._values[target]
         leaving |= dict(self._registered(leaving))  # wrappers for distributed training replace parameters
         base = self._values.get(None, {})
         for name in {**leaving, **coming}:
