@@ -126,6 +126,9 @@ class AdapterVectors:
             if self.keeps_base:
                 base = self._values.setdefault(None, {})
                 base |= {name: value for name, value in registered.items() if name not in base}
+                for value in base.values():
+                    if isinstance(value, nn.Parameter):
+                        value.requires_grad_(False)
                 registered |= base
             registered |= dict(self.items(source)) if source is not None else {}
             self._values[adapter] = {name: _copy(registered[name]) for name in places}
