@@ -307,9 +307,10 @@ class WasiLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters.clear()
-        del self._modules["base_layer"]
         if self._unmerged_base:
-            self._modules["base_layer"] = self._unmerged_base.pop()
+            self._modules["base_layer"] = self._unmerged_base.pop()  # in its place: a state dict has an order
+        else:
+            del self._modules["base_layer"]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
