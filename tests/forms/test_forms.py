@@ -138,7 +138,8 @@ def test_a_folded_core_computes_the_same() -> None:
 def test_parameters_are_contiguous_and_named_as_the_parts(kind: str, bias: bool) -> None:
     form = make(kind, bias=bias)
     names = {"factored": "LR", "cored": "LMR", "split": "LRBA"}[kind]
-    assert [name for name, _ in form.named_parameters()] == [*names, *(["bias"] if bias else [])]
+    assert [name for name, _ in form.named_parameters()] == [*(f"wasi_{part}" for part in names), *["bias"] * bias]
+    assert all(form.part(name) is getattr(form, name) for name in names)
     assert tuple(names) == form.parts and not list(form.named_buffers())
     memories = set()
     for parameter in form.parameters():

@@ -130,7 +130,7 @@ def test_folded_cores_leave_two_factors(tmp_path: Path) -> None:
     model = adapted(VIT.model(), [batch], weight_rank=5)
     with torch.no_grad():
         for _, layer in wasi_layers(model):
-            layer.wasi_form["default"].M += 0.1 * torch.randn_like(layer.wasi_form["default"].M)
+            layer.form.M.add_(0.1 * torch.randn_like(layer.form.M))
         before, share = model.eval()(**batch).logits, wasi_summary(model).kept_share
         fold_cores(model)
         after = model(**batch).logits

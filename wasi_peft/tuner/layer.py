@@ -123,7 +123,9 @@ class WasiLayer(BaseTunerLayer):
         """Whether the base layer answers: the adapter is merged into it, disabled, not on this layer, not loaded."""
         if self._disable_adapters or self.merged_adapters or self.active_name is None:
             return True
-        return bool(self._awaiting) and self.active_name in self._awaiting and "base_layer" in self._modules
+        if self._awaiting:
+            self._settle()  # not every loader tells when factors have arrived: transformers' own does not
+        return self.active_name in self._awaiting and "base_layer" in self._modules
 
     @property
     def weight(self) -> Tensor | FactoredWeight:
@@ -305,9 +307,10 @@ class WasiLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters.clear()
-        del self._modules["base_layer"]
         if self._unmerged_base:
-            self._modules["base_layer"] = self._unmerged_base.pop()
+            self._modules["base_layer"] = self._unmerged_base.pop()  # in its place: a state dict has an order
+        else:
+            del self._modules["base_layer"]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -126,15 +126,22 @@ class AdapterVectors:
             if self.keeps_base:
                 base = self._values.setdefault(None, {})
                 base |= {name: value for name, value in registered.items() if name not in base}
+                for value in base.values():
+                    if isinstance(value, nn.Parameter):
+                        value.requires_grad_(False)
                 registered |= base
             registered |= dict(self.items(source)) if source is not None else {}
             self._values[adapter] = {name: _copy(registered[name]) for name in places}
         self._places |= places
 
     def remove(self, adapter: str) -> None:
-        """Forget an adapter's vectors; where they are in use, the base model's come back, if there are any."""
+        """Forget an adapter's vectors; where they are in use, the base model's come back, if there are any.
+
+        Otherwise they stay registered until another adapter's take their places.
+        """
         if adapter == self.active:
             self.activate(None)
+            self.active = None
         self._values.pop(adapter, None)
 
     def activate(self, adapter: str | None) -> None:
@@ -142,7 +149,7 @@ class AdapterVectors:
         target = adapter if adapter in self._values else None
         if target == self.active or target not in self._values:
             return
-        leaving, coming = self._values[self.active], self._values[target]
+        leaving, coming = self._values.get(self.active, {}), self._values[target]
         leaving |= dict(self._registered(leaving))  # wrappers for distributed training replace parameters
         base = self._values.get(None, {})
         for name in {**leaving, **coming}:
