@@ -25,8 +25,8 @@ from .report.profiles import costs_table, plot_profiles, profiles_table
 from .training.callback import WasiCallback
 from .training.optimizer import create_wasi_optimizer
 from .training.optimizer_in_backward import OptimizerInBackward
-from .training.subspace_sgd import SubspaceSGD
 from .training.resize import resize_rank
+from .training.subspace_sgd import SubspaceSGD
 from .tuner.config import WasiConfig
 from .tuner.layer import Linear, WasiLayer
 from .tuner.model import WasiModel
