@@ -100,10 +100,10 @@ def plan_wasi(
             calibration is of another model, the model has an adapter, or the configuration decides ranks itself.
 
     Example:
-        >>> from wasi_peft import WasiConfig, calibrate_wasi
+        >>> from wasi_peft import calibrate_wasi
         >>> model = nn.Sequential(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)))
         >>> calibration = calibrate_wasi(model, [torch.randn(64, 32)], progress_bar=False)
-        >>> plan = plan_wasi(model, calibration, weight_share=0.5, config=WasiConfig(update="factor"))
+        >>> plan = plan_wasi(model, calibration, weight_share=0.5)
         >>> 0.4 < plan.kept_share <= 0.5
         True
     """
