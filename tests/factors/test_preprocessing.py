@@ -82,7 +82,9 @@ def test_the_injection_uses_and_consumes_the_factors(bias: bool) -> None:
     assert set(layers) == set(TARGETS)
     for name, layer in layers.items():
         initial = expected[name]
-        assert torch.equal(layer.wasi_form["default"].L, initial.L) and torch.equal(layer.wasi_form["default"].R, initial.R)
+        assert torch.equal(layer.wasi_form["default"].L, initial.L) and torch.equal(
+            layer.wasi_form["default"].R, initial.R
+        )
         assert ("default" in layer.wasi_bias) == bias
         if initial.bias is not None:
             assert torch.equal(layer.wasi_form["default"].bias, initial.bias)
@@ -213,7 +215,9 @@ def test_a_share_is_kept_to_and_spent_where_it_matters(share: float, gradients: 
     assert lost[0] < lost[1]
     config = WasiConfig(weight_share=share, update="factor")
     model = get_peft_model(net, config)
-    assert {name: layer.wasi_form["default"].L.shape[1] for name, layer in wasi_layers(model.base_model.model)} == found
+    assert {
+        name: layer.wasi_form["default"].L.shape[1] for name, layer in wasi_layers(model.base_model.model)
+    } == found
     assert model.wasi_summary().kept_share <= share
 
 

@@ -197,7 +197,9 @@ def test_factors_are_copies_where_a_gradient_is_asked_for() -> None:
     model = adapted(tiny_net(8), weight_rank=4)
     for _, layer in wasi_layers(model):
         outer, inner = layer.factors("default")
-        found = torch.autograd.grad(outer.sum() + inner.sum(), [layer.wasi_form["default"].B, layer.wasi_form["default"].A])
+        found = torch.autograd.grad(
+            outer.sum() + inner.sum(), [layer.wasi_form["default"].B, layer.wasi_form["default"].A]
+        )
         assert all(bool((gradient == 1).all()) for gradient in found)
 
 

@@ -26,7 +26,6 @@ from ..ranks.knapsack import InfeasibleError
 from ..ranks.plan import MEMORY_MODES, WasiPlan
 from ..ranks.spectrum import LayerSpectrum
 from ..tuner.config import WasiConfig
-from ..updates.costs import break_even_rank
 from .fit import Problem
 from .peak import plan_peak
 from .work import Flops, Seconds, Work, plan_work
@@ -182,10 +181,13 @@ def _planned_targets(model: nn.Module, calibration: Calibration, config: WasiCon
         config = WasiConfig(target_modules=list(calibration.layers))
     targets = dense_targets(model, config)
     calibration.require(targets)
-    saving = {name: module for name, module in targets.items() if break_even_rank(*dense_weight(module).shape) > 0}
+    update = config.layer_update
+    sizes = {name: dense_weight(module).shape for name, module in targets.items()}
+    saving = {name: module for name, module in targets.items() if update.break_even_rank(*sizes[name]) > 0}
     if not saving:
         raise ValueError(
-            f"no rank of any target saves anything, got {len(targets)} targets of at most 2 rows or columns."
+            f"with update={update.name!r} no rank of any target saves anything, got {len(targets)} targets of at most "
+            f"{max(map(min, sizes.values()))} rows or columns."
         )
     return saving
 
