@@ -13,7 +13,7 @@ CONSTRAINTS ?= constraints.txt
 TORCH ?= torch
 PYTEST_FLAGS ?= -n logical --maxprocesses 4 --dist worksteal
 DEMO_FLAGS ?=
-BENCHMARKS ?= $(filter-out %/__init__.py %/common.py %/prepared.py,$(sort $(wildcard examples/benchmark/*.py)))
+BENCHMARKS ?= $(filter-out %/demo.py %/layer_overhead.py %/overhead_probe.py,$(sort $(shell grep -l __main__ benchmarks/*.py)))
 BENCHMARK_FLAGS ?=
 
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.10
@@ -58,7 +58,7 @@ $(READY): $(CONSTRAINTS) setup.cfg pyproject.toml
 	@touch $@
 
 demo: $(READY)  ## fine-tune a small vision transformer in full, with LoRA and with WASI, and compare
-	$(BIN)/python examples/finetune.py $(DEMO_FLAGS)
+	$(BIN)/python benchmarks/demo.py $(DEMO_FLAGS)
 
 test: lint pytest  ## lint, type-check and run the tests
 

@@ -21,11 +21,19 @@ from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification
 
 import wasi_peft
+from wasi_peft.tuner.targets import default_target_names
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler behind measure_peak_memory logs every start and stop
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS_FOLDER = REPOSITORY / "docs" / "benchmarks"
 Batch = Mapping[str, torch.Tensor]
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def cache_dir() -> Path:
+    """Returns the folder for what is made once and used again: ``$WASI_CACHE``, or ``.cache`` in the repository."""
+    return Path(os.environ.get("WASI_CACHE") or REPOSITORY / ".cache")
 
 
 def environment() -> dict[str, Any]:
@@ -38,7 +46,7 @@ def environment() -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit_of(REPOSITORY),
         "processor": _processor_name(),
         "logical_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -48,9 +56,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    """Returns the commit of this repository, marked if files differ from it; None outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+def commit_of(checkout: Path) -> str | None:
+    """Returns the commit of a checkout, marked if files differ from it; None outside git."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -103,7 +111,7 @@ def vit_b32(**changes: Any) -> nn.Module:
 
 def with_lora(model: nn.Module, modules_to_save: list[str] | None = None) -> nn.Module:
     """Returns the model with LoRA of rank 16 and alpha 32 on the layers that WASI takes by default."""
-    targets = list(wasi_peft.targets.default_target_names(model, wasi_peft.WasiConfig()))
+    targets = list(default_target_names(model, wasi_peft.WasiConfig()))
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, modules_to_save=modules_to_save)
     return peft.get_peft_model(model, config)
 

@@ -23,8 +23,8 @@ times. Whether training works at such ranks is another question (finetune_accura
 Sweeps that are in the results with the same settings are not run again. Results: docs/benchmarks/cost_curves.json
 and .png. Run it on an idle machine, about ten minutes::
 
-    python examples/benchmark/cost_curves.py
-    python examples/benchmark/cost_curves.py --rounds 0     # what is deterministic only
+    python benchmarks/cost_curves.py
+    python benchmarks/cost_curves.py --rounds 0     # what is deterministic only
 """
 
 import argparse
@@ -32,7 +32,6 @@ import copy
 import functools
 import itertools
 import math
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -47,14 +46,12 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import wasi_peft
-from wasi_peft.updates.costs import input_elements
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from assets import cache_dir
-from benchmark.common import (
+from common import (
+    RESULTS_FOLDER,
     Batch,
     adamw,
     add_entry,
+    cache_dir,
     environment,
     inference,
     interleaved_seconds,
@@ -64,12 +61,15 @@ from benchmark.common import (
     training_step,
     vit_b32,
 )
+from wasi_peft.tuner.config import MEMORY_MODES
+from wasi_peft.updates import make_update
+from wasi_peft.updates.costs import input_elements
 
-RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "cost_curves.json"
+RESULTS = RESULTS_FOLDER / "cost_curves.json"
 MIB = 2**20
 HEAD = 64  # features of an attention head
 PATCH = 8  # a third of DINOv2's embedding for a third of its blocks
-UPDATE_RANK = wasi_peft.config.DEFAULT_UPDATE_RANK
+UPDATE_RANK = make_update("low_rank").side_rank
 SEEDS = {"weights": 0, "batch": 1}
 SWEEPS = {  # what moves, as the axis says it
     "rank": "(K + update_rank) / min(out, in)",
@@ -521,7 +521,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--widths", nargs="+", type=int, help=f"of the models, multiples of {HEAD} (default: {FULL.width})"
     )
-    parser.add_argument("--mode", choices=wasi_peft.config.MEMORY_MODES, default="exact")
+    parser.add_argument("--mode", choices=MEMORY_MODES, default="exact")
     parser.add_argument("--rounds", type=int, default=8, help="timed rounds; 0: what is deterministic only")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--results", type=Path, default=RESULTS)

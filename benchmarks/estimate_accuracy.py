@@ -6,7 +6,6 @@ model, its optimizer (fused AdamW) and two complete steps. Results: docs/benchma
 """
 
 import argparse
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +17,11 @@ import transformers as tf
 from torch import nn
 
 import wasi_peft
+from common import RESULTS_FOLDER, Batch, adamw, environment, step_peak_bytes, write_json
 from wasi_peft.cost.estimate import estimate_wasi
-from wasi_peft.ranks.plan import IMAGE_UPDATES
+from wasi_peft.updates import UPDATES
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmark.common import Batch, adamw, environment, step_peak_bytes, write_json
-
-RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "estimate_accuracy.json"
+RESULTS = RESULTS_FOLDER / "estimate_accuracy.json"
 MIB = 2**20
 VOCABULARY = 8000
 
@@ -59,7 +56,7 @@ def methods(rank: int) -> dict[str, Callable[[], peft.PeftConfig | None]]:
     """Configurations by name, made afresh since injection fills them in."""
 
     def wasi(update: Any, memory_mode: Any = "exact") -> peft.PeftConfig:
-        inputs = {} if update in IMAGE_UPDATES else {"activation_ranks": rank}
+        inputs = {} if UPDATES[update].reads_input is None else {"activation_ranks": rank}
         return wasi_peft.WasiConfig(weight_rank=rank, update=update, memory_mode=memory_mode, **inputs)
 
     return {

@@ -10,17 +10,17 @@ kept apart from the others.
 Each run is one entry of ``docs/benchmarks/finetune_accuracy.json``; finished runs are skipped. Without ``--lr``, a
 method's learning rates of ``GRID`` are run with seed 0, then the best of them with the other seeds::
 
-    python examples/benchmark/finetune_accuracy.py
-    python examples/benchmark/finetune_accuracy.py --method wasi --target-share 0.5
-    python examples/benchmark/finetune_accuracy.py --method full --lr 3e-5 --seed 0 --threads 1
-    python examples/benchmark/finetune_accuracy.py --summarise
+    python benchmarks/finetune_accuracy.py
+    python benchmarks/finetune_accuracy.py --method wasi --target-share 0.5
+    python benchmarks/finetune_accuracy.py --method full --lr 3e-5 --seed 0 --threads 1
+    python benchmarks/finetune_accuracy.py --summarise
 
 WASI's initial factors come in the five variants of ``initial_factors.py``. Their preparation, minutes long, depends
 neither on the seed nor on learning rates or the memory mode, so it is done once and kept in the cache folder for all
 the runs that differ in these only (``prepared.py``). Several shares, variants or memory modes can be given at once::
 
-    python examples/benchmark/finetune_accuracy.py --method wasi --memory-mode exact fast small --lr 5e-4 --seed 0 1 2
-    python examples/benchmark/finetune_accuracy.py --method wasi --target-share 0.5 0.33 0.25 --lr 5e-4 --seed 0 1 2 \\
+    python benchmarks/finetune_accuracy.py --method wasi --memory-mode exact fast small --lr 5e-4 --seed 0 1 2
+    python benchmarks/finetune_accuracy.py --method wasi --target-share 0.5 0.33 0.25 --lr 5e-4 --seed 0 1 2 \\
         --variant plain one-sided two-sided repaired --plot docs/benchmarks/finetune_accuracy.png
 
 The first also gives a table of what rounding costs: each run minus the one that differs from it in exact memory only.
@@ -30,7 +30,6 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -43,20 +42,20 @@ import transformers
 from torch import nn
 
 import wasi_peft
+from common import RESULTS_FOLDER, add_entry, cache_dir, environment, read_json
+from finetuning import METHODS, accuracy, build, build_optimizer, predict, train
+from images import SHIPPED_IMAGES, ImageSet, fashion_mnist_folder, load_images
+from initial_factors import REPAIRS, steps_of
+from prepared import VARIANTS, attach_factors, build_config
+from vit import load_vit
+from wasi_peft.factors.blockwise import BLOCK_STEPS
+from wasi_peft.tuner.config import MEMORY_MODES
+from wasi_peft.updates import UPDATES
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from assets import SHIPPED_IMAGES, ImageSet, cache_dir, fashion_mnist_folder, load_images, load_vit
-from benchmark.common import add_entry, environment, read_json
-from benchmark.initial_factors import REPAIRS, steps_of
-from benchmark.prepared import VARIANTS, attach_factors, build_config
-from finetune import METHODS, accuracy, build, build_optimizer, predict, train
-
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "finetune_accuracy.json"
+RESULTS = RESULTS_FOLDER / "finetune_accuracy.json"
 GRID = {"full": (2e-5, 5e-5, 1e-4), "lora": (2e-4, 5e-4, 1e-3), "wasi": (2e-5, 5e-5, 1e-4, 2e-4)}
 SCORES = ("validation_accuracy", "test_accuracy", "test_accuracy_first_2000")
 DEFAULT_VARIANT, DEFAULT_MODE = "repaired", "exact"
-MODE_FIELDS = ("memory_mode", "saved_tensors")
 Settings = dict[str, Any]
 
 
@@ -206,11 +205,11 @@ def differences(entries: dict[str, Any]) -> list[str]:
 def exact_twin(entries: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any] | None:
     """Returns the run that differs from another one only in what is kept exactly for backward; None if it is missing.
 
-    That is the run without ``memory_mode`` and ``saved_tensors``, else the one that keeps exact inputs too. It must
+    That is the run without ``memory_mode``, else the one that keeps exact inputs too. It must
     have started from the same factors.
     """
     settings = entry["settings"]
-    without_mode = {key: value for key, value in settings["wasi"].items() if key not in MODE_FIELDS}
+    without_mode = {key: value for key, value in settings["wasi"].items() if key != "memory_mode"}
     others = {key: value for key, value in without_mode.items() if not key.startswith("activation_")}
     for options in (without_mode, {**others, "activation_threshold": None}):
         twin = entries.get(key_of({**settings, "wasi": options}))
@@ -285,13 +284,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--head-lr", type=float, help="learning rate of the head (default: the same)")
     add("--seed", type=int, nargs="+", help="seeds (default: 0 with --lr, else 0, 1 and 2)")
     add("--wasi", type=json.loads, default={}, metavar="JSON", help='fields of WasiConfig, as {"weight_rank": 64}')
-    add("--update", nargs="+", choices=wasi_peft.config.UPDATES, help="the same, one run an update")
-    add("--memory-mode", nargs="+", choices=wasi_peft.config.MEMORY_MODES, help="the same, one run a mode")
+    add("--update", nargs="+", choices=UPDATES, help="the same, one run an update")
+    add("--memory-mode", nargs="+", choices=MEMORY_MODES, help="the same, one run a mode")
     add("--target-share", type=float, nargs="+", default=[None], help="WASI: shares of the weights to keep")
     add("--variant", nargs="+", choices=VARIANTS, default=[DEFAULT_VARIANT], help="WASI: initial factors")
     add("--calibration-images", type=int, default=512, help="WASI: unlabelled training images looked at first")
     add("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS, help="WASI: steps of the label-free repair")
-    add("--block-steps", type=int, default=wasi_peft.blockwise.BLOCK_STEPS, help="of each block, if blockwise")
+    add("--block-steps", type=int, default=BLOCK_STEPS, help="of each block, if blockwise")
     add("--train", type=int, default=6000 if full else 5000, help="images trained on")
     add("--validation", type=int, default=2000 if full else 1000, help="images held out, those after them")
     add("--test", type=int, default=10000 if full else 2000, help="test images")

@@ -5,10 +5,10 @@ them perplexity is measured; 64 in between are for choosing learning rates. WASI
 windows and repairs on 512, which depends on no seed and is kept in the cache folder.
 Each run is one entry of docs/benchmarks/finetune_perplexity.json; finished runs are skipped::
 
-    python examples/benchmark/finetune_perplexity.py --method wasi
-    python examples/benchmark/finetune_perplexity.py --method wasi --update low_rank --activation-ranks 48
-    python examples/benchmark/finetune_perplexity.py --method full lora
-    python examples/benchmark/finetune_perplexity.py --summarise
+    python benchmarks/finetune_perplexity.py --method wasi
+    python benchmarks/finetune_perplexity.py --method wasi --update low_rank --activation-ranks 48
+    python benchmarks/finetune_perplexity.py --method full lora
+    python benchmarks/finetune_perplexity.py --summarise
 
 The summary ends with what rounding costs: each run's perplexity relative to that of the run which differs from it in
 the memory mode only. "small" compresses no inputs, so its counterpart is the run with exact ones (0 activation ranks).
@@ -17,7 +17,6 @@ the memory mode only. "small" compresses no inputs, so its counterpart is the ru
 import argparse
 import functools
 import math
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import wasi_peft
-from wasi_peft.factors.token_repair import TOKEN_STEPS
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from assets import cache_dir
-from benchmark.common import add_entry, environment, read_json, with_lora
-from benchmark.finetune_accuracy import key_of, mean_and_spread
-from benchmark.prepared import digest, prepared_once
-from finetune import METHODS, build_optimizer, train
+from common import RESULTS_FOLDER, add_entry, cache_dir, environment, read_json, with_lora
+from finetune_accuracy import key_of, mean_and_spread
+from finetuning import METHODS, build_optimizer, train
+from prepared import digest, prepared_once
 from texts import load_mails, smollm2_folder, token_windows
+from wasi_peft.factors.token_repair import TOKEN_STEPS
+from wasi_peft.tuner.config import MEMORY_MODES
+from wasi_peft.updates import DEFAULT_UPDATE, UPDATES
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "finetune_perplexity.json"
+RESULTS = RESULTS_FOLDER / "finetune_perplexity.json"
 RATES = {"full": 2e-5, "lora": 5e-4, "wasi": 5e-4}
 CALIBRATION_WINDOWS, REPAIR_WINDOWS, CALIBRATION_BATCH = 128, 512, 4
 Settings = dict[str, Any]
@@ -169,13 +166,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--method", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--memory-mode", nargs="+", choices=wasi_peft.config.MEMORY_MODES, default=["exact", "fast"])
+    add("--memory-mode", nargs="+", choices=MEMORY_MODES, default=["exact", "fast"])
     add("--seed", type=int, nargs="+", default=[0, 1, 2])
     add("--lr", type=float, nargs="+", help=f"learning rates (default: {RATES})")
     add("--target-share", type=float, default=0.4, help="WASI: share of the weights to keep")
-    add(
-        "--update", choices=wasi_peft.config.UPDATES, default=wasi_peft.config.DEFAULT_UPDATE, help="WASI: what trains"
-    )
+    add("--update", choices=UPDATES, default=DEFAULT_UPDATE, help="WASI: what trains")
     add("--activation-ranks", type=int, default=0, help="WASI: features of each input kept, 0: all")
     add("--repair-steps", type=int, default=TOKEN_STEPS, help="WASI: steps of the repair")
     add("--steps", type=int, default=60, help="optimizer steps")

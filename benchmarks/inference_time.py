@@ -6,14 +6,13 @@ Prefill is what generation starts with: all tokens read into the cache, logits f
 LoRA, once merged, is the dense model. Interleaved rounds; ratios are taken round by round. Generation is not compiled:
 its cache changes shape with every token. Results: docs/benchmarks/inference_time.json. Run it on an idle machine::
 
-    python examples/benchmark/inference_time.py
+    python benchmarks/inference_time.py
 """
 
 import argparse
 import copy
 import functools
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -24,13 +23,10 @@ import torch
 from torch import nn
 
 import wasi_peft
+from common import RESULTS_FOLDER, Batch, inference, interleaved_seconds, median_ratio
+from memory_modes import WORKLOADS, build, measure_workloads
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmark.common import Batch, inference, interleaved_seconds, median_ratio
-from benchmark.memory_modes import WORKLOADS, build, measure_workloads
-
-RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "inference_time.json"
+RESULTS = RESULTS_FOLDER / "inference_time.json"
 NEW_TOKENS = 16
 MODELS = {"dense": "full", "wasi": "wasi exact"}
 

@@ -26,7 +26,6 @@ import argparse
 import copy
 import math
 import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -41,18 +40,20 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-import wasi_peft
-from wasi_peft.factors.prepare import STEPS, Repair
-from wasi_peft.tuner.targets import vocabulary_head
-from wasi_peft.updates.costs import factored_elements
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import texts
-from assets import ImageSet, cache_dir, load_images, load_vit
-from benchmark.common import add_entry, environment, read_json
-from finetune import unlabelled
+import wasi_peft
+from common import RESULTS_FOLDER, add_entry, cache_dir, environment, read_json
+from finetuning import unlabelled
+from images import ImageSet, load_images
+from vit import load_vit
+from wasi_peft.factors.blockwise import BLOCK_STEPS
+from wasi_peft.factors.calibration import dense_targets
+from wasi_peft.factors.prepare import STEPS, Repair
+from wasi_peft.forms.dense import dense_weight
+from wasi_peft.tuner.targets import vocabulary_head
+from wasi_peft.updates import Update, make_update
 
-RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "initial_factors.json"
+RESULTS = RESULTS_FOLDER / "initial_factors.json"
 REPAIRS: dict[str, Literal["model", "blocks"]] = {"repaired": "model", "blockwise": "blocks"}
 METHODS = ("plain", "one-sided", "two-sided", "repaired", "blockwise")
 Metrics = dict[str, float]
@@ -178,22 +179,17 @@ CALIBRATION_BATCHES = {"smollm2": 32}  # the rest is for the repair
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def uniform_ranks(model: nn.Module, share: float, reserved_rank: int = 0, core: bool = False) -> dict[str, int]:
-    """Ranks that keep the same share of every target layer, with what trains beside or between the factors."""
-    layers = wasi_peft.calibration.dense_targets(model, None)
-    sizes = {name: wasi_peft.calibration.dense_weight(module).shape for name, module in layers.items()}
-
-    def fits(rank: int, out: int, size: int) -> bool:
-        return factored_elements(out, size, rank, core) <= share * out * size
-
-    largest = {
-        name: max(rank for rank in range(min(size) + 1) if fits(rank, *size)) - reserved_rank
-        for name, size in sizes.items()
-    }
-    return {name: max(1, rank) for name, rank in largest.items()}
+def uniform_ranks(model: nn.Module, share: float, update: Update) -> dict[str, int]:
+    """Ranks that keep the same share of every target layer, all that the update stores included; at least 1."""
+    ranks = {}
+    for name, module in dense_targets(model, None).items():
+        out, size = dense_weight(module).shape
+        elements = [update.elements(out, size, rank) for rank in range(1, min(out, size) + 1)]
+        ranks[name] = max(1, sum(count <= share * out * size for count in elements))
+    return ranks
 
 
-def steps_of(method: str, repair_steps: int, block_steps: int = wasi_peft.blockwise.BLOCK_STEPS) -> int:
+def steps_of(method: str, repair_steps: int, block_steps: int = BLOCK_STEPS) -> int:
     """Steps of the repair: of the whole model or of each block, none with the other methods."""
     return {"repaired": repair_steps, "blockwise": block_steps}.get(method, 0)
 
@@ -218,8 +214,9 @@ def factored(
     """The factored model and the seconds of what was done to get it."""
     model, seconds = copy.deepcopy(dense), {}
     uniform = method in ("plain", "one-sided")
-    ranks = {"rank_pattern": uniform_ranks(model, share)} if uniform else {"weight_share": share}
-    config = wasi_peft.WasiConfig(update="factor", **ranks)  # nothing is reserved for a later change
+    update = make_update("factor")  # nothing is reserved for a later change
+    ranks = {"rank_pattern": uniform_ranks(model, share, update)} if uniform else {"weight_share": share}
+    config = wasi_peft.WasiConfig(update=update.name, **ranks)
     if method != "plain":
         kind = "inputs" if method == "one-sided" else "both"
         if kind not in calibrations:

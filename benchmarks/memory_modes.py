@@ -8,15 +8,14 @@ kept). Peaks are tracked, so they are deterministic: two complete steps from a f
 are interleaved rounds; ratios are taken round by round. Neither depends on the quality of the factors, so they come
 from plain decompositions. Results: docs/benchmarks/memory_modes.json. Run it on an idle machine::
 
-    python examples/benchmark/memory_modes.py
-    python examples/benchmark/memory_modes.py --workloads dinov2 --rounds 0     # peaks only
+    python benchmarks/memory_modes.py
+    python benchmarks/memory_modes.py --workloads dinov2 --rounds 0     # peaks only
 """
 
 import argparse
 import copy
 import functools
 import statistics
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,10 +28,8 @@ import transformers
 from torch import nn
 
 import wasi_peft
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from assets import load_images, load_vit
-from benchmark.common import (
+from common import (
+    RESULTS_FOLDER,
     Batch,
     adamw,
     environment,
@@ -46,9 +43,13 @@ from benchmark.common import (
     with_lora,
     write_json,
 )
+from images import load_images
 from texts import load_mails, smollm2_folder, token_windows
+from vit import load_vit
+from wasi_peft.tuner.targets import default_target_names
+from wasi_peft.updates import DEFAULT_UPDATE, make_update
 
-RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "memory_modes.json"
+RESULTS = RESULTS_FOLDER / "memory_modes.json"
 LORA = "lora, checkpointing"
 MODES = ("exact", "fast", "small")
 VARIANTS = ("full", LORA, *(f"wasi {mode}" for mode in MODES), *(f"wasi low_rank {mode}" for mode in MODES))
@@ -120,20 +121,19 @@ def build(variant: str, workload: Workload) -> nn.Module:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
     *low_rank, mode = variant.split()[1:]
-    update = "low_rank" if low_rank else wasi_peft.config.DEFAULT_UPDATE
+    update = make_update("low_rank" if low_rank else DEFAULT_UPDATE)
     ranks = {}
     if workload.weight_rank is not None:
-        for name in wasi_peft.targets.default_target_names(model, wasi_peft.WasiConfig()):
+        for name in default_target_names(model, wasi_peft.WasiConfig()):
             layer = model.get_submodule(name)
             smaller = min(layer.out_features, layer.in_features)
-            ranks[name] = int(workload.weight_rank * smaller)
-            ranks[name] -= wasi_peft.config.DEFAULT_UPDATE_RANK if low_rank else 0
+            ranks[name] = int(workload.weight_rank * smaller) - update.side_rank
     config = wasi_peft.WasiConfig(
         weight_share=workload.weight_share,
         rank_pattern=ranks,
         activation_threshold=None,
         activation_ranks=workload.activation_ranks if low_rank else None,
-        update=update,
+        update=update.name,
         modules_to_save=saved,
         memory_mode=mode,
     )

@@ -6,7 +6,6 @@ trains; its peak is the tracked peak of whole steps on real images. Results: doc
 """
 
 import argparse
-import sys
 import time
 import warnings
 from collections.abc import Iterable
@@ -23,16 +22,16 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import wasi_peft
+from common import RESULTS_FOLDER, adamw, environment, step_peak_bytes, write_json
+from finetuning import unlabelled
+from images import load_images
+from vit import load_vit
 from wasi_peft.cost.estimate import PlannedPeaks
 from wasi_peft.planner import planner
 from wasi_peft.ranks.spectrum import LayerSpectrum
+from wasi_peft.updates import DEFAULT_UPDATE, Update, make_update
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from assets import load_images, load_vit
-from benchmark.common import adamw, environment, step_peak_bytes, write_json
-from finetune import unlabelled
-
-RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "planning.json"
+RESULTS = RESULTS_FOLDER / "planning.json"
 MIB = 2**20
 SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -67,8 +66,8 @@ class MadeUpCalibration:
     def require(self, targets: Iterable[str]) -> None:
         assert set(targets) <= set(self._spectra)
 
-    def spectra(self, names: Iterable[str], reserved_rank: int = 0, core: bool = False) -> list[LayerSpectrum]:
-        return [replace(self._spectra[name], reserved_rank=reserved_rank, core=core) for name in names]
+    def spectra(self, names: Iterable[str], update: Update | None = None) -> list[LayerSpectrum]:
+        return [replace(self._spectra[name], update=update or make_update(DEFAULT_UPDATE)) for name in names]
 
 
 class Estimates:

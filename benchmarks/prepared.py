@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,22 +21,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 import wasi_peft
+from common import cache_dir, environment
+from finetuning import CALIBRATION_BATCH, HEAD, calibration_loader
+from images import ImageSet
+from initial_factors import METHODS as VARIANTS
+from initial_factors import REPAIRS, uniform_ranks
 from wasi_peft.linalg.coordinates import ImageMoments
 from wasi_peft.tuner.model import INITIAL_FACTORS, PreparedFactors
 from wasi_peft.updates.base import InitialFactors
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from assets import ImageSet, cache_dir
-from benchmark.common import environment
-from benchmark.initial_factors import METHODS as VARIANTS
-from benchmark.initial_factors import REPAIRS, uniform_ranks
-from finetune import CALIBRATION_BATCH, HEAD, calibration_loader
-
 # fields of WasiConfig that the preparation does not see, and the update, which `prepared_once` takes from there
 UNSEEN = (
     "activation_interval", "activation_modes", "activation_ranks", "activation_threshold", "memory_mode",
-    "saved_tensors", "update", "update_rank",
+    "update", "update_rank",
 )  # fmt: skip
 MADE_FOR = ("rank", "asked", "share", "update", "update_rank")
 
@@ -53,7 +49,7 @@ def build_config(variant: str, model: nn.Module, share: float | None, options: M
     if share is None or variant not in ("plain", "one-sided"):
         return wasi_peft.WasiConfig(modules_to_save=[HEAD], weight_share=share, **options)
     asked = wasi_peft.WasiConfig(**options)
-    ranks = uniform_ranks(model, share, asked.reserved_rank, asked.has_core)
+    ranks = uniform_ranks(model, share, asked.layer_update)
     return wasi_peft.WasiConfig(modules_to_save=[HEAD], rank_pattern=ranks, **options)
 
 
@@ -120,7 +116,7 @@ def prepared_once(model: nn.Module, config: Any, key: Mapping[str, Any], prepare
         "weight_share": config.weight_share,
         "rank_pattern": config.rank_pattern,
         "update": config.update,
-        "reserved_rank": config.reserved_rank,
+        "update_rank": config.layer_update.side_rank,
         "versions": environment()["versions"],
         "code": code_digest(),
         "threads": torch.get_num_threads(),  # they decide in which order sums are taken
@@ -187,6 +183,7 @@ def images_digest(train_set: ImageSet) -> str:
 def code_digest() -> str:
     """Returns the start of the SHA-256 of the package's source, committed or not."""
     total = hashlib.sha256()
-    for path in sorted(Path(wasi_peft.__file__).parent.glob("*.py")):
-        total.update(path.name.encode() + path.read_bytes())
+    package = Path(wasi_peft.__file__).parent
+    for name in sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py")):
+        total.update(name.encode() + (package / name).read_bytes())
     return total.hexdigest()[:16]

@@ -5,23 +5,19 @@ forward and backward, with the parameters and their state, is the part of the pe
 recomputation could lower. Times are those of a few traced steps on an idle machine, bytes are deterministic. Results:
 docs/benchmarks/step_bounds.json::
 
-    python examples/benchmark/step_bounds.py
+    python benchmarks/step_bounds.py
 """
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import wasi_peft
+from common import RESULTS_FOLDER, adamw
+from memory_modes import MIB, MODES, WORKLOADS, build, measure_workloads
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmark.common import adamw
-from benchmark.memory_modes import MIB, MODES, WORKLOADS, build, measure_workloads
-
-RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "step_bounds.json"
+RESULTS = RESULTS_FOLDER / "step_bounds.json"
 VARIANTS = ("full", *(f"wasi {mode}" for mode in MODES), "wasi low_rank fast")
 KINDS = ("matrix products", "attention", "quantization", "elementwise")  # that have a column of their own
 FIELDS = ("peak_bytes", "at_peak", "saved_bytes", "saved_by_operation", "seconds_by_kind", "inference_seconds_by_kind")

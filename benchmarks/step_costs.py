@@ -7,7 +7,6 @@ docs/benchmarks/step_costs.json.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import wasi_peft
+from common import RESULTS_FOLDER, Batch, environment, step_peak_bytes, training_step, vit_b32, write_json
+from wasi_peft.updates import UPDATES
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmark.common import Batch, environment, step_peak_bytes, training_step, vit_b32, write_json
-
-RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "step_costs.json"
+RESULTS = RESULTS_FOLDER / "step_costs.json"
 LINEAR_OPS = ("mm", "addmm")  # what Linear layers, dense or factored, run as; attention runs as others
 
 
@@ -79,7 +77,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--share", type=float, default=0.15, help="rank over min(out, in)")
     parser.add_argument("--activation-share", type=float, default=0.15, help="activation rank over hidden size")
-    parser.add_argument("--update", choices=wasi_peft.config.UPDATES, default="subspace")
+    parser.add_argument("--update", choices=UPDATES, default="subspace")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
 

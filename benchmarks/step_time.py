@@ -9,7 +9,6 @@ import argparse
 import copy
 import functools
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ import transformers
 from torch import nn
 from torch.utils.data import default_collate
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from assets import load_images, load_vit
-from benchmark.common import (
+from common import (
+    RESULTS_FOLDER,
     environment,
     inference,
     inference_peak_bytes,
@@ -30,9 +28,11 @@ from benchmark.common import (
     training_step,
     write_json,
 )
-from finetune import build, build_optimizer
+from finetuning import build, build_optimizer
+from images import load_images
+from vit import load_vit
 
-RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "step_time.json"
+RESULTS = RESULTS_FOLDER / "step_time.json"
 COMPRESSED: dict[str, Any] = {"activation_threshold": None, "activation_ranks": 48}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),

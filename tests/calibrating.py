@@ -10,7 +10,11 @@ import torch
 from strategies import normal, orthonormal
 from torch import Tensor, nn
 
-from wasi_peft.tuner.model import INITIAL_FACTORS
+from wasi_peft import WasiConfig
+from wasi_peft.forms.dense import dense_bias, dense_weight
+from wasi_peft.linalg.spectra import truncate, weight_spectrum
+from wasi_peft.tuner.prepared import ATTACHED, PreparedLayer, WasiFactors
+from wasi_peft.tuner.targets import default_target_names
 from wasi_peft.updates.base import InitialFactors
 
 LAYERS = ("q", "k", "v", "o", "fc1", "fc2")
@@ -106,11 +110,25 @@ def assert_same_factors(first: dict[str, InitialFactors], second: dict[str, Init
 
 def prepared(net: nn.Module) -> dict[str, InitialFactors]:
     """What preprocessing left on the modules, by name."""
-    return {
-        name: module.__dict__[INITIAL_FACTORS].initial
-        for name, module in net.named_modules()
-        if INITIAL_FACTORS in module.__dict__
-    }
+    return {name: vars(module)[ATTACHED].initial for name, module in net.named_modules() if ATTACHED in vars(module)}
+
+
+def plain_factors(model: nn.Module, rank: int = 5) -> dict[str, InitialFactors]:
+    """Truncated SVD of the default targets."""
+    factors = {}
+    for name in sorted(default_target_names(model, WasiConfig())):
+        module = model.get_submodule(name)
+        weight, bias = dense_weight(module), dense_bias(module)
+        L, R = truncate(weight, weight_spectrum(weight), rank)
+        factors[name] = InitialFactors(L.to(weight.dtype), R.to(weight.dtype), bias)
+    return factors
+
+
+def wasi_factors(initial: dict[str, InitialFactors]) -> WasiFactors:
+    """Factors as if they had been prepared for `update="factor"` at their ranks."""
+    return WasiFactors(
+        {name: PreparedLayer(each, each.L.shape[1], each.L.shape[1], None, "factor") for name, each in initial.items()}
+    )
 
 
 def inputs_of(net: nn.Module, data: list[Tensor], names: list[str] = TARGETS) -> dict[str, Tensor]:

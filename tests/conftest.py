@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -43,3 +45,32 @@ def quick_garbage_collection() -> Iterator[None]:
 def architecture(request: pytest.FixtureRequest) -> Architecture:
     """Each of the tiny architectures in turn."""
     return ARCHITECTURES[request.param]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ViT with its image processor's settings."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`<class>/*.png`, of noise around a grey level that tells the class."""
+    image_module = pytest.importorskip("PIL.Image", reason="folders of images need Pillow")
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for label in range(3):
+        (folder / f"class{label}").mkdir()
+        for index in range(20):
+            pixels = torch.randint(30, (20, 18, 3), generator=generator) + 80 * label
+            image_module.fromarray(pixels.byte().numpy()).save(folder / f"class{label}" / f"{index}.png")
+    return folder

@@ -180,18 +180,11 @@ def test_a_target_adapted_by_lora() -> None:
     refused(model, ValueError, r"layers\.0\.mlp\.fc1: already adapted by peft\.tuners\.lora", target_modules=["fc1"])
 
 
-def test_without_ranks_nothing_can_be_loaded() -> None:
-    refused(VIT.model(), ValueError, "with init_weights=False the rank must be given", init_weights=False)
-
-
-def test_a_rank_that_only_the_last_layers_lack_is_found_before_the_first_is_replaced() -> None:
-    refused(
-        VIT.model(),
-        ValueError,
-        r"layers\.1\.mlp\.fc2: with init_weights=False the rank must be given",
-        init_weights=False,
-        rank_pattern={r".*(attention\.\w+|fc1|layers\.0\.mlp\.fc2)": 3},
-    )
+@pytest.mark.parametrize("missing", ["vit.layers.0.attention.q_proj", "vit.layers.1.mlp.fc2"])
+def test_a_rank_that_any_layer_lacks_is_found_before_the_first_is_replaced(missing: str) -> None:
+    model = VIT.model()
+    ranks = dict.fromkeys(VIT.targets(model) - {missing}, 3)
+    refused(model, ValueError, rf"{missing}: the saved adapter and this model do not have the same .*", ranks=ranks)
 
 
 # ------------------------------------------------------------------ further adapters
@@ -219,28 +212,42 @@ def test_a_second_fresh_adapter_on_a_released_base() -> None:
     unchanged(model, ValueError, r"q_proj: a second fresh WASI adapter needs the dense weight", config)
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("second", [True, False])
-def test_two_adapters_with_vectors(first: bool, second: bool) -> None:
-    options = {**LOW, "base_weight": "keep", "bias": "none"}
-    model = wasi_model(VIT.model(), **options, train_vectors=first)
-    config = exact_config(**options, train_vectors=second)
-    if first or second:
-        unchanged(model, ValueError, "Only one adapter can have train_vectors=True", config)
-    else:
-        model.add_adapter("second", config)
+RELEASED_VECTORS = [  # which vectors the first and the second adapter train
+    ({"train_vectors": True}, {"train_vectors": False}),
+    ({"train_vectors": False}, {"train_vectors": True}),
+    ({"bias": "all"}, {"bias": "none"}),
+    ({"bias": "none"}, {"bias": "all"}),
+    ({"bias": "all"}, {"bias": "wasi_only"}),
+]
 
 
-@pytest.mark.parametrize(("first", "second"), [("all", "none"), ("none", "all"), ("all", "wasi_only")])
-def test_two_adapters_with_bias_all(first: str, second: str) -> None:
-    options = {**LOW, "base_weight": "keep", "train_vectors": False}
-    model = wasi_model(VIT.model(), **options, bias=first)
-    unchanged(model, ValueError, "Only one adapter can have bias='all'", exact_config(**options, bias=second))
+@pytest.mark.parametrize(("first", "second"), RELEASED_VECTORS, ids=str)
+def test_two_adapters_with_different_vectors_on_a_released_base(
+    first: dict[str, Any], second: dict[str, Any], tmp_path: Path
+) -> None:
+    """The base model's own are gone, which the adapter without any would need."""
+    wasi_model(VIT.model(), **LOW, **second).save_pretrained(tmp_path)
+    model = wasi_model(VIT.model(), **LOW, **first)
+    config = WasiConfig.from_pretrained(str(tmp_path))
+    unchanged(model, ValueError, "so all adapters must train the same; got train_vectors and bias='all' as", config)
+
+
+@pytest.mark.parametrize(("first", "second"), RELEASED_VECTORS, ids=str)
+def test_two_adapters_with_different_vectors_on_a_kept_base(first: dict[str, Any], second: dict[str, Any]) -> None:
+    options = {**LOW, "base_weight": "keep"}
+    model = wasi_model(VIT.model(), **options, **first)
+    expected = logits(model, VIT.batch())
+    model.add_adapter("second", exact_config(**options, **second))
+    assert torch.equal(logits(model, VIT.batch()), expected)
+    model.set_adapter("second")
+    train(model, VIT.batch())
+    model.set_adapter("default")
+    assert torch.equal(logits(model, VIT.batch()), expected)
 
 
 def test_another_target_set_on_a_released_base() -> None:
     model = wasi_model(VIT.model(), **LOW, train_vectors=False)
-    config = exact_config(target_modules=["fc1"], train_vectors=False, weight_rank=3, init_weights=False)
+    config = exact_config(target_modules=["fc1"], train_vectors=False, weight_rank=3)
     unchanged(model, ValueError, r"q_proj: its dense weight was released by the first WASI adapter", config)
 
 
@@ -328,7 +335,7 @@ def no_tensors(folder: Path) -> None:
 
 def other_shape(folder: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
-        name = one(tensors, "fc1.wasi_L")
+        name = one(tensors, "fc1.wasi_form.wasi_L")
         tensors[name] = tensors[name][:, :4].contiguous()
 
     rewrite(folder, change)
@@ -376,17 +383,23 @@ FILES: dict[str, tuple[Any, str]] = {
     "corrupt": (corrupt, ""),
     "empty": (empty, ""),
     "no file": (missing_file, ""),
-    "no tensors": (no_tensors, "[qk]_proj: the adapter .*wasi_L"),
-    "missing L": (missing("q_proj.wasi_L"), r"q_proj: the adapter .*wasi_L"),
-    "missing R": (missing("fc2.wasi_R"), r"fc2: the adapter .*wasi_R"),
-    "missing bias": (missing("fc1.wasi_bias"), r"fc1: the adapter .*wasi_bias"),
+    "no tensors": (no_tensors, "[qk]_proj: the adapter lacks wasi_L"),
+    "missing L": (missing("q_proj.wasi_form.wasi_L"), r"q_proj: the adapter lacks wasi_L"),
+    "missing R": (missing("fc2.wasi_form.wasi_R"), r"fc2: the adapter lacks wasi_R"),
+    "missing bias": (missing("fc1.wasi_form.bias"), r"fc1: the adapter lacks bias"),
     "missing vector": (missing("layernorm_before.weight"), "layernorm_before"),
-    "other shape": (other_shape, r"fc1: wasi_L must have shape \(24, 5\), got \(24, 4\)"),
-    "NaN in L": (nan("k_proj.wasi_L"), r"k_proj\.wasi_L.*: the adapter file holds NaN or Inf"),
-    "Inf in R": (nan("k_proj.wasi_R", math.inf), r"k_proj\.wasi_R.*: the adapter file holds NaN or Inf"),
-    "NaN in bias": (nan("fc1.wasi_bias"), r"fc1\.wasi_bias.*: the adapter file holds NaN or Inf"),
+    "other shape": (other_shape, r"fc1\.wasi_form\.default\.wasi_L: must have shape \(24, 5\), got \(24, 4\)"),
+    "NaN in L": (
+        nan("k_proj.wasi_form.wasi_L"),
+        r"k_proj\.wasi_form\.default\.wasi_L: the adapter file holds NaN or Inf",
+    ),
+    "Inf in R": (
+        nan("k_proj.wasi_form.wasi_R", math.inf),
+        r"k_proj\.wasi_form\.default\.wasi_R: the adapter file holds NaN or Inf",
+    ),
+    "NaN in bias": (nan("fc1.wasi_form.bias"), r"fc1\.wasi_form\.default\.bias: the adapter file holds NaN or Inf"),
     "NaN in vector": (nan("layernorm_after.bias"), r"layernorm_after\.bias: the adapter file holds NaN or Inf"),
-    "other ranks": (other_ranks, r"wasi_L must have shape \(16, 4\), got \(16, 5\)"),
+    "other ranks": (other_ranks, r"\.wasi_L: must have shape \(16, 4\), got \(16, 5\)"),
     "other model": (other_model, "not found in the base model|same targeted layers|belongs to another model"),
     "other sizes": (bigger_model, r"must have shape .* got .*20|must have shape .* got .*30"),
     "other depth": (deeper_model, r"layers\.2.*: the saved adapter and this model do not have the same targeted"),

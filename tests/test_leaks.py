@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,10 @@ import pytest
 import torch
 import transformers as tf
 from peft import get_peft_model
-from test_activation_state import Interrupted, fail, fail_in_backward, live_bytes, trainable
+from probes import Interrupted, fail, fail_in_backward, live_bytes, shared_inputs, trainable
 from torch import Tensor, nn
 
 import wasi_peft.memory.saved as saved_module
-import wasi_peft.tuner.layer as layer_module
 from wasi_peft import OptimizerInBackward, WasiConfig, measure_peak_memory
 from wasi_peft.tuner.layer import wasi_layers
 
@@ -115,8 +115,8 @@ def test_long_runs_hold_no_more_than_short_ones(mode: str, case: str) -> None:
             measured[run.steps] = live_bytes()
     assert list(measured) == [54, 150, 246]
     assert len(set(measured.values())) == 1
-    assert len(layer_module._shared_inputs) == 0
-    assert len(saved_module._regions) == 0
+    assert len(shared_inputs(run.model)) == 0
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, saved_module._Region)]
 
 
 @pytest.mark.parametrize("case", CASES)

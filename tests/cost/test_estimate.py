@@ -5,12 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import importlib
-import json
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -569,7 +566,7 @@ def test_arguments_of_wrong_kinds() -> None:
     layer, x = nn.Linear(8, 2), torch.zeros(1, 8)
     with pytest.raises(ValueError, match=r"'adamw', 'adam', 'sgd', 'sgd_momentum', a function or None, got 'lion'"):
         estimate_wasi(layer, batch=x, optimizer="lion")
-    with pytest.raises(TypeError, match="a mapping, a tuple or a tensor, got int"):
+    with pytest.raises(TypeError, match="a mapping, a tensor, or a tuple that begins with one of them, got int"):
         estimate_wasi(layer, batch=3)
     with pytest.raises(TypeError, match="a PEFT configuration, a WasiPlan or None, got dict"):
         estimate_wasi(layer, {"r": 8}, batch=x)  # type: ignore[arg-type]
@@ -601,20 +598,3 @@ def test_shapes_that_depend_on_values() -> None:
 
     with pytest.raises(ValueError, match=r"depend on values .*Measure one with measure_peak_memory"):
         estimate_wasi(Picks(8, 2), batch=torch.zeros(4, 8))
-
-
-# ---------------------------------------------------------------- the benchmark
-
-
-def test_accuracy_benchmark(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
-    benchmark = importlib.import_module("benchmark.estimate_accuracy")
-    sizes = ["--batches", "2", "--width", "128", "--layers", "1", "--tokens", "16", "--rank", "8"]
-    results = benchmark.main(["--architectures", "vit", *sizes, "--results", str(tmp_path / "results.json")])
-    entries = [entry for batches in results.values() for methods in batches.values() for entry in methods.values()]
-    assert len(entries) == len(benchmark.methods(8)) == 10
-    assert all(abs(entry["relative_difference"]) < 0.02 for entry in entries)
-    assert json.loads((tmp_path / "results.json").read_text())["results"] == results
-    assert "wasi_subspace" in capsys.readouterr().out

@@ -17,11 +17,12 @@ from models import ARCHITECTURES, Batch, input_options, wasi_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from wasi_peft import SubspaceSGD, WasiConfig, costs_table, measure_peak_memory, plot_profiles, profiles_table
+from wasi_peft import SubspaceSGD, WasiConfig, measure_peak_memory
 from wasi_peft.cost import profile as implementation
 from wasi_peft.cost.estimate import CATEGORIES, OPTIMIZERS, estimate_wasi
 from wasi_peft.cost.profile import TRAINING, Cost, StepProfile, profile_wasi
 from wasi_peft.cost.trace import KINDS, marked_modules, one_round, operation_kind, phase, read_times
+from wasi_peft.report import costs_table, plot_profiles, profiles_table
 from wasi_peft.tuner.config import MEMORY_MODES
 from wasi_peft.tuner.layer import wasi_layers
 

@@ -37,15 +37,17 @@ from wasi_peft import (
     repair_factors,
     repair_tokens,
 )
-from wasi_peft.factors import prepare as preprocessing
+from wasi_peft.factors.repairs import REPAIRS
 from wasi_peft.ranks.plan import LayerPlan, WasiPlan
 from wasi_peft.tuner.layer import wasi_layers
-from wasi_peft.tuner.model import INITIAL_FACTORS
+from wasi_peft.tuner.prepared import ATTACHED, WasiFactors
 
 
-def run(net: nn.Module, config: WasiConfig, data: Any = None, *, repair_steps: int | None = 0, **options: Any) -> None:
+def run(
+    net: nn.Module, config: WasiConfig, data: Any = None, *, repair_steps: int | None = 0, **options: Any
+) -> WasiFactors:
     """`preprocess_wasi` without progress bars, and without repair unless asked for."""
-    preprocess_wasi(net, config, data, repair_steps=repair_steps, progress_bar=False, **options)
+    return preprocess_wasi(net, config, data, repair_steps=repair_steps, progress_bar=False, **options)
 
 
 def calibrate(net: nn.Module, **options: Any) -> Calibration:
@@ -55,7 +57,7 @@ def calibrate(net: nn.Module, **options: Any) -> Calibration:
 def ranks(net: nn.Module) -> dict[str, int]:
     """Ranks of the prepared factors, without the directions that train beside them."""
     modules = {name: net.get_submodule(name) for name in prepared(net)}
-    return {name: module.__dict__[INITIAL_FACTORS].rank for name, module in modules.items()}
+    return {name: vars(module)[ATTACHED].rank for name, module in modules.items()}
 
 
 def spent(ranks: dict[str, int], net: nn.Module) -> float:
@@ -82,12 +84,10 @@ def test_the_injection_uses_and_consumes_the_factors(bias: bool) -> None:
     assert set(layers) == set(TARGETS)
     for name, layer in layers.items():
         initial = expected[name]
-        assert torch.equal(layer.wasi_form["default"].L, initial.L) and torch.equal(
-            layer.wasi_form["default"].R, initial.R
-        )
-        assert ("default" in layer.wasi_bias) == bias
+        assert torch.equal(layer.form.L, initial.L) and torch.equal(layer.form.R, initial.R)
+        assert (layer.form.bias is not None) == bias
         if initial.bias is not None:
-            assert torch.equal(layer.wasi_form["default"].bias, initial.bias)
+            assert torch.equal(layer.form.bias, initial.bias)
     assert prepared(model) == {}
     plain = get_peft_model(copy.deepcopy(dense), WasiConfig(weight_rank=3, update="factor"))
     with torch.no_grad():
@@ -105,24 +105,24 @@ def test_what_trains_starts_from_the_directions_after_those_of_the_rank() -> Non
     expected = prepared(net)
     model = get_peft_model(net, config)
     for name, layer in wasi_layers(model.base_model.model):
-        weight, kept = expected[name].L @ expected[name].R, layer.wasi_form["default"].L @ layer.wasi_form["default"].R
+        weight, kept = expected[name].L @ expected[name].R, layer.form.L @ layer.form.R
         assert expected[name].L.shape[1] == 5 and layer.rank("default") == 5
-        assert relative_error(torch.matmul(*layer.factors("default")), weight) < 1e-6
+        assert relative_error(torch.matmul(*layer.form.factors()), weight) < 1e-6
         left, values, right = torch.linalg.svd(weight)
         assert relative_error(kept, left[:, :3] * values[:3] @ right[:3]) < 1e-5
-        assert orthonormality_error(layer.wasi_form["default"].L) < 1e-6
+        assert orthonormality_error(layer.form.L) < 1e-6
 
 
 def test_no_more_directions_train_than_the_weight_has() -> None:
     net = reference.tiny_net(2)
     dense = copy.deepcopy(net)
-    config = WasiConfig(weight_rank=3, update="low_rank")
+    config = WasiConfig(weight_rank=3, update="low_rank", update_rank=8)
     run(net, config, batches())
     assert {initial.L.shape[1] for initial in prepared(net).values()} == {8}
     model = get_peft_model(net, config)
     for _, layer in wasi_layers(model.base_model.model):
-        assert layer.wasi_form["default"].A.shape[0] == 16
-        assert not layer.wasi_form["default"].B[:, 5:].any() and layer.wasi_form["default"].A[5:].any(1).all()
+        assert layer.form.A.shape[0] == 8
+        assert not layer.form.B[:, 5:].any() and layer.form.A[5:].any(1).all()
     x = batches()[0]
     assert relative_error(model(x), dense(x)) < 1e-5
 
@@ -215,9 +215,7 @@ def test_a_share_is_kept_to_and_spent_where_it_matters(share: float, gradients: 
     assert lost[0] < lost[1]
     config = WasiConfig(weight_share=share, update="factor")
     model = get_peft_model(net, config)
-    assert {
-        name: layer.wasi_form["default"].L.shape[1] for name, layer in wasi_layers(model.base_model.model)
-    } == found
+    assert {name: layer.form.L.shape[1] for name, layer in wasi_layers(model.base_model.model)} == found
     assert model.wasi_summary().kept_share <= share
 
 
@@ -239,7 +237,7 @@ def test_the_ranks_of_a_plan() -> None:
     expected = prepared(net)
     model = get_peft_model(net, WasiConfig(plan=plan(wanted), update="factor"))
     for name, layer in wasi_layers(model.base_model.model):
-        assert torch.equal(layer.wasi_form["default"].R, expected[name].R)
+        assert torch.equal(layer.form.R, expected[name].R)
 
 
 def test_a_rank_pattern() -> None:
@@ -264,36 +262,42 @@ def test_repair_is_on_with_batches_and_off_with_a_function(monkeypatch: pytest.M
         steps.append(options["steps"])
         return factors
 
-    monkeypatch.setattr(preprocessing, "repair_factors", recorded)
+    monkeypatch.setitem(REPAIRS, "model", REPAIRS["model"]._replace(run=recorded))
     net, data, config = reference.tiny_net(6), batches(), WasiConfig(weight_rank=3)
     calibrated = calibrate(net)
     run(net, config, data, repair_steps=None)
     run(net, config, data, calibration=calibrated, repair_steps=None)
     run(net, config, data, repair_steps=7)
-    assert steps == [preprocessing.REPAIR_STEPS, preprocessing.REPAIR_STEPS, 7]
+    assert steps == [400, 400, 7]
     run(net, config, lambda: [net(x) for x in data], repair_steps=None)
     run(net, config, calibration=calibrated, repair_steps=None)
     run(net, config, data, repair_steps=0)
     assert len(steps) == 3
 
 
+@pytest.mark.parametrize("update", ["factor", "frozen_basis", "core", "low_rank"])
 @pytest.mark.parametrize("repair", ["model", "blocks"])
-def test_each_repair(repair: Any) -> None:
+def test_the_repair_of_preprocessing_is_the_public_one(repair: Any, update: str) -> None:
+    """Moments too, which are those of the repaired factors."""
     net, data = reference.tiny_net(6), batches()
-    run(net, WasiConfig(weight_rank=3), data)
+    config = WasiConfig(weight_rank=3, update=update, update_rank=2)
     function = {"model": repair_factors, "blocks": repair_blocks}[repair]
-    expected = function(net, prepared(net), data, steps=3, progress_bar=False)
-    run(net, WasiConfig(weight_rank=3), data, repair=repair, repair_steps=3)
-    assert_same_factors(prepared(net), expected)
+    factors = function(net, run(net, config, data), data, steps=3, progress_bar=False)
+    run(net, config, data, repair=repair, repair_steps=3)
+    assert_same_factors(prepared(net), factors.initial)
+    for name, initial in prepared(net).items():
+        moments = factors.initial[name].moments
+        assert (initial.moments is None) == (moments is None) == (update in ("factor", "low_rank"))
+        assert moments is None or initial.moments is None or torch.equal(initial.moments.image, moments.image)
 
 
 def test_repair_by_tokens() -> None:
     """One that only a model with a vocabulary can have; the others are told before anything is done."""
     model, data = ARCHITECTURES["llama"].model(), [ARCHITECTURES["llama"].batch(seed=seed) for seed in range(3)]
-    run(model, WasiConfig(weight_rank=3), data)
-    expected = repair_tokens(model, prepared(model), data, steps=3, progress_bar=False)
+    factors = run(model, WasiConfig(weight_rank=3), data)
+    expected = repair_tokens(model, factors, data, steps=3, progress_bar=False)
     run(model, WasiConfig(weight_rank=3), data, repair="tokens", repair_steps=3)
-    assert_same_factors(prepared(model), expected)
+    assert_same_factors(prepared(model), expected.initial)
     net = reference.tiny_net(6)
     untouched = Untouched(net)
     with pytest.raises(ValueError, match="repair='tokens' needs a model that ends in a linear layer over"):
@@ -303,17 +307,17 @@ def test_repair_by_tokens() -> None:
 
 def test_language_models_are_repaired_by_tokens(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    for name in ("repair_blocks", "repair_factors", "repair_tokens"):
+    for name, repair in REPAIRS.items():
 
         def recorded(model: nn.Module, factors: Any, data: Any, name: str = name, **options: Any) -> Any:
             called.append((name, options["steps"]))
             return factors
 
-        monkeypatch.setattr(preprocessing, name, recorded)
+        monkeypatch.setitem(REPAIRS, name, repair._replace(run=recorded))
     model = architecture.model()
     run(model, WasiConfig(weight_rank=2), [architecture.batch()], repair_steps=None)
     writes = type(model).__name__.endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration"))
-    assert called == [("repair_tokens", 128) if writes else ("repair_factors", 400)]
+    assert called == [("tokens", 128) if writes else ("model", 400)]
 
 
 def test_repaired_factors_are_attached() -> None:
@@ -394,13 +398,17 @@ def test_bad_configurations(config: WasiConfig, message: str) -> None:
     assert prepared(net) == {}
 
 
-@pytest.mark.parametrize("step", ["calibrate_wasi", "Calibration.factors", "repair_factors"])
+@pytest.mark.parametrize("step", ["calibrate_wasi", "Calibration.factors", "repair", "with_moments"])
 def test_nothing_is_attached_after_a_crash(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = reference.tiny_net(18)
     run(net, WasiConfig(weight_rank=2), batches())
     kept, untouched = prepared(net), Untouched(net)
     call = 3 if step == "Calibration.factors" else 1
-    monkeypatch.setattr(f"wasi_peft.preprocessing.{step}", crash_at(call, lambda *_: None))
+    crash = crash_at(call, lambda *_: None)
+    if step == "repair":
+        monkeypatch.setitem(REPAIRS, "model", REPAIRS["model"]._replace(run=crash))
+    else:
+        monkeypatch.setattr(f"wasi_peft.factors.prepare.{step}", crash)
     with pytest.raises(Interrupted):
         run(net, WasiConfig(weight_rank=3), batches(), repair_steps=2)
     untouched.check()

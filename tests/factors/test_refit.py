@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from calibrating import CountedData, assert_same_factors, batches, inputs_of
+from calibrating import CountedData, assert_same_factors, batches, inputs_of, plain_factors, wasi_factors
 from models import ARCHITECTURES, Architecture
 from strategies import normal
 from test_repair import (
@@ -16,23 +16,22 @@ from test_repair import (
     check_that_it_comes_nearer,
     check_that_padding_is_ignored,
     compressed,
-    plain_factors,
 )
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from wasi_peft import repair_blocks
-from wasi_peft.factors.blocks import segments
+from wasi_peft.factors.block_states import segments
+from wasi_peft.factors.model_repair import compared_blocks
 from wasi_peft.factors.refit import RIDGE, input_map
-from wasi_peft.factors.repair import compared_blocks
 from wasi_peft.updates.base import InitialFactors
 
 VIT = ARCHITECTURES["vit"]
 
 
-def run(model: nn.Module, factors: Factors, data: Any, **options: Any) -> Factors:
+def run(model: nn.Module, factors: Factors, data: Any, steps: int = 0, **options: Any) -> Factors:
     """The first half of repair alone, without a progress bar."""
-    return repair_blocks(model, factors, data, steps=0, progress_bar=False, **options)
+    return repair_blocks(model, wasi_factors(factors), data, steps=steps, progress_bar=False, **options).initial
 
 
 def slow_refit(net: nn.Module, factors: Factors, data: list[Tensor], order: list[str], ridge: float) -> Factors:
@@ -158,7 +157,7 @@ def test_blocks_in_the_order_they_run(order: list[int], breaks: tuple[int, ...],
     net, data = Chain(order, breaks), batches()
     factors = plain_factors(net)
     with torch.no_grad():
-        chains, rows = segments(net, compared_blocks(factors, 1), data[0])
+        chains, rows = segments(net, compared_blocks(net, factors, 1), data[0])
     assert (chains, rows) == (expected, 20)
     refitted = run(net, factors, data)
     flat = [f"{block}.0" for chain in chains for block in chain]
@@ -229,7 +228,7 @@ def test_caches_do_not_grow() -> None:
     plain, cached = Decoder(False), Decoder(True)
     factors = plain_factors(plain)
     for steps in (0, 4):
-        first, second = (repair_blocks(net, factors, data, steps=steps, progress_bar=False) for net in (plain, cached))
+        first, second = (run(net, factors, data, steps) for net in (plain, cached))
         assert_same_factors(first, second)
 
 

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import reference
 import torch
-from calibrating import CountedData, Untouched, assert_same_factors, batches, with_nan
+from calibrating import CountedData, Untouched, assert_same_factors, batches, plain_factors, wasi_factors, with_nan
 from models import ARCHITECTURES, Architecture
 from strategies import orthonormality_error, relative_error
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, repair_factors
-from wasi_peft.factors import repair
-from wasi_peft.forms.dense import dense_bias, dense_weight
+from wasi_peft.factors.model_repair import compared_blocks
+from wasi_peft.factors.model_repair import relative_error as block_error
 from wasi_peft.linalg.spectra import truncate, weight_spectrum
+from wasi_peft.models.calls import features_of
 from wasi_peft.tuner.targets import default_target_names
 from wasi_peft.updates.base import InitialFactors
 
@@ -27,20 +28,10 @@ VIT = ARCHITECTURES["vit"]
 Factors = dict[str, InitialFactors]
 
 
-def plain_factors(model: nn.Module, rank: int = 5) -> Factors:
-    """Truncated SVD of the default targets."""
-    factors = {}
-    for name in sorted(default_target_names(model, WasiConfig())):
-        module = model.get_submodule(name)
-        weight, bias = dense_weight(module), dense_bias(module)
-        L, R = truncate(weight, weight_spectrum(weight), rank)
-        factors[name] = InitialFactors(L.to(weight.dtype), R.to(weight.dtype), bias)
-    return factors
-
-
 def run(model: nn.Module, factors: Factors, data: Any, **options: Any) -> Factors:
     """Repair without a progress bar, at a rate that suits a tiny model."""
-    return repair_factors(model, factors, data, progress_bar=False, **{"steps": 40, "lr": 3e-3, **options})
+    given = wasi_factors(factors)
+    return repair_factors(model, given, data, progress_bar=False, **{"steps": 40, "lr": 3e-3, **options}).initial
 
 
 def compressed(model: nn.Module, factors: Factors) -> nn.Module:
@@ -59,8 +50,8 @@ def compressed(model: nn.Module, factors: Factors) -> nn.Module:
 def final_hidden(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """What the last block of the model answers."""
     found: list[Tensor] = []
-    block = repair.compared_blocks(sorted(default_target_names(model, WasiConfig())), 1)[-1]
-    handle = model.get_submodule(block).register_forward_hook(lambda *args: found.append(repair.features_of(args[-1])))
+    block = compared_blocks(model, sorted(default_target_names(model, WasiConfig())), 1)[-1]
+    handle = model.get_submodule(block).register_forward_hook(lambda *args: found.append(features_of(args[-1])))
     model.eval()(**batch)
     handle.remove()
     return found[0].double()
@@ -132,7 +123,7 @@ def test_the_compressed_model_comes_nearer_to_the_dense_one(architecture: Archit
 
 def test_the_loss_falls_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = VIT.model()
-    with caplog.at_level(logging.INFO, "wasi_peft.factors.repair"):
+    with caplog.at_level(logging.INFO, "wasi_peft.factors.descent"):
         run(model, plain_factors(model), [VIT.batch(16)])
     numbers = re.findall(r"\d+\.\d+", caplog.messages[0])
     assert len(numbers) == 2 and float(numbers[1]) < 0.7 * float(numbers[0])
@@ -169,26 +160,28 @@ def test_relative_error() -> None:
     wanted = torch.tensor([[[1.0, 3.0], [3.0, 1.0], [100.0, -100.0]]])
     hidden = wanted + torch.tensor([[[1.0, 1.0], [1.0, 1.0], [50.0, 50.0]]])
     mask = torch.tensor([[1, 1, 0]])
-    assert float(repair.relative_error(hidden, wanted, mask)) == pytest.approx(1.0)  # error 1, variance 1
-    assert float(repair.relative_error(hidden[:, :2], wanted[:, :2], mask)) == pytest.approx(1.0)
-    assert float(repair.relative_error(hidden, wanted, None)) == pytest.approx(
+    assert float(block_error(hidden, wanted, mask)) == pytest.approx(1.0)  # error 1, variance 1
+    assert float(block_error(hidden[:, :2], wanted[:, :2], mask)) == pytest.approx(1.0)
+    assert float(block_error(hidden, wanted, None)) == pytest.approx(
         float((hidden - wanted).square().mean() / (wanted - wanted.mean(1)).square().mean())
     )
-    assert float(repair.relative_error(wanted.bfloat16(), wanted, mask)) == 0
+    assert float(block_error(wanted.bfloat16(), wanted, mask)) == 0
 
 
 @pytest.mark.parametrize(
-    ("names", "every", "expected"),
+    ("name", "every", "expected"),
     [
-        (["h.0.a", "h.0.b", "h.1.a", "h.2.a", "h.3.a"], 2, ["h.1", "h.3"]),
-        (["encoder.block.0.q", "encoder.block.1.q", "decoder.block.0.q"], 3, ["encoder.block.1", "decoder.block.0"]),
-        (["s.layers.0.blocks.0.q", "s.layers.0.blocks.1.q", "s.layers.1.blocks.0.q"], 1, ["s.layers.0", "s.layers.1"]),
-        (["classifier", "0.fc"], 1, []),
-        (["net.0"], 1, ["net.0"]),
+        ("gpt2", 1, ["transformer.h.0", "transformer.h.1"]),
+        ("gpt2", 2, ["transformer.h.1"]),
+        ("t5", 3, ["encoder.block.1", "decoder.block.0"]),
+        ("swin", 1, ["swin.encoder.layers.0.blocks.0", "swin.encoder.layers.1.blocks.0"]),
     ],
 )
-def test_compared_blocks(names: list[str], every: int, expected: list[str]) -> None:
-    assert repair.compared_blocks(names, every) == expected
+def test_compared_blocks(name: str, every: int, expected: list[str]) -> None:
+    model = ARCHITECTURES[name].model()
+    layers = [each for each, module in model.named_modules() if each in default_target_names(model, WasiConfig())]
+    assert compared_blocks(model, layers, every) == expected
+    assert compared_blocks(model, ["classifier"], every) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -10,16 +10,17 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from calibrating import Untouched, assert_same_factors
+from calibrating import Untouched, assert_same_factors, plain_factors, wasi_factors
 from models import ARCHITECTURES, Architecture
 from strategies import orthonormality_error, relative_error
-from test_repair import Factors, compressed, plain_factors
+from test_repair import Factors, compressed
 from torch import Tensor, nn
 
 from wasi_peft import repair_tokens
 from wasi_peft.factors import token_repair
 from wasi_peft.factors.token_repair import TokenDivergence
-from wasi_peft.tuner.targets import vocabulary_head
+from wasi_peft.models.structure import vocabulary_head
+from wasi_peft.updates.base import InitialFactors
 
 LLAMA = ARCHITECTURES["llama"]
 WRITERS = [each for each in ARCHITECTURES.values() if vocabulary_head(each.model()) is not None]
@@ -27,7 +28,8 @@ WRITERS = [each for each in ARCHITECTURES.values() if vocabulary_head(each.model
 
 def run(model: nn.Module, factors: Factors, data: Any, **options: Any) -> Factors:
     """Repair without a progress bar, at a rate that suits a tiny model."""
-    return repair_tokens(model, factors, data, progress_bar=False, **{"steps": 40, "rate": 2e-2, **options})
+    given = wasi_factors(factors)
+    return repair_tokens(model, given, data, progress_bar=False, **{"steps": 40, "rate": 2e-2, **options}).initial
 
 
 def training_data(architecture: Architecture) -> list[dict[str, Tensor]]:
@@ -153,7 +155,7 @@ def test_a_head_that_is_a_target_keeps_its_factors() -> None:
 
 def reference_factors(L: Tensor, weight: Tensor) -> Any:
     """Factors with a given L."""
-    return token_repair.InitialFactors(L, L.T @ weight.detach(), None)
+    return InitialFactors(L, L.T @ weight.detach(), None)
 
 
 # -------------------------------------------------------------------------------- what may go wrong

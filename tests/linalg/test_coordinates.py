@@ -16,11 +16,10 @@ from strategies import normal, relative_error
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, preprocess_wasi
-from wasi_peft.factors.calibration import features_of
 from wasi_peft.factors.moments import image_moments
-from wasi_peft.factors.prepare import INITIAL_FACTORS
 from wasi_peft.linalg.coordinates import BASIS_SCALE, ImageMoments, basis_form, core_form
 from wasi_peft.memory.saved import LowBitSavedTensors
+from wasi_peft.models.calls import features_of
 from wasi_peft.tuner.layer import wasi_layers
 from wasi_peft.updates.base import InitialFactors
 from wasi_peft.updates.core import core_linear
@@ -146,9 +145,8 @@ def test_moments_change_nothing_in_the_model(update: str) -> None:
     adapted_net, batches = copy.deepcopy(net), data()
     state = torch.random.get_rng_state()
     config = WasiConfig(update=update, weight_rank=3)
-    preprocess_wasi(adapted_net, config, batches, repair_steps=0, progress_bar=False)
-    prepared = [vars(m)[INITIAL_FACTORS] for m in adapted_net.modules() if INITIAL_FACTORS in vars(m)]
-    assert prepared and all(each.initial.moments is not None for each in prepared)
+    factors = preprocess_wasi(adapted_net, config, batches, repair_steps=0, progress_bar=False)
+    assert all(initial.moments is not None for initial in factors.initial.values())
     assert all(torch.equal(value, before[name]) for name, value in adapted_net.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in adapted_net.parameters())
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -228,7 +226,7 @@ def test_rounding_changes_only_the_gradient_of_what_trains(update: str) -> None:
         with LowBitSavedTensors("int8", 0) if rounded else nullcontext():
             y = layer(x)
         y.backward(normal(4, 10, y.shape[-1], seed=1).float())
-        trained = layer.wasi_M if update == "core" else layer.wasi_L
-        found[rounded] = x.grad, layer.wasi_form["default"].bias.grad, trained["default"].grad
+        trained = layer.form.M if update == "core" else layer.form.L
+        found[rounded] = x.grad, layer.wasi_form["default"].bias.grad, trained.grad
     assert torch.equal(found[True][0], found[False][0]) and torch.equal(found[True][1], found[False][1])
     assert 0 < relative_error(found[True][2], found[False][2]) < 0.02

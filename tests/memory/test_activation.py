@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from strategies import normal, relative_error
 from torch import Tensor, nn
 
-from wasi_peft import LowBitSavedTensors
+from wasi_peft.memory import LowBitSavedTensors
 from wasi_peft.memory.activation import LIMIT, low_bit_activation
 
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from strategies import relative_error
 from torch import Tensor
 
-from wasi_peft import LowBitSavedTensors
 from wasi_peft.cost.peak import measure_peak_memory
-from wasi_peft.memory import attention
+from wasi_peft.memory import LowBitSavedTensors, attention
 from wasi_peft.memory.attention import attention_gradients, low_bit_attention
 
 

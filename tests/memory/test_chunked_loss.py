@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from wasi_peft import chunked_cross_entropy, measure_peak_memory, remove_chunked_loss, use_chunked_loss
+from wasi_peft import measure_peak_memory
+from wasi_peft.memory import ChunkedLoss, chunked_cross_entropy
 from wasi_peft.memory.loss import DeferredLogits, default_chunk_rows
 
 V, H = 23, 6
@@ -323,7 +324,7 @@ def no_warning_unless_expected() -> Any:
 def test_causal_models_take_the_same_step(name: str, options: dict[str, Any]) -> None:
     model = build(CONFIGS[name]())
     ordinary = step(model, **options)
-    use_chunked_loss(model, chunk_rows=3)
+    ChunkedLoss(3).install(model)
     chunked = step(model, **options)
     assert is_deferred(chunked[0])
     assert_same_step(chunked, ordinary)
@@ -333,7 +334,7 @@ def test_sequence_to_sequence_takes_the_same_step() -> None:
     architecture = ARCHITECTURES["t5"]
     model = architecture.model().train()
     ordinary = step(model, **architecture.batch())
-    use_chunked_loss(model, chunk_rows=3)
+    ChunkedLoss(3).install(model)
     chunked = step(model, **architecture.batch())
     assert is_deferred(chunked[0])
     assert_same_step(chunked, ordinary)
@@ -343,7 +344,7 @@ def test_sequence_to_sequence_takes_the_same_step() -> None:
 def test_models_that_change_their_logits_compute_them(name: str) -> None:
     model = build(TRANSFORMING[name]())
     ordinary = step(model)
-    use_chunked_loss(model)
+    ChunkedLoss().install(model)
     with pytest.warns(UserWarning, match="The logits were computed in full, because '.*(div|mul).*' was applied"):
         changed = step(model)
     assert not isinstance(changed[0].logits, DeferredLogits)
@@ -354,7 +355,7 @@ def test_models_that_change_their_logits_compute_them(name: str) -> None:
 def test_in_half_precision() -> None:
     model = llama().bfloat16()
     ordinary = step(model)
-    use_chunked_loss(model, chunk_rows=3)
+    ChunkedLoss(3).install(model)
     chunked = step(model)
     assert is_deferred(chunked[0])
     assert chunked[0].loss.dtype == torch.float32
@@ -367,7 +368,7 @@ def test_under_autocast() -> None:
     model = llama()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ordinary = model(**tokens())
-        use_chunked_loss(model, chunk_rows=3)
+        ChunkedLoss(3).install(model)
         chunked = model(**tokens())
     assert is_deferred(chunked)
     assert chunked.logits.dtype == torch.bfloat16
@@ -379,17 +380,17 @@ def test_under_autocast() -> None:
 def test_eval_and_removal_leave_everything_as_it_was() -> None:
     model = llama()
     expected = model(**tokens())
-    use_chunked_loss(model)
+    ChunkedLoss().install(model)
     model.eval()
     assert type(model(**tokens()).logits) is Tensor
     torch.testing.assert_close(model(**tokens()).logits, expected.logits)
     ids = tokens()["input_ids"]
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 10)
     model.train()
-    use_chunked_loss(model)  # once more changes nothing
+    ChunkedLoss().install(model)  # once more changes nothing
     assert is_deferred(model(**tokens()))
-    remove_chunked_loss(model)
-    remove_chunked_loss(model)
+    ChunkedLoss().remove(model)
+    ChunkedLoss().remove(model)
     assert type(model(**tokens()).logits) is Tensor
     assert not model.lm_head._forward_pre_hooks
 
@@ -399,7 +400,7 @@ def test_logits_without_labels_are_the_ordinary_ones_when_used(keep: int) -> Non
     model = llama()
     ids = tokens()["input_ids"]
     expected = model(ids, logits_to_keep=keep).logits
-    use_chunked_loss(model)
+    ChunkedLoss().install(model)
     logits = model(ids, logits_to_keep=keep).logits
     assert (logits.shape, logits.dtype, logits.device) == (expected.shape, expected.dtype, expected.device)
     assert (logits.ndim, len(logits), logits.size(-1)) == (3, 2, VOCABULARY)
@@ -438,9 +439,9 @@ def test_losses_written_by_hand(way: str) -> None:
     batch = tokens()
     results = []
     for chunked in (False, True):
-        remove_chunked_loss(model)
+        ChunkedLoss().remove(model)
         if chunked:
-            use_chunked_loss(model, chunk_rows=3)
+            ChunkedLoss(3).install(model)
         logits = model(batch["input_ids"]).logits
         loss = losses_by_hand(logits, batch["labels"])[way]
         if chunked and not way.startswith("chunked"):
@@ -454,7 +455,7 @@ def test_losses_written_by_hand(way: str) -> None:
 
 def test_what_is_done_to_the_logits_in_place_reaches_those_derived_before() -> None:
     model = llama()
-    use_chunked_loss(model)
+    ChunkedLoss().install(model)
     logits = model(**tokens()).logits
     flat = logits.float().view(-1, VOCABULARY)
     with pytest.warns(UserWarning, match="computed in full"):
@@ -467,7 +468,7 @@ def test_without_grad_in_training_mode() -> None:
     model = llama()
     with torch.no_grad():
         expected = model(**tokens())
-        use_chunked_loss(model)
+        ChunkedLoss().install(model)
         output = model(**tokens())
     assert is_deferred(output) and not output.loss.requires_grad
     torch.testing.assert_close(output.loss, expected.loss)
@@ -480,7 +481,7 @@ def test_without_grad_in_training_mode() -> None:
 def test_checkpoint_of_the_whole_model(reentrant: bool) -> None:
     model = llama()
     ordinary = step(model)
-    use_chunked_loss(model, chunk_rows=3)
+    ChunkedLoss(3).install(model)
     batch = tokens()
     model.zero_grad()
 
@@ -496,7 +497,7 @@ def test_checkpoint_of_the_whole_model(reentrant: bool) -> None:
 
 def test_an_exception_leaves_nothing_behind() -> None:
     model = llama()
-    use_chunked_loss(model)
+    ChunkedLoss().install(model)
     expected = step(model)
     with pytest.raises(ValueError, match="labels must be"):
         model(**{**tokens(), "labels": torch.full((2, 7), VOCABULARY)})
@@ -510,12 +511,12 @@ def test_an_exception_leaves_nothing_behind() -> None:
 
 def test_copies_pickles_and_checkpoints(tmp_path: Path) -> None:
     model = llama()
-    use_chunked_loss(model, chunk_rows=3)
+    ChunkedLoss(3).install(model)
     expected = step(model)
     for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert is_deferred(step(duplicate)[0])
         assert_same_step(step(duplicate), expected)
-        remove_chunked_loss(duplicate)
+        ChunkedLoss().remove(duplicate)
         assert type(duplicate(**tokens()).logits) is Tensor
     assert is_deferred(model(**tokens()))
     model.save_pretrained(tmp_path)
@@ -537,17 +538,17 @@ def test_peft_models(kind: str, before: bool, tmp_path: Path) -> None:
     ordinary = step(adapted(llama()).train())
     model = llama()
     if before:
-        use_chunked_loss(model, chunk_rows=3)
+        ChunkedLoss(3).install(model)
     model = adapted(model).train()
     if not before:
-        use_chunked_loss(model, chunk_rows=3)
+        ChunkedLoss(3).install(model)
     chunked = step(model)
     assert is_deferred(chunked[0])
     assert_same_step(chunked, ordinary)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).train()
     torch.testing.assert_close(step(loaded)[0].loss, ordinary[0].loss)
-    remove_chunked_loss(model)
+    ChunkedLoss().remove(model)
     assert type(model(**tokens()).logits) is Tensor
 
 
@@ -558,21 +559,21 @@ def test_an_adapter_on_the_head_is_left_alone() -> None:
 
     ordinary = step(adapted(llama()))
     model = llama()
-    use_chunked_loss(model)
+    ChunkedLoss().install(model)
     model = adapted(model)
     with pytest.warns(UserWarning, match="computed in full, because '.*add.*' was applied"):
         assert_same_step(step(model), ordinary)
     with pytest.raises(ValueError, match=r"plain linear layer without an adapter.*got peft.tuners.lora"):
-        use_chunked_loss(model)
+        ChunkedLoss().install(model)
 
 
 def test_models_without_a_head_are_refused() -> None:
     for model in (llama().model, nn.Linear(3, 3)):
         with pytest.raises(ValueError, match="must have an output embedding"):
-            use_chunked_loss(model)
+            ChunkedLoss().install(model)
     model = llama()
-    with pytest.raises(ValueError, match="chunk_rows"):
-        use_chunked_loss(model, chunk_rows=0)
+    with pytest.raises(ValueError, match="rows must be an integer of at least 1, or None, got 0"):
+        ChunkedLoss(0).install(model)
     assert not model.lm_head._forward_pre_hooks
 
 
@@ -586,7 +587,7 @@ def test_a_training_step_peaks_lower() -> None:
 
     logits_bytes = 4 * tokens()["input_ids"].numel() * config.vocab_size
     ordinary = peak()
-    use_chunked_loss(model, chunk_rows=1)
+    ChunkedLoss(1).install(model)
     assert ordinary - peak() > 2.5 * logits_bytes
 
 
@@ -610,7 +611,7 @@ def test_trainer(smoothing: float, tmp_path: Path) -> None:
     def run(chunked: bool) -> tuple[list[float], dict[str, float], Any, Any]:
         model = llama()
         if chunked:
-            use_chunked_loss(model, chunk_rows=3)
+            ChunkedLoss(3).install(model)
         arguments = tf.TrainingArguments(
             str(tmp_path / str(chunked)),
             per_device_train_batch_size=2,

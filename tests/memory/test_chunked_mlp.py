@@ -13,8 +13,9 @@ from models import ARCHITECTURES, wasi_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from wasi_peft import SubspaceSGD, chunk_mlps, measure_peak_memory, unchunk_mlps
-from wasi_peft.memory.chunked_mlp import is_position_wise
+from wasi_peft import SubspaceSGD, measure_peak_memory
+from wasi_peft.memory import ChunkedMLPs
+from wasi_peft.models.position_wise import is_position_wise
 
 EXPECTED = {
     "vit": ["vit.layers.0.mlp", "vit.layers.1.mlp"],
@@ -49,7 +50,9 @@ def test_the_step_is_the_same(name: str, recompute: bool) -> None:
     state = model.state_dict().keys()
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert chunk_mlps(model, chunk_rows=3) == EXPECTED[name]
+    ChunkedMLPs(3).install(model)
+    assert list(ChunkedMLPs.find(model)) == EXPECTED[name]
+    assert [each for each, module in model.named_modules() if "forward" in vars(module)] == EXPECTED[name]
     assert all(module.training for module in model.modules())
     torch.testing.assert_close(step(model, batch), ordinary, rtol=1e-4, atol=1e-6)
     assert model.state_dict().keys() == state
@@ -67,12 +70,12 @@ def test_peft_models(kind: str, before: bool) -> None:
     ordinary = step(adapted(model), batch)
     model, _ = built("llama")
     if before:
-        names = chunk_mlps(model, chunk_rows=3)
+        ChunkedMLPs(3).install(model)
         model = adapted(model)
     else:
         model = adapted(model)
-        names = chunk_mlps(model, chunk_rows=3)
-    assert len(names) == 2
+        ChunkedMLPs(3).install(model)
+    assert len(ChunkedMLPs.find(model)) == 2
     torch.testing.assert_close(step(model, batch), ordinary, rtol=1e-4, atol=1e-5)
 
 
@@ -81,7 +84,7 @@ def test_the_product_gradient_of_the_papers_step_is_that_of_all_chunks() -> None
     for chunked in (False, True):
         model, batch = built("llama")
         if chunked:
-            chunk_mlps(model, chunk_rows=3)
+            ChunkedMLPs(3).install(model)
         model = wasi_model(model).train()
         optimizer = SubspaceSGD(model, lr=0.1)
         model(**batch).loss.backward()
@@ -92,30 +95,37 @@ def test_the_product_gradient_of_the_papers_step_is_that_of_all_chunks() -> None
 
 def test_chunks_are_what_the_mlp_sees() -> None:
     model, batch = built("llama")
-    chunk_mlps(model, chunk_rows=5)
+    ChunkedMLPs(5).install(model)
     seen: list[int] = []
     mlp = model.model.layers[0].mlp
-    mlp.up_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
+    forward = mlp.up_proj.forward
+    mlp.up_proj.forward = lambda x: seen.append(x.shape[-2]) or forward(x)
     with torch.no_grad():
         model.eval()(**batch)
-    assert seen == [5, 5, 5, 5, 5, 3]  # of 4 x 7 tokens
-    seen.clear()
-    with torch.no_grad():
+        assert seen == [5, 5, 5, 5, 5, 3]  # of 4 x 7 tokens
+        seen.clear()
         mlp(torch.zeros(1, 4, 16))
-    assert seen == [4]
+        assert seen == [4]
+        seen.clear()
+        handle = mlp.down_proj.register_forward_hook(lambda *_: None)
+        mlp(torch.zeros(1, 8, 16))
+        assert seen == [8]  # what the hook records is of all tokens
+        handle.remove()
+        mlp(torch.zeros(1, 8, 16))
+        assert seen == [8, 5, 3]
 
 
 def test_copies_pickles_and_undoing() -> None:
     model, batch = built("llama")
-    chunk_mlps(model, chunk_rows=3)
+    ChunkedMLPs(3).install(model)
     for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         mlp = duplicate.model.layers[0].mlp
-        assert mlp.forward.args[0] is mlp
+        assert mlp.forward.__self__ is mlp
         torch.testing.assert_close(step(duplicate, batch), step(model, batch))
-    chunk_mlps(model, chunk_rows=4)  # again: another size
-    assert model.model.layers[0].mlp.forward.args[1] == 4
-    unchunk_mlps(model)
-    unchunk_mlps(model)
+    ChunkedMLPs(4).install(model)  # again: another size
+    assert model.model.layers[0].mlp.forward.run.rows == 4 and model.model.layers[0].mlp.forward.inner.replaced is None
+    ChunkedMLPs().remove(model)
+    ChunkedMLPs().remove(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
@@ -137,19 +147,19 @@ def test_the_peak_of_a_recomputed_block_is_lower() -> None:
         return measure_peak_memory(lambda: step(model, {"input_ids": ids, "labels": ids})).peak_bytes
 
     ordinary = peak()
-    chunk_mlps(model, chunk_rows=32)
+    ChunkedMLPs(32).install(model)
     assert peak() < 0.6 * ordinary
 
 
 def test_compressed_inputs_are_refused_and_left_alone() -> None:
     model, batch = built("llama")
     compressed = wasi_model(model, activation_ranks=4)
-    with pytest.raises(ValueError, match=r"mlp: its WASI layers keep compressed inputs"):
-        chunk_mlps(compressed)
+    with pytest.raises(ValueError, match=r"mlp: its layers need whole batches"):
+        ChunkedMLPs().install(compressed)
     assert not any("forward" in module.__dict__ for module in compressed.modules())
     expected = step(compressed.train(), batch)
     model, _ = built("llama")
-    chunk_mlps(model, chunk_rows=3)
+    ChunkedMLPs(3).install(model)
     torch.testing.assert_close(step(wasi_model(model, activation_ranks=4).train(), batch), expected)
 
 
@@ -185,13 +195,20 @@ def test_position_wise_modules_are_told_by_trying(dtype: torch.dtype) -> None:
 
 
 def test_bad_input_changes_nothing() -> None:
-    model, _ = built("llama")
     for rows in (0, 1.5, True):
-        with pytest.raises(ValueError, match=f"chunk_rows must be an integer of at least 1, got {rows}"):
-            chunk_mlps(model, chunk_rows=rows)
+        with pytest.raises(ValueError, match=f"rows must be an integer of at least 1, got {rows}"):
+            ChunkedMLPs(rows)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no module inside the blocks of Linear"):
-        chunk_mlps(nn.Linear(3, 3))
-    model.model.layers[1].mlp.forward = model.model.layers[1].mlp.forward
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp: its forward was replaced"):
-        chunk_mlps(model)
-    assert "forward" not in model.model.layers[0].mlp.__dict__
+        ChunkedMLPs().install(nn.Linear(3, 3))
+
+
+def test_a_module_says_whether_it_needs_whole_batches() -> None:
+    class Whole(nn.Linear):
+        needs_whole_batches = True
+
+    model, _ = built("llama")
+    model.model.layers[1].mlp.up_proj = Whole(16, 24, bias=False)
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp: its layers need whole batches"):
+        ChunkedMLPs().install(model)
+    model.model.layers[1].mlp.up_proj.needs_whole_batches = False
+    ChunkedMLPs().install(model)

@@ -26,9 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 import wasi_peft.linalg.tucker as tucker_module
 import wasi_peft.memory.recompute as recompute_module
 import wasi_peft.tuner.layer as layer_module
-from wasi_peft import BlockRecomputation, WasiConfig, create_wasi_optimizer, measure_peak_memory, recompute_blocks
+from wasi_peft import WasiConfig, create_wasi_optimizer, measure_peak_memory
+from wasi_peft.memory import BlockRecomputation, RecomputedBlocks
 from wasi_peft.memory.quantization import KINDS, bits_per_value, dequantize, quantize
-from wasi_peft.memory.recompute import stop_recomputation
+from wasi_peft.memory.wrapping import Around
 from wasi_peft.tuner.layer import wasi_layers
 
 WIDTH = 32
@@ -115,7 +116,7 @@ def test_models_with_dropout_train_as_if_stored(name: str) -> None:
     assert not torch.equal(step(model, batch, seed=6)[0], loss) or not any(
         isinstance(module, nn.Dropout) for module in model.modules()
     )
-    recompute_blocks(model)
+    RecomputedBlocks().install(model)
     actual_loss, actual = step(model, batch)
     torch.testing.assert_close(actual_loss, loss)
     assert_same(actual, expected, rtol=1e-4, atol=1e-5)
@@ -127,7 +128,7 @@ def test_rounding_leaves_the_forward_pass_alone(name: str, kind: str) -> None:
     architecture = ARCHITECTURES[name]
     model, batch = architecture.model(), architecture.batch()
     loss, expected = step(model, batch)
-    recompute_blocks(model, kind)
+    RecomputedBlocks(kind).install(model)
     actual_loss, actual = step(model, batch)
     assert torch.equal(actual_loss, loss)
     assert all((left is None) == (right is None) for left, right in zip(actual, expected, strict=True))
@@ -138,11 +139,11 @@ def test_rounding_leaves_the_forward_pass_alone(name: str, kind: str) -> None:
 def test_it_can_be_undone_copied_and_pickled(name: str) -> None:
     architecture = ARCHITECTURES[name]
     model, batch = architecture.model(), architecture.batch()
-    recompute_blocks(model, "int8")
+    RecomputedBlocks("int8").install(model)
     _, rounded = step(model, batch)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(step(twin, batch)[1], rounded)
-    stop_recomputation(model)
+    RecomputedBlocks().remove(model)
     _, exact = step(model, batch)
     assert_same(exact, step(architecture.model(), batch)[1])
     assert any(not torch.equal(left, right) for left, right in zip(exact, rounded, strict=True) if left is not None)
@@ -150,7 +151,7 @@ def test_it_can_be_undone_copied_and_pickled(name: str) -> None:
 
 def test_only_training_recomputes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = ARCHITECTURES["vit"].model(), ARCHITECTURES["vit"].batch()
-    recompute_blocks(model)
+    RecomputedBlocks().install(model)
     kept: list[str] = []
     monkeypatch.setattr(
         recompute_module,
@@ -167,25 +168,132 @@ def test_only_training_recomputes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(kept) >= 2
 
 
-def test_models_without_the_extension_point_are_refused() -> None:
-    model = ARCHITECTURES["vit"].model()
-    with pytest.raises(ValueError, match=r"kind must be one of 'exact', .*, got 'int7'"):
-        recompute_blocks(model, "int7")
-    with pytest.raises(ValueError, match="got 3"):
-        BlockRecomputation(3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="needs a transformers model, got Block"):
-        recompute_blocks(block())
-    unable = ARCHITECTURES["bert"].model()
-    unable.supports_gradient_checkpointing = False
-    with pytest.raises(ValueError, match="with gradient checkpointing, got BertForSequenceClassification"):
-        recompute_blocks(nn.ModuleList([model, unable]))
-    assert not model.is_activation_checkpointing
+def recomputed(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module.__dict__.get("forward"), Around)]
+
+
+def test_bad_input_changes_nothing() -> None:
+    for make in (BlockRecomputation, RecomputedBlocks):
+        with pytest.raises(ValueError, match=r"kind must be one of 'exact', .*, got 'int7'"):
+            make("int7")
+        with pytest.raises(ValueError, match="got 3"):
+            make(3)  # type: ignore[arg-type]
+    module = block()
+    with pytest.raises(ValueError, match=r"must have transformer blocks, .* got Block without any"):
+        RecomputedBlocks().install(module)
+    assert not recomputed(module)
 
 
 def test_every_model_inside_a_module_takes_part() -> None:
     towers = nn.ModuleList([ARCHITECTURES["vit"].model(), ARCHITECTURES["bert"].model()])
-    recompute_blocks(towers)
-    assert all(tower.is_activation_checkpointing for tower in towers)
+    RecomputedBlocks().install(towers)
+    assert recomputed(towers) == [
+        *("0.vit.layers.0", "0.vit.layers.1"),
+        *("1.bert.encoder.layer.0", "1.bert.encoder.layer.1"),
+    ]
+
+
+class Stack(nn.Module):
+    """A model that is none of transformers'."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(**options) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Any:
+        return type("Output", (), {"loss": self.blocks(x).square().mean()})
+
+
+def test_any_model_with_blocks_can_recompute() -> None:
+    torch.manual_seed(0)
+    model, batch = Stack(), {"x": values(4, 5, WIDTH, requires_grad=False)}
+    expected = step(model, batch)
+    RecomputedBlocks().install(model)
+    actual = step(model, batch)
+    assert_same([actual[0], *actual[1]], [expected[0], *expected[1]])
+
+
+def test_the_gradient_checkpointing_of_a_model_stays_in_charge(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = ARCHITECTURES["llama"].model(), ARCHITECTURES["llama"].batch()
+    expected = step(model, batch)
+    RecomputedBlocks("int4").install(model)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    actual = step(model, batch)
+    assert_same([actual[0], *actual[1]], [expected[0], *expected[1]])  # nothing is rounded
+    model.activation_checkpointing_disable()
+    assert any(not torch.equal(a, b) for a, b in zip(step(model, batch)[1], expected[1], strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_blocks_get_no_cache_to_which_they_would_add_twice(name: str) -> None:
+    model, batch = ARCHITECTURES[name].model(), ARCHITECTURES[name].batch()
+    assert model.config.use_cache
+    _, expected = step(model, batch)
+    RecomputedBlocks().install(model)
+    _, actual = step(model, batch)
+    assert_same(actual, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert model.eval()(**batch).past_key_values.get_seq_length() == batch["input_ids"].shape[1] or name == "t5"
+
+
+def test_the_embeddings_need_no_gradient() -> None:
+    """PEFT's hook for models that checkpoint would change what they return."""
+    model = get_peft_model(ARCHITECTURES["swin"].model(), WasiConfig(weight_rank=4, memory_mode="small")).train()
+    embeddings = model.get_submodule("base_model.model.swin.embeddings")
+    assert not embeddings._forward_hooks
+    assert recomputed(model)
+
+
+@pytest.mark.parametrize("hook", ["forward", "pre"])
+def test_what_is_recorded_inside_a_block_keeps_its_gradient(hook: str) -> None:
+    torch.manual_seed(0)
+    model, x = Stack(dropout=0.0).train(), values(4, 5, WIDTH, requires_grad=False)
+    recorded: list[Tensor] = []
+    up = model.blocks[1].up
+    if hook == "forward":
+        up.register_forward_hook(lambda module, args, output: recorded.append(output))
+    else:
+        up.register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
+
+    def auxiliary() -> list[Tensor | None]:
+        model.zero_grad()
+        recorded.clear()
+        loss = model(x).loss
+        assert len(recorded) == 1 and recorded[0].shape[:2] == (4, 5)
+        (loss + recorded[0].square().mean()).backward()
+        return gradients(model)
+
+    expected = auxiliary()
+    RecomputedBlocks("int8").install(model)
+    actual = auxiliary()
+    flat = [torch.cat([gradient.flatten() for gradient in each]) for each in (actual, expected)]
+    assert 0 < float((flat[0] - flat[1]).norm() / flat[1].norm()) < 0.02  # the other blocks' inputs are rounded
+
+
+@pytest.mark.parametrize("mode", ["fast", "small"])
+def test_router_logits_are_of_whole_batches_and_have_their_gradient(mode: str) -> None:
+    """Collected by transformers' own hooks while the configuration says so."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "use_cache": False}
+    config = tf.MixtralConfig(**sizes, **heads, output_router_logits=True, router_aux_loss_coef=1.0)
+    ids = torch.randint(50, (8, 420), generator=torch.Generator().manual_seed(0))  # more than a slice
+
+    def run(mode: str) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        model = tf.MixtralForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        model = get_peft_model(model, WasiConfig(weight_rank=8, memory_mode=mode)).train()
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        output = model(input_ids=ids, output_router_logits=False)  # the hooks are there, but asleep
+        assert output.router_logits is None
+        found = [p.grad.flatten() for name, p in model.named_parameters() if "wasi_" in name and p.grad is not None]
+        return output.logits + 0, torch.cat(found)
+
+    (logits, expected), (other, actual) = run("exact"), run(mode)
+    torch.testing.assert_close(other, logits, rtol=1e-3, atol=1e-4)
+    assert float((actual - expected).norm() / expected.norm()) < 0.1
 
 
 # -------------------------------------------------------------------- rounding
@@ -457,7 +565,7 @@ def test_an_exception_in_the_inner_backward_wakes_the_hooks() -> None:
 
 def test_steps_without_backward_leave_nothing() -> None:
     model, batch = ARCHITECTURES["vit"].model().train(), ARCHITECTURES["vit"].batch()
-    recompute_blocks(model, "int8")
+    RecomputedBlocks("int8").install(model)
     measured = []
     for number in range(20):
         model(**batch)
@@ -658,7 +766,7 @@ def test_distributed_data_parallel(find_unused: bool) -> None:
     architecture = ARCHITECTURES["bert"]
     expected = step(architecture.model(), architecture.batch())[1]
     model = architecture.model()
-    recompute_blocks(model)
+    RecomputedBlocks().install(model)
     parallel = DistributedDataParallel(model, find_unused_parameters=find_unused)
     for _ in range(2):  # the reducer rebuilds its buckets in the second step
         _, actual = step(parallel, architecture.batch())
@@ -698,7 +806,7 @@ def train(model: Any, name: str, steps: int = 3) -> tuple[list[float], list[Tens
 def test_compressed_layers_train_as_if_stored(name: str, update: str) -> None:
     losses, state = train(adapted(name, update=update), name)
     model = adapted(name, update=update)
-    recompute_blocks(model)
+    RecomputedBlocks().install(model)
     actual_losses, actual_state = train(model, name)
     assert actual_losses == pytest.approx(losses, rel=1e-4)
     assert_same(actual_state, state, rtol=1e-3, atol=1e-4)
@@ -719,7 +827,7 @@ def test_the_pass_that_is_thrown_away_compresses_nothing(monkeypatch: pytest.Mon
     monkeypatch.setattr(layer_module, "compress", counted_compress)
     monkeypatch.setattr(tucker_module, "subspace_iteration", counted_iterate)
     model = adapted()
-    recompute_blocks(model)
+    RecomputedBlocks().install(model)
     loss = model(**ARCHITECTURES["vit"].batch()).loss
     assert counted["compress"] == 0
     loss.backward()
@@ -753,7 +861,7 @@ def trainer_run(
 ) -> tuple[list[float], list[Tensor]]:
     model = adapted(update=update)
     if how == "blocks":
-        recompute_blocks(model, kind)
+        RecomputedBlocks(kind).install(model)
     batch = ARCHITECTURES["vit"].batch(16)
     arguments = tf.TrainingArguments(
         output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
@@ -817,7 +925,7 @@ def peak_of_a_step(name: str, how: str, layers: int = 8) -> int:
         function = functools.partial(torch_checkpoint.checkpoint, use_reentrant=False)
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     elif how != "stored":
-        recompute_blocks(model, how)
+        RecomputedBlocks(how).install(model)
 
     def run() -> None:
         model.zero_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
 from typing import Any
 
 import pytest
@@ -13,42 +12,36 @@ from models import ARCHITECTURES, Architecture
 from torch import Tensor, nn
 
 from wasi_peft.cost.peak import measure_peak_memory
-from wasi_peft.memory import slices
-from wasi_peft.memory.recompute import BlockRecomputation, recompute_blocks, stop_recomputation
-from wasi_peft.memory.slices import BatchSlices, slice_blocks, unslice_blocks
+from wasi_peft.memory import BatchSlices, BlockRecomputation, RecomputedBlocks, SlicedBlocks
+from wasi_peft.memory.pieces import _NothingRandom, _samples_apart
+from wasi_peft.memory.wrapping import Around, Forward
+from wasi_peft.models.structure import Structure
 
 
-@pytest.fixture(autouse=True)
-def _fresh_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slices, "_verdicts", {})
+def in_slices(run: Any, rows: int) -> Any:
+    """What runs a block in slices, each by `run`."""
+    slices = BatchSlices(rows)
 
+    def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return slices(Around(run, Forward(block)), *args, **kwargs)
 
-def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
-
-
-class Recorder:
-    """Calls blocks and notes how many samples each call had."""
-
-    def __init__(self) -> None:
-        self.samples: list[int] = []
-
-    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        self.samples.append(len(args[0]))
-        return function(*args, **kwargs)
+    return call
 
 
 class Block(nn.Module):
-    """What a transformer block may do with its arguments."""
+    """What a transformer block may do with its arguments; notes how many samples each call that counts had."""
 
     def __init__(self, mixes: str = "") -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
         self.mixes = mixes
+        self.samples: list[int] = []
         if mixes == "batch norm":
             self.norm = nn.BatchNorm1d(4)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None, table: Any = None, cache: Any = None) -> Any:
+        if torch.is_grad_enabled():  # not while it is judged
+            self.samples.append(len(hidden))
         out = self.linear(hidden)
         if mask is not None:
             out = out * mask
@@ -72,12 +65,13 @@ def gradients(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str
 @pytest.mark.parametrize("mixes", ["", "tuple"])
 @pytest.mark.parametrize("samples", [2, 5, 6])
 def test_same_result_in_slices(samples: int, mixes: str) -> None:
-    block, recorder = Block(mixes), Recorder()
+    block = Block(mixes)
     hidden = torch.randn(samples, 3, 4, requires_grad=True)
     mask, table = torch.rand(samples, 1, 1), (torch.randn(3, 4), None)
     whole = block(hidden, mask, table=table)
-    sliced = BatchSlices(recorder, rows=6)(block, hidden, mask, table=table)
-    assert sum(recorder.samples) == samples and max(recorder.samples) <= 2
+    block.samples.clear()
+    sliced = BatchSlices(rows=6)(block, hidden, mask, table=table)
+    assert sum(block.samples) == samples and max(block.samples) <= 2
     if mixes == "tuple":
         assert sliced[1] is None
         whole, sliced = whole[0], sliced[0]
@@ -90,69 +84,195 @@ def test_same_result_in_slices(samples: int, mixes: str) -> None:
 
 @pytest.mark.parametrize("mixes", ["samples", "batch norm"])
 def test_a_block_whose_samples_meet_is_not_sliced(mixes: str) -> None:
-    block, recorder = Block(mixes), Recorder()
-    state = copy.deepcopy(block.state_dict())
-    hidden = torch.randn(6, 3, 4)
-    assert torch.equal(BatchSlices(recorder, rows=6)(block, hidden), copy.deepcopy(block)(hidden))
-    assert recorder.samples == [6]
-    assert mixes == "batch norm" or all(torch.equal(state[key], value) for key, value in block.state_dict().items())
+    block, hidden = Block(mixes), torch.randn(6, 3, 4)
+    twin = copy.deepcopy(block)
+    assert torch.equal(BatchSlices(rows=6)(block, hidden), twin(hidden))
+    assert block.samples == [6]
+    assert all(torch.equal(twin.state_dict()[key], value) for key, value in block.state_dict().items())
 
 
 def test_a_table_as_long_as_the_batch_is_not_taken_for_samples() -> None:
     """Its first dimension is the batch's by accident; slices of it would be added to the wrong tokens, or fail."""
-    block, recorder = Block(), Recorder()
+    block = Block()
     hidden, table = torch.randn(6, 6, 4), (torch.randn(6, 4),)
-    assert torch.equal(BatchSlices(recorder, rows=12)(block, hidden, table=table), block(hidden, table=table))
-    assert recorder.samples == [6]
+    assert torch.equal(BatchSlices(rows=12)(block, hidden, table=table), copy.deepcopy(block)(hidden, table=table))
+    assert block.samples == [6]
 
 
 @pytest.mark.parametrize(
-    "reason", ["cache", "hook", "no grad", "one sample", "few rows", "two dimensions", "no module"]
+    "reason", ["cache", "hook", "inner hook", "inner pre-hook", "no grad", "one sample", "few rows", "two dimensions"]
 )
 def test_what_is_called_whole(reason: str) -> None:
-    block, recorder = Block(), Recorder()
+    block = Block()
     hidden = torch.randn(1 if reason == "one sample" else 6, 3, 4)
     hidden = hidden[:, 0] if reason == "two dimensions" else hidden
     kwargs = {"cache": object()} if reason == "cache" else {}
+    lengths: list[int] = []
     if reason == "hook":
-        block.register_forward_hook(lambda module, args, output: None)
-    function = (lambda x: block(x)) if reason == "no module" else block
+        block.register_forward_hook(lambda module, args, output: lengths.append(len(output)))
+    if reason == "inner hook":
+        block.linear.register_forward_hook(lambda module, args, output: lengths.append(len(output)))
+    if reason == "inner pre-hook":
+        block.linear.register_forward_pre_hook(lambda module, args: lengths.append(len(args[0])))
     with torch.set_grad_enabled(reason != "no grad"):
-        out = BatchSlices(recorder, rows=18 if reason == "few rows" else 6)(function, hidden, **kwargs)
-    assert recorder.samples == [len(hidden)]
+        out = BatchSlices(rows=18 if reason == "few rows" else 6)(block, hidden, **kwargs)
+    assert block.samples == ([] if reason == "no grad" else [len(hidden)])
+    assert "hook" not in reason or lengths == [6]
     assert torch.equal(out, block(hidden))
 
 
-def test_the_comparison_happens_once_for_a_class_and_leaves_no_trace() -> None:
-    block, other, recorder = Block(), Block(), Recorder()
-    calls = []
-    block.linear.register_forward_hook(lambda *_: calls.append(1))
-    hidden = torch.randn(4, 3, 4)
+def test_no_module_is_called_whole() -> None:
+    block, hidden = Block(), torch.randn(6, 3, 4)
+    BatchSlices(rows=6)(lambda x: block(x), hidden)
+    assert block.samples == [6]
+
+
+def test_the_comparison_happens_once_for_a_block_and_form_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    from wasi_peft.memory import pieces
+
+    judged: list[nn.Module] = []
+    monkeypatch.setattr(
+        pieces, "_samples_apart", lambda block, call: judged.append(block) or _samples_apart(block, call)
+    )
+    block, other, hidden = Block(), Block(), torch.randn(4, 3, 4)
+    slices = BatchSlices(rows=6)
+    slices(block, hidden)
+    slices(block, torch.randn(6, 3, 4))
+    assert judged == [block] and block.training and block.linear.training
+    slices(other, hidden)
+    slices(block, hidden, torch.ones(4, 1, 1))
+    slices(block.eval(), hidden)
+    assert judged == [block, other, block, block]
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(slices)))
+    assert copied.rows == 6 and not copied._verdicts
+
+
+def test_judging_draws_no_random_numbers() -> None:
+    class Jittered(Block):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(hidden) + (0 if torch.is_grad_enabled() else 1e-6 * torch.randn(()))
+
+    block, hidden = Jittered(), torch.randn(4, 3, 4)
     before = torch.get_rng_state()
-    run = BatchSlices(recorder, rows=6)
-    run(block, hidden)
-    assert len(calls) == 1 + 2 + 2 and block.training and block.linear.training
-    run(block, hidden)
-    run(other, hidden)
-    assert len(calls) == 1 + 2 + 2 + 2
+    BatchSlices(rows=6)(block, hidden)
+    assert block.samples == [2, 2]
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_verdicts_are_those_of_the_block_and_not_of_its_class() -> None:
+    """An ordinary Sequential first, then one that mixes samples."""
+
+    class Centered(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden - hidden.mean(0, keepdim=True)
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), part) for part in (nn.GELU(), Centered())])
+    hidden = torch.randn(6, 3, 4)
+    expected = model.layers[1](model.layers[0](hidden))
+    SlicedBlocks(rows=6).install(model)
+    assert torch.allclose(model.layers[1](model.layers[0](hidden)), expected, atol=1e-6)
+
+
+class Noisy(nn.Module):
+    """Dropout in all its forms."""
+
+    def __init__(self, centered_in: str = "") -> None:
+        super().__init__()
+        self.linear, self.dropout, self.centered_in = nn.Linear(4, 4), nn.Dropout(0.5), centered_in
+        self.samples: list[int] = []
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.samples.append(len(hidden))
+        x = self.dropout(self.linear(hidden))
+        x = torch.nn.functional.dropout(x, 0.3, self.training)
+        x = torch.nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], dropout_p=0.3)[:, 0]
+        if self.training:  # stochastic depth, in both common forms
+            x = x * torch.floor(0.9 + torch.rand(len(x), 1, 1)) / 0.9
+            x = x * x.new_empty(len(x), 1, 1).bernoulli_(0.9)
+        mode = "training" if self.training else "evaluation"
+        return x - x.mean(0, keepdim=True) if self.centered_in == mode else x
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("centered_in", ["", "training", "evaluation"])
+def test_a_block_is_judged_in_its_own_mode_and_dropout_does_not_matter(centered_in: str, training: bool) -> None:
+    block = Noisy(centered_in).train(training)
+    BatchSlices(rows=6)(block, torch.randn(6, 3, 4))
+    assert block.samples == ([6] if centered_in == ("training" if training else "evaluation") else [2, 2, 2])
+
+
+def test_nothing_is_random_while_judging() -> None:
+    block, hidden = Noisy(), torch.randn(6, 3, 4)
+    with _NothingRandom():
+        first, second = block(hidden), block(hidden)
+    assert torch.equal(first, second) and not torch.equal(first, block(hidden))
+
+
+def test_a_tensor_that_holds_the_batch_times_something_is_looked_at() -> None:
+    """Such as a bias of shape (batch * heads, n, n), which is not cut; without it the block can be sliced."""
+
+    class Biased(Block):
+        def forward(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+            out = super().forward(hidden)
+            return out if bias is None else out + bias.view(len(bias) // 2, 2, 3, 3).sum((1, 3))[: len(out), :, None]
+
+    block, hidden, bias = Biased(), torch.randn(6, 3, 4), torch.randn(12, 3, 3)
+    slices = BatchSlices(rows=6)
+    slices(block, hidden)
+    assert block.samples == [2, 2, 2]
+    assert torch.equal(slices(block, hidden, bias), copy.deepcopy(block)(hidden, bias))
+
+
+def test_experts_with_a_capacity_are_never_sliced() -> None:
+    """Also where the first batch does not fill them."""
+
+    class Capacity(Block):
+        def forward(self, hidden: Tensor) -> Tensor:
+            rows = super().forward(hidden).flatten(0, 1)
+            expert = rows[:, 0] > 0
+            place = torch.where(expert, expert.cumsum(0), (~expert).cumsum(0))
+            return (rows * (place <= 12)[:, None]).view_as(hidden)
+
+    block = Capacity()
+    nn.init.eye_(block.linear.weight)
+    nn.init.zeros_(block.linear.bias)
+    hidden = torch.randn(6, 3, 4)
+    hidden[:, :, 0] = torch.tensor([1.0, -1.0, 1.0]) * torch.tensor([1.0, -1.0] * 3)[:, None]  # 9 tokens each
+    BatchSlices(rows=6)(block, hidden)
+    assert block.samples == [6]
+
+
+def test_running_statistics_are_kept_once() -> None:
+    """A buffer that changes in a forward pass would change once for every slice, and while judging."""
+
+    class Counting(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(hidden)
+
+    block = Counting()
+    BatchSlices(rows=6)(block, torch.randn(6, 3, 4))
+    assert block.calls == 1 and block.samples == [6]
 
 
 @pytest.mark.parametrize("rows", [0, -1, 1.5, True])
 def test_rows_must_be_a_positive_integer(rows: Any) -> None:
-    with pytest.raises(ValueError, match=rf"rows must be an integer of at least 1, got {rows}"):
-        BatchSlices(call, rows)
-    with pytest.raises(ValueError, match="rows must be"):
-        slice_blocks(ARCHITECTURES["vit"].model(), rows)
-    model = ARCHITECTURES["vit"].model()
-    with pytest.raises(ValueError, match=rf"rows must be an integer of at least 1, got {rows}"):
-        slice_blocks(model, mlp_rows=rows)
-    assert not any("forward" in module.__dict__ for module in model.modules())
+    for make in (BatchSlices, SlicedBlocks):
+        with pytest.raises(ValueError, match=rf"rows must be an integer of at least 1, got {rows}"):
+            make(rows)
+    with pytest.raises(ValueError, match=rf"mlp_rows must be an integer of at least 1, got {rows}"):
+        SlicedBlocks(mlp_rows=rows)
 
 
 def test_a_failure_reaches_the_caller() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        BatchSlices(call, rows=6)(Block(), torch.randn(4, 3, 5))
+        BatchSlices(rows=6)(Block(), torch.randn(4, 3, 5))
 
 
 # -------------------------------------------------------------------------------- models
@@ -162,27 +282,38 @@ def test_a_failure_reaches_the_caller() -> None:
 def test_models_give_the_same_gradients_in_slices(architecture: Architecture, rows: dict[str, int]) -> None:
     model, batch = architecture.model(), architecture.batch()
     loss, exact = gradients(model, batch)
-    names = slice_blocks(model, **rows)
+    SlicedBlocks(**rows).install(model)
+    assert "forward" in vars(model.get_submodule(next(iter(Structure(model).stages))))
     sliced_loss, sliced = gradients(model, batch)
     assert torch.allclose(loss, sliced_loss, atol=1e-6)
     for name, grad in exact.items():
         assert torch.allclose(sliced[name], grad, atol=1e-5 * float(grad.abs().max()) + 1e-7), name
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     assert torch.equal(gradients(copied, batch)[0], sliced_loss)
-    unslice_blocks(model)
-    assert names and not any("forward" in module.__dict__ for module in model.modules())
+    SlicedBlocks().remove(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
     assert torch.equal(gradients(model, batch)[0], loss)
 
 
-@pytest.mark.parametrize("name", ["vit.layers.1", "vit.layers.1.mlp"])
-def test_a_replaced_forward_is_refused_before_anything_changes(name: str) -> None:
-    model = ARCHITECTURES["vit"].model()
-    module = model.get_submodule(name)
-    module.forward = module.forward
-    message = rf"{re.escape(name)}: its forward was replaced by .*, which must be undone first"
-    with pytest.raises(ValueError, match=message):
-        slice_blocks(model, mlp_rows=8)
-    assert [each for each, part in model.named_modules() if "forward" in part.__dict__] == [name]
+def test_a_forward_that_was_replaced_is_called_and_comes_back() -> None:
+    """As accelerate replaces it, to move the arguments between devices."""
+    model, batch = ARCHITECTURES["vit"].model(), ARCHITECTURES["vit"].batch(6)
+    block = model.get_submodule("vit.layers.1")
+    original, lengths = block.forward, []
+
+    def moved(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        lengths.append(len(hidden))
+        return original(hidden, *args, **kwargs)
+
+    block.forward = moved
+    SlicedBlocks(rows=1).install(model)
+    RecomputedBlocks().install(model)
+    gradients(model, batch)
+    assert lengths[-6:] == [1] * 6
+    for technique in (SlicedBlocks, RecomputedBlocks):
+        technique().remove(model)
+    assert block.forward is moved
+    assert [name for name, part in model.named_modules() if "forward" in part.__dict__] == ["vit.layers.1"]
 
 
 def test_mlps_take_slices_of_their_own() -> None:
@@ -192,9 +323,10 @@ def test_mlps_take_slices_of_their_own() -> None:
     block = model.get_submodule("vit.layers.0")
     for name, linears in counts.items():
         layer = next(m for n, m in block.named_modules() if isinstance(m, nn.Linear) and name in n)
-        layer.register_forward_hook(lambda _, args, y, seen=linears: seen.append(len(args[0])))
+        forward = layer.forward
+        layer.forward = lambda x, forward=forward, seen=linears: seen.append(len(x)) or forward(x)
     tokens = model.vit(batch["pixel_values"]).last_hidden_state.shape[1]
-    slice_blocks(model, rows=4 * tokens, mlp_rows=tokens)
+    SlicedBlocks(rows=4 * tokens, mlp_rows=tokens).install(model)
     model(**batch)  # the first call also compares answers whole and in slices
     for linears in counts.values():
         linears.clear()
@@ -207,25 +339,24 @@ def test_recomputed_blocks_in_slices(kind: str) -> None:
     architecture = ARCHITECTURES["llama"]
     model, batch = architecture.model(), architecture.batch(16)
     model.train()
-    recompute_blocks(model, kind)
+    RecomputedBlocks(kind).install(model)
     loss, whole = gradients(model, batch)
-    recompute_blocks(model, kind, slice_rows=1)
-    assert isinstance(model.model.layers[0]._gradient_checkpointing_func, BatchSlices)
+    SlicedBlocks(rows=1, drop_caches=True).install(model)
     sliced_loss, sliced = gradients(model, batch)
     assert torch.allclose(loss, sliced_loss, atol=1e-6)
     tolerance = {"exact": 1e-5, "int8": 0.05}[kind]  # groups of 64 values are others in a slice
     for name, grad in whole.items():
         assert float((sliced[name] - grad).norm()) <= tolerance * float(grad.norm()) + 1e-7, name
-    assert stop_recomputation(model) and not model.is_gradient_checkpointing
+    assert kind == "exact" or any(not torch.equal(sliced[name], grad) for name, grad in whole.items())
 
 
 def test_dropout_is_replayed_slice_by_slice() -> None:
     block = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 4))
     x = torch.randn(6, 3, 4, requires_grad=True)
     torch.manual_seed(1)
-    (plain,) = torch.autograd.grad(BatchSlices(call, rows=6)(block, x).sum(), x)
+    (plain,) = torch.autograd.grad(BatchSlices(rows=6)(block, x).sum(), x)
     torch.manual_seed(1)
-    (again,) = torch.autograd.grad(BatchSlices(BlockRecomputation(), rows=6)(block, x).sum(), x)
+    (again,) = torch.autograd.grad(in_slices(BlockRecomputation(), rows=6)(block, x).sum(), x)
     assert torch.equal(plain, again)
 
 
@@ -247,5 +378,5 @@ def test_peak_of_recomputed_blocks_falls() -> None:
         run(block, x).sum().backward()  # the comparison, once
         return measure_peak_memory(lambda: run(block, x).sum().backward()).peak_bytes
 
-    whole, sliced = peak(BlockRecomputation()), peak(BatchSlices(BlockRecomputation(), rows=256))
+    whole, sliced = peak(BlockRecomputation()), peak(in_slices(BlockRecomputation(), rows=256))
     assert whole > 2 * wide > 1.5 * wide > sliced

@@ -6,19 +6,23 @@ import functools
 import gc
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from models import ARCHITECTURES
 from peft import get_peft_model
+from probes import Interrupted, fail, fail_in_backward, live_bytes, shared_inputs, trainable
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import wasi_peft.tuner.layer as layer_module
+import wasi_peft.tuner.inputs as inputs_module
+import wasi_peft.updates.subspace as subspace_module
 from wasi_peft import SubspaceSGD, WasiConfig, WasiLayer
 from wasi_peft.linalg.tucker import Tucker
-from wasi_peft.tuner.layer import _SharedInput, wasi_layers
+from wasi_peft.tuner.inputs import SharedInput, SharedInputs
+from wasi_peft.tuner.layer import wasi_layers
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
@@ -59,10 +63,6 @@ def architecture_model(name: str, **options: Any) -> Any:
     return wrap(ARCHITECTURES[name].model(), **options)
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 def sgd(model: nn.Module, lr: float = 0.01) -> torch.optim.Optimizer:
     return torch.optim.SGD(trainable(model), lr=lr)
 
@@ -97,35 +97,19 @@ def low_rank_input(shape: tuple[int, ...], seed: int, rank: int = 4) -> Tensor:
     return torch.randn(*shape, rank, generator=torch.Generator().manual_seed(seed)) @ subspace
 
 
-def live_bytes() -> int:
-    """Bytes of all storages that some tensor in the process still holds."""
-    gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated attributes of other libraries' objects
-        tensors = [item for item in gc.get_objects() if isinstance(item, Tensor)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-@pytest.fixture(autouse=True)
-def nothing_shared_yet() -> None:
-    """What an earlier test left behind is that test's own failure."""
-    layer_module._shared_inputs.clear()
-
-
 class Recorder:
-    """Stands in for a function of the layer module and keeps its arguments and results."""
+    """Stands in for a function of a module and keeps its arguments and results."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> None:
         self.calls: list[tuple[tuple[Any, ...], Any]] = []
-        original: Callable[..., Any] = getattr(layer_module, name)
+        original: Callable[..., Any] = getattr(module, name)
 
-        def recorded(*args: Any) -> Any:
-            result = original(*args)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
             self.calls.append((args, result))
             return result
 
-        monkeypatch.setattr(layer_module, name, recorded)
+        monkeypatch.setattr(module, name, recorded)
 
 
 # -------------------------------------------------------------------- shapes that change
@@ -159,7 +143,7 @@ def test_gradients_belong_to_the_present_input_whatever_came_before(modes: list[
 def test_bases_fit_the_input_after_every_change_of_shape(
     modes: list[str], rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compressions = Recorder(monkeypatch, "compress")
+    compressions = Recorder(monkeypatch, inputs_module, "compress")
     limits = {
         "threshold": {"activation_threshold": 0.8, "activation_ranks": None},
         "ranks": {"activation_ranks": dict.fromkeys(modes, 3)},
@@ -210,7 +194,7 @@ def test_varying_shapes_do_not_grow_memory(modes: list[str]) -> None:
         if step in (13, 52, 91):  # the same place in the round
             measured.append(live_bytes())
     assert len(measured) == 3 and len(set(measured)) == 1
-    assert len(layer_module._shared_inputs) == 0
+    assert len(shared_inputs(model)) == 0
 
 
 def test_an_empty_batch_is_harmless() -> None:
@@ -279,7 +263,7 @@ DISTINCT_INPUTS = {"vit": 8, "bert": 8, "gpt2": 8, "llama": 8, "t5": 15}
 
 @pytest.mark.parametrize("name", DISTINCT_INPUTS)
 def test_one_compression_for_each_distinct_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compressions = Recorder(monkeypatch, "compress")
+    compressions = Recorder(monkeypatch, inputs_module, "compress")
     model = architecture_model(name)
     model(**ARCHITECTURES[name].batch(samples=8))
     assert len(compressions.calls) == DISTINCT_INPUTS[name]
@@ -297,7 +281,7 @@ def test_one_compression_for_each_distinct_input(name: str, monkeypatch: pytest.
 def test_layers_that_read_one_tensor_get_the_same_object(
     name: str, group: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    products = Recorder(monkeypatch, "factored_linear")
+    products = Recorder(monkeypatch, subspace_module, "factored_linear")
     model = architecture_model(name)
     factor_names = {id(layer.wasi_form["default"].L): path for path, layer in wasi_layers(model)}
     model(**ARCHITECTURES[name].batch(samples=8))
@@ -335,7 +319,7 @@ def test_sharing_changes_no_bit(name: str, options: dict[str, Any], monkeypatch:
         return losses, {**gradients(model), **values}, bases(model)
 
     shared_losses, shared, shared_bases = run()
-    monkeypatch.setattr(layer_module, "_shared", lambda x: _SharedInput(x._version))
+    monkeypatch.setattr(SharedInputs, "of", lambda inputs, x: SharedInput(x))
     alone_losses, alone, alone_bases = run()
     assert shared_losses == alone_losses
     assert_same(shared, alone)
@@ -401,7 +385,7 @@ def test_an_input_is_freed_after_its_step(leaf: bool, autocast: bool) -> None:
         loss.backward()
         del x, loss
     gc.collect()
-    assert len(layer_module._shared_inputs) == 0
+    assert len(shared_inputs(model)) == 0
 
 
 def test_a_kept_batch_takes_part_in_every_step() -> None:
@@ -445,7 +429,7 @@ def test_nothing_is_compressed_in_a_pass_that_is_thrown_away(
         optimizer = sgd(model)
         found, kept, advances = [], [], []
         for step in range(5):
-            compressions = Recorder(monkeypatch, "compress")
+            compressions = Recorder(monkeypatch, inputs_module, "compress")
             model(**ARCHITECTURES[name].batch(samples=8, seed=step)).loss.backward()
             monkeypatch.undo()
             advances.append(sorted(advance for (_, _, _, advance), _ in compressions.calls))
@@ -546,29 +530,16 @@ def test_passes_without_gradients_leave_no_trace(guard: Callable[[], Any]) -> No
     model(x.clone()).square().mean().backward()
     optimizer.step()
     before = bases(model)
-    ages = [dict(layer.wasi_basis_age) for _, layer in wasi_layers(model)]
+    ages = [layer.wasi_input["default"].age for _, layer in wasi_layers(model)]
     with guard():
         model(other.clone())
         model.eval()(other.clone())
     assert_same(bases(model), before)
-    assert [dict(layer.wasi_basis_age) for _, layer in wasi_layers(model)] == ages
-    assert len(layer_module._shared_inputs) == 0
+    assert [layer.wasi_input["default"].age for _, layer in wasi_layers(model)] == ages
+    assert len(shared_inputs(model)) == 0
 
 
 # -------------------------------------------------------------------- errors
-
-
-class Interrupted(RuntimeError):
-    """Raised on purpose."""
-
-
-def fail(*_: Any) -> None:
-    raise Interrupted
-
-
-def fail_in_backward(_: nn.Module, __: Any, output: Tensor) -> None:
-    """Forward hook after which the backward pass breaks off at this layer."""
-    output.register_hook(fail)
 
 
 def _step_after_interruption(where: str | None, name: str = "vit") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -593,6 +564,9 @@ def _step_after_interruption(where: str | None, name: str = "vit") -> tuple[dict
         handle.remove()
     optimizer.zero_grad()
     model(**batch).loss.backward()
+    del batch
+    gc.collect()
+    assert len(shared_inputs(model)) == 0
     return gradients(model), bases(model)
 
 
@@ -601,8 +575,6 @@ def test_an_interrupted_pass_is_simply_repeated(where: str) -> None:
     actual, expected = _step_after_interruption(where), _step_after_interruption(None)
     assert_same(actual[0], expected[0])
     assert_same(actual[1], expected[1])
-    gc.collect()
-    assert len(layer_module._shared_inputs) == 0
 
 
 def test_interrupted_backward_leaves_nothing_in_subspace_sgd() -> None:

@@ -43,7 +43,6 @@ VARIED: dict[str, Any] = {
     "update": "factor",
     "update_rank": 8,
     "memory_mode": "small",
-    "saved_tensors": "int8",
     "base_weight": "cpu",
     "init_weights": False,
     "ranks": {"layers.0.fc1": 3},
@@ -62,7 +61,7 @@ def test_defaults() -> None:
     assert config.activation_threshold == 0.95
     assert config.activation_modes == ["feature"]
     assert (config.update, config.base_weight, config.bias) == ("frozen_basis", "release", "wasi_only")
-    assert config.update_rank == 16
+    assert config.update_rank is None and WasiConfig(update="low_rank").update_rank == 16
     assert config.train_vectors is True and config.init_weights is True
     assert config.target_modules is config.weight_rank is config.activation_ranks is config.ranks is None
 
@@ -125,10 +124,10 @@ def test_after_injection_the_saved_one_asks_for_loading_and_the_live_one_does_no
     live = model.peft_config["default"]
     before = copy.deepcopy(live)
     live.save_pretrained(str(tmp_path))
-    assert live == before and live.init_weights is True
+    assert live == before and live.ranks is None and not live.awaits_loading
     loaded = PeftConfig.from_pretrained(str(tmp_path))
-    assert loaded.init_weights is False
-    assert loaded.ranks == live.ranks and len(live.ranks) == 12
+    assert loaded.awaits_loading and loaded.init_weights is True
+    assert loaded.ranks == live.resolved_ranks and len(live.resolved_ranks) == 12
 
 
 def test_unknown_keys_of_a_later_version_do_not_prevent_loading(tmp_path: Path) -> None:
@@ -175,10 +174,10 @@ def test_a_plan_brings_its_update_unless_another_is_named() -> None:
         config = WasiConfig(**options)
         return config.update, config.update_rank
 
-    assert chosen() == chosen(plan=PLAN) == ("frozen_basis", 16)
+    assert chosen() == chosen(plan=PLAN) == ("frozen_basis", None)
     assert chosen(plan=plan) == ("low_rank", 4)
     assert chosen(plan=plan, update_rank=8) == ("low_rank", 8)
-    assert chosen(plan=plan, update="factor") == ("factor", 4)
+    assert chosen(plan=plan, update="factor") == ("factor", None)
     assert chosen(**WasiConfig(plan=plan).to_dict()) == ("low_rank", 4)
 
 

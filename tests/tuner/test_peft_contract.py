@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 import wasi_peft.tuner.model
 from wasi_peft import WasiConfig, wasi_summary
-from wasi_peft.forms.dense import FactoredWeight
+from wasi_peft.forms import FactoredLinear, FactoredWeight
 from wasi_peft.tuner.layer import WasiLayer, wasi_layers
 from wasi_peft.tuner.registration import WASI_IMPORT_NOTE
 
@@ -52,7 +53,7 @@ def trainable(model: nn.Module) -> set[str]:
 
 
 def factors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if ".wasi_" in name}
+    return {name: p.detach().clone() for name, p in model.named_parameters() if ".wasi_form." in name}
 
 
 @contextmanager
@@ -140,11 +141,11 @@ def test_training_at_low_rank_lowers_the_loss(
     losses = train(model, architecture.batch(), steps=30 if update in ("core", "frozen_basis") else 10)
     assert losses[-1] < 0.9 * losses[0]
     end = factors(model)
-    both = [".wasi_L.", ".wasi_R."]
-    frozen = {"frozen_basis": [".wasi_R."], "low_rank": both, "core": both}.get(update, [])
+    both = (".default.wasi_L", ".default.wasi_R")
+    frozen = {"frozen_basis": (".default.wasi_R",), "low_rank": both, "core": both}.get(update, ())
     for name in end:
-        assert torch.equal(end[name], start[name]) == any(part in name for part in frozen)
-        if ".wasi_L." in name and update == "subspace":
+        assert torch.equal(end[name], start[name]) == name.endswith(frozen)
+        if name.endswith(".default.wasi_L") and update == "subspace":
             close(end[name].T @ end[name], torch.eye(5))
 
 
@@ -155,7 +156,7 @@ def test_exactly_the_right_parameters_train(architecture: Architecture, vectors:
     outside = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in targets]
     with_bias = {name for name in targets if model.get_submodule(name).bias is not None}
     parts = {"frozen_basis": ["L"], "low_rank": ["A", "B"], "core": ["M"]}.get(update, ["L", "R"])
-    expected = {f"{name}.wasi_{part}.default" for name in targets for part in parts}
+    expected = {f"{name}.wasi_form.default.wasi_{part}" for name in targets for part in parts}
     if bias != "none":
         expected |= {f"{name}.wasi_form.default.bias" for name in with_bias}
     if bias == "all":
@@ -214,7 +215,7 @@ def test_save_and_load(
     for layer in wasi_summary(model).layers:
         assert not shapes & {(layer.out_features, layer.in_features), (layer.in_features, layer.out_features)}
 
-    with forbidden(monkeypatch, wasi_peft.model, "factorize_weight"), warnings.catch_warnings():
+    with forbidden(monkeypatch, wasi_peft.tuner.model, "factorize_weight"), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         loaded = PeftModel.from_pretrained(
             architecture.model(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True
@@ -267,7 +268,7 @@ def test_thresholds_load_without_decomposition_too(
 ) -> None:
     model = wasi_model(architecture.model(), explained_variance_threshold=0.8, rank_pattern={architecture.example: 2})
     model.save_pretrained(tmp_path)
-    with forbidden(monkeypatch, wasi_peft.model, "factorize_weight"):
+    with forbidden(monkeypatch, wasi_peft.tuner.model, "factorize_weight"):
         loaded = PeftModel.from_pretrained(architecture.model(seed=5), tmp_path)
     assert wasi_summary(loaded) == wasi_summary(model)
 
@@ -353,13 +354,13 @@ def test_deepcopy_is_independent(architecture: Architecture, base_weight: str) -
     again = copy.deepcopy(model)
     assert torch.equal(logits(again, batch), before)
     for (_, old), (_, new) in zip(wasi_layers(model), wasi_layers(again), strict=True):
-        if base_weight != "keep":
-            assert new.base_layer._owner[0] is new and old.base_layer._owner[0] is old
+        assert new.base_layer is not old.base_layer and type(new.base_layer) is type(old.base_layer)
+        assert (new.base_layer is new.form) == (old.base_layer is old.form) == (base_weight == "release")
     train(again, batch)
     assert torch.equal(logits(model, batch), before)
     assert not torch.equal(logits(again, batch), before)
     for name, value in factors(again).items():  # a copy is retracted after its own steps
-        if ".wasi_L." in name:
+        if name.endswith(".default.wasi_L"):
             close(value.T @ value, torch.eye(5))
 
 
@@ -413,12 +414,18 @@ def test_merge_and_unmerge_adapter(architecture: Architecture, base_weight: str)
     assert all(torch.equal(after[name], value) for name, value in state.items())
 
 
+VECTORS = pytest.mark.parametrize("vectors", [{"train_vectors": False}, {}, {"bias": "all"}], ids=str)
+
+
 @few
+@VECTORS
 @pytest.mark.parametrize("base_weight", ["cpu", "keep"])
-def test_disable_adapter_gives_the_original(architecture: Architecture, base_weight: str) -> None:
+def test_disable_adapter_gives_the_original(
+    architecture: Architecture, base_weight: str, vectors: dict[str, Any]
+) -> None:
     batch = architecture.batch()
     original = logits(architecture.model(), batch)
-    model = trained(architecture, base_weight=base_weight, train_vectors=False)
+    model = trained(architecture, base_weight=base_weight, **vectors)
     adapted = logits(model, batch)
     assert not torch.allclose(adapted, original, atol=1e-3)
     names = trainable(model)
@@ -433,21 +440,16 @@ def test_disable_adapter_gives_the_original(architecture: Architecture, base_wei
 
 
 @few
+@VECTORS
 @pytest.mark.parametrize("base_weight", ["cpu", "keep"])
-def test_unload_gives_the_original(architecture: Architecture, base_weight: str) -> None:
+def test_unload_gives_the_original(architecture: Architecture, base_weight: str, vectors: dict[str, Any]) -> None:
     batch = architecture.batch()
     original = architecture.model()
-    model = trained(architecture, base_weight=base_weight, train_vectors=False).unload()
+    model = trained(architecture, base_weight=base_weight, **vectors).unload()
     assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in original.named_modules()}
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in original.state_dict().items())
     assert torch.equal(logits(model, batch), logits(original, batch))
-
-
-def test_disabling_with_trained_vectors_warns() -> None:
-    model = trained(ARCHITECTURES["vit"], base_weight="keep")
-    with pytest.warns(UserWarning, match="leaves the trained norms"), model.disable_adapter():
-        pass
 
 
 def _disable(model: Any) -> None:
@@ -491,7 +493,7 @@ def test_released_refuses_and_changes_nothing(
 def two_saved(architecture: Architecture, folder: Path, **options: Any) -> tuple[list[Path], list[Tensor]]:
     paths, outputs = [], []
     for number in (1, 2):
-        model = trained(architecture, steps=2 * number, train_vectors=False, weight_rank=2 + number, **options)
+        model = trained(architecture, steps=2 * number, weight_rank=2 + number, **options)
         paths.append(folder / str(number))
         outputs.append(logits(model, architecture.batch()))
         model.save_pretrained(paths[-1])
@@ -500,14 +502,15 @@ def two_saved(architecture: Architecture, folder: Path, **options: Any) -> tuple
 
 
 @few
+@VECTORS
 @pytest.mark.parametrize(
     ("low_cpu_mem_usage", "base_weight"), [(False, "release"), (True, "release"), (False, "cpu"), (True, "keep")]
 )
 def test_two_loaded_adapters(
-    architecture: Architecture, tmp_path: Path, base_weight: str, low_cpu_mem_usage: bool
+    architecture: Architecture, tmp_path: Path, base_weight: str, low_cpu_mem_usage: bool, vectors: dict[str, Any]
 ) -> None:
     batch = architecture.batch()
-    paths, outputs = two_saved(architecture, tmp_path, base_weight=base_weight)
+    paths, outputs = two_saved(architecture, tmp_path, base_weight=base_weight, **vectors)
     model = PeftModel.from_pretrained(
         architecture.model(), paths[0], adapter_name="one", low_cpu_mem_usage=low_cpu_mem_usage
     )
@@ -516,7 +519,9 @@ def test_two_loaded_adapters(
     for name, expected in (("two", outputs[1]), ("one", outputs[0]), ("two", outputs[1])):
         model.set_adapter(name)
         assert torch.equal(logits(model, batch), expected)
-        assert all(f".{name}" in parameter for parameter in trainable(model))
+        ours = {parameter for parameter in trainable(model) if ".wasi_form." in parameter}
+        assert ours and all(f".wasi_form.{name}." in parameter for parameter in ours)
+        assert (ours != trainable(model)) == bool(vectors.get("train_vectors", True))
     assert {layer.rank for layer in wasi_summary(model, "two").layers} == {4}
     model.delete_adapter("two")
     assert list(model.peft_config) == ["one"]
@@ -541,8 +546,9 @@ def test_saving_two_adapters_writes_two_folders(architecture: Architecture, tmp_
 def test_a_second_fresh_adapter_on_a_kept_base(architecture: Architecture) -> None:
     batch = architecture.batch()
     dense = logits(architecture.model(), batch)
-    for base_weight in ("keep", "cpu"):
-        options = {"train_vectors": False, "bias": "none", "base_weight": base_weight}
+    choices = [{"train_vectors": False, "bias": "none"}, {}, {"bias": "all"}]
+    for base_weight, choice in itertools.product(("keep", "cpu"), choices):
+        options = {"base_weight": base_weight, **choice}
         model = trained(architecture, **options)
         first = logits(model, batch)
         model.add_adapter("second", exact_config(**options))
@@ -578,10 +584,11 @@ def test_native_add_save_load(
     model.save_pretrained(tmp_path)
     assert "adapter_model.safetensors" in {p.name for p in tmp_path.iterdir()}
     assert "model.safetensors" not in {p.name for p in tmp_path.iterdir()}
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["init_weights"] is False
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["init_weights"] is True and set(saved["ranks"]) == architecture.targets(architecture.model())
 
     loaded = architecture.model()
-    with forbidden(monkeypatch, wasi_peft.model, "factorize_weight"):
+    with forbidden(monkeypatch, wasi_peft.tuner.model, "factorize_weight"):
         loaded.load_adapter(str(tmp_path))
     assert torch.equal(logits(loaded, batch), expected)
     assert not any(".wasi_" in parameter for parameter in trainable(loaded))
@@ -673,7 +680,7 @@ def test_weight_is_read_without_multiplying_out(monkeypatch: pytest.MonkeyPatch)
         model = wasi_model(architecture.model(), **LOW)
         for layer_name, layer in wasi_layers(model.get_base_model()):
             dense = original.get_submodule(layer_name).weight
-            with forbidden(monkeypatch, WasiLayer, "_multiply_out"):
+            with forbidden(monkeypatch, FactoredLinear, "multiply_out"):
                 weight = layer.weight
                 assert isinstance(weight, FactoredWeight)
                 assert weight.shape == dense.shape and weight.size() == dense.size()
@@ -701,7 +708,7 @@ def test_weight_passed_to_torch_is_multiplied_out() -> None:
 def test_forward_never_multiplies_out(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
     """T5 reads `self.wo.weight.dtype` in its forward pass."""
     model, batch = wasi_model(architecture.model(), **LOW), architecture.batch()
-    with forbidden(monkeypatch, WasiLayer, "_multiply_out"):
+    with forbidden(monkeypatch, FactoredLinear, "multiply_out"):
         logits(model, batch)
         train(model, batch)
 

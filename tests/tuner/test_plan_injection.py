@@ -23,8 +23,9 @@ from wasi_peft.forms.dense import dense_weight
 from wasi_peft.ranks.allocate import allocate_ranks
 from wasi_peft.ranks.plan import LayerPlan, WasiPlan
 from wasi_peft.ranks.spectrum import LayerSpectrum
-from wasi_peft.tuner.layer import _shared_inputs, wasi_layers
-from wasi_peft.tuner.model import INITIAL_FACTORS, PreparedFactors
+from wasi_peft.tuner.inputs import SharedInput
+from wasi_peft.tuner.layer import wasi_layers
+from wasi_peft.tuner.prepared import PreparedLayer, WasiFactors
 from wasi_peft.tuner.targets import asked_rank, check_targets, resolve_targets
 from wasi_peft.updates.base import InitialFactors
 from wasi_peft.updates.costs import break_even_rank
@@ -62,7 +63,7 @@ def test_the_layers_of_a_plan_are_the_targets_at_its_ranks(architecture: Archite
     some = WasiPlan(plan.layers[::2])
     peft_model = get_peft_model(model, WasiConfig(plan=some, update="factor"))
     assert ranks(peft_model) == {layer.name: layer.weight_rank for layer in some.layers}
-    assert peft_model.peft_config["default"].ranks == ranks(peft_model)
+    assert peft_model.peft_config["default"].resolved_ranks == ranks(peft_model)
     planned = {layer.name: layer.activation_ranks for layer in some.layers}
     for name, layer in wasi_layers(peft_model.get_base_model()):
         rule = layer.wasi_input["default"].rule
@@ -75,17 +76,18 @@ def test_layers_with_one_input_still_share_one_compressed_copy() -> None:
     model = VIT.model()
     plan = plan_for(VIT, model, activation_ranks={"feature": 3, "token": 2})
     peft_model = get_peft_model(model, WasiConfig(plan=plan, update="factor"))
-    held = []
+    shared: list[SharedInput] = []
 
-    def remember(*_: Any) -> None:
-        held.extend(entry for entry in _shared_inputs.values() if all(entry is not other for other in held))
+    def remember(layer: Any, *_: Any) -> None:
+        entries = layer.inputs._entries.values()
+        shared.extend(entry for entry in entries if all(entry is not other for other in shared))
 
     for _, layer in wasi_layers(peft_model):
         layer.register_forward_hook(remember)  # type: ignore[operator]
     peft_model(**VIT.batch())
-    assert all(len(entry.compressed) == 1 for entry in held)
-    assert len(held) == 2 * 4  # two blocks; q, k and v read one input; attention output, fc1, fc2 their own
-    forms = [form for entry in held for form in entry.compressed.values()]
+    assert all(len(entry.compressed) == 1 for entry in shared)
+    assert len(shared) == 2 * 4  # two blocks; q, k and v read one input; attention output, fc1, fc2 their own
+    forms = [form for entry in shared for form in entry.compressed.values()]
     assert all(form is not None and form.feature.shape[1] == 3 and form.token.shape[1] == 2 for form in forms)
 
 
@@ -100,11 +102,11 @@ def test_a_plan_is_saved_with_the_adapter_and_loads_in_another_process(tmp_path:
         "from peft import PeftModel\n"
         "from models import ARCHITECTURES, logits, train\n"
         "import wasi_peft\n"
-        "from wasi_peft.layer import wasi_layers\n"
+        "from wasi_peft.tuner.layer import wasi_layers\n"
         "vit, folder = ARCHITECTURES['vit'], sys.argv[1]\n"
         "model = PeftModel.from_pretrained(vit.model(), folder + '/adapter', is_trainable=True)\n"
         "assert torch.allclose(logits(model, vit.batch()), torch.load(folder + '/logits.pt'), atol=1e-6)\n"
-        "plan = wasi_peft.planning.WasiPlan.from_dict(model.peft_config['default'].plan)\n"
+        "plan = wasi_peft.WasiPlan.from_dict(model.peft_config['default'].plan)\n"
         "rules = {name: layer.wasi_input['default'].rule for name, layer in wasi_layers(model.get_base_model())}\n"
         "for layer in plan.layers:\n"
         "    rule = rules.pop(layer.name)\n"
@@ -199,7 +201,7 @@ def test_weight_share_allocates_over_all_layers(architecture: Architecture) -> N
     with pytest.warns(UserWarning, match="plain truncated SVD"):
         peft_model = wasi_model(model, weight_share=share)
     summary = wasi_summary(peft_model)
-    assert ranks(peft_model) == peft_model.peft_config["default"].ranks
+    assert ranks(peft_model) == peft_model.peft_config["default"].resolved_ranks
     assert summary.kept_share <= share
     assert all(layer.rank <= break_even_rank(layer.out_features, layer.in_features) for layer in summary.layers)
     expected = allocate_ranks(spectra, share)
@@ -252,11 +254,13 @@ def test_ranks_of_an_earlier_model_are_forgotten() -> None:
 
 def prepare(model: nn.Module, names: set[str], rank: int, share: float | None) -> None:
     """What preprocess_wasi leaves on its targets."""
+    layers = {}
     for name in names:
         module = model.get_submodule(name)
         weight = dense_weight(module)
         initial = InitialFactors(weight[:, :rank], weight[:rank], module.bias.detach())  # type: ignore[union-attr,operator]
-        module.__dict__[INITIAL_FACTORS] = PreparedFactors(initial, rank, rank, share, "factor")
+        layers[name] = PreparedLayer(initial, rank, rank, share, "factor")
+    WasiFactors(layers).attach(model)
 
 
 def test_prepared_factors_decide_the_ranks_of_their_share() -> None:
@@ -264,7 +268,7 @@ def test_prepared_factors_decide_the_ranks_of_their_share() -> None:
     prepare(model, VIT.targets(model), 3, 0.5)
     peft_model = wasi_model(model, weight_share=0.5, update="factor")
     assert set(ranks(peft_model).values()) == {3}
-    assert peft_model.peft_config["default"].ranks == ranks(peft_model)
+    assert peft_model.peft_config["default"].resolved_ranks == ranks(peft_model)
 
 
 @pytest.mark.parametrize("share", [None, 0.4])
@@ -314,9 +318,12 @@ def test_a_share_asks_nothing_of_one_layer_before_ranks_are_allocated() -> None:
     name = sorted(VIT.targets(model))[0]
     with pytest.raises(ValueError, match=f"{name}: weight_share must be allocated over all layers first"):
         asked_rank(name, config)
-    config.ranks = {name: 7}
+    config.resolved_ranks = {name: 7}
     assert asked_rank(name, config) == 7
 
 
-def test_a_share_alone_cannot_build_empty_factors() -> None:
-    refused(VIT.model(), "a threshold or a share alone needs the weights", weight_share=0.5, init_weights=False)
+def test_random_factors_have_the_ranks_of_their_share() -> None:
+    drawn = wasi_model(VIT.model(), weight_share=0.5, init_weights=False)
+    made = wasi_model(VIT.model(), weight_share=0.5)
+    assert ranks(drawn) == ranks(made)
+    assert not torch.allclose(logits(drawn, VIT.batch()), logits(made, VIT.batch()), atol=1e-3)

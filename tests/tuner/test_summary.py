@@ -18,7 +18,7 @@ def test_counts_equal_the_tensors(architecture: Architecture) -> None:
     peft_model = wasi_model(model, weight_rank=3)
     summary = wasi_summary(peft_model)
     assert {layer.name: (layer.out_features, layer.in_features) for layer in summary.layers} == dense
-    factors = [p for n, p in peft_model.named_parameters() if ".wasi_L." in n or ".wasi_R." in n]
+    factors = [p for n, p in peft_model.named_parameters() if n.endswith((".wasi_L", ".wasi_R"))]
     assert sum(layer.factored_elements for layer in summary.layers) == sum(p.numel() for p in factors)
     dense_total = sum(shape.numel() for shape in dense.values())
     assert summary.kept_share == pytest.approx(sum(p.numel() for p in factors) / dense_total)

@@ -33,7 +33,7 @@ def test_default_targets_are_the_layers_of_the_blocks(architecture: Architecture
     assert len(expected) == architecture.target_count
     peft_model = wasi_model(model)
     assert replaced(peft_model) == expected
-    assert set(peft_model.peft_config["default"].ranks) == expected
+    assert set(peft_model.peft_config["default"].resolved_ranks) == expected
     for name in architecture.dense:
         assert type(peft_model.get_base_model().get_submodule(name)) is nn.Linear
 
@@ -125,7 +125,7 @@ def ranks(model: Any) -> dict[str, int]:
 def test_weight_rank_is_the_rank_of_every_layer(architecture: Architecture) -> None:
     peft_model = wasi_model(architecture.model(), weight_rank=5)
     assert set(ranks(peft_model).values()) == {5}
-    assert peft_model.peft_config["default"].ranks == ranks(peft_model)
+    assert peft_model.peft_config["default"].resolved_ranks == ranks(peft_model)
 
 
 def test_rank_pattern_overrides_weight_rank(architecture: Architecture) -> None:

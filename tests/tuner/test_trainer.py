@@ -26,7 +26,7 @@ from training_runs import (
 )
 
 import wasi_peft.linalg.tucker as tucker_module
-import wasi_peft.tuner.layer as layer_module
+import wasi_peft.updates.subspace as subspace_module
 from wasi_peft import SubspaceSGD, create_wasi_optimizer
 from wasi_peft.tuner.layer import wasi_layers
 
@@ -43,13 +43,13 @@ TARGETS = {"vit": 12, "bert": 12, "llama": 14}  # layers that WASI takes
 def retractions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """The L of every retraction."""
     calls: list[Tensor] = []
-    original = layer_module.retraction
+    original = subspace_module.retraction
 
     def counted(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(L)
         return original(L, R)
 
-    monkeypatch.setattr(layer_module, "retraction", counted)
+    monkeypatch.setattr(subspace_module, "retraction", counted)
     yield calls
 
 
@@ -264,10 +264,9 @@ def test_bases_advance_once_a_step_even_when_recomputed(
 @pytest.mark.parametrize("name", NAMES)
 def test_recomputed_blocks_are_freed(name: str, tmp_path: Path) -> None:
     """Reentrant recomputation hands detached leaves to the layers; under autocast their casts must not pin them."""
-    layer_module._shared_inputs.clear()
-    _checkpointed(name, tmp_path, True, COMPRESSION, bf16=True)
+    trainer, _, _ = _checkpointed(name, tmp_path, True, COMPRESSION, bf16=True)
     gc.collect()
-    assert len(layer_module._shared_inputs) == 0
+    assert {len(layer.inputs) for _, layer in wasi_layers(trainer.model)} == {0}
 
 
 # -------------------------------------------------------------------- precision
@@ -304,14 +303,14 @@ def test_a_step_that_the_scaler_skips_changes_nothing(fused: bool, retractions: 
             assert parameters[0].grad is not None
             parameters[0].grad[0] = float("inf")
             before, retracted = trained_values(model), len(retractions)
-            ages = [dict(layer.wasi_basis_age) for _, layer in wasi_layers(model)]
+            ages = [layer.wasi_input["default"].age for _, layer in wasi_layers(model)]
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
     assert scaler.get_scale() == 512.0  # it did skip
     assert_same(trained_values(model), before)
     assert retracted == 12 and len(retractions) == retracted
-    assert [dict(layer.wasi_basis_age) for _, layer in wasi_layers(model)] == ages
+    assert [layer.wasi_input["default"].age for _, layer in wasi_layers(model)] == ages
 
 
 def test_subspace_sgd_with_a_scaler_takes_the_unscaled_step() -> None:

@@ -16,6 +16,7 @@ from strategies import relative_error
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, calibrate_wasi, fold_cores, plan_wasi, preprocess_wasi, wasi_summary
+from wasi_peft.forms import CoredLinear
 from wasi_peft.tuner.layer import wasi_layers
 from wasi_peft.updates.core import core_linear
 
@@ -134,7 +135,7 @@ def test_folded_cores_leave_two_factors(tmp_path: Path) -> None:
         fold_cores(model)
         after = model(**batch).logits
     assert 0 < relative_error(after, before) < 1e-6 and wasi_summary(model).kept_share < share
-    assert not any(".wasi_M." in name for name in model.state_dict())
+    assert not any(name.endswith(".wasi_M") for name in model.state_dict())
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(VIT.model(), str(tmp_path)).eval()
     assert loaded.peft_config["default"].update == "factor"
@@ -150,7 +151,7 @@ def test_merged_cores_are_not_folded() -> None:
     list(layers.values())[-1].merge()
     with pytest.raises(ValueError, match="the adapter is merged; call unmerge_adapter"):
         fold_cores(model)
-    assert all("default" in layer.wasi_M for layer in layers.values())
+    assert all(isinstance(layer.form, CoredLinear) for layer in layers.values())
 
 
 # -------------------------------------------------------------------- budgets
@@ -167,8 +168,7 @@ def test_a_share_counts_the_cores(share: float, prepared: bool) -> None:
     model = get_peft_model(model, config)
     elements = 0
     for _, layer in wasi_layers(model):
-        for part in (layer.wasi_L, layer.wasi_M, layer.wasi_R):
-            elements += part["default"].numel()
+        elements += sum(part.numel() for part in (layer.form.L, layer.form.M, layer.form.R))
     assert wasi_summary(model).kept_share == elements / sum(dense.values())
     assert 0.75 * share < wasi_summary(model).kept_share <= share
     assert not wasi_summary(model).past_break_even

@@ -17,9 +17,10 @@ from strategies import normal, relative_error
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, calibrate_wasi, plan_wasi, preprocess_wasi, resize_rank, wasi_summary
+from wasi_peft.forms import SplitLinear
 from wasi_peft.linalg.tucker import Bases, CompressionRule, canonical, compress, expand
-from wasi_peft.tuner.layer import WasiLayer, wasi_layers
-from wasi_peft.updates.low_rank import lay_side_by_side, low_rank_linear, split_off
+from wasi_peft.tuner.layer import wasi_layers
+from wasi_peft.updates.low_rank import low_rank_linear, split_off
 
 RANK = 3
 
@@ -102,27 +103,21 @@ def test_low_precision_inputs_with_float32_factors(dtype: torch.dtype) -> None:
     assert {given[name].grad.dtype for name in ("B", "A", "bias")} == {torch.float32}
 
 
-# -------------------------------------------------------------------- where factors lie in memory
+# -------------------------------------------------------------------- factors are ordinary parameters
 
 
-def are_views(layer: WasiLayer) -> bool:
-    """Whether nothing is copied to multiply by all directions at once."""
-    with torch.no_grad():
-        outer, inner = layer.factors("default")
-    return all(
-        whole.untyped_storage().data_ptr() == part["default"].untyped_storage().data_ptr()
-        for whole, parts in ((outer, (layer.wasi_L, layer.wasi_B)), (inner, (layer.wasi_R, layer.wasi_A)))
-        for part in parts
-    )
-
-
-def assert_laid_out(model: nn.Module) -> None:
+def assert_ordinary(model: nn.Module) -> None:
+    """Every part has a contiguous memory of its own, and all of them together are the weight."""
+    memories = []
     for _, layer in wasi_layers(model):
-        L, R, B, A = (part["default"] for part in (layer.wasi_L, layer.wasi_R, layer.wasi_B, layer.wasi_A))
-        assert are_views(layer)
+        form = layer.wasi_form["default"]
+        for part in form.parameters():
+            assert part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes
+            memories.append(part.untyped_storage().data_ptr())
         with torch.no_grad():
-            outer, inner = layer.factors("default")
-        assert torch.equal(outer, torch.cat([L, B], 1)) and torch.equal(inner, torch.cat([R, A]))
+            outer, inner = form.factors()
+        assert torch.equal(outer, torch.cat([form.L, form.B], 1)) and torch.equal(inner, torch.cat([form.R, form.A]))
+    assert memories and len(set(memories)) == len(memories)
 
 
 def trained(model: nn.Module, steps: int = 3) -> list[Tensor]:
@@ -157,58 +152,75 @@ def through_a_file(model: PeftModel) -> PeftModel:
     ],
     ids=["injected", "converted", "copied", "through a file", "shrunk", "grown"],
 )
-def test_factors_lie_side_by_side(change: Callable[[PeftModel], PeftModel]) -> None:
+def test_factors_are_ordinary_parameters(change: Callable[[PeftModel], PeftModel]) -> None:
     model = adapted(tiny_net(5), weight_rank=4)
     trained(model)
     output = model(data()[0])
     changed = change(model)
-    assert_laid_out(changed)
+    assert_ordinary(changed)
     if changed is not model:
         assert torch.equal(changed(data()[0]), output)
-    trained(changed)  # the optimizer changes what the views show
-    assert_laid_out(changed)
+    losses = trained(changed)
+    assert losses[-1] < losses[0]
+    assert_ordinary(changed)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_loaded_factors_lie_side_by_side(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+def test_loaded_factors_are_ordinary_parameters(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
     model = adapted(tiny_net(6), weight_rank=4)
     trained(model)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_net(6), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(loaded(data()[0]), model(data()[0]))
-    assert_laid_out(loaded)
+    assert_ordinary(loaded)
 
 
-def test_training_does_not_depend_on_where_factors_lie() -> None:
+def test_training_does_not_depend_on_the_memory_of_factors() -> None:
+    """Parameters that a user has made views of something else: transposed, and with a stride."""
     # without biases: that of the keys has a gradient of zero, whose rounding Adam would make steps of
     model = adapted(tiny_net(7), weight_rank=4, bias="none")
     apart = copy.deepcopy(model)
     for _, layer in wasi_layers(apart):
-        for parts in (layer.wasi_L, layer.wasi_R, layer.wasi_B, layer.wasi_A):
-            parts["default"].data = parts["default"].detach().clone(memory_format=torch.contiguous_format)
-        assert not are_views(layer)
+        for part in layer.wasi_form["default"].parameters():
+            if part.dim() == 2:
+                part.data = part.detach().T.contiguous().T
+                assert not part.is_contiguous()
     for ours, theirs in zip(trained(model, 5), trained(apart, 5), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     for (name, ours), theirs in zip(model.named_parameters(), apart.parameters(), strict=True):
         assert relative_error(ours, theirs) < 1e-4, name
 
 
-def test_factors_are_copies_where_a_gradient_is_asked_for() -> None:
+def test_factors_have_gradients_where_one_is_asked_for() -> None:
     model = adapted(tiny_net(8), weight_rank=4)
     for _, layer in wasi_layers(model):
-        outer, inner = layer.factors("default")
-        found = torch.autograd.grad(
-            outer.sum() + inner.sum(), [layer.wasi_form["default"].B, layer.wasi_form["default"].A]
-        )
+        form = layer.wasi_form["default"]
+        outer, inner = form.factors()
+        found = torch.autograd.grad(outer.sum() + inner.sum(), [form.B, form.A])
         assert all(bool((gradient == 1).all()) for gradient in found)
 
 
-def test_factors_of_different_dtypes_stay_where_they_are() -> None:
-    given = {name: nn.Parameter(value) for name, value in operands().items() if name in ("L", "R", "B", "A")}
-    given["B"].data, given["A"].data = given["B"].data.float(), given["A"].data.float()
-    before = {name: value.data_ptr() for name, value in given.items()}
-    lay_side_by_side(given["L"], given["R"], given["B"], given["A"])
-    assert {name: value.data_ptr() for name, value in given.items()} == before
+@pytest.mark.parametrize("rows", [(1,), (3, 5), (16,), (4, 5)])
+def test_few_rows_and_many_are_answered_alike(rows: tuple[int, ...]) -> None:
+    given = operands()
+    form = SplitLinear.from_parts(given, given["bias"])
+    x = torch.randn(*rows, 7, dtype=torch.float64)
+    expected = F.linear(x, given["L"] @ given["R"] + given["B"] @ given["A"], given["bias"])
+    with torch.no_grad():
+        assert relative_error(form(x), expected) < 1e-13
+        assert form(x.bfloat16()).dtype == torch.bfloat16
+        assert relative_error(form(x.float()), expected) < 1e-5
+
+
+def test_factors_may_differ_in_dtype() -> None:
+    given = operands()
+    expected = low_rank_linear(**given)
+    for name in ("B", "A"):
+        given[name] = given[name].float().requires_grad_()
+    output = low_rank_linear(**given)
+    assert output.dtype == torch.float64 and relative_error(output, expected) < 1e-6
+    output.sum().backward()
+    assert {given[name].grad.dtype for name in ("B", "A")} == {torch.float32}
 
 
 # -------------------------------------------------------------------- where training starts

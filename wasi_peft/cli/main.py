@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from ..cost.estimate import OPTIMIZERS, Estimate, estimate_wasi
 from ..cost.profile import ROUNDS, StepProfile, profile_wasi
 from ..factors.calibration import Calibration, calibrate_wasi
+from ..memory.modes import MEMORY_MODES
 from ..planner.planner import BUDGETS, plan_wasi
-from ..ranks.plan import MEMORY_MODES, WasiPlan
+from ..ranks.plan import WasiPlan
 from ..report import plots as report
 from ..report.profiles import GROUPINGS, costs_table, plot_profiles, profiles_table
 from ..tuner.config import WasiConfig

@@ -8,12 +8,11 @@ tensors, gradient checkpointing and unusual architectures come out as they are, 
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -24,13 +23,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..models.calls import Arguments, call_arguments, hooked, layer_input, tensors_in, training_loss
 from ..ranks.plan import WasiPlan
 from ..tuner.config import WasiConfig
 from ..tuner.inputs import InputCompression
 from ..tuner.layer import WasiLayer, wasi_layers
 from ..tuner.targets import default_target_names
 from ..updates.base import InitialFactors
-from .simulation import Simulation, UnknownValue, isolated, tensors_in
+from .simulation import Simulation, UnknownValue, isolated
 
 MIB = 2**20
 GIGA = 10**9
@@ -135,8 +135,9 @@ def estimate_wasi(
         config: What is put into the model before: a `WasiConfig` with fixed ranks, a `WasiPlan`, or the configuration
             of any PEFT method that injects layers. None takes the model as it is: for a plain model that is full
             fine-tuning.
-        batch: What the model is called with: a mapping of arguments, a tuple, or one tensor, of the real shapes. With
-            labels the loss is the model's own, otherwise the sum of its first floating point output.
+        batch: What the model is called with, of the real shapes: a mapping of arguments, a tensor, or a tuple that
+            begins with one of them, see :mod:`models.calls`. With labels in a mapping the loss is the model's own,
+            otherwise the sum of its features.
         optimizer: 'adamw' or 'adam' (both fused, as transformers' Trainer makes it by default; the unfused ones need
             temporary tensors), 'sgd', 'sgd_momentum', a function from the model to an optimizer, or None for no step.
 
@@ -190,25 +191,21 @@ def input_sizes(model: nn.Module, names: Iterable[str], batch: Any) -> dict[str,
         >>> input_sizes(layers, ["1"], torch.zeros(3, 4))
         {'1': (3, 6)}
     """
-    arguments = _call_arguments(batch)
+    arguments = call_arguments(batch)
     autocast = _active_autocast(model)
     sizes: dict[str, tuple[int, ...]] = {}
+
+    def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sizes[name] = tuple(layer_input(args, kwargs).shape)
+
     with isolated(autocast.device):
         run = _prepared(model, None, arguments, autocast)
-        for name in names:
-            module = run.model.get_submodule(name)
-            module.register_forward_pre_hook(functools.partial(_note_size, sizes, name), with_kwargs=True)
-        try:
-            run.inference_flops()
-        except UnknownValue:
-            return None
+        with hooked(run.model, names, before=look):
+            try:
+                run.inference_flops()
+            except UnknownValue:
+                return None
     return sizes
-
-
-def _note_size(
-    sizes: dict[str, tuple[int, ...]], name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    sizes[name] = tuple(args[0].shape if args else next(iter(kwargs.values())).shape)
 
 
 class PlannedPeaks:
@@ -218,7 +215,7 @@ class PlannedPeaks:
     """
 
     def __init__(self, model: nn.Module, *, batch: Any, optimizer: str | OptimizerFactory | None = "adamw") -> None:
-        self._model, self._arguments = model, _call_arguments(batch)
+        self._model, self._arguments = model, call_arguments(batch)
         self._make_optimizer = _optimizer_factory(optimizer)
         self._autocast = _active_autocast(model)
         self._run: _Run | None = None
@@ -243,7 +240,7 @@ def _simulated(model: nn.Module, config: PeftConfig | WasiPlan | None, batch: An
         config = WasiConfig(plan=config)
     if config is not None:
         _check_config(model, config)
-    arguments = _call_arguments(batch)
+    arguments = call_arguments(batch)
     autocast = _active_autocast(model)
     with isolated(autocast.device):
         run = _prepared(model, config, arguments, autocast)
@@ -251,14 +248,12 @@ def _simulated(model: nn.Module, config: PeftConfig | WasiPlan | None, batch: An
             yield run
 
 
-def _prepared(
-    model: nn.Module, config: PeftConfig | None, arguments: tuple[tuple[Any, ...], dict[str, Any]], autocast: _Autocast
-) -> _Run:
+def _prepared(model: nn.Module, config: PeftConfig | None, arguments: Arguments, autocast: _Autocast) -> _Run:
     simulation = Simulation()
     twin = simulation.without_memory(model)
     if config is not None:
         twin = _injected(simulation, twin, copy.deepcopy(config))
-    return _Run(simulation, twin, simulation.batch(arguments[0]), simulation.batch(arguments[1]), autocast)
+    return _Run(simulation, twin, simulation.batch(arguments), autocast)
 
 
 @contextmanager
@@ -310,25 +305,6 @@ def _check_config(model: nn.Module, config: PeftConfig) -> None:
         raise ValueError("config must be None for a model that has an adapter already; it is estimated as it is.")
 
 
-def _call_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The batch as positional arguments and keywords."""
-    arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = {}
-    if isinstance(batch, Mapping):
-        keywords = dict(batch)
-    elif isinstance(batch, (tuple, list)):
-        arguments = tuple(batch)
-    elif isinstance(batch, Tensor):
-        arguments = (batch,)
-    else:
-        raise TypeError(f"batch must be a mapping, a tuple or a tensor, got {type(batch).__name__}.")
-    tensors = tensors_in((arguments, keywords))
-    if not tensors or any(tensor.numel() == 0 for tensor in tensors):
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        raise ValueError(f"batch must hold at least one tensor and no empty one, got shapes {shapes}.")
-    return arguments, keywords
-
-
 class _Autocast(NamedTuple):
     device: str
     dtype: torch.dtype
@@ -364,22 +340,21 @@ class _Run:
         self,
         simulation: Simulation,
         model: nn.Module,
-        arguments: tuple[Any, ...],
-        keywords: dict[str, Any],
+        arguments: Arguments,
         autocast: _Autocast,
     ) -> None:
         self.simulation, self.memory = simulation, simulation.memory
-        self.model, self.arguments, self.keywords, self.autocast = model, arguments, keywords, autocast
+        self.model, self.arguments, self.autocast = model, arguments, autocast
         self._last_optimizer: weakref.ref[torch.optim.Optimizer] | None = None
 
     def forward(self) -> Any:
         with torch.autocast(self.autocast.device, self.autocast.dtype, self.autocast.enabled):
-            output = self.model(*self.arguments, **self.keywords)
+            output = self.model(*self.arguments.positional, **self.arguments.named)
         torch.clear_autocast_cache()
         return output
 
     def loss(self) -> Tensor:
-        return _loss_of(self.forward())
+        return training_loss(self.forward())
 
     def inference_flops(self) -> int:
         self.model.eval()
@@ -475,7 +450,7 @@ class _Run:
             temporary_bytes=max(step.temporary for step in steps),
             peak_bytes=highest.peak,
             at_peak=highest.at_peak,
-            batch_bytes=sum(tensor.nbytes for tensor in tensors_in((self.arguments, self.keywords))),
+            batch_bytes=sum(tensor.nbytes for tensor in tensors_in(self.arguments)),
             training_flops=warm.flops + round((last.flops - warm.flops) / _basis_interval(self.model)),
             inference_flops=inference_flops,
             paper_training_bytes=PAPER_ELEMENT_BYTES * (weight_elements + input_elements),
@@ -489,21 +464,13 @@ class _Run:
 
         def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             nonlocal inputs
-            inputs += _input_elements(layer, next(iter((*args, *kwargs.values()))))
+            inputs += _input_elements(layer, layer_input(args, kwargs))
 
         for layer in layers:
             layer.register_forward_hook(count, with_kwargs=True)
         with self.simulation:
             self.loss()
         return sum(_weight_elements(layer) for layer in layers), inputs
-
-
-def _loss_of(output: Any) -> Tensor:
-    """The loss that a model gives, or the sum of its first floating point output."""
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        loss = next(tensor for tensor in tensors_in(output) if tensor.is_floating_point()).sum()
-    return loss
 
 
 def _age_bases(model: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 from torch.utils._pytree import tree_map
 
+from ..models.calls import Arguments, call_arguments, tensors_in, training_loss
 from ..ranks.plan import WasiPlan
 from ..tuner.config import WasiConfig
 from ..tuner.layer import wasi_layers
@@ -37,12 +38,10 @@ from .estimate import (
     _active_autocast,
     _age_bases,
     _Autocast,
-    _call_arguments,
     _check_config,
-    _loss_of,
     _optimizer_factory,
 )
-from .simulation import isolated, tensors_in
+from .simulation import isolated
 from .trace import KINDS, MemoryTrace, Site, Times, kept_by, marked_modules, one_round, phase, read_memory, read_times
 
 ROUNDS = 5
@@ -234,8 +233,7 @@ def profile_wasi(
         model: Any model on the CPU; an adapter that it has already is taken as it is.
         config: What is put into the copy before: a `WasiConfig`, a `WasiPlan`, or the configuration of any PEFT method
             that injects layers. None takes the model as it is: for a plain model that is full fine-tuning.
-        batch: What the model is called with: a mapping of arguments, a tuple, or one tensor. With labels the loss is
-            the model's own, otherwise the sum of its first floating point output.
+        batch: What the model is called with, as for :func:`estimate_wasi`.
         optimizer: As for :func:`estimate_wasi`, of which the named ones run at a learning rate of 0; None for no step.
         rounds: How many steps are timed, and traced; at least 1.
 
@@ -255,9 +253,9 @@ def profile_wasi(
         _check_config(model, config)
     if not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds must be a whole number of at least 1, got {rounds!r}.")
-    arguments, keywords = _call_arguments(batch)
+    arguments = call_arguments(batch)
     make_optimizer = _optimizer_factory(optimizer)
-    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers(), *tensors_in(batch))}
+    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers(), *tensors_in(arguments))}
     if devices != {"cpu"}:
         raise ValueError(f"profile_wasi needs model and batch on the CPU, got {', '.join(sorted(devices))}.")
     autocast = _active_autocast(model)
@@ -273,7 +271,7 @@ def profile_wasi(
             for group in made.param_groups:
                 group["lr"] = 0.0  # the same work, and values cannot run away
         try:
-            return _Runner(twin, arguments, keywords, autocast, made).profile(rounds)
+            return _Runner(twin, arguments, autocast, made).profile(rounds)
         finally:
             del twin, made
             gc.collect()
@@ -288,20 +286,19 @@ class _Runner:
     def __init__(
         self,
         model: nn.Module,
-        arguments: tuple[Any, ...],
-        keywords: dict[str, Any],
+        arguments: Arguments,
         autocast: _Autocast,
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
         self.model, self.autocast, self.optimizer = model, autocast, optimizer
-        self._batch = arguments, keywords
+        self._arguments = arguments
 
     def step(self, watch: Watch, look: Callable[[Tensor], None] = lambda loss: None) -> None:
         """One step; `look` is called with the loss between forward and backward."""
         self.model.train()
         batch = self.fresh_batch()
         with watch("forward"):
-            loss = _loss_of(self.forward(batch))
+            loss = training_loss(self.forward(batch))
         look(loss)
         with watch("backward"):
             loss.backward()
@@ -316,14 +313,16 @@ class _Runner:
         with torch.no_grad(), watch("inference"):
             self.forward(batch)
 
-    def fresh_batch(self) -> Any:
+    def fresh_batch(self) -> Arguments:
         """New tensors: layers share what they computed of an input for as long as it is the same tensor."""
-        return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, self._batch)
+        copied: Arguments = tree_map(
+            lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, self._arguments
+        )
+        return copied
 
-    def forward(self, batch: Any) -> Any:
-        arguments, keywords = batch
+    def forward(self, batch: Arguments) -> Any:
         with torch.autocast(self.autocast.device, self.autocast.dtype, self.autocast.enabled):
-            return self.model(*arguments, **keywords)
+            return self.model(*batch.positional, **batch.named)
 
     def profile(self, rounds: int) -> StepProfile:
         modules = _modules(self.model)

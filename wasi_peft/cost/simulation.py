@@ -25,20 +25,16 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from ..models.calls import tensors_in
 from .replay import Recipes
 
 LARGEST_COMPUTED = 2**20  # elements of a mask or the like that is computed
 SMALL_NORM = 0.005  # of a correction, where code asks for it: not zero, and within every tolerance
 
 _injection_log = logging.getLogger("wasi_peft.tuner.model")
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in nested containers."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def operands(values: Iterable[Any], keywords: Mapping[str, Any]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The folder of a calibration: its index, what it was measured on, and what is wrong with it.
+"""The folder of a calibration: its index, its files, and what is wrong with them.
 
 `index.json` names a safetensors file for every layer that is done. It is replaced as a whole or not at all.
 """
@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, SequentialSampler
 
 from ..forms.dense import dense_weight
 
@@ -78,7 +76,7 @@ def open_index(
         model: The model that is calibrated.
         targets: The layers that are asked for.
         settings: What must be the same in every run.
-        data: What :func:`describe_data` says.
+        data: What :func:`data.describe_data` says.
 
     Raises:
         ValueError: If the folder holds a calibration with other settings, on other data or of another model.
@@ -116,29 +114,9 @@ def open_index(
     return index
 
 
-def describe_data(data: Any, max_batches: int | None) -> dict[str, int | None]:
-    """What tells data from others: how many batches are used, and a checksum of the first one.
-
-    The checksum is None where the first batch need not be the same next time (a shuffled loader) or where it is not
-    known whether it is; both are for a function that runs the model.
-    """
-    if callable(data):
-        return {"batches": None, "first_batch": None}
-    count = len(data) if isinstance(data, Sized) else None
-    if max_batches is not None:
-        count = max_batches if count is None else min(count, max_batches)
-    loader = isinstance(data, DataLoader)
-    ordered = isinstance(getattr(data.batch_sampler, "sampler", None), SequentialSampler) if loader else False
-    if not (ordered or isinstance(data, Sequence)) or not count:
-        return {"batches": count, "first_batch": None}
-    with torch.random.fork_rng(devices=[]):  # a loader draws a seed
-        first = next(iter(data))
-    return {"batches": count, "first_batch": _batch_checksum(first)}
-
-
 def weight_checksum(module: nn.Module) -> int:
     """CRC-32 of a weight's bytes: tells whether a spectrum belongs to this very layer."""
-    return _checksum(dense_weight(module))
+    return checksum(dense_weight(module))
 
 
 def read_tensor(path: str, name: str) -> Tensor | None:
@@ -164,15 +142,6 @@ def _check_keys(path: str, what: str, value: Any, keys: Mapping[str, type]) -> N
             raise ValueError(f"{path}: {key!r} of {what} must be of type {kind.__name__}, got {value[key]!r}.")
 
 
-def _checksum(tensor: Tensor, start: int = 0) -> int:
+def checksum(tensor: Tensor, start: int = 0) -> int:
+    """CRC-32 of a tensor's bytes, going on from another one."""
     return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), start)
-
-
-def _batch_checksum(batch: Any) -> int:
-    checksum = 0
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            checksum = _checksum(leaf, zlib.crc32(str((leaf.dtype, tuple(leaf.shape))).encode(), checksum))
-        elif isinstance(leaf, (bool, int, float, str)):
-            checksum = zlib.crc32(repr(leaf).encode(), checksum)
-    return checksum

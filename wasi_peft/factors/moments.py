@@ -7,26 +7,27 @@ for each layer are all that is kept.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..linalg.coordinates import ImageMoments
-from ..updates.base import InitialFactors
-from .calibration import (
-    backpropagate_signs,
-    check_repeatable,
+from ..models.calls import (
     differentiable,
     evaluating,
     features_of,
     layer_input,
-    limited,
     model_output,
     real_rows,
     token_mask,
 )
-from .repair import student_of
+from ..tuner.prepared import WasiFactors
+from ..updates.base import InitialFactors
+from .data import check_repeatable, limited
+from .statistics import backpropagate_signs
+from .student import student_of
 
 MOMENT_BATCHES = 16
 
@@ -110,11 +111,40 @@ def image_moments(
         for batch in limited(data, max_batches, "WASI moments" if progress_bar else None):
             mask = token_mask(batch)
             model_output(student, batch)
-    found = {}
+    moments = {}
     for name, each in sums.items():
         if not each.rows:
             raise ValueError(f"{name}: the data never reached this layer.")
-        found[name] = each.moments()
-        if not all(bool(torch.isfinite(part).all()) for part in found[name][:2]):
+        moments[name] = each.moments()
+        if not all(bool(torch.isfinite(part).all()) for part in moments[name][:2]):
             raise ValueError(f"{name}: its input, or the gradient of its output, holds NaN or Inf.")
-    return found
+    return moments
+
+
+def with_moments(
+    model: nn.Module,
+    factors: WasiFactors,
+    data: Iterable[Any],
+    *,
+    max_batches: int = MOMENT_BATCHES,
+    progress_bar: bool = True,
+) -> WasiFactors:
+    """The same factors with their moments measured, see :func:`image_moments`."""
+    initial = factors.initial
+    moments = image_moments(model, initial, data, max_batches=max_batches, progress_bar=progress_bar)
+    return factors.with_initial({name: replace(each, moments=moments[name]) for name, each in initial.items()})
+
+
+def with_initial(
+    model: nn.Module,
+    factors: WasiFactors,
+    initial: Mapping[str, InitialFactors],
+    data: Iterable[Any],
+    *,
+    progress_bar: bool = True,
+) -> WasiFactors:
+    """Other values for some factors; moments that those had are measured again, being of their coordinates."""
+    changed = factors.with_initial(initial)
+    if all(each.moments is None for each in factors.initial.values()):
+        return changed
+    return with_moments(model, changed, data, progress_bar=progress_bar)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Literal
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -13,17 +10,13 @@ from tqdm.auto import tqdm
 from ..forms.dense import dense_weight
 from ..ranks.allocate import allocate_ranks
 from ..tuner.config import WasiConfig
-from ..tuner.model import INITIAL_FACTORS, PreparedFactors, initial_rank, rank_for
-from ..tuner.targets import asked_rank, resolve_targets, vocabulary_head
-from ..updates.base import InitialFactors
-from .blockwise import BLOCK_STEPS, repair_blocks
-from .calibration import Calibration, CalibrationData, calibrate_wasi, dense_targets
-from .moments import MOMENT_BATCHES, image_moments
-from .repair import REPAIR_STEPS, repair_factors
-from .token_repair import TOKEN_STEPS, repair_tokens, require_head
-
-Repair = Literal["model", "blocks", "tokens"]
-STEPS: dict[Repair, int] = {"model": REPAIR_STEPS, "blocks": BLOCK_STEPS, "tokens": TOKEN_STEPS}
+from ..tuner.model import initial_rank, rank_for
+from ..tuner.prepared import PreparedLayer, WasiFactors
+from ..tuner.targets import asked_rank, resolve_targets
+from .calibration import Calibration, calibrate_wasi, dense_targets
+from .data import CalibrationData
+from .moments import MOMENT_BATCHES, with_moments
+from .repairs import REPAIRS, RepairName, default_repair
 
 
 def preprocess_wasi(
@@ -32,12 +25,12 @@ def preprocess_wasi(
     data: CalibrationData | None = None,
     *,
     calibration: Calibration | None = None,
-    repair: Repair | None = None,
+    repair: RepairName | None = None,
     repair_steps: int | None = None,
     max_batches: int | None = None,
     max_memory_bytes: int = 2**30,
     progress_bar: bool = True,
-) -> None:
+) -> WasiFactors:
     """Prepare data-aware initial factors; the next `get_peft_model(model, config)` uses them.
 
     Where R does not train (`update="frozen_basis"` or "core") and there are batches, one more pass measures in which
@@ -58,18 +51,21 @@ def preprocess_wasi(
         max_memory_bytes: Bound on the memory for sums during calibration, bytes.
         progress_bar: Show progress bars.
 
+    Returns:
+        The factors, which are attached already. They can be repaired further, saved, and attached to the model of
+        another process.
+
     Raises:
         ValueError: If neither data nor a calibration is given, or repair is asked for without batches; and whatever
             [`calibrate_wasi`] finds. Nothing is attached then.
     """
     batches = None if data is None or callable(data) else data
-    if repair not in (*STEPS, None):
-        raise ValueError(f"repair must be one of {', '.join(map(repr, STEPS))}, None, got {repair!r}.")
-    repair = repair or ("model" if vocabulary_head(model) is None else "tokens")
-    if repair == "tokens":
-        require_head(model)
+    if repair not in (*REPAIRS, None):
+        raise ValueError(f"repair must be one of {', '.join(map(repr, REPAIRS))}, None, got {repair!r}.")
+    chosen = REPAIRS[repair or default_repair(model)]
+    chosen.check(model)
     if repair_steps is None:
-        repair_steps = 0 if batches is None else STEPS[repair]
+        repair_steps = 0 if batches is None else chosen.steps
     if repair_steps < 0:
         raise ValueError(f"repair_steps must be at least 0, got {repair_steps!r}.")
     if repair_steps and batches is None:
@@ -91,28 +87,21 @@ def preprocess_wasi(
     calibration.require(targets)
     update = resolved.layer_update
     if resolved.weight_share is not None:
-        spectra = calibration.spectra(targets, resolved.layer_update)
+        spectra = calibration.spectra(targets, update)
         resolved.resolved_ranks = allocate_ranks(spectra, resolved.weight_share)
-    asked = {name: asked_rank(name, resolved) for name in targets}
-    ranks = {name: rank_for(asked[name], calibration.energies(name)) for name in targets}
-    factors: dict[str, InitialFactors] = {}
+    layers: dict[str, PreparedLayer] = {}
     for name, module in tqdm(targets.items(), desc="WASI initial factors", disable=not progress_bar):
-        directions = initial_rank(ranks[name], update.side_rank, dense_weight(module).shape)
-        factors[name] = calibration.factors(name, module, directions)
+        rank_or_threshold = asked_rank(name, resolved)
+        rank = rank_for(rank_or_threshold, calibration.energies(name))
+        directions = initial_rank(rank, update.side_rank, dense_weight(module).shape)
+        initial = calibration.factors(name, module, directions)
+        made_for = rank_or_threshold, resolved.weight_share, update.name, update.side_rank
+        layers[name] = PreparedLayer(initial, rank, *made_for)
+    factors = WasiFactors(layers)
     if repair_steps and batches is not None:
-        functions: dict[Repair, Callable[..., dict[str, InitialFactors]]]
-        functions = {"model": repair_factors, "blocks": repair_blocks, "tokens": repair_tokens}
-        factors = functions[repair](model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
+        factors = chosen.run(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
     if update.keeps_image and batches is not None:
         count = MOMENT_BATCHES if max_batches is None else min(max_batches, MOMENT_BATCHES)
-        moments = image_moments(model, factors, batches, max_batches=count, progress_bar=progress_bar)
-        factors = {name: replace(initial, moments=moments[name]) for name, initial in factors.items()}
-    for name, initial in factors.items():
-        targets[name].__dict__[INITIAL_FACTORS] = PreparedFactors(
-            initial,
-            ranks[name],
-            asked[name],
-            resolved.weight_share,
-            resolved.layer_update.name,
-            update.side_rank,
-        )
+        factors = with_moments(model, factors, batches, max_batches=count, progress_bar=progress_bar)
+    factors.attach(model)
+    return factors

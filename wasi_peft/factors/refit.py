@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ..forms.dense import dense_bias, dense_weight
-from ..tuner.layer import Linear
-from .blocks import BlockStates, hooked
-from .calibration import layer_input
+from ..forms.factored import FactoredLinear
+from ..models.calls import hooked, layer_input
+from .block_states import BlockStates
 
 RIDGE = 1e-2
 _ROUNDING = 1e-6  # of a moment that was summed in float32, relative to its diagonal
@@ -40,8 +40,8 @@ def input_map(cross: Tensor, moment: Tensor, shift: float) -> Tensor:
 
     Example:
         >>> x = torch.randn(100, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        >>> wanted = x @ torch.tensor([[1.0, 0, 0], [0, 2, 0], [1, 0, 1]]).double()
-        >>> input_map(wanted.T @ x, x.T @ x, shift=1e-9).abs().round(decimals=4).tolist()
+        >>> goal = x @ torch.tensor([[1.0, 0, 0], [0, 2, 0], [1, 0, 1]]).double()
+        >>> input_map(goal.T @ x, x.T @ x, shift=1e-9).abs().round(decimals=4).tolist()
         [[1.0, 0.0, 1.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]
     """
     identity = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
@@ -56,12 +56,12 @@ class _Moments:
     """Sums over the rows of two inputs of a layer: x* in the dense model, x in the compressed one.
 
     **Shape**
-        - cross: (in, in), sum of `x* x^T`; moment: (in, in), sum of `x x^T`; wanted: (in,), sum of x*; total: (in,)
+        - cross: (in, in), sum of `x* x^T`; moment: (in, in), sum of `x x^T`; goal: (in,), sum of x*; total: (in,)
     """
 
     cross: Tensor
     moment: Tensor
-    wanted: Tensor
+    goal: Tensor
     total: Tensor
     rows: int = 0
 
@@ -70,23 +70,23 @@ class _Moments:
         square, row = torch.zeros(size, size, device=device), torch.zeros(size, device=device)
         return cls(square, square.clone(), row, row.clone())
 
-    def update(self, wanted: Tensor, rows: Tensor) -> None:
+    def update(self, goal: Tensor, rows: Tensor) -> None:
         """Add rows, (n, in) both."""
-        self.cross.addmm_(wanted.T, rows)
+        self.cross.addmm_(goal.T, rows)
         self.moment.addmm_(rows.T, rows)
-        self.wanted += wanted.sum(0)
+        self.goal += goal.sum(0)
         self.total += rows.sum(0)
         self.rows += len(rows)
 
     def means(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`E[x* x^T]`, `E[x x^T]`, `E[x*]`, `E[x]`, float64."""
-        parts = (self.cross, self.moment, self.wanted, self.total)
-        cross, moment, wanted, mean = (part.double() / self.rows for part in parts)
-        return cross, moment, wanted, mean
+        parts = (self.cross, self.moment, self.goal, self.total)
+        cross, moment, goal, mean = (part.double() / self.rows for part in parts)
+        return cross, moment, goal, mean
 
 
 def refit_block(
-    block: str, dense: BlockStates, compressed: BlockStates, layers: Mapping[str, Linear], ridge: float
+    block: str, dense: BlockStates, compressed: BlockStates, layers: Mapping[str, FactoredLinear], ridge: float
 ) -> None:
     """Refit layers of a block in the order in which they run, those that read one input together.
 
@@ -105,13 +105,13 @@ def refit_block(
     for names in _readers(block, dense, layers):
         moments = None
         for index in range(len(dense.hidden)):
-            wanted = dense.rows_before(block, index, names[0])
+            goal = dense.rows_before(block, index, names[0])
             rows = compressed.rows_before(block, index, names[0])
-            if wanted is None or rows is None or wanted.shape != rows.shape:
+            if goal is None or rows is None or goal.shape != rows.shape:
                 moments = None
                 break
             moments = moments or _Moments.zeros(rows.shape[1], rows.device)
-            moments.update(wanted, rows)
+            moments.update(goal, rows)
         if moments is None:
             continue
         if not bool(torch.isfinite(moments.cross).all() & torch.isfinite(moments.moment).all()):
@@ -141,16 +141,16 @@ def _readers(block: str, dense: BlockStates, names: Iterable[str]) -> list[list[
     return [group for group, _ in groups]
 
 
-def _refit(layer: Linear, target: nn.Module, moments: _Moments, ridge: float) -> None:
+def _refit(layer: FactoredLinear, target: nn.Module, moments: _Moments, ridge: float) -> None:
     """Give a layer the right factor, and the bias, that suit its inputs in the compressed model."""
-    cross, moment, wanted, mean = moments.means()
-    L, R = layer.form.L, layer.form.R
+    cross, moment, goal, mean = moments.means()
+    L, R = layer.L, layer.R
     bias = dense_bias(target)
     least = _ROUNDING * float(moment.diagonal().mean())
     if bias is not None:
-        cross, moment = cross - torch.outer(wanted, mean), moment - torch.outer(mean, mean)
+        cross, moment = cross - torch.outer(goal, mean), moment - torch.outer(mean, mean)
     refitted = R.double() @ input_map(cross, moment, max(ridge * float(moment.diagonal().mean()), least))
-    if bias is not None:
-        corrected = bias.double() + dense_weight(target).double() @ wanted - L.double() @ (refitted @ mean)
-        layer.form.bias.copy_(corrected)
+    if bias is not None and layer.bias is not None:
+        corrected = bias.double() + dense_weight(target).double() @ goal - L.double() @ (refitted @ mean)
+        layer.bias.copy_(corrected)
     R.copy_(refitted)

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..forms.factored import FactoredLinear
 from ..memory.loss import default_chunk_rows
-from ..tuner.layer import Linear
-from ..tuner.targets import vocabulary_head
-from ..updates.base import InitialFactors
-from .blocks import Reached
-from .calibration import evaluating, layer_input, limited, model_output, real_rows, token_mask
-from .repair import Descent, check_arguments, lowered, orthonormal_factors, shuffled, student_of
+from ..models.calls import Reached, evaluating, layer_input, model_output, real_rows, token_mask
+from ..models.structure import vocabulary_head
+from ..tuner.prepared import WasiFactors
+from .data import limited
+from .descent import Descent, check_arguments, lowered, shuffled
+from .moments import with_initial
+from .student import orthonormal_factors, student_of
 
 TOKEN_ROWS = 2**16
 TOKEN_STEPS = 128
@@ -29,18 +31,18 @@ COMPARED_BATCHES = 8  # on which the divergence is measured before and after
 
 
 class TokenDivergence(torch.autograd.Function):
-    """`mean_n KL(softmax(W wanted_n + b) || softmax(W hidden_n + b))` and its gradient for `hidden`, in chunks."""
+    """`mean_n KL(softmax(W target_n + b) || softmax(W hidden_n + b))` and its gradient for `hidden`, in chunks."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, wanted: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int
+        ctx: Any, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int
     ) -> Tensor:
         precise = torch.promote_types(hidden.dtype, torch.float32)
         gradient = torch.empty_like(hidden)
         loss = hidden.new_zeros((), dtype=precise)
         for start in range(0, len(hidden), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            log_p = F.log_softmax(F.linear(wanted[rows], weight, bias), -1, dtype=precise)
+            log_p = F.log_softmax(F.linear(target[rows], weight, bias), -1, dtype=precise)
             log_q = F.log_softmax(F.linear(hidden[rows], weight, bias), -1, dtype=precise)
             p = log_p.exp()
             loss += (log_p.sub_(log_q).mul_(p)).sum()
@@ -56,14 +58,14 @@ class TokenDivergence(torch.autograd.Function):
 
 def repair_tokens(
     model: nn.Module,
-    factors: Mapping[str, InitialFactors],
+    factors: WasiFactors,
     data: Iterable[Any],
     *,
     rows: int = TOKEN_ROWS,
     steps: int = TOKEN_STEPS,
     rate: float = 1.5e-3,
     progress_bar: bool = True,
-) -> dict[str, InitialFactors]:
+) -> WasiFactors:
     """Train factors and biases until the compressed model predicts the tokens that the dense one does.
 
     The loss is `mean_n KL(p*_n || p_n)` over the tokens n, p* and p being what the head makes of the last hidden state
@@ -72,12 +74,9 @@ def repair_tokens(
     models share everything but the target layers; on top of the dense model there are the factors, their gradients and
     two optimizer moments, one batch, and the dense model's last hidden states.
 
-    **Shape**
-        - factors: by module name, L (out, K), R (K, in), bias (out,) or None
-
     Args:
         model: The dense model, which ends in a linear layer over a vocabulary; not changed.
-        factors: Initial factors of its target layers. Those of the head, if it is one, stay as they are.
+        factors: What :func:`preprocess_wasi` made for it. Those of the head, if it is a target, stay as they are.
         data: Batches without labels.
         rows: Tokens to look at, about: as many whole batches as hold them.
         steps: Optimizer steps, each on one batch.
@@ -85,8 +84,8 @@ def repair_tokens(
         progress_bar: Show a progress bar.
 
     Returns:
-        New factors, L with orthonormal columns; the given ones, with a warning, if the loss of the first batches did
-        not fall.
+        New factors, L with orthonormal columns, to be attached; the given ones, with a warning, if the loss of the
+        first batches did not fall.
 
     Raises:
         ValueError: If a number is out of range; if the model has no such head; or if the data are empty, a function,
@@ -94,7 +93,7 @@ def repair_tokens(
     """
     head = require_head(model)
     check_arguments(data, rows=rows, steps=steps, rate=rate)
-    inside = {name: initial for name, initial in factors.items() if model.get_submodule(name) is not head}
+    inside = {name: initial for name, initial in factors.initial.items() if model.get_submodule(name) is not head}
     with evaluating(model, gradients=True):
         student, layers = student_of(model, inside)
         batches = _batches(model, data, rows, progress_bar)
@@ -102,8 +101,9 @@ def repair_tokens(
         _train(student, layers, batches, steps, rate, progress_bar)
         after = _mean_divergence(student, batches[:COMPARED_BATCHES])
     if not lowered(before, after, "the divergence of predicted tokens"):
-        return dict(factors)
-    return {**factors, **{name: orthonormal_factors(layer) for name, layer in layers.items()}}
+        return factors
+    repaired = {name: orthonormal_factors(layer) for name, layer in layers.items()}
+    return with_initial(model, factors, {**factors.initial, **repaired}, data, progress_bar=progress_bar)
 
 
 def require_head(model: nn.Module) -> nn.Linear:
@@ -123,25 +123,25 @@ def require_head(model: nn.Module) -> nn.Linear:
 @torch.no_grad()
 def _batches(model: nn.Module, data: Iterable[Any], rows: int, progress_bar: bool) -> list[tuple[Any, Tensor]]:
     """Batches of about so many tokens, each with the dense model's last hidden states, (tokens, H)."""
-    found: list[tuple[Any, Tensor]] = []
+    batches: list[tuple[Any, Tensor]] = []
     with tqdm(total=rows, desc="WASI dense model", unit="token", disable=not progress_bar) as bar:
         for batch in limited(data, None, None):
-            wanted = before_head(model, batch)
-            bar.update(len(wanted))
-            if not bool(torch.isfinite(wanted).all()):
+            hidden = before_head(model, batch)
+            bar.update(len(hidden))
+            if not bool(torch.isfinite(hidden).all()):
                 raise ValueError("the dense model answers NaN or Inf on the calibration data.")
-            found.append((batch, wanted))
-            if sum(len(states) for _, states in found) >= rows:
+            batches.append((batch, hidden))
+            if sum(len(states) for _, states in batches) >= rows:
                 break
-    return found
+    return batches
 
 
 def before_head(model: nn.Module, batch: Any) -> Tensor:
     """What the head over the vocabulary is given of one batch, padding left out, (tokens, H). It does not run."""
-    found: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def on_call(_: nn.Module, args: Any, kwargs: Any) -> None:
-        found.append(layer_input(args, kwargs))
+        inputs.append(layer_input(args, kwargs))
         raise Reached
 
     handle = require_head(model).register_forward_pre_hook(on_call, with_kwargs=True)
@@ -151,16 +151,16 @@ def before_head(model: nn.Module, batch: Any) -> Tensor:
         pass
     finally:
         handle.remove()
-    if not found:
+    if not inputs:
         raise ValueError(f"{type(model).__name__} does not run its head on a calibration batch.")
-    return real_rows(found[0], token_mask(batch))
+    return real_rows(inputs[0], token_mask(batch))
 
 
-def _divergence(student: nn.Module, batch: Any, wanted: Tensor) -> Tensor:
+def _divergence(student: nn.Module, batch: Any, target: Tensor) -> Tensor:
     """The loss of one batch."""
     head = require_head(student)
     hidden = before_head(student, batch)
-    loss: Tensor = TokenDivergence.apply(hidden, wanted, head.weight, head.bias, default_chunk_rows(len(head.weight)))
+    loss: Tensor = TokenDivergence.apply(hidden, target, head.weight, head.bias, default_chunk_rows(len(head.weight)))
     return loss
 
 
@@ -171,7 +171,7 @@ def _mean_divergence(student: nn.Module, batches: Sequence[tuple[Any, Tensor]]) 
 
 def _train(
     student: nn.Module,
-    layers: Mapping[str, Linear],
+    layers: Mapping[str, FactoredLinear],
     batches: Sequence[tuple[Any, Tensor]],
     steps: int,
     rate: float,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .factored import FactoredLinear
+from .factored import FactoredLinear, check_rank
 
 
 class CoredLinear(FactoredLinear):
@@ -45,6 +45,7 @@ class CoredLinear(FactoredLinear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_rank("rank", rank, out_features, in_features)
         shapes = {"L": (out_features, rank), "M": (rank, rank), "R": (rank, in_features)}
         self._make(shapes, bias, dense_class, {"device": device, "dtype": dtype})
 

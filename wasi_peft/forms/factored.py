@@ -15,6 +15,23 @@ from .dense import FactoredWeight, build_dense, is_transposed
 PREFIX = "wasi_"  # of the names of parameters
 
 
+def check_rank(name: str, rank: Any, out_features: int, in_features: int) -> None:
+    """Refuse a rank that a weight cannot have, before anything of its size is made.
+
+    Args:
+        name: Of the argument.
+        rank: Its value.
+        out_features: Of the layer.
+        in_features: Of the layer.
+
+    Raises:
+        ValueError: If it is no integer from 1 to min(out_features, in_features).
+    """
+    largest = min(out_features, in_features)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= largest:
+        raise ValueError(f"{name} must be from 1 to min(out_features, in_features) = {largest}, got {rank!r}.")
+
+
 class FactoredLinear(nn.Module):
     """`y = (x R^T) L^T + b`: a linear layer that stores two thin factors in place of its weight.
 
@@ -58,6 +75,7 @@ class FactoredLinear(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_rank("rank", rank, out_features, in_features)
         shapes = {"L": (out_features, rank), "R": (rank, in_features)}
         self._make(shapes, bias, dense_class, {"device": device, "dtype": dtype})
 
@@ -81,13 +99,7 @@ class FactoredLinear(nn.Module):
         self, shapes: dict[str, tuple[int, int]], bias: bool, dense_class: type[nn.Module], options: dict[str, Any]
     ) -> None:
         """Random values of the size that a dense layer starts with, as `nn.Linear` does."""
-        (out_features, rank), (_, in_features) = shapes["L"], shapes["R"]
-        largest = min(out_features, in_features)
-        for name, value in (("rank", rank), *((name, min(shapes[name])) for name in shapes)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-                raise ValueError(
-                    f"{name} must be from 1 to min(out_features, in_features) = {largest}, got {value!r}."
-                )
+        out_features, in_features = shapes["L"][0], shapes["R"][1]
         nn.Module.__init__(self)
         parts = {name: torch.empty(shape, **options) for name, shape in shapes.items()}
         for part in parts.values():

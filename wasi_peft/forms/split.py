@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .factored import FactoredLinear
+from .factored import FactoredLinear, check_rank
 
 FEW_ROWS = 16  # below, putting the pairs side by side costs more than multiplying by each
 
@@ -49,6 +49,8 @@ class SplitLinear(FactoredLinear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_rank("rank", rank, out_features, in_features)
+        check_rank("side_rank", side_rank, out_features, in_features)
         shapes = {"L": (out_features, rank), "R": (rank, in_features)}
         shapes |= {"B": (out_features, side_rank), "A": (side_rank, in_features)}
         self._make(shapes, bias, dense_class, {"device": device, "dtype": dtype})

@@ -4,10 +4,10 @@ A language model's head multiplies its hidden states by a (vocabulary, hidden) m
 their log-softmax and its gradient are often the largest tensors of a training step. :class:`LinearCrossEntropy` forms
 them for a few tokens at a time and turns each piece into gradients at once.
 
-:func:`use_chunked_loss` brings this to any transformers model without touching its code: in training, the head returns
-:class:`DeferredLogits`, which know what they are the product of. Handed to `cross_entropy` they take the path above;
-any other operation gets the ordinary logits. So a model that caps or scales its logits, or a loss with label
-smoothing, computes what it always did.
+The technique :class:`ChunkedLoss` brings this to any transformers model without touching its code: in training, the
+head returns :class:`DeferredLogits`, which know what they are the product of. Handed to `cross_entropy` they take the
+path above; any other operation gets the ordinary logits. So a model that caps or scales its logits, or a loss with
+label smoothing, computes what it always did.
 """
 
 from __future__ import annotations
@@ -160,9 +160,9 @@ def _linear_cross_entropy(
         return LinearCrossEntropy.apply(hidden, weight, bias, labels, kept, mean, rows)
 
 
-def _check_chunk_rows(chunk_rows: int | None) -> None:
-    if chunk_rows is not None and (not isinstance(chunk_rows, int) or isinstance(chunk_rows, bool) or chunk_rows < 1):
-        raise ValueError(f"chunk_rows must be an integer of at least 1, or None, got {chunk_rows!r}.")
+def _check_chunk_rows(rows: int | None, name: str = "chunk_rows") -> None:
+    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+        raise ValueError(f"{name} must be an integer of at least 1, or None, got {rows!r}.")
 
 
 def chunked_cross_entropy(
@@ -302,7 +302,7 @@ class DeferredLogits(Tensor):
             head.used = True
             warnings.warn(
                 f"The logits were computed in full, because {getattr(wanted_by, '__name__', wanted_by)!r} was applied "
-                "to them: use_chunked_loss saves nothing in this step.",
+                "to them: ChunkedLoss saves nothing in this step.",
                 UserWarning,
                 stacklevel=4,
             )
@@ -424,23 +424,22 @@ class _DeferProduct:
         return (x,)
 
 
-def use_chunked_loss(model: nn.Module, *, chunk_rows: int | None = None) -> None:
-    """Have a transformers language model compute its training loss without ever holding all logits.
+@dataclass(frozen=True)
+class ChunkedLoss:
+    """Technique: a transformers language model computes its training loss without ever holding all logits.
 
     In training mode the output's `logits` are then :class:`DeferredLogits`, and the loss is computed from them in
     chunks; values, gradients and `num_items_in_batch` are as before. In eval mode nothing changes. Models that do
     something to the logits before the loss (soft-capping, scaling) still compute them in full, and a warning says so.
 
     The model stays as it is but for a hook on its head, which is copied with it and not saved. It may become a PEFT
-    model before or after; after `resize_token_embeddings`, which makes a new head, call this again.
+    model before or after; after `resize_token_embeddings`, which makes a new head, install this again.
 
     Args:
-        model: A transformers model with a language model head, or a PEFT model of one.
-        chunk_rows: Tokens in a chunk; by default as many as make 16 MiB of float32 logits, at least 256.
+        rows: Tokens in a chunk; by default as many as make 16 MiB of float32 logits, at least 256.
 
     Raises:
-        ValueError: If the model has no output embedding, or that is not a plain linear layer, for example because an
-            adapter is on it; or if `chunk_rows` is not positive.
+        ValueError: If `rows` is not positive.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -448,12 +447,36 @@ def use_chunked_loss(model: nn.Module, *, chunk_rows: int | None = None) -> None
         ...     hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
         ... )
         >>> model = LlamaForCausalLM(config).train()
-        >>> use_chunked_loss(model)
+        >>> ChunkedLoss().install(model)
         >>> tokens = torch.randint(50, (2, 6))
         >>> model(tokens, labels=tokens).logits
         DeferredLogits(shape=(2, 6, 50), dtype=torch.float32, computed=False)
     """
-    _check_chunk_rows(chunk_rows)
+
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_chunk_rows(self.rows, "rows")
+
+    def check(self, model: nn.Module) -> None:
+        """Raises a ValueError if the model has no output embedding, or that is not a plain linear layer."""
+        _head_of(model)
+
+    def install(self, model: nn.Module) -> None:
+        """Put the head's product off; raises as :meth:`check`."""
+        head = _head_of(model)
+        self.remove(model)
+        head.register_forward_pre_hook(_DeferProduct(self.rows))
+
+    def remove(self, model: nn.Module) -> None:
+        """Undo :meth:`install`, wherever the head went since."""
+        for module in model.modules():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, _DeferProduct):
+                    del module._forward_pre_hooks[key]
+
+
+def _head_of(model: nn.Module) -> nn.Module:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         raise ValueError(
@@ -464,13 +487,4 @@ def use_chunked_loss(model: nn.Module, *, chunk_rows: int | None = None) -> None
             "the head must be a plain linear layer without an adapter, because its product is formed in chunks from "
             f"its weight, got {type(head).__module__}.{type(head).__name__}."
         )
-    remove_chunked_loss(model)
-    head.register_forward_pre_hook(_DeferProduct(chunk_rows))
-
-
-def remove_chunked_loss(model: nn.Module) -> None:
-    """Undo :func:`use_chunked_loss`, wherever the head went since; nothing happens where it is not in use."""
-    for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _DeferProduct):
-                del module._forward_pre_hooks[key]
+    return head

@@ -1,62 +1,93 @@
 """Memory modes: what a training step does, beyond compressing inputs, to need little memory.
 
-Every part is a switch of the model, taken from the configuration when the adapter is injected: how blocks keep what
-backward needs, blocks in slices of the batch, MLPs in chunks of tokens, a loss that never holds all logits.
+A mode is a list of techniques, each of which is put around those before it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..tuner.config import WasiConfig
-from ..tuner.targets import vocabulary_head
-from .chunked_mlp import chunk_mlps, position_wise_modules, unchunk_mlps
-from .loss import remove_chunked_loss, use_chunked_loss
-from .recompute import check_recomputable, recompute_blocks, stop_recomputation
-from .saved import keep_saved_tensors_exact, store_saved_tensors
-from .slices import SLICE_ROWS, slice_blocks, unslice_blocks
+from ..models.structure import vocabulary_head
+from .loss import ChunkedLoss
+from .pieces import SLICE_ROWS, ChunkedMLPs, SlicedBlocks
+from .recompute import RecomputedBlocks
+from .saved import LowBitBlocks
+from .wrapping import Technique
 
-FAST_SLICE_ROWS = 2 * SLICE_ROWS  # of blocks, where MLPs have slices of their own: fewer small operations
-CHUNK_ROWS = SLICE_ROWS  # tokens of an MLP at a time, where one sample alone is longer than a slice
-BLOCK_INPUTS = "int8"  # how the input of a recomputed block is kept
+MODES: Mapping[str, tuple[Technique, ...]] = MappingProxyType(
+    {
+        "exact": (),
+        # twice the rows where MLPs have slices of their own: fewer small operations
+        "fast": (
+            SlicedBlocks(2 * SLICE_ROWS, mlp_rows=SLICE_ROWS),
+            LowBitBlocks("int8", low_bit_activations=True),
+            ChunkedLoss(),
+        ),
+        "small": (
+            RecomputedBlocks("int8"),
+            SlicedBlocks(SLICE_ROWS, drop_caches=True),
+            ChunkedMLPs(SLICE_ROWS),  # where one sample alone is longer than a slice
+            ChunkedLoss(),
+        ),
+    }
+)
+MEMORY_MODES = tuple(MODES)
 
 
-def check_memory_mode(model: nn.Module, config: WasiConfig) -> None:
+def recomputes(mode: str) -> bool:
+    """Whether blocks keep none of their layers' inputs in a mode, which leaves nothing there to be compressed."""
+    return any(isinstance(technique, RecomputedBlocks) for technique in MODES[mode])
+
+
+def _techniques(model: nn.Module, mode: str) -> list[Technique]:
+    """The techniques of a mode, without those for parts that the model does not have."""
+    absent: list[type] = []
+    if vocabulary_head(model) is None:
+        absent.append(ChunkedLoss)
+    if not ChunkedMLPs.find(model):
+        absent.append(ChunkedMLPs)
+    return [technique for technique in MODES[mode] if type(technique) not in absent]
+
+
+def check_memory_mode(model: nn.Module, mode: str) -> None:
     """Refuse, before anything changes, a mode that the model cannot use.
 
     Raises:
-        ValueError: If blocks are to be recomputed and the model cannot do that.
+        ValueError: If the mode is not "exact" and the model has no transformer blocks.
     """
-    if config.resolved_saved_tensors == "recompute":
-        check_recomputable(model)
+    for technique in _techniques(model, mode):
+        try:
+            technique.check(model)
+        except ValueError as error:
+            raise ValueError(f"memory_mode={mode!r}: {error}") from error
 
 
-def apply_memory_mode(model: nn.Module, config: WasiConfig) -> None:
-    """Switch on what the configuration's `memory_mode` and `saved_tensors` ask for.
+def enter_memory_mode(model: nn.Module, mode: str) -> None:
+    """Install the techniques of a mode, for the parts that the model has.
 
     Args:
-        model: The base model, with the adapter in it.
-        config: The adapter's configuration.
+        model: A model that passes :func:`check_memory_mode`, with or without adapters in it.
+        mode: One of :data:`MEMORY_MODES`.
+
+    Raises:
+        ValueError: As :func:`check_memory_mode`.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> small = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> model = ViTModel(small)
+        >>> enter_memory_mode(model, "small")
+        >>> leave_memory_mode(model, "small")
     """
-    kind = config.resolved_saved_tensors
-    if kind == "recompute":
-        recompute_blocks(model, BLOCK_INPUTS, SLICE_ROWS if config.memory_mode == "small" else None)
-    elif kind != "exact":
-        store_saved_tensors(model, kind, low_bit_activations=config.memory_mode == "fast" and kind == "int8")
-    if kind == "recompute" and config.memory_mode == "small" and position_wise_modules(model):
-        chunk_mlps(model, chunk_rows=CHUNK_ROWS)
-    if config.memory_mode == "fast" and kind != "recompute":
-        slice_blocks(model, FAST_SLICE_ROWS, mlp_rows=SLICE_ROWS)
-    if config.memory_mode != "exact" and vocabulary_head(model) is not None:
-        use_chunked_loss(model)
+    check_memory_mode(model, mode)
+    for technique in _techniques(model, mode):
+        technique.install(model)
 
 
-def leave_memory_mode(model: nn.Module) -> None:
-    """Undo :func:`apply_memory_mode`; nothing happens where it is not in use."""
-    if stop_recomputation(model) and isinstance(model, PreTrainedModel):
-        model.disable_input_require_grads()  # which PEFT enables for models that recompute
-    keep_saved_tensors_exact(model)
-    unslice_blocks(model)
-    unchunk_mlps(model)
-    remove_chunked_loss(model)
+def leave_memory_mode(model: nn.Module, mode: str) -> None:
+    """Undo :func:`enter_memory_mode`; nothing happens where it is not in use."""
+    for technique in MODES[mode]:
+        technique.remove(model)

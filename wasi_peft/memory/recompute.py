@@ -7,7 +7,6 @@ gradient is taken, and does not add up from block to block.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,11 +19,13 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import _get_autocast_kwargs, _infer_device_type, get_device_states, set_device_states
-from transformers import PreTrainedModel
 
+from ..models.structure import blocks_of, hidden_states
 from . import quantization
+from .pieces import unpartial, without_caches
 from .quantization import Quantized, bits_per_value, dequantize, quantize
-from .slices import BatchSlices, block_input, unpartial
+from .recording import records
+from .wrapping import unwrap, wrap
 
 KINDS = ("exact", *quantization.KINDS)
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
@@ -294,7 +295,10 @@ class BlockRecomputation:
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
         function, args, kwargs = unpartial(function, args, kwargs)
-        hidden = block_input(args, kwargs)
+        block = getattr(function, "__self__", function)
+        if isinstance(block, nn.Module) and records(block):
+            return function(*args, **kwargs)
+        hidden = hidden_states(args, kwargs)
         call = _Call(function, args, kwargs)
         arguments, call.tensors = call.tensors, []
         surroundings = _Surroundings.now(arguments)
@@ -340,58 +344,59 @@ def _is_new(leaf: Any, own: set[int]) -> bool:
 # -------------------------------------------------------------------- models
 
 
-def recompute_blocks(model: nn.Module, kind: str = "exact", slice_rows: int | None = None) -> None:
-    """Have a transformers model recompute its blocks in backward.
+class _Recomputed:
+    """Calls a block by :class:`BlockRecomputation` in training mode, unless the model checkpoints it on its own."""
 
-    Installed by the model's own gradient checkpointing, so it holds in training mode, and a later
-    `gradient_checkpointing_enable()` or `gradient_checkpointing_disable()` replaces it.
+    def __init__(self, kind: str) -> None:
+        self.recomputation = BlockRecomputation(kind)
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        block: nn.Module = forward.__self__  # type: ignore[attr-defined]
+        if not block.training or getattr(block, "gradient_checkpointing", False):
+            return forward(*args, **kwargs)
+        args, kwargs = without_caches(block, args, kwargs)
+        return self.recomputation(forward, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class RecomputedBlocks:
+    """Technique: the blocks of a model keep their input only, and run again in backward (:class:`BlockRecomputation`).
+
+    In training mode. Blocks get no cache of keys and values then, as under the gradient checkpointing of
+    transformers; where that is on, it stays in charge.
 
     Args:
-        model: A transformers model, or a module around some: a PEFT model, for instance.
-        kind: How the input of a block is kept (:class:`BlockRecomputation`).
-        slice_rows: Run and recompute a block over that many tokens at a time, about (:class:`BatchSlices`); None for
-            the whole batch at once.
+        kind: How the input of a block is kept.
 
     Raises:
-        ValueError: If `kind` is unknown, `slice_rows` is not positive, or the model cannot recompute its blocks.
-            Nothing has changed then.
+        ValueError: If `kind` is unknown.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> small = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> model = ViTModel(small).train()
+        >>> RecomputedBlocks("int8").install(model)
+        >>> model(torch.randn(2, 3, 224, 224)).last_hidden_state.sum().backward()
+        >>> RecomputedBlocks().remove(model)
     """
-    recomputation: Callable[..., Any] = BlockRecomputation(kind)
-    if slice_rows is not None:
-        recomputation = BatchSlices(recomputation, slice_rows)
-    for host in check_recomputable(model):
-        host._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recomputation)
 
+    kind: str = "exact"
 
-def stop_recomputation(model: nn.Module) -> bool:
-    """Undo :func:`recompute_blocks`, and say whether it was in use."""
-    found = False
-    for module in model.modules():
-        installed = getattr(module, "_gradient_checkpointing_func", None)
-        if isinstance(getattr(installed, "run", installed), BlockRecomputation):
-            del module._gradient_checkpointing_func
-            module.gradient_checkpointing = False  # type: ignore[assignment]
-            found = True
-    return found
+    def __post_init__(self) -> None:
+        _check_kind(self.kind)
 
+    def check(self, model: nn.Module) -> None:
+        """Raises a ValueError if the model has no blocks."""
+        blocks_of(model)
 
-def check_recomputable(model: nn.Module) -> list[PreTrainedModel]:
-    """The outermost transformers models in a module, all of which can recompute their blocks.
+    def install(self, model: nn.Module) -> None:
+        """Have the blocks run again; raises as :meth:`check`."""
+        blocks = blocks_of(model).blocks
+        self.remove(model)
+        for block in blocks.values():
+            wrap(block, _Recomputed(self.kind))
 
-    Raises:
-        ValueError: If there is none, or one cannot.
-    """
-    hosts: list[PreTrainedModel] = []
-    inside: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module not in inside:
-            hosts.append(module)
-            inside.update(module.modules())
-    if not hosts:
-        raise ValueError(f"Recomputation needs a transformers model, got {type(model).__name__}, which holds none.")
-    for host in hosts:
-        accepted = inspect.signature(host._set_gradient_checkpointing).parameters
-        able = any(hasattr(module, "gradient_checkpointing") for module in host.modules())
-        if not host.supports_gradient_checkpointing or not able or "gradient_checkpointing_func" not in accepted:
-            raise ValueError(f"Recomputation needs a model with gradient checkpointing, got {type(host).__name__}.")
-    return hosts
+    def remove(self, model: nn.Module) -> None:
+        """Undo :meth:`install`."""
+        for module in model.modules():
+            unwrap(module, _Recomputed)

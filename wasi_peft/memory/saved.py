@@ -16,11 +16,8 @@ Tensors without a graph stay exact, but for those that a layer of this package m
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -31,14 +28,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from ..linalg.tucker import is_roundable
-from ..tuner.config import WasiConfig
-from ..tuner.targets import default_target_names
+from ..models.structure import blocks_of
 from .activation import low_bit_activation
 from .attention import low_bit_attention
 from .quantization import Quantized, dense_stride, dequantize_flat, is_dense, quantize
+from .wrapping import unwrap, wrap
 
 SAVED_KINDS = ("bf16", "int8", "int4")
 MINIMUM_ELEMENTS = 4096
@@ -68,6 +64,7 @@ class LowBitSavedTensors(saved_tensors_hooks):
             :func:`low_bit_attention` keeps them.
         minimum_elements: Smaller tensors stay exact.
         low_bit_activations: Keep the inputs of GELU and SiLU in 4 bits, by :func:`activation.low_bit_activation`.
+        regions: What contexts share, so that memory that several of them save is stored once.
 
     Raises:
         ValueError: If the kind is unknown or `minimum_elements` is negative.
@@ -82,11 +79,22 @@ class LowBitSavedTensors(saved_tensors_hooks):
     """
 
     def __init__(
-        self, kind: str = "int8", minimum_elements: int = MINIMUM_ELEMENTS, low_bit_activations: bool = False
+        self,
+        kind: str = "int8",
+        minimum_elements: int = MINIMUM_ELEMENTS,
+        low_bit_activations: bool = False,
+        *,
+        regions: Regions | None = None,
     ) -> None:
         _check(kind, minimum_elements)
-        super().__init__(lambda tensor: _pack_past_modes(tensor, kind, minimum_elements), _unpack)
-        self._functions = _LowBitFunctions(_ATTENTION[kind], minimum_elements if low_bit_activations else None)
+        regions = Regions() if regions is None else regions
+
+        def pack(tensor: Tensor) -> _Exact | _View:
+            return _pack_past_modes(tensor, kind, minimum_elements, regions)
+
+        super().__init__(pack, _unpack)
+        least_activation = minimum_elements if low_bit_activations else None
+        self._functions = _LowBitFunctions(pack, _ATTENTION[kind], least_activation)
 
     def __enter__(self) -> None:
         self._functions.__enter__()
@@ -98,93 +106,32 @@ class LowBitSavedTensors(saved_tensors_hooks):
 
 
 class _LowBitFunctions(TorchFunctionMode):
-    """Context in which functions that keep less take the place of torch's.
+    """Context in which functions that keep less take the place of torch's, while certain hooks are the innermost.
+
+    Under other hooks, as of checkpointing inside the context, what is saved must be what it is without the context.
 
     Args:
+        pack: The pack hook.
         attention_kind: How attention keeps its inputs.
         least_activation: Elements from which on GELU and SiLU keep theirs in 4 bits; None: they stay torch's.
     """
 
-    def __init__(self, attention_kind: str, least_activation: int | None) -> None:
+    def __init__(self, pack: Callable[..., Any], attention_kind: str, least_activation: int | None) -> None:
         super().__init__()
-        self._attention_kind, self._least_activation = attention_kind, least_activation
+        self._pack, self._attention_kind, self._least_activation = pack, attention_kind, least_activation
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and self._is_in_charge():
             return low_bit_attention(*args, **kwargs, kind=self._attention_kind)
         if func in (F.gelu, F.silu) and self._least_activation is not None and not kwargs.get("inplace"):
-            if len(args) == 1 and args[0].numel() >= self._least_activation:
+            if len(args) == 1 and args[0].numel() >= self._least_activation and self._is_in_charge():
                 return low_bit_activation(func, *args, **{key: kwargs[key] for key in kwargs if key != "inplace"})
         return func(*args, **kwargs)
 
-
-def store_saved_tensors(
-    model: nn.Module,
-    kind: str = "int8",
-    *,
-    minimum_elements: int = MINIMUM_ELEMENTS,
-    low_bit_activations: bool = False,
-) -> list[RemovableHandle]:
-    """Have every transformer block of a model run inside :class:`LowBitSavedTensors`.
-
-    Blocks are the outermost numbered containers of the Linear layers; embeddings, head and loss stay exact. Nothing
-    happens without gradients, while `torch.compile` traces, and where other saved-tensor hooks are in force when the
-    block starts (offloading, non-reentrant checkpointing): those stay in charge. The hooks hold no state, so the model
-    can be copied and pickled.
-
-    Args:
-        model: Any transformer, with or without adapters.
-        kind: As for :class:`LowBitSavedTensors`.
-        minimum_elements: As for :class:`LowBitSavedTensors`.
-        low_bit_activations: As for :class:`LowBitSavedTensors`.
-
-    Returns:
-        Handles; `handle.remove()` on each detaches the hooks.
-
-    Raises:
-        ValueError: If an argument is out of range, or the model has no numbered blocks with Linear layers.
-
-    Example:
-        >>> from transformers import ViTConfig, ViTModel
-        >>> small = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-        >>> handles = store_saved_tensors(ViTModel(small), "int8")
-        >>> len(handles)
-        4
-    """
-    _check(kind, minimum_elements)
-    handles = []
-    for name in block_names(default_target_names(model, WasiConfig())):
-        block = model.get_submodule(name)
-        enter, leave = _EnterBlock(kind, minimum_elements, low_bit_activations), _LeaveBlock()
-        handles.append(block.register_forward_pre_hook(enter, prepend=True))
-        handles.append(block.register_forward_hook(leave, always_call=True))
-    return handles
-
-
-def keep_saved_tensors_exact(model: nn.Module) -> None:
-    """Undo :func:`store_saved_tensors`; nothing happens where it is not in use."""
-    for module in model.modules():
-        for hooks, kind in ((module._forward_pre_hooks, _EnterBlock), (module._forward_hooks, _LeaveBlock)):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
-
-
-def block_names(names: Iterable[str]) -> list[str]:
-    """Outermost numbered containers of some modules, each once.
-
-    Example:
-        >>> block_names(["encoder.layers.0.blocks.1.fc1", "encoder.layers.0.blocks.0.fc1", "1.0.fc1", "head"])
-        ['1', 'encoder.layers.0']
-    """
-    found = set()
-    for name in names:
-        parts = name.split(".")
-        numbered = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
-        if numbered:
-            found.add(".".join(parts[: numbered[0] + 1]))
-    return sorted(found)
+    def _is_in_charge(self) -> bool:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return hooks is not None and hooks[0] is self._pack
 
 
 def _check(kind: str, minimum_elements: int) -> None:
@@ -237,21 +184,28 @@ class _View:
     stride: tuple[int, ...]
 
 
-# an entry lives as long as some graph holds its region
-_regions: WeakValueDictionary[tuple[Any, ...], _Region] = WeakValueDictionary()
+class Regions(WeakValueDictionary[tuple[Any, ...], _Region]):
+    """What is stored of the memory of some tensors; an entry lives as long as some graph holds its region."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, of another model, starts without any."""
+        return Regions, ()
+
+    def __deepcopy__(self, memo: Any) -> Regions:
+        return Regions()
 
 
-def _pack_past_modes(tensor: Tensor, kind: str, minimum_elements: int) -> _Exact | _View:
+def _pack_past_modes(tensor: Tensor, kind: str, minimum_elements: int, regions: Regions) -> _Exact | _View:
     """:func:`_pack`, its many small calls out of sight of the function mode, which would take each in Python."""
     with torch._C.DisableTorchFunction():
-        return _pack(tensor, kind, minimum_elements)
+        return _pack(tensor, kind, minimum_elements, regions)
 
 
 @torch.no_grad()
-def _pack(tensor: Tensor, kind: str, minimum_elements: int) -> _Exact | _View:
+def _pack(tensor: Tensor, kind: str, minimum_elements: int, regions: Regions) -> _Exact | _View:
     if tensor.numel() >= minimum_elements and not stays_exact(tensor):
         kind = _kind_for(tensor, kind)
-        region = _region(tensor, kind) if _BYTES[kind] < tensor.element_size() else None
+        region = _region(tensor, kind, regions) if _BYTES[kind] < tensor.element_size() else None
         if region is not None:
             return _View(region, tensor.shape, dense_stride(tensor))
     return _Exact(tensor.detach(), tensor._version)
@@ -291,80 +245,92 @@ def _kind_for(tensor: Tensor, kind: str) -> str:
     return "int16" if tensor.dim() >= 4 else kind
 
 
-def _region(tensor: Tensor, kind: str) -> _Region | None:
+def _region(tensor: Tensor, kind: str, regions: Regions) -> _Region | None:
     """The stored memory of a tensor, from an earlier view of it if there was one; None if it holds NaN or Inf."""
     source = StorageWeakRef(tensor.untyped_storage())
     form = (tensor.numel(),) if is_dense(tensor) else (tensor.shape, tensor.stride())
     place = (source.cdata, tensor.storage_offset(), form, tensor.dtype, tensor._version)
     for stored in (kind, "int16"):
-        region = _regions.get((stored, *place))
+        region = regions.get((stored, *place))
         if region is not None:
             return region
     kept = quantize(tensor, kind)
     if not kept.is_finite():
         return None
-    region = _regions[(kind, *place)] = _Region(kept, source)
+    region = regions[(kind, *place)] = _Region(kept, source)
     return region
 
 
 # -------------------------------------------------------------------------------- blocks
 
 
-class _Running(threading.local):
-    """The block whose context is open in this thread: the frame of its call, and the context."""
+class _InFewBits:
+    """Calls a block inside :class:`LowBitSavedTensors`, unless other saved-tensor hooks are in force already."""
 
-    frame: FrameType | None = None
-    context: LowBitSavedTensors | None = None
+    def __init__(self, settings: LowBitBlocks, regions: Regions) -> None:
+        self.settings, self.regions = settings, regions
 
-    def close(self) -> None:
-        context, self.context, self.frame = self.context, None, None
-        if context is not None:
-            context.__exit__(None, None, None)
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _hooks_are_free():
+            return forward(*args, **kwargs)
+        settings = self.settings
+        with LowBitSavedTensors(
+            settings.kind, settings.minimum_elements, settings.low_bit_activations, regions=self.regions
+        ):
+            return forward(*args, **kwargs)
 
 
-_running = _Running()
-
-
-@dataclass(frozen=True)
-class _EnterBlock:
-    kind: str
-    minimum_elements: int
-    low_bit_activations: bool
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        frame = _call_frame()
-        if _running.frame is not None and not _is_active(_running.frame):
-            _running.close()  # left by a KeyboardInterrupt, for which torch calls no hook
-        if frame is None or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
-            return
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            return
-        context = LowBitSavedTensors(self.kind, self.minimum_elements, self.low_bit_activations)
-        context.__enter__()
-        _running.frame, _running.context = frame, context
+def _hooks_are_free() -> bool:
+    enabled: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    return enabled and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 @dataclass(frozen=True)
-class _LeaveBlock:
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or _running.frame is None:
-            return
-        if _call_frame() is _running.frame:
-            _running.close()
+class LowBitBlocks:
+    """Technique: every transformer block of a model runs inside :class:`LowBitSavedTensors`.
 
+    Embeddings, head and loss stay exact. Nothing happens without gradients, while `torch.compile` traces, and where
+    other saved-tensor hooks are in force when the block starts (offloading): those stay in charge, as do those of
+    checkpointing inside the block, of which only the input is stored in few bits then. The model can be copied and
+    pickled.
 
-def _call_frame() -> FrameType | None:
-    """Frame of the module call that runs the hook from which this is called."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
-        frame = frame.f_back
-    return frame
+    Args:
+        kind: As for :class:`LowBitSavedTensors`.
+        minimum_elements: As for :class:`LowBitSavedTensors`.
+        low_bit_activations: As for :class:`LowBitSavedTensors`.
 
+    Raises:
+        ValueError: If an argument is out of range.
 
-def _is_active(wanted: FrameType) -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not wanted:
-        frame = frame.f_back
-    return frame is wanted
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> small = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> model = ViTModel(small)
+        >>> LowBitBlocks("int8").install(model)
+        >>> model(torch.randn(2, 3, 224, 224)).last_hidden_state.sum().backward()
+        >>> LowBitBlocks().remove(model)
+    """
+
+    kind: str = "int8"
+    minimum_elements: int = MINIMUM_ELEMENTS
+    low_bit_activations: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.kind, self.minimum_elements)
+
+    def check(self, model: nn.Module) -> None:
+        """Raises a ValueError if the model has no blocks."""
+        blocks_of(model)
+
+    def install(self, model: nn.Module) -> None:
+        """Have the blocks store less; raises as :meth:`check`."""
+        stages = blocks_of(model).stages
+        self.remove(model)
+        run = _InFewBits(self, Regions())  # shared, because blocks save views of the same memory
+        for stage in stages.values():
+            wrap(stage, run)
+
+    def remove(self, model: nn.Module) -> None:
+        """Undo :meth:`install`."""
+        for module in model.modules():
+            unwrap(module, _InFewBits)

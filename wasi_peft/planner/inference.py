@@ -63,7 +63,7 @@ def merge_slow_layers(model: nn.Module, batch: Any, *, least_gain: float = 0.05)
 
     Args:
         model: A PEFT model with a WASI adapter.
-        batch: What the model will be called with: a mapping of arguments, a tuple, or one tensor, of the real shapes.
+        batch: What the model will be called with, of the real shapes, as for :func:`estimate_wasi`.
         least_gain: Share of a layer's time that the dense form must save. Timing varies by a few percent.
 
     Returns:

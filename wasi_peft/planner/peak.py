@@ -34,7 +34,6 @@ _KEPT_FIELDS = (
     "update",
     "update_rank",
     "memory_mode",
-    "saved_tensors",
     "base_weight",
 )
 

@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from ..cost.estimate import GIGA, MIB, OptimizerFactory, input_sizes
 from ..cost.timing import LayerTimer
-from ..factors.calibration import Calibration, dense_targets, evaluating
+from ..factors.calibration import Calibration, dense_targets
 from ..forms.dense import dense_weight
 from ..linalg.tucker import canonical
+from ..memory.modes import MEMORY_MODES
+from ..models.calls import evaluating, hooked, layer_input, model_output
 from ..ranks.allocate import allocate_ranks
 from ..ranks.knapsack import InfeasibleError
-from ..ranks.plan import MEMORY_MODES, WasiPlan
+from ..ranks.plan import WasiPlan
 from ..ranks.spectrum import LayerSpectrum
 from ..tuner.config import WasiConfig
 from .fit import Problem
@@ -83,8 +85,9 @@ def plan_wasi(
         inference_seconds: The same for the forward pass.
         error: Tolerated share of the weight energy to lose, in (0, 1], for the least parameters. Energy sits in few
             directions: 0.01 is a third of the weights of a small pretrained ViT, 0.004 a half.
-        batch: What the model will be called with, of the real shapes. Needed for `peak_bytes`, times and absolute
-            FLOPs. Tokens are compressed only where it has as many as the calibration.
+        batch: What the model will be called with, of the real shapes, as :func:`estimate_wasi` takes it. Needed for
+            `peak_bytes`, times and absolute FLOPs. Tokens are compressed only where it has as many as the
+            calibration.
         optimizer: For `peak_bytes`; as :func:`estimate_wasi` takes it.
         config: What else will be injected: targets, `modules_to_save`, `update` and so on. With
             `activation_threshold=None` inputs stay exact. By default all layers of the calibration are planned.
@@ -214,22 +217,12 @@ def input_shapes(model: nn.Module, targets: Mapping[str, nn.Module], batch: Any)
 def _run_for_sizes(model: nn.Module, targets: Mapping[str, nn.Module], batch: Any) -> dict[str, tuple[int, ...]]:
     """What :func:`estimate.input_sizes` gives, by running the model."""
     sizes: dict[str, tuple[int, ...]] = {}
-    handles = []
-    for name, module in targets.items():
 
-        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-            sizes[name] = tuple((args[0] if args else next(iter(kwargs.values()))).shape)
+    def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sizes[name] = tuple(layer_input(args, kwargs).shape)
 
-        handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
-    try:
-        with evaluating(model, gradients=False):
-            if isinstance(batch, Mapping):
-                model(**batch)
-            else:
-                model(*((batch,) if isinstance(batch, Tensor) else batch))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluating(model, gradients=False), hooked(model, targets, before=look):
+        model_output(model, batch, with_labels=True)
     return sizes
 
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..memory.modes import MEMORY_MODES
 from ..updates import DEFAULT_UPDATE, UPDATES, Update, make_update
 from ..updates.costs import dense_elements
 from .spectrum import LayerSpectrum, _check_layer, _check_whole
 
-MEMORY_MODES = ("exact", "fast", "small")
 FORMAT = 1
 _ACTIVATION_MODES = ("feature", "token", "batch")
 

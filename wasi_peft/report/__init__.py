@@ -1,1 +1,18 @@
-"""Tables and plots."""
+"""Tables and plots of plans, calibrations, estimates and profiles.
+
+Plots need matplotlib: `pip install wasi_peft[plot]`.
+"""
+
+from .plots import estimates_table, plan_table, plot_calibration, plot_estimates, plot_plan
+from .profiles import costs_table, plot_profiles, profiles_table
+
+__all__ = [
+    "costs_table",
+    "estimates_table",
+    "plan_table",
+    "plot_calibration",
+    "plot_estimates",
+    "plot_plan",
+    "plot_profiles",
+    "profiles_table",
+]

@@ -11,12 +11,12 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from ..linalg.tucker import MODES, CompressionRule
-from ..ranks.plan import MEMORY_MODES, LayerPlan, WasiPlan, layer_plan
+from ..memory.modes import MEMORY_MODES, recomputes
+from ..ranks.plan import LayerPlan, WasiPlan, layer_plan
 from ..updates import DEFAULT_UPDATE, UPDATES, Update, make_update
 from .registration import PEFT_TYPE, WASI_IMPORT_NOTE
 
 BASE_WEIGHTS = ("release", "cpu", "keep")
-SAVED_TENSORS = ("exact", "bf16", "int8", "int4", "recompute")
 BIASES = ("none", "all", "wasi_only")
 _PLANNED = (  # what a plan decides instead
     "weight_rank",
@@ -109,19 +109,16 @@ class WasiConfig(PeftConfig):
             together are the paper's subspace iteration to first order. 'factor': both factors, by plain gradients.
         update_rank (`Optional[int]`):
             Directions that train with `update="low_rank"`, beside the K that a rank or threshold asks for; by default
-            what `plan` says, else 16. They count in `weight_share` and in plans.
+            what `plan` says, else 16; in a layer with a smaller side, as many as that. They count in `weight_share`
+            and in plans.
         memory_mode (`Optional[str]`):
             How far a training step goes to need little memory; by default what `plan` says, else 'exact'. 'exact':
-            only the inputs of the targeted layers are compressed. 'fast': what runs no layer twice on top, namely
-            `saved_tensors='int8'` with the inputs of GELU and SiLU in 4 bits, blocks in slices of the batch and, in
-            language models, a loss that never holds all logits. 'small': everything that lowers the peak,
-            `saved_tensors='recompute'`, the same slices, the same loss, and MLPs that run some tokens at a time where
-            one sample is longer than a slice.
-        saved_tensors (`Optional[str]`):
-            How the transformer blocks keep what else backward needs (attention, activation functions, norms), instead
-            of what `memory_mode` says: 'exact'; rounded to 'bf16', 'int8' or 'int4'; or not at all, 'recompute', which
-            keeps only the rounded input of each block and runs the block again. Nothing is compressed then, since
-            layer inputs exist for one block at a time. The forward pass is exact in any case.
+            only the inputs of the targeted layers are compressed. 'fast': what runs no layer twice on top: what
+            transformer blocks keep for backward in 8 bits, the inputs of GELU and SiLU in 4, blocks in slices of the
+            batch and, in language models, a loss that never holds all logits. 'small': everything that lowers the
+            peak: blocks keep only their input, in 8 bits, and run again in backward (nothing is compressed then, since
+            layer inputs exist for one block at a time), the same slices, the same loss, and MLPs that run some tokens
+            at a time where one sample is longer than a slice. The forward pass is exact in every mode.
         base_weight (`str`, default 'release'):
             What happens to the dense weight: 'release' frees it, 'cpu' parks it in main memory, 'keep' leaves it in
             place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or 'keep'.
@@ -192,10 +189,6 @@ class WasiConfig(PeftConfig):
     )
     memory_mode: Literal["exact", "fast", "small"] | None = field(
         default=None, metadata={"help": "How far a step goes to need little memory: 'exact', 'fast' or 'small'."}
-    )
-    saved_tensors: Literal["exact", "bf16", "int8", "int4", "recompute"] | None = field(
-        default=None,
-        metadata={"help": "How blocks keep what backward needs, instead of what memory_mode says."},
     )
     base_weight: Literal["release", "cpu", "keep"] = field(
         default="release", metadata={"help": "What happens to the dense weight: 'release', 'cpu' or 'keep'."}
@@ -285,8 +278,6 @@ class WasiConfig(PeftConfig):
         _check_choice("update", self.update, tuple(UPDATES))
         _check_choice("base_weight", self.base_weight, BASE_WEIGHTS)
         _check_choice("memory_mode", self.memory_mode, MEMORY_MODES)
-        if self.saved_tensors is not None:
-            _check_choice("saved_tensors", self.saved_tensors, SAVED_TENSORS)
         modes = self.activation_modes
         if isinstance(modes, str) or "feature" not in modes or not set(modes) <= set(MODES):
             raise ValueError(
@@ -340,14 +331,14 @@ class WasiConfig(PeftConfig):
         return make_update(self.update or DEFAULT_UPDATE, self.update_rank)
 
     @property
+    def resolved_memory_mode(self) -> str:
+        """How far a step goes to need little memory."""
+        return self.memory_mode or "exact"
+
+    @property
     def awaits_loading(self) -> bool:
         """Whether the factors are to come from a saved adapter: then its ranks are given."""
         return self.ranks is not None
-
-    @property
-    def resolved_saved_tensors(self) -> str:
-        """`saved_tensors`, or what `memory_mode` stands for."""
-        return self.saved_tensors or {"fast": "int8", "small": "recompute"}.get(self.memory_mode or "", "exact")
 
     def planned_names(self) -> set[str]:
         """Names of the plan's layers; none without a plan."""
@@ -365,7 +356,7 @@ class WasiConfig(PeftConfig):
 
     def compression_rule(self, name: str) -> CompressionRule | None:
         """The rule for compressing a layer's input, or None where nothing of it is compressed."""
-        if self.layer_update.keeps_image or self.resolved_saved_tensors == "recompute":
+        if self.layer_update.keeps_image or recomputes(self.resolved_memory_mode):
             return None
         planned = self.planned_layer(name)
         if planned is not None:

@@ -113,7 +113,7 @@ class WasiLayer(BaseTunerLayer):
         return self.wasi_update[self.active_name]
 
     @property
-    def compresses_input(self) -> bool:
+    def needs_whole_batches(self) -> bool:
         """Whether the active adapter keeps a compressed input for backward, whose bases belong to whole batches."""
         name = self.active_name
         return name is not None and self.wasi_input[name].rule is not None
@@ -345,7 +345,9 @@ class WasiLayer(BaseTunerLayer):
         group = self._loading_group
         if self._awaiting or any(layer._awaiting for layer in group.values()):
             return
-        for layer in list(group.values()):
+        layers = list(group.values())
+        group.clear()
+        for layer in layers:
             layer._loading_group = {}
             if layer._release_to is not None:
                 layer.release_base(layer._release_to)

@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +15,14 @@ from torch import nn
 from ..forms.dense import dense_bias, dense_weight
 from ..forms.factored import FactoredLinear
 from ..linalg.spectra import factorize_weight, rank_for_threshold
-from ..memory.modes import apply_memory_mode, check_memory_mode, leave_memory_mode
+from ..memory.modes import check_memory_mode, enter_memory_mode, leave_memory_mode
 from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
 from .config import WasiConfig
 from .inputs import SharedInputs
 from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
+from .prepared import PreparedLayer, check_prepared, drop_prepared, prepared_for
 from .state import FORM, check_loadable, shared_vectors, vectors_by_key, with_model_keys
 from .summary import WasiSummary, wasi_summary
 from .targets import asked_rank, check_targets, plain_name, resolve_targets, selected_modules
@@ -31,34 +31,11 @@ from .vectors import AdapterVectors, vector_places
 
 logger = logging.getLogger(__name__)
 
-INITIAL_FACTORS = "_wasi_initial_factors"  # attribute by which preprocess_wasi leaves its result on a target module
-
 PLAIN_SVD_WARNING = (
     "The initial factors come from a plain truncated SVD of the weights. On pretrained models this usually destroys "
     "what the model knows at any rank that saves something (docs/benchmarks has a measured case). Run "
     "wasi_peft.preprocess_wasi(model, config, dataloader) first, or load an adapter."
 )
-
-
-@dataclass(frozen=True)
-class PreparedFactors:
-    """Factors that calibration leaves on a target module, and what they were made for.
-
-    Args:
-        initial: Factors of `rank` directions, and of those on top that train.
-        rank: K.
-        asked: The rank or threshold that the configuration asked for.
-        share: The weight share under which the rank was allocated, if it was.
-        update: What is going to train.
-        update_rank: Directions of that on top of K.
-    """
-
-    initial: InitialFactors
-    rank: int
-    asked: int | float
-    share: float | None
-    update: str
-    update_rank: int = 0
 
 
 def rank_for(asked: int | float, energies: torch.Tensor) -> int:
@@ -78,37 +55,8 @@ def _dense_parts(target: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     return dense_weight(target), dense_bias(target)
 
 
-def _check_prepared(targets: dict[str, nn.Module], config: WasiConfig) -> dict[str, PreparedFactors]:
-    """What targets were prepared with, by name.
-
-    Raises:
-        ValueError: If they were prepared for another share, rank, threshold or update.
-    """
-    prepared: dict[str, PreparedFactors] = {
-        name: module.__dict__[INITIAL_FACTORS]
-        for name, module in targets.items()
-        if INITIAL_FACTORS in module.__dict__
-    }
-    for name, factors in prepared.items():
-        made_for: list[tuple[str, Any, Any]] = [
-            ("update", factors.update, config.layer_update.name),
-            ("update_rank", factors.update_rank, config.layer_update.side_rank),
-        ]
-        if config.weight_share is not None:
-            made_for.append(("weight_share", factors.share, config.weight_share))
-        else:
-            made_for.append(("rank or threshold", factors.asked, asked_rank(name, config)))
-        for what, found, wanted in made_for:
-            if found != wanted:
-                raise ValueError(
-                    f"{name}: preprocess_wasi prepared it for {what} {found}, the configuration now asks for "
-                    f"{wanted}. Run preprocess_wasi again with this configuration."
-                )
-    return prepared
-
-
 def _shared_ranks(
-    targets: dict[str, nn.Module], prepared: dict[str, PreparedFactors], config: WasiConfig
+    targets: dict[str, nn.Module], prepared: dict[str, PreparedLayer], config: WasiConfig
 ) -> dict[str, int]:
     """Ranks of all targets under `weight_share`: those they were prepared at, else allocated from their weights.
 
@@ -124,7 +72,7 @@ def _shared_ranks(
                 f"{missing[0]}: preprocess_wasi did not prepare this layer ({len(missing)} in all), so the share of "
                 "all layers is unknown. Run preprocess_wasi again with this configuration."
             )
-        return {name: factors.rank for name, factors in prepared.items()}
+        return {name: layer.rank for name, layer in prepared.items()}
     spectra = []
     for name, module in targets.items():
         weight, _ = _dense_parts(module)
@@ -185,7 +133,9 @@ class WasiModel(BaseTuner):
                 f"not tell its tensors from others; got {adapter_name!r}."
             )
         self._used_plain_svd = False
-        self._loading_group: dict[str, WasiLayer] = {}
+        # layers whose factors have not been loaded yet, by name
+        loading: dict[str, WasiLayer] = self.__dict__.setdefault("_loading_group", {})
+        loading_before = dict(loading)
         shared = next((layer for _, layer in wasi_layers(model)), None)
         self._inputs = SharedInputs() if shared is None else shared.inputs
         self._vectors = AdapterVectors() if shared is None else shared.vectors
@@ -193,10 +143,12 @@ class WasiModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._add_vectors(model, adapter_name)
-            apply_memory_mode(model, config)
+            enter_memory_mode(model, config.resolved_memory_mode)
             self._release(model, config)
         except BaseException:
             before.restore()
+            loading.clear()
+            loading.update(loading_before)
             raise
         if self._used_plain_svd:
             warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
@@ -216,7 +168,7 @@ class WasiModel(BaseTuner):
         """Everything that can be wrong is found here, before the first layer is replaced."""
         copied = self._source(peft_config) is not None
         check_targets(model, peft_config, copied)
-        check_memory_mode(model, peft_config)
+        check_memory_mode(model, peft_config.resolved_memory_mode)
         if copied:
             return
         if peft_config.ranks is not None:
@@ -224,7 +176,7 @@ class WasiModel(BaseTuner):
             return
         peft_config.resolved_ranks = None
         targets = dict(selected_modules(model, peft_config))
-        prepared = _check_prepared(targets, peft_config)
+        prepared = check_prepared(targets, peft_config)
         shared = peft_config.weight_share is not None
         peft_config.resolved_ranks = _shared_ranks(targets, prepared, peft_config) if shared else {}
 
@@ -276,7 +228,7 @@ class WasiModel(BaseTuner):
             layer.await_loading(self._loading_group, current_key)
 
     def _initial_factors(self, config: WasiConfig, target: nn.Module, name: str) -> tuple[InitialFactors, int]:
-        prepared = target.__dict__.get(INITIAL_FACTORS)
+        prepared = prepared_for(target)
         weight, bias = _dense_parts(target)
         if prepared is not None:
             return prepared.initial, prepared.rank
@@ -294,7 +246,7 @@ class WasiModel(BaseTuner):
         alone = len(self.peft_config) == 1  # another adapter that does not target a layer still needs it dense
         for _, layer in wasi_layers(model):
             if layer.original is not None:
-                layer.original.__dict__.pop(INITIAL_FACTORS, None)
+                drop_prepared(layer.original)
             if alone:
                 layer.release_base(config.base_weight)
 
@@ -349,8 +301,8 @@ class WasiModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """What PEFT enters around every call of the model: adapters by sample, and no call before they are loaded."""
-        for _, layer in wasi_layers(self.model):
-            if layer._awaiting and layer.active_name is not None and not layer.disable_adapters:
+        for layer in list(self._loading_group.values()):
+            if layer.active_name is not None and not layer.disable_adapters:
                 layer._require_loaded(layer.active_name)
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
@@ -413,7 +365,8 @@ class WasiModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        leave_memory_mode(model)
+        for mode in {config.resolved_memory_mode for config in self.peft_config.values()}:
+            leave_memory_mode(model, mode)
         return model
 
     # ---------------------------------------------------------------- state dict

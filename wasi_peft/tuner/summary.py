@@ -24,7 +24,7 @@ class LayerSummary:
     @property
     def rank(self) -> int:
         """Directions that the weight is made of: K, and those that train beside them."""
-        return self.weight_rank + self.update.side_rank
+        return self.weight_rank + self.update.side_rank_of(self.out_features, self.in_features)
 
     @property
     def dense_elements(self) -> int:

@@ -8,10 +8,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..forms.dense import dense_weight
+from ..models.structure import Structure
 from .config import WasiConfig
 from .layer import WasiLayer
 
@@ -26,17 +26,6 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _inside_blocks(name: str) -> bool:
-    """Whether a module lies inside a numbered container: `encoder.layer.3.output.dense`, not `classifier`."""
-    return any(part.isdigit() for part in name.split(".")[:-1])
-
-
-def _is_patch_merging(model: nn.Module, name: str) -> bool:
-    """Whether a Linear only halves the resolution between stages (Swin), which is no part of a block."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return any(word in type(parent).__name__.lower() for word in ("merging", "downsample"))
-
-
 def resolve_targets(model: nn.Module, config: WasiConfig) -> None:
     """Replace the default (None), 'all-linear' or a plan in `config.target_modules` by names of modules."""
     if config.plan is not None:
@@ -46,30 +35,21 @@ def resolve_targets(model: nn.Module, config: WasiConfig) -> None:
     _maybe_include_all_linear_layers(config, model)
 
 
-def vocabulary_head(model: nn.Module) -> nn.Linear | None:
-    """The plain linear layer over a vocabulary that a language model ends in; None for any other model."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return head if type(head) is nn.Linear else None
-
-
 def default_target_names(model: nn.Module, config: WasiConfig) -> set[str]:
     """Names of all Linear and Conv1D layers inside the transformer blocks, never the head.
 
-    Works without a table of architectures: blocks are numbered containers, and the output embedding is known to the
-    model. Respects `layers_to_transform`, which PEFT would ignore for full names.
+    Works without a table of architectures (:mod:`wasi_peft.models.structure`). Respects `layers_to_transform`, which
+    PEFT would ignore for full names.
 
     Raises:
         ValueError: If the model has no such layer.
     """
-    output_embedding = getattr(model, "get_output_embeddings", lambda: None)()
-    names = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D, WasiLayer)) or module is output_embedding:
-            continue
-        if ".base_layer" in name or not _inside_blocks(name) or _is_patch_merging(model, name):
-            continue
-        if config.layers_to_transform is None or _layer_selected(name, config):
-            names.add(plain_name(name))
+    names = {
+        plain_name(name)
+        for name, layer in Structure(model).layers.items()
+        if isinstance(layer, (nn.Linear, Conv1D, WasiLayer))
+        and (config.layers_to_transform is None or _layer_selected(name, config))
+    }
     if not names:
         raise ValueError(
             "No Linear or Conv1D layers were found inside numbered blocks of this model. "
@@ -171,14 +151,10 @@ def _check_target(
             f"{name}: the plan is for another model: it has {planned.out_features} x {planned.in_features} there, "
             f"this model {shape[0]} x {shape[1]}."
         )
-    rank, side_rank = fixed_rank(name, config), config.layer_update.side_rank
+    rank = fixed_rank(name, config)
     if rank is not None and rank > min(shape):
         raise ValueError(
             f"{name}: the rank must be at most min(out_features, in_features) = {min(shape)}, got {rank}."
-        )
-    if side_rank > min(shape):
-        raise ValueError(
-            f"{name}: update_rank must be at most min(out_features, in_features) = {min(shape)}, got {side_rank}."
         )
 
 

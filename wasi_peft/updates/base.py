@@ -80,8 +80,12 @@ class Update(ABC):
 
     @property
     def side_rank(self) -> int:
-        """Directions that train beside the K of the weight; they count in every budget."""
+        """Directions that train beside the K of the weight, where it has as many; they count in every budget."""
         return 0
+
+    def side_rank_of(self, out_features: int, in_features: int) -> int:
+        """Those of one layer: no more than a weight of its size can have."""
+        return min(self.side_rank, out_features, in_features)
 
     def start(self, initial: InitialFactors, rank: int) -> Mapping[str, Tensor]:
         """Values of the form's parts, of which `initial` is the weight.
@@ -169,7 +173,7 @@ class Update(ABC):
 
     def elements(self, out_features: int, in_features: int, rank: int) -> int:
         """Elements that a layer stores in place of a dense weight at rank K, all that trains included."""
-        return costs.factored_elements(out_features, in_features, rank + self.side_rank)
+        return costs.factored_elements(out_features, in_features, rank + self.side_rank_of(out_features, in_features))
 
     def trained_elements(self, out_features: int, in_features: int, rank: int) -> int:
         """Those of them that train: gradients and optimizer states are as large."""
@@ -178,7 +182,7 @@ class Update(ABC):
 
     def break_even_rank(self, out_features: int, in_features: int) -> int:
         """Largest K at which a layer is smaller (and cheaper) than the dense one; 0 where none is."""
-        return max(0, costs.break_even_rank(out_features, in_features) - self.side_rank)
+        return max(0, costs.break_even_rank(out_features, in_features) - self.side_rank_of(out_features, in_features))
 
     def forward_flops(self, rows: int, out_features: int, in_features: int, rank: int) -> int:
         """FLOPs of a forward pass; the gradient of the input costs as much."""

@@ -85,7 +85,7 @@ class Core(Update):
         return 2 * rows * rank**2
 
 
-class CoreProduct(torch.autograd.Function):
+class CoreLinear(torch.autograd.Function):
     """`y = ((x R^T) M^T) L^T + b` with gradients for x, M and b."""
 
     @staticmethod
@@ -138,4 +138,4 @@ def core_linear(x: Tensor, L: Tensor, M: Tensor, R: Tensor, bias: Tensor | None 
     Returns:
         `((x R^T) M^T) L^T + b`. Not differentiable twice.
     """
-    return CoreProduct.apply(x, L, M, R, bias)
+    return CoreLinear.apply(x, L, M, R, bias)

@@ -55,7 +55,7 @@ def outside_autocast(backward: Callable[[Any, Tensor], _Gradients]) -> Callable[
     return run
 
 
-class FactoredProduct(torch.autograd.Function):
+class FactoredLinear(torch.autograd.Function):
     """`y = (x R^T) L^T + b`, saving for backward only what the requested gradients need.
 
     What is saved of the input: nothing when no factor needs a gradient; `h` when only L does (exact, K wide); the
@@ -173,4 +173,4 @@ def factored_linear(
         `(x R^T) L^T + b`. Not differentiable twice.
     """
     parts = compressed if compressed is not None else (None, None, None, None)
-    return FactoredProduct.apply(x, L, R, bias, tangent, sink, *parts)
+    return FactoredLinear.apply(x, L, R, bias, tangent, sink, *parts)

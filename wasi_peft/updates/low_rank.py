@@ -34,7 +34,7 @@ class LowRank(Update):
     MiLoRA: arXiv 2406.09044. B A trains at LoRA's learning rates.
 
     Args:
-        rank: r, directions that train.
+        rank: r, directions that train; in a layer with a smaller side, as many as that.
     """
 
     rank: int = DEFAULT_RANK
@@ -53,10 +53,12 @@ class LowRank(Update):
         return self.rank
 
     def start(self, initial: InitialFactors, rank: int) -> Mapping[str, Tensor]:
-        return dict(zip(SplitLinear.parts, split_off(initial.L, initial.R, rank, self.rank), strict=True))
+        side_rank = self.side_rank_of(len(initial.L), initial.R.shape[1])
+        return dict(zip(SplitLinear.parts, split_off(initial.L, initial.R, rank, side_rank), strict=True))
 
     def new_form(self, in_features: int, out_features: int, rank: int, bias: bool, **options: Any) -> FactoredLinear:
-        return SplitLinear(in_features, out_features, rank, bias, side_rank=self.rank, **options)
+        side_rank = self.side_rank_of(out_features, in_features)
+        return SplitLinear(in_features, out_features, rank, bias, side_rank=side_rank, **options)
 
     def forward(
         self, form: SplitLinear, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None
@@ -75,16 +77,16 @@ class LowRank(Update):
         grow_factors(form.L, form.R, rank, carry)
 
     def trained_elements(self, out_features: int, in_features: int, rank: int) -> int:
-        return self.rank * (out_features + in_features)
+        return self.side_rank_of(out_features, in_features) * (out_features + in_features)
 
     def gradient_flops(self, rows: int, out_features: int, in_features: int, rank: int, exact: bool) -> int:
-        return 2 * rows * self.rank * (out_features + (in_features if exact else 0))
+        return 2 * rows * self.side_rank_of(out_features, in_features) * (out_features + (in_features if exact else 0))
 
     def compressed_gradient_flops(self, rows: int, out_features: int, in_features: int, input_rank: int) -> int:
-        return 2 * rows * input_rank * self.rank
+        return 2 * rows * input_rank * self.side_rank_of(out_features, in_features)
 
     def product_flops(self, out_features: int, in_features: int, rank: int, input_rank: int) -> int:
-        return 2 * input_rank * self.rank * in_features
+        return 2 * input_rank * self.side_rank_of(out_features, in_features) * in_features
 
 
 @torch.no_grad()
@@ -121,7 +123,7 @@ def split_off(L: Tensor, R: Tensor, kept: int, trained: int) -> tuple[Tensor, Te
     return left[:, :kept].to(L.dtype), right[:kept].to(R.dtype), B, A
 
 
-class LowRankProduct(torch.autograd.Function):
+class LowRankLinear(torch.autograd.Function):
     """`y = (x [R; A]^T) [L B]^T + b` with gradients for x, B, A and b.
 
     What is saved of the input: `x A^T` for B (exact, r wide), the compressed form or the input itself for A.
@@ -216,4 +218,4 @@ def low_rank_linear(
         `(x [R; A]^T) [L B]^T + b`. Not differentiable twice.
     """
     parts = compressed if compressed is not None else (None, None, None, None)
-    return LowRankProduct.apply(x, L, R, B, A, bias, *parts)
+    return LowRankLinear.apply(x, L, R, B, A, bias, *parts)

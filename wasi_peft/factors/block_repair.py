@@ -17,12 +17,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..tuner.layer import Linear
+from ..forms.factored import FactoredLinear
+from ..models.calls import evaluating, real_rows
+from ..tuner.prepared import WasiFactors
 from ..updates.base import InitialFactors
-from .blocks import BlockStates, segments
-from .calibration import evaluating, limited, real_rows
+from .block_states import BlockStates, segments
+from .data import limited
+from .descent import Descent, check_arguments, shuffled
+from .model_repair import compared_blocks
+from .moments import with_initial
 from .refit import RIDGE, refit_block
-from .repair import ADAPTER, Descent, check_arguments, compared_blocks, orthonormal_factors, shuffled, student_of
+from .student import orthonormal_factors, student_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +37,7 @@ BLOCK_STEPS = 64
 
 def repair_blocks(
     model: nn.Module,
-    factors: Mapping[str, InitialFactors],
+    factors: WasiFactors,
     data: Iterable[Any],
     *,
     rows: int = BLOCK_ROWS,
@@ -40,7 +45,7 @@ def repair_blocks(
     rate: float = 5e-3,
     ridge: float = RIDGE,
     progress_bar: bool = True,
-) -> dict[str, InitialFactors]:
+) -> WasiFactors:
     """Repair the factors of the layers in the transformer blocks, one block after the other.
 
     The training minimises :func:`token_error` of the block's output, by AdamW (on float32 copies of factors in low
@@ -48,12 +53,9 @@ def repair_blocks(
     the dense model there are the factors, twice these states, and gradients and optimizer state of one block. Layers
     outside of blocks, and those of blocks that run more than once or not at all, stay as they are.
 
-    **Shape**
-        - factors: by module name, L (out, K), R (K, in), bias (out,) or None
-
     Args:
         model: The dense model; not changed.
-        factors: Truncated factors of its target layers.
+        factors: What :func:`preprocess_wasi` made for it, not repaired yet.
         data: Batches without labels.
         rows: Samples times tokens to look at, about: as many whole batches as hold them.
         steps: Optimizer steps of each block, each on one batch; 0 only refits.
@@ -63,8 +65,8 @@ def repair_blocks(
         progress_bar: Show a progress bar.
 
     Returns:
-        New factors, L with orthonormal columns. A block whose error the training does not lower is only refitted, with
-        a warning.
+        New factors, L with orthonormal columns, to be attached. A block whose error the training does not lower is
+        only refitted, with a warning.
 
     Raises:
         ValueError: If a number is out of range; or if the data are empty, a function, can be iterated only once, or
@@ -74,9 +76,9 @@ def repair_blocks(
         raise ValueError(f"steps must be at least 0 and finite, got {steps!r}.")
     check_arguments(data, rows=rows, rate=rate, ridge=ridge)
     with evaluating(model, gradients=False):
-        student, layers = student_of(model, factors)
+        student, layers = student_of(model, factors.initial)
         (first,) = limited(data, 1, None)
-        chains, first_rows = segments(model, compared_blocks(factors, every=1), first)
+        chains, first_rows = segments(model, compared_blocks(model, factors.layers, every=1), first)
         batches = list(limited(data, math.ceil(rows / max(1, first_rows)), None))
         with tqdm(total=sum(map(len, chains)), desc="WASI blocks", disable=not progress_bar) as bar:
             for chain in chains:
@@ -90,40 +92,41 @@ def repair_blocks(
                         bar.set_postfix(error=f"{error:.4f}")
                     compressed.advance(block)
                     bar.update()
-    return {name: _repaired(layer, factors[name]) for name, layer in layers.items()}
+    repaired = {name: _repaired(layer, factors.initial[name]) for name, layer in layers.items()}
+    return with_initial(model, factors, repaired, data, progress_bar=progress_bar)
 
 
-def token_error(hidden: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
+def token_error(hidden: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over tokens of `|h - h*|^2 / |h*|^2`; padded tokens do not count.
 
     Relative to each token's own size, because that is how the norm of the next block sees it: the few tokens whose
     hidden states are a hundred times as large as the others' would decide everything otherwise.
 
     **Shape**
-        - hidden, wanted: (..., features); mask: (B, N) where these are (B, N, features), or None
+        - hidden, target: (..., features); mask: (B, N) where these are (B, N, features), or None
     """
-    hidden, wanted = real_rows(hidden, mask).float(), real_rows(wanted, mask).float()
-    size = wanted.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((hidden - wanted).square().sum(-1) / size).mean()
+    hidden, target = real_rows(hidden, mask).float(), real_rows(target, mask).float()
+    size = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((hidden - target).square().sum(-1) / size).mean()
 
 
 def _train_block(
     block: str,
-    wanted: Sequence[Tensor],
+    targets: Sequence[Tensor],
     states: BlockStates,
-    layers: Mapping[str, Linear],
+    layers: Mapping[str, FactoredLinear],
     steps: int,
     rate: float,
 ) -> float:
     """Train the factors of a block; returns its error, which is never larger than before."""
     descent = Descent.relative(layers.values(), rate, steps)
-    before, given = _error(block, wanted, states), [part.detach().clone() for part in descent.parameters]
-    for index in shuffled(len(wanted), steps):
+    before, given = _error(block, targets, states), [part.detach().clone() for part in descent.parameters]
+    for index in shuffled(len(targets), steps):
         with torch.enable_grad():
-            loss = token_error(states.run(block, index), wanted[index], states.masks[index])
+            loss = token_error(states.run(block, index), targets[index], states.masks[index])
         loss.backward()
         descent.step()
-    after = _error(block, wanted, states)
+    after = _error(block, targets, states)
     if after < before:
         return after
     logger.warning("%s: training did not lower its error (%.4f to %.4f); it is only refitted.", block, before, after)
@@ -132,14 +135,14 @@ def _train_block(
     return before
 
 
-def _error(block: str, wanted: Sequence[Tensor], states: BlockStates) -> float:
-    errors = [token_error(states.run(block, i), wanted[i], states.masks[i]) for i in range(len(wanted))]
+def _error(block: str, targets: Sequence[Tensor], states: BlockStates) -> float:
+    errors = [token_error(states.run(block, i), targets[i], states.masks[i]) for i in range(len(targets))]
     return float(torch.stack(errors).mean())
 
 
-def _repaired(layer: Linear, given: InitialFactors) -> InitialFactors:
+def _repaired(layer: FactoredLinear, given: InitialFactors) -> InitialFactors:
     """The factors of a layer; L stays the given one, bit for bit, where only R was refitted."""
     repaired = orthonormal_factors(layer)
-    if not torch.equal(layer.form_of(ADAPTER).L, given.L):
+    if not torch.equal(layer.L, given.L):
         return repaired
-    return InitialFactors(given.L, layer.form_of(ADAPTER).R.detach(), repaired.bias)
+    return InitialFactors(given.L, layer.R.detach(), repaired.bias)

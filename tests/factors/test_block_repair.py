@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from calibrating import Untouched, assert_same_factors, batches, with_nan
+from calibrating import Untouched, assert_same_factors, batches, plain_factors, wasi_factors, with_nan
 from models import ARCHITECTURES, Architecture
 from strategies import relative_error
 from test_repair import (
@@ -20,19 +20,19 @@ from test_repair import (
     check_that_padding_is_ignored,
     compressed,
     final_hidden,
-    plain_factors,
 )
 from torch import nn
 
 from wasi_peft import repair_blocks
-from wasi_peft.factors import blockwise
+from wasi_peft.factors.block_repair import token_error
 
 VIT = ARCHITECTURES["vit"]
 
 
 def run(model: nn.Module, factors: Factors, data: Any, **options: Any) -> Factors:
     """Repair without a progress bar, at a rate that suits a tiny model."""
-    return repair_blocks(model, factors, data, progress_bar=False, **{"steps": 40, **options})
+    given = wasi_factors(factors)
+    return repair_blocks(model, given, data, progress_bar=False, **{"steps": 40, **options}).initial
 
 
 # -------------------------------------------------------------------------------- what it does
@@ -51,7 +51,7 @@ def test_training_does_better_than_refitting_alone(architecture: Architecture) -
     for steps in (0, 80):
         repaired = compressed(model, run(model, factors, data, steps=steps))
         found = torch.cat([final_hidden(repaired, batch).flatten(0, -2) for batch in data])
-        errors.append(float(blockwise.token_error(found, dense, None)))
+        errors.append(float(token_error(found, dense, None)))
     assert errors[1] < 0.9 * errors[0]
 
 
@@ -70,11 +70,11 @@ def test_token_error() -> None:
     wanted = torch.tensor([[[1.0, 3.0], [30.0, 10.0], [100.0, -100.0]]])
     hidden = wanted + torch.tensor([[[1.0, 1.0], [10.0, 20.0], [50.0, 50.0]]])
     mask = torch.tensor([[1, 1, 0]])
-    assert float(blockwise.token_error(hidden, wanted, mask)) == pytest.approx((2 / 10 + 500 / 1000) / 2)
-    assert float(blockwise.token_error(hidden[:, :2], wanted[:, :2], mask)) == pytest.approx(0.35)  # no mask of these
-    assert float(blockwise.token_error(hidden, wanted, None)) == pytest.approx((2 / 10 + 500 / 1000 + 1 / 4) / 3)
-    assert float(blockwise.token_error(wanted.bfloat16(), wanted, mask)) == 0
-    assert float(blockwise.token_error(torch.zeros(1, 2), torch.zeros(1, 2), None)) == 0
+    assert float(token_error(hidden, wanted, mask)) == pytest.approx((2 / 10 + 500 / 1000) / 2)
+    assert float(token_error(hidden[:, :2], wanted[:, :2], mask)) == pytest.approx(0.35)  # no mask of these
+    assert float(token_error(hidden, wanted, None)) == pytest.approx((2 / 10 + 500 / 1000 + 1 / 4) / 3)
+    assert float(token_error(wanted.bfloat16(), wanted, mask)) == 0
+    assert float(token_error(torch.zeros(1, 2), torch.zeros(1, 2), None)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

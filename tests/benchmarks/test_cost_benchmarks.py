@@ -1,0 +1,150 @@
+"""The benchmarks of time, memory and FLOPs at a tiny size."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripts import BENCHMARKS, ROOT, run_script
+
+
+def test_step_costs(tmp_path: Path) -> None:
+    """Two images: the ratios of FLOPs, gradients and optimizer state do not need more."""
+    results = tmp_path / "costs.json"
+    run_script(BENCHMARKS / "step_costs.py", "--batch", "2", "--results", results, folder=tmp_path)
+    counted = json.loads(results.read_text())["results"]
+    for quantity, dense in counted["dense"].items():
+        assert 0 < counted["wasi"][quantity] < dense, quantity
+    state = ("gradient_bytes", "optimizer_bytes")
+    assert sum(counted["wasi"][key] for key in state) < 0.3 * sum(counted["dense"][key] for key in state)
+
+
+def test_cost_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tiny sizes: all sweeps are run once, kept and drawn; the closed form counts what the estimate counts."""
+    pytest.importorskip("matplotlib")
+    cost_curves = importlib.import_module("cost_curves")
+    results = tmp_path / "curves.json"
+    arguments = ["--quick", "--rounds", "1", "--results", str(results)]
+    cost_curves.main(arguments)
+    entries = json.loads(results.read_text())
+    assert sorted(entry["sweep"] for entry in entries.values()) == ["activations", "batch", "image", "rank", "tokens"]
+    for entry in entries.values():
+        assert "versions" in entry["environment"]
+        for point in entry.get("points", ()):
+            assert set(point["gains"]) == set(entry["crossovers"]) >= {"step", "inference", "peak_memory"}
+            assert len(point["wasi"]["step_seconds"]) == len(point["dense"]["inference_seconds"]) == 1
+    ranks = next(entry for entry in entries.values() if entry["sweep"] == "rank")
+    # q, k, v, o: 2 K d for d^2; fc1, fc2: 5 K d for 4 d^2; in all as many as dense at K = 2/3 d, but for the rest
+    assert ranks["crossovers"]["inference_flops"]["at"] == [pytest.approx(2 / 3, abs=0.01)]
+    counted = next(entry for entry in entries.values() if entry["sweep"] == "activations")
+    for form in counted["forms"]:
+        for part in (form["inputs"], form["inputs_and_rows_for_B"]):
+            assert counted["dense_bytes"] / part["bytes"] == pytest.approx(part["ratio"])
+    assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert cost_curves.main(arguments) == entries
+    assert capsys.readouterr().out.count("finished before") == len(entries)
+
+
+@pytest.mark.parametrize(
+    ("gains", "at", "pays"),
+    [
+        ([2, 2 / 3, 0.5], [0.5], "up to 0.5"),
+        ([0.5, 2 / 3, 2], [1.0], "from 1"),
+        ([0.5, 2, 0.5], [0.583, 0.917], "from 0.583, up to 0.917"),
+        ([2, 3, 2], [], "everywhere from 0.25 to 1.25"),
+        ([0.5, 0.9, 0.5], [], "nowhere from 0.25 to 1.25"),
+    ],
+)
+def test_crossovers_of_cost_curves(
+    gains: list[float], at: list[float], pays: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crossover = importlib.import_module("cost_curves").crossover
+    assert crossover([0.25, 0.75, 1.25], gains) == {"at": pytest.approx(at, abs=0.001), "pays": pays}
+
+
+def test_layer_overhead(tmp_path: Path) -> None:
+    """This checkout against itself; a folder without the package is refused."""
+    layer_overhead = importlib.import_module("layer_overhead")
+    results = tmp_path / "overhead.json"
+    sizes = ["--rounds", "1", "--repeats", "1", "--results", str(results)]
+    content = layer_overhead.main(["--against", str(ROOT), *sizes])
+    assert content == json.loads(results.read_text())
+    assert content["commits"]["this"] == content["commits"]["other"]
+    kinds = ["dense_forward_microseconds", "forward_microseconds", "step_seconds", "inference_seconds"]
+    assert list(content["this_over_other"]) == kinds
+    for kind, ratio in content["this_over_other"].items():
+        (own,), (other,) = content["times"]["this"], content["times"]["other"]
+        assert own[kind] > 0 and ratio == dict.fromkeys(("median", "min", "max"), own[kind] / other[kind])
+    with pytest.raises(ValueError, match="must be a folder that holds wasi_peft"):
+        layer_overhead.main(["--against", str(tmp_path), *sizes])
+
+
+def test_ratios_are_taken_pair_by_pair() -> None:
+    ratios = importlib.import_module("layer_overhead").ratios
+    ours, others = [{"s": 2.0}, {"s": 3.0}, {"s": 9.0}], [{"s": 4.0}, {"s": 3.0}, {"s": 3.0}]
+    assert ratios(ours, others) == {"s": {"median": 1.0, "min": 0.5, "max": 3.0}}
+
+
+def test_estimate_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = importlib.import_module("estimate_accuracy")
+    sizes = ["--batches", "2", "--width", "128", "--layers", "1", "--tokens", "16", "--rank", "8"]
+    results = benchmark.main(["--architectures", "vit", *sizes, "--results", str(tmp_path / "results.json")])
+    entries = [entry for batches in results.values() for methods in batches.values() for entry in methods.values()]
+    assert len(entries) == len(benchmark.methods(8)) == 10
+    assert all(abs(entry["relative_difference"]) < 0.02 for entry in entries)
+    assert json.loads((tmp_path / "results.json").read_text())["results"] == results
+    assert "wasi_subspace" in capsys.readouterr().out
+
+
+@pytest.fixture
+def tiny_workload(tiny_llama: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a small language model among the workloads of the benchmarks."""
+    memory_modes = importlib.import_module("memory_modes")
+
+    def batch() -> dict[str, torch.Tensor]:
+        tokens = torch.randint(0, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+    workload = memory_modes.Workload(tiny_llama, batch, None, None, 0.6, 8)
+    monkeypatch.setattr(memory_modes, "WORKLOADS", {"tiny": workload})
+    monkeypatch.setattr(importlib.import_module("step_bounds"), "WORKLOADS", memory_modes.WORKLOADS)
+    monkeypatch.setattr(importlib.import_module("inference_time"), "WORKLOADS", memory_modes.WORKLOADS)
+    return "tiny"
+
+
+def test_memory_modes_and_bounds(tiny_workload: str, tmp_path: Path) -> None:
+    module, results = importlib.import_module("memory_modes"), tmp_path / "modes.json"
+    content = module.main(["--rounds", "1", "--results", str(results)])
+    assert content == json.loads(results.read_text())
+    entries = content[tiny_workload]["results"]
+    assert list(entries) == list(module.VARIANTS)
+    peaks = [entries[name]["peak_bytes"] for name in ("full", "wasi exact", "wasi fast", "wasi small")]
+    assert peaks == sorted(peaks, reverse=True)
+    assert all(entry["step_speedup_against_full"] > 0 for entry in entries.values())
+    bounds = tmp_path / "bounds.json"
+    importlib.import_module("step_bounds").main(["--rounds", "1", "--results", str(bounds)])
+    at_peak = json.loads(bounds.read_text())[tiny_workload]["results"]["wasi fast"]["at_peak"]
+    assert sum(at_peak.values()) == pytest.approx(entries["wasi fast"]["peak_bytes"], rel=0.15)
+
+
+def test_inference_time(tiny_workload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, results = importlib.import_module("inference_time"), tmp_path / "inference.json"
+    cases = {
+        "reading": (tiny_workload, None, module.inference, True, None),
+        "prefill": (tiny_workload, None, module.prefill, False, None),
+        "writing": (tiny_workload, 1, module.generate, False, 1),
+    }
+    monkeypatch.setattr(module, "CASES", cases)
+    content = module.main(["--rounds", "1", "--no-compile", "--results", str(results)])
+    assert content == json.loads(results.read_text())
+    for case in cases:
+        entries = content[case]["results"]
+        assert list(entries) == ["dense", "wasi", "wasi, slow layers dense"]
+        assert all(len(entry["seconds"]) == 1 and entry["faster_than_dense"] > 0 for entry in entries.values())
+        assert all(0 < ratio < 1 for ratio in entries["wasi, slow layers dense"]["merged"].values())

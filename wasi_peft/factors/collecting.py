@@ -1,0 +1,182 @@
+"""One pass of calibration over the data: hooks that feed the statistics of as many layers as fit into memory."""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..forms.dense import dense_weight
+from ..models.calls import differentiable, features_of, layer_input, loss_of, model_output, token_mask
+from .data import CalibrationData, limited
+from .statistics import InputStatistics, add_gradient_energies, backpropagate_signs
+
+Gradients = Literal["features", "loss"]
+
+_COMPARED_CALLS = 2  # first calls of a layer whose compressed gradients are compared with exact ones
+
+
+class Collector:
+    """Hooks of one pass over the data; decides at a module's first call whether its sums fit the bound."""
+
+    def __init__(
+        self, pending: dict[str, nn.Module], max_memory_bytes: int, gradients: Gradients | None, seed: int
+    ) -> None:
+        self.pending = pending
+        self.max_memory_bytes = max_memory_bytes
+        self.gradients = gradients
+        self.seed = seed
+        self.signs = torch.Generator().manual_seed(seed)
+        self.collected: list[InputStatistics] = []
+        self.leaders: dict[str, InputStatistics] = {}  # module that feeds an accumulator
+        self.owners: dict[str, InputStatistics] = {}  # module of an accumulator
+        self.seen: set[str] = set()
+        self.reached = False  # by a gradient, any of the layers
+        self.mask: Tensor | None = None  # of the tokens that are no padding, in the running batch
+        self.calls: Counter[str] = Counter()
+        self.bytes_held = 0
+        self._last_input: Callable[[], Tensor | None] = lambda: None
+        self._last_version = 0
+        self._last_statistics: InputStatistics | None = None
+
+    @property
+    def done(self) -> list[str]:
+        return list(self.owners)
+
+    def see(self, name: str, x: Tensor) -> None:
+        """One call of a module with its input."""
+        if name in self.leaders:
+            self.leaders[name].update(x, self.mask)
+        elif name not in self.seen:
+            self.seen.add(name)
+            version = -1 if x.is_inference() else x._version  # inference tensors do not say whether they changed
+            if not (self._last_input() is x and self._last_version == version >= 0):
+                self._last_input, self._last_version = weakref.ref(x), version
+                self._last_statistics = self._start(name, x)
+            elif self._last_statistics is not None:
+                self._last_statistics.modules.append(name)
+                self.bytes_held += self._output_bytes(name)
+            if self._last_statistics is not None:
+                self.owners[name] = self._last_statistics
+
+    def _start(self, name: str, x: Tensor) -> InputStatistics | None:
+        size = x.shape[-1]
+        needed = 4 * size * (size + 1) + self._output_bytes(name)
+        if self.collected and self.bytes_held + needed > self.max_memory_bytes:
+            return None  # left for the next pass
+        self.bytes_held += needed
+        second_moment = torch.zeros(size, size, dtype=torch.float32, device=x.device)
+        statistics = InputStatistics(second_moment, torch.zeros_like(second_moment[0]), modules=[name])
+        statistics.update(x, self.mask)
+        self.collected.append(statistics)
+        self.leaders[name] = statistics
+        return statistics
+
+    def _output_bytes(self, name: str) -> int:
+        return 0 if self.gradients is None else 4 * dense_weight(self.pending[name]).shape[0] ** 2
+
+    def _watch_output(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Have the gradient of an output collected; returns the output to go on with."""
+        if not torch.is_grad_enabled():
+            return y
+        y = differentiable(y)
+        call, version = self.calls[name], x._version
+        self.calls[name] += 1
+        compare = x.detach() if call < _COMPARED_CALLS and name in self.owners else None
+
+        def on_gradient(gradient: Tensor) -> None:
+            self.reached = True
+            statistics = self.owners.get(name)
+            if statistics is None:
+                return
+            statistics.update_output(name, gradient)
+            if compare is not None and compare._version == version:
+                # a sketch of its own for every module and call: the same one whatever else this pass collects
+                sketch_seed = zlib.crc32(f"{self.seed}/{call}/{name}".encode())
+                add_gradient_energies(statistics, name, compare, gradient, sketch_seed)
+
+        y.register_hook(on_gradient)
+        return y
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        handles = []
+        for name, module in self.pending.items():
+
+            def hook(_: nn.Module, args: Any, kwargs: Any, y: Tensor, name: str = name) -> Tensor:
+                x = layer_input(args, kwargs)
+                self.see(name, x)
+                return y if self.gradients is None else self._watch_output(name, x, y)
+
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        if self.gradients == "features":
+            backbone = getattr(model, "base_model", model)
+            handles.append(backbone.register_forward_hook(self._project))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _project(self, _: nn.Module, args: Any, output: Any) -> None:
+        """As soon as the features exist."""
+        backpropagate_signs(features_of(output), self.mask, self.signs)
+
+    def check(self, fresh: bool) -> None:
+        """Raise if the pass left a layer without statistics, or with statistics that are not numbers.
+
+        The first pass of a fresh calibration must also have seen a gradient; what is left for later passes may well be
+        layers that none reaches.
+        """
+        empty = {name for name, statistics in self.owners.items() if not statistics.rows}
+        missed = [name for name in self.pending if name not in self.seen or name in empty]
+        if missed:
+            raise ValueError(f"{missed[0]}: the calibration data never reached this layer ({len(missed)} in all).")
+        if self.gradients is not None and fresh and not self.reached:
+            raise ValueError(
+                "gradients need a model that runs with gradients enabled and whose features (or loss) depend on the "
+                f"target layers; got none for {next(iter(self.pending))}. Use gradients=None."
+            )
+        for statistics in self.collected:
+            if not bool(torch.isfinite(statistics.second_moment).all()):
+                raise ValueError(f"{statistics.modules[0]}: its input holds NaN or Inf on the calibration data.")
+            for name, moment in statistics.output_moments.items():
+                if not bool(torch.isfinite(moment).all()):
+                    raise ValueError(f"{name}: the gradient of its output holds NaN or Inf on the calibration data.")
+
+    def take(self) -> Iterator[InputStatistics]:
+        """Hand out the statistics one by one, keeping none."""
+        self.leaders.clear()
+        self.owners.clear()
+        self._last_statistics = None
+        while self.collected:
+            yield self.collected.pop(0)
+
+
+def run_model(
+    model: nn.Module,
+    data: CalibrationData,
+    max_batches: int | None,
+    description: str | None,
+    collector: Collector,
+    with_labels: bool,
+) -> None:
+    """One pass over the data, back from the loss where labels are used."""
+    if callable(data):
+        data()
+        return
+    for batch in limited(data, max_batches, description):
+        collector.mask = token_mask(batch)
+        output = model_output(model, batch, with_labels)
+        if with_labels:
+            loss = loss_of(output)
+            if loss is None:
+                raise ValueError("gradients='loss' needs batches with labels, for which the model returns a loss.")
+            if loss.requires_grad:
+                loss.backward()
