@@ -240,7 +240,7 @@ def test_break_even_is_that_of_the_update(update: str) -> None:
         ),
         (
             {**PLAN.to_dict(), "update": "low_rank"},
-            "a plan's update_rank must be the number of directions that its update trains .*, got None with 'low",
+            "a plan's update_rank must be the number of directions that its update trains.*, got None with 'low_rank'",
         ),
         (
             {**PLAN.to_dict(), "update": "core", "update_rank": 4},
