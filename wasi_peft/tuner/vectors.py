@@ -131,7 +131,8 @@ class AdapterVectors:
                         value.requires_grad_(False)
                 registered |= base
             registered |= dict(self.items(source)) if source is not None else {}
-            self._values[adapter] = {name: _copy(registered[name]) for name in places}
+            copies = {id(registered[name]): _copy(registered[name]) for name in places}  # tied ones stay tied
+            self._values[adapter] = {name: copies[id(registered[name])] for name in places}
         self._places |= places
 
     def remove(self, adapter: str) -> None:
