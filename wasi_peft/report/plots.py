@@ -236,7 +236,7 @@ def _planned(plan: WasiPlan | WasiSummary) -> list[_Planned]:
     if isinstance(plan, WasiSummary):
         for x in plan.layers:
             sizes = x.out_features, x.in_features
-            break_even = x.update.break_even_rank(*sizes) + x.update.side_rank
+            break_even = x.update.break_even_rank(*sizes) + x.rank - x.weight_rank
             layers.append(_Planned(x.name, *sizes, x.rank, break_even, x.dense_elements, x.factored_elements))
         return layers
     for layer in plan.layers:

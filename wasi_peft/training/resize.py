@@ -39,7 +39,7 @@ def ranks_in_use(model: nn.Module, threshold: float) -> dict[str, int]:
         corner = torch.linalg.qr(outer).R @ inner  # the singular values of the weight
         energies = torch.linalg.eigvalsh(corner @ corner.T).flip(0).clamp_min(0)
         directions = rank_for_threshold(energies, threshold) if float(energies[0]) > 0 else 1
-        ranks[name] = max(1, directions - layer.update.side_rank)
+        ranks[name] = max(1, directions - (layer.form.rank - layer.form.weight_rank))
     return ranks
 
 

@@ -13,7 +13,7 @@ from peft.config import PeftConfig
 from ..linalg.tucker import MODES, CompressionRule
 from ..memory.modes import MEMORY_MODES, recomputes
 from ..ranks.plan import LayerPlan, WasiPlan, layer_plan
-from ..updates import DEFAULT_UPDATE, UPDATES, Update, make_update
+from ..updates import DEFAULT_UPDATE, UPDATES, Subspace, Update, make_update
 from .registration import PEFT_TYPE, WASI_IMPORT_NOTE
 
 BASE_WEIGHTS = ("release", "cpu", "keep")
@@ -252,7 +252,7 @@ class WasiConfig(PeftConfig):
         _check_threshold("epsilon", epsilon)
         fields: dict[str, Any] = {
             "explained_variance_threshold": epsilon,
-            "update": "subspace",
+            "update": Subspace.name,
             "activation_threshold": epsilon,
             "activation_modes": list(MODES),
             "activation_interval": 1,
