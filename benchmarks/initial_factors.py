@@ -51,7 +51,7 @@ from wasi_peft.factors.calibration import dense_targets
 from wasi_peft.factors.repairs import REPAIRS as WAYS
 from wasi_peft.factors.repairs import RepairName
 from wasi_peft.forms.dense import dense_weight
-from wasi_peft.tuner.targets import vocabulary_head
+from wasi_peft.models.structure import vocabulary_head
 from wasi_peft.updates import Update, make_update
 
 RESULTS = RESULTS_FOLDER / "initial_factors.json"
