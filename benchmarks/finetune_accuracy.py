@@ -41,14 +41,14 @@ import torch
 import transformers
 from torch import nn
 
-import wasi_peft
 from common import RESULTS_FOLDER, add_entry, cache_dir, environment, read_json
 from finetuning import METHODS, accuracy, build, build_optimizer, predict, train
 from images import SHIPPED_IMAGES, ImageSet, fashion_mnist_folder, load_images
 from initial_factors import REPAIRS, steps_of
 from prepared import VARIANTS, attach_factors, build_config
 from vit import load_vit
-from wasi_peft.factors.blockwise import BLOCK_STEPS
+from wasi_peft.factors.block_repair import BLOCK_STEPS
+from wasi_peft.factors.model_repair import REPAIR_STEPS
 from wasi_peft.tuner.config import MEMORY_MODES
 from wasi_peft.updates import UPDATES
 
@@ -289,7 +289,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--target-share", type=float, nargs="+", default=[None], help="WASI: shares of the weights to keep")
     add("--variant", nargs="+", choices=VARIANTS, default=[DEFAULT_VARIANT], help="WASI: initial factors")
     add("--calibration-images", type=int, default=512, help="WASI: unlabelled training images looked at first")
-    add("--repair-steps", type=int, default=wasi_peft.REPAIR_STEPS, help="WASI: steps of the label-free repair")
+    add("--repair-steps", type=int, default=REPAIR_STEPS, help="WASI: steps of the label-free repair")
     add("--block-steps", type=int, default=BLOCK_STEPS, help="of each block, if blockwise")
     add("--train", type=int, default=6000 if full else 5000, help="images trained on")
     add("--validation", type=int, default=2000 if full else 1000, help="images held out, those after them")

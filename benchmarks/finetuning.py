@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 import wasi_peft
 from images import ImageSet
+from wasi_peft.factors.model_repair import REPAIR_STEPS
 
 METHODS = ("full", "lora", "wasi")
 # tuned on 6,000 images, see docs/benchmarks
@@ -29,7 +30,7 @@ def build(
     wasi_options: Mapping[str, Any] | None = None,
     target_share: float | None = None,
     calibration_images: int = 512,
-    repair_steps: int = wasi_peft.REPAIR_STEPS,
+    repair_steps: int = REPAIR_STEPS,
 ) -> nn.Module:
     """Makes ``model`` trainable by one of the methods.
 

@@ -46,11 +46,12 @@ from common import RESULTS_FOLDER, add_entry, cache_dir, environment, read_json
 from finetuning import unlabelled
 from images import ImageSet, load_images
 from vit import load_vit
-from wasi_peft.factors.blockwise import BLOCK_STEPS
+from wasi_peft.factors.block_repair import BLOCK_STEPS
 from wasi_peft.factors.calibration import dense_targets
-from wasi_peft.factors.prepare import STEPS, Repair
+from wasi_peft.factors.repairs import REPAIRS as WAYS
+from wasi_peft.factors.repairs import RepairName
 from wasi_peft.forms.dense import dense_weight
-from wasi_peft.tuner.targets import vocabulary_head
+from wasi_peft.models.structure import vocabulary_head
 from wasi_peft.updates import Update, make_update
 
 RESULTS = RESULTS_FOLDER / "initial_factors.json"
@@ -194,7 +195,7 @@ def steps_of(method: str, repair_steps: int, block_steps: int = BLOCK_STEPS) -> 
     return {"repaired": repair_steps, "blockwise": block_steps}.get(method, 0)
 
 
-def repair_of(method: str, model: nn.Module) -> Repair | None:
+def repair_of(method: str, model: nn.Module) -> RepairName | None:
     """How the factors of a method are repaired."""
     if method == "repaired" and vocabulary_head(model) is not None:
         return "tokens"
@@ -208,7 +209,7 @@ def factored(
     batches: list[Any],
     calibrations: dict[str, Any],
     max_batches: int,
-    repair: Repair | None,
+    repair: RepairName | None,
     repair_steps: int,
 ) -> tuple[nn.Module, dict[str, float]]:
     """The factored model and the seconds of what was done to get it."""
@@ -294,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
             dense, batches, evaluate = TASKS[name](repeat)
             max_batches = min(args.batches or CALIBRATION_BATCHES.get(name, len(batches)), len(batches))
             repaired_steps = (
-                STEPS[repair_of("repaired", dense) or "model"] if args.repair_steps is None else args.repair_steps
+                WAYS[repair_of("repaired", dense) or "model"].steps if args.repair_steps is None else args.repair_steps
             )
             calibrations: dict[str, Any] = {}
             for key, (method, share) in missing.items():

@@ -8,16 +8,13 @@ run, the first too, starts from what the file holds.
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import wasi_peft
@@ -26,16 +23,13 @@ from finetuning import CALIBRATION_BATCH, HEAD, calibration_loader
 from images import ImageSet
 from initial_factors import METHODS as VARIANTS
 from initial_factors import REPAIRS, uniform_ranks
-from wasi_peft.linalg.coordinates import ImageMoments
-from wasi_peft.tuner.model import INITIAL_FACTORS, PreparedFactors
-from wasi_peft.updates.base import InitialFactors
+from wasi_peft import WasiFactors
 
 # fields of WasiConfig that the preparation does not see, and the update, which `prepared_once` takes from there
 UNSEEN = (
     "activation_interval", "activation_modes", "activation_ranks", "activation_threshold", "memory_mode",
     "update", "update_rank",
 )  # fmt: skip
-MADE_FOR = ("rank", "asked", "share", "update", "update_rank")
 
 
 def build_config(variant: str, model: nn.Module, share: float | None, options: Mapping[str, Any]) -> Any:
@@ -91,22 +85,23 @@ def attach_factors(
         "options": {name: value for name, value in options.items() if name not in UNSEEN},
     }
 
-    def prepare() -> None:
+    def prepare() -> WasiFactors:
         loader, batches = calibration_loader(train_set), math.ceil(calibration_images / CALIBRATION_BATCH)
         calibration = wasi_peft.calibrate_wasi(model, loader, config, gradients=gradients, max_batches=batches)
-        wasi_peft.preprocess_wasi(model, config, loader, calibration=calibration, repair=repair, repair_steps=steps)
+        options = {"repair": repair, "repair_steps": steps}
+        return wasi_peft.preprocess_wasi(model, config, loader, calibration=calibration, **options)
 
     return prepared_once(model, config, key, prepare)
 
 
-def prepared_once(model: nn.Module, config: Any, key: Mapping[str, Any], prepare: Callable[[], None]) -> str:
+def prepared_once(model: nn.Module, config: Any, key: Mapping[str, Any], prepare: Callable[[], WasiFactors]) -> str:
     """Attaches initial factors to a dense model, from a file if they were made before.
 
     Args:
         model: The dense model.
         config: The configuration that they are for.
         key: What they depend on, besides the configuration's ranks, the code, its libraries and the threads.
-        prepare: Attaches them by ``preprocess_wasi``.
+        prepare: Makes them by ``preprocess_wasi``.
 
     Returns:
         Digest of the factors.
@@ -126,41 +121,9 @@ def prepared_once(model: nn.Module, config: Any, key: Mapping[str, Any], prepare
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # a run started at the same time waits rather than do the same
         if not path.is_file():
-            prepare()
-            save_factors(path, model, text)
-    return load_factors(path, model)
-
-
-def save_factors(path: Path, model: nn.Module, key: str) -> None:
-    """Writes in one move what ``preprocess_wasi`` attached to the modules, and what it depends on."""
-    tensors, layers = {}, {}
-    for name, module in model.named_modules():
-        prepared = vars(module).get(INITIAL_FACTORS)
-        if prepared is not None:
-            parts = {part: getattr(prepared.initial, part) for part in ("L", "R", "bias")}
-            tensors |= {f"{name}.{part}": value.contiguous() for part, value in parts.items() if value is not None}
-            layers[name] = {field: getattr(prepared, field) for field in MADE_FOR}
-            moments = prepared.initial.moments
-            if moments is not None:
-                tensors |= {f"{name}.image": moments.image, f"{name}.gradient": moments.gradient}
-                layers[name]["mean_square"] = moments.mean_square
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        save_file(tensors, Path(scratch) / path.name, metadata={"key": key, "layers": json.dumps(layers)})
-        os.replace(Path(scratch) / path.name, path)
-
-
-def load_factors(path: Path, model: nn.Module) -> str:
-    """Attaches the factors in a file to the modules of a dense model; returns their digest."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        layers = json.loads(file.metadata()["layers"])
-    for name, made_for in layers.items():
-        moments, mean_square = None, made_for.pop("mean_square", None)
-        if mean_square is not None:
-            moments = ImageMoments(tensors[f"{name}.image"], tensors[f"{name}.gradient"], mean_square)
-        initial = InitialFactors(tensors[f"{name}.L"], tensors[f"{name}.R"], tensors.get(f"{name}.bias"), moments)
-        vars(model.get_submodule(name))[INITIAL_FACTORS] = PreparedFactors(initial, **made_for)
-    return digest(tensors)
+            prepare().save(path)
+    WasiFactors.load(path).attach(model)
+    return digest(load_file(path))
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

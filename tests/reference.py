@@ -7,6 +7,7 @@ G gradient of the loss with respect to the product `L R`.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,6 +184,74 @@ def tucker_reconstruct(core: np.ndarray, bases: dict[str, np.ndarray | None]) ->
     for b, n, i in np.ndindex(*result.shape):
         result[b, n, i] = np.einsum("abc,a,b,c->", core, full[0][b], full[1][n], full[2][i])
     return result
+
+
+# -------------------------------------------------------------------------------- the paper's training
+
+
+class PaperProduct(torch.autograd.Function):
+    """`y = x W^T`, whose weight gradient is that of another input in the place of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, kept)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        weight, kept = ctx.saved_tensors
+        return dY @ weight, torch.einsum("bno,bni->oi", dY, kept), None
+
+
+class PaperLinear(nn.Module):
+    """A dense layer with a weight of rank K and compressed inputs (B, N, I), to the letter of arXiv 2510.09160.
+
+    Weight and inputs are kept at the smallest ranks that reach epsilon. Features first, then tokens, then samples; the
+    bases of features and tokens go on from those of before by one subspace iteration, samples have no order to go on
+    from. Where the compressed form is not smaller, the input is kept.
+    """
+
+    def __init__(self, linear: nn.Linear, epsilon: float) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        energies = torch.linalg.svdvals(weight).square().tolist()
+        self.epsilon, self.bases = epsilon, {}
+        self.L, R = truncated_svd(weight, smallest_rank(energies, epsilon))
+        self.weight, self.bias = nn.Parameter(self.L @ R), nn.Parameter(linear.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = PaperProduct.apply(x, self.weight, self.compressed(x.detach()) if self.training else x)
+        return product + self.bias
+
+    def compressed(self, x: Tensor) -> Tensor:
+        core, bases, elements = x.numpy(), {}, 0
+        for mode, axis in AXES.items():
+            A = unfold(core, axis)
+            if mode in self.bases:
+                bases[mode] = np.linalg.qr(A.T @ (A @ self.bases[mode])).Q
+            else:
+                bases[mode] = mode_basis(core, axis, smallest_rank(list(mode_energies(core, axis)), self.epsilon))
+            core = contract(core, bases[mode].T, axis)
+            elements += bases[mode].size
+        if elements + core.size >= x.numel():
+            return x
+        self.bases = {mode: bases[mode] for mode in ("feature", "token")}
+        for mode, axis in AXES.items():
+            core = contract(core, bases[mode], axis)
+        return torch.from_numpy(core)
+
+
+def paper_step(net: nn.Module, lr: float, weight_decay: float, max_grad_norm: float) -> float:
+    """Clip, SGD, and one subspace iteration of every :class:`PaperLinear`; the norm of the gradients."""
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay).step()
+    for layer in net.modules():
+        if isinstance(layer, PaperLinear):
+            layer.L, R = subspace_step(layer.weight.detach(), layer.L)
+            layer.weight.data = layer.L @ R
+    net.zero_grad()
+    return float(norm)
 
 
 # -------------------------------------------------------------------------------- a dense model

@@ -15,6 +15,7 @@ import torch
 from scripts import BENCHMARKS, ROOT, run_script
 
 import wasi_peft
+from wasi_peft import WasiFactors
 
 
 @pytest.fixture
@@ -95,10 +96,9 @@ def test_modes_and_variants_are_compared(
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     results, picture = tmp_path / "accuracy.json", tmp_path / "curve.png"
-    prepared = importlib.import_module("prepared")
     made: list[Path] = []
-    original = prepared.save_factors
-    monkeypatch.setattr(prepared, "save_factors", lambda path, *rest: (made.append(path), original(path, *rest)))
+    original = WasiFactors.save
+    monkeypatch.setattr(WasiFactors, "save", lambda factors, path: (made.append(path), original(factors, path)))
 
     command = ["--wasi", '{"update_rank": 2}', "--results", str(results), *TINY_RUN]
     modes = ("--method", "wasi", "--memory-mode", "exact", "small", "--seed", "0", "1")

@@ -335,7 +335,7 @@ def test_table_and_plain_data() -> None:
 def test_adapter_that_is_there_already(name: str) -> None:
     architecture = ARCHITECTURES[name]
     model, batch = architecture.model(), architecture.batch()
-    config = WasiConfig(weight_rank=5, activation_ranks=4, update="low_rank", update_rank=2)
+    config = WasiConfig(weight_rank=5, activation_ranks=4, update="low_rank")
     fresh = estimate_wasi(model, config, batch=batch)
     assert config.target_modules is None and config.resolved_ranks is None
     assert estimate_wasi(get_peft_model(model, config), batch=batch) == fresh

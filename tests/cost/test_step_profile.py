@@ -18,11 +18,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from wasi_peft import SubspaceSGD, WasiConfig, measure_peak_memory
-from wasi_peft.report import costs_table, plot_profiles, profiles_table
 from wasi_peft.cost import profile as implementation
 from wasi_peft.cost.estimate import CATEGORIES, OPTIMIZERS, estimate_wasi
 from wasi_peft.cost.profile import TRAINING, Cost, StepProfile, profile_wasi
 from wasi_peft.cost.trace import KINDS, marked_modules, one_round, operation_kind, phase, read_times
+from wasi_peft.report import costs_table, plot_profiles, profiles_table
 from wasi_peft.tuner.config import MEMORY_MODES
 from wasi_peft.tuner.layer import wasi_layers
 
@@ -127,9 +127,7 @@ def test_the_step_runs_in_its_memory_mode(name: str, mode: str) -> None:
     assert all(profile.saved_bytes < 0.8 * other for other in others)
 
 
-@pytest.mark.parametrize(
-    ("update", "operation"), [("frozen_basis", "FactoredProduct"), ("low_rank", "LowRankProduct")]
-)
+@pytest.mark.parametrize(("update", "operation"), [("frozen_basis", "FactoredLinear"), ("low_rank", "LowRankLinear")])
 def test_rounded_tensors_belong_to_what_keeps_them(update: str, operation: str) -> None:
     """Exactly, a norm keeps its input; in few bits, it keeps what the rounding made of it, and the same statistics."""
     profiles = [profiled_in_mode("vit", mode, update) for mode in ("exact", "fast")]
@@ -441,7 +439,7 @@ def test_plain_data_and_tables() -> None:
     assert {"phase": "forward", **profile.timeline[0].held} == data["timeline"][0]
     assert {module["name"] for module in data["modules"]} == set(profile.by_module())
     text = str(profile)
-    assert "wasi.Linear" in text and "FactoredProduct" in text and "held at the peak" in text
+    assert "wasi.Linear" in text and "FactoredLinear" in text and "held at the peak" in text
 
 
 def test_profiles_side_by_side() -> None:

@@ -245,3 +245,19 @@ def test_layers_outside_of_blocks_stay() -> None:
         assert torch.equal(refitted[name].R, factors[name].R) and torch.equal(refitted[name].bias, factors[name].bias)
     assert not torch.allclose(refitted["1.0"].R, factors["1.0"].R, atol=1e-5)
     assert_same_factors(run(net, {"0": factors["0"]}, data), {"0": factors["0"]})  # no block at all
+
+
+@pytest.mark.parametrize("mean", [1.0, 30.0, 1000.0])
+def test_inputs_that_hardly_vary_around_a_large_mean(mean: float) -> None:
+    """What rounding leaves of the centered moment of a wide layer is not positive definite."""
+    block = nn.Sequential(nn.Linear(256, 256))
+    net = nn.Sequential(block, nn.Sequential(nn.Linear(256, 4)))
+    x = 0.01 * normal(2000, 4, seed=0) @ normal(4, 256, seed=1) + mean * normal(256, seed=2)
+    refitted = run(net, {"0.0": plain(block[0], 8), "1.0": plain(net[1][0], 3)}, [x.float()])
+    assert all(bool(initial.R.isfinite().all()) for initial in refitted.values())
+
+
+def plain(layer: nn.Linear, rank: int) -> InitialFactors:
+    """Truncated SVD."""
+    U, S, V = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+    return InitialFactors(U[:, :rank].contiguous(), S[:rank, None] * V[:rank], layer.bias.detach())

@@ -340,9 +340,9 @@ def test_the_shared_input_cache_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     batch = ARCHITECTURES["llama"].batch()
     options: dict[str, Any] = {"activation_ranks": 4, "memory_mode": "fast"}
     _, wanted = gradients(build("llama", **options), batch)
-    from wasi_peft.tuner import layer
+    from wasi_peft.tuner import inputs
 
-    monkeypatch.setattr(layer, "_shared", lambda x: layer._SharedInput(x._version))
+    monkeypatch.setattr(inputs.SharedInputs, "of", lambda self, x: inputs.SharedInput(x))
     _, found = gradients(build("llama", **options), batch)
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 

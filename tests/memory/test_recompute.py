@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import wasi_peft.linalg.tucker as tucker_module
 import wasi_peft.memory.recompute as recompute_module
-import wasi_peft.tuner.layer as layer_module
+import wasi_peft.tuner.inputs as inputs_module
 from wasi_peft import WasiConfig, create_wasi_optimizer, measure_peak_memory
 from wasi_peft.memory import BlockRecomputation, RecomputedBlocks
 from wasi_peft.memory.quantization import KINDS, bits_per_value, dequantize, quantize
@@ -814,7 +814,7 @@ def test_compressed_layers_train_as_if_stored(name: str, update: str) -> None:
 
 def test_the_pass_that_is_thrown_away_compresses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = {"compress": 0, "iterations": 0}
-    compress, iterate = layer_module.compress, tucker_module.subspace_iteration
+    compress, iterate = inputs_module.compress, tucker_module.subspace_iteration
 
     def counted_compress(*args: Any) -> Any:
         counted["compress"] += 1
@@ -824,7 +824,7 @@ def test_the_pass_that_is_thrown_away_compresses_nothing(monkeypatch: pytest.Mon
         counted["iterations"] += 1
         return iterate(*args)
 
-    monkeypatch.setattr(layer_module, "compress", counted_compress)
+    monkeypatch.setattr(inputs_module, "compress", counted_compress)
     monkeypatch.setattr(tucker_module, "subspace_iteration", counted_iterate)
     model = adapted()
     RecomputedBlocks().install(model)
@@ -838,7 +838,7 @@ def test_the_pass_that_is_thrown_away_compresses_nothing(monkeypatch: pytest.Mon
     assert counted["compress"] == inputs + 3 * 2 * inputs
     assert counted["iterations"] == 2 * inputs  # in the first backward nobody has stepped yet
     gc.collect()
-    assert len(layer_module._shared_inputs) == 0
+    assert all(len(layer.inputs) == 0 for _, layer in wasi_layers(model))
 
 
 class _Losses(tf.TrainerCallback):

@@ -540,7 +540,9 @@ def test_the_model_must_be_dense(config: peft.PeftConfig) -> None:
 def test_some_layer_must_be_worth_it() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
     calibration = calibrate_wasi(model, [torch.randn(8, 2)], progress_bar=False)
-    with pytest.raises(ValueError, match="no rank of any target saves anything, got 1 targets"):
+    with pytest.raises(
+        ValueError, match="with update='frozen_basis' no rank of any target saves anything, got 1 targets of at most 2"
+    ):
         plan_wasi(model, calibration, weight_share=0.5)
 
 
@@ -571,6 +573,18 @@ def test_layers_where_no_rank_saves_anything_are_left_dense() -> None:
     data = [torch.randn(20, 12, generator=torch.Generator().manual_seed(0))]
     calibration = calibrate_wasi(model, data, WasiConfig(target_modules=["0.0", "0.1"]), progress_bar=False)
     assert [layer.name for layer in planned(model, calibration, weight_share=0.5).layers] == ["0.0"]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_no_layer_of_a_plan_is_past_the_break_even_of_its_update(update: Any) -> None:
+    """Directions that train beside the rank may be all that a small layer could save."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(48, 48), nn.Linear(48, 12)))
+    data = [torch.randn(60, 48, generator=torch.Generator().manual_seed(0))]
+    calibration = calibrate_wasi(model, data, WasiConfig(target_modules=["0.0", "0.1"]), progress_bar=False)
+    config = WasiConfig(target_modules=["0.0", "0.1"], update=update, update_rank=10)
+    plan = plan_wasi(model, calibration, weight_share=0.9, config=config)
+    assert [layer.name for layer in plan.layers] == (["0.0"] if update == "low_rank" else ["0.0", "0.1"])
+    assert not any(map(plan.past_break_even, plan.layers))
 
 
 def test_the_aim_of_the_search_leaves_room_for_the_margin() -> None:

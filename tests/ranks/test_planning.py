@@ -88,6 +88,7 @@ def test_the_largest_rank_is_break_even_or_1() -> None:
 def test_aligned_ranks_give_widths_that_are_multiples_of_the_step(out: int, in_features: int, side: int) -> None:
     layer, step = spectrum("a", out, in_features, update=LowRank(side)), rank_step(out, in_features)
     every = range(1, layer.largest_rank + 1)
+    side = min(side, out, in_features)
     aligned = [rank for rank in every if (rank + side) % step == 0]
     assert list(layer.aligned_ranks) == (aligned or list(every))
     assert layer.rank_choices == tuple(sorted({1, *layer.aligned_ranks}))
@@ -240,7 +241,7 @@ def test_break_even_is_that_of_the_update(update: str) -> None:
         ),
         (
             {**PLAN.to_dict(), "update": "low_rank"},
-            "a plan's update_rank must be the number of directions that its update trains .*, got None with 'low",
+            "a plan's update_rank must be the number of directions that its update trains.*, got None with 'low_rank'",
         ),
         (
             {**PLAN.to_dict(), "update": "core", "update_rank": 4},
@@ -310,16 +311,19 @@ def test_build_plan() -> None:
 # -------------------------------------------------------------------- weights alone
 
 
+def side_rank(layer: LayerSpectrum) -> int:
+    """What trains beside the rank, in a narrow layer no more than it has."""
+    return min(getattr(layer.update, "rank", 0), layer.out_features, layer.in_features)
+
+
 def kept_energy(spectra: list[LayerSpectrum], ranks: dict[str, int]) -> float:
-    return math.fsum(
-        math.fsum(layer.weight_energies[: ranks[layer.name] + layer.update.side_rank]) for layer in spectra
-    )
+    return math.fsum(math.fsum(layer.weight_energies[: ranks[layer.name] + side_rank(layer)]) for layer in spectra)
 
 
 def parameters(spectra: list[LayerSpectrum], ranks: dict[str, int]) -> int:
     total = 0
     for layer in spectra:
-        width = ranks[layer.name] + layer.update.side_rank
+        width = ranks[layer.name] + side_rank(layer)
         core = width**2 if isinstance(layer.update, Core) else 0
         total += width * (layer.out_features + layer.in_features) + core
     return total

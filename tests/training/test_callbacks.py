@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 import transformers as tf
 from models import ARCHITECTURES, Architecture, input_options, logits, train
@@ -21,6 +22,7 @@ from wasi_peft.ranks.plan import LayerPlan, WasiPlan
 from wasi_peft.training.callback import WasiCallback, chordal_distance
 from wasi_peft.training.resize import ranks_in_use, resize_rank
 from wasi_peft.tuner.layer import wasi_layers
+from wasi_peft.updates import UPDATES
 
 VIT = ARCHITECTURES["vit"]
 NAME = "vit.layers.0.mlp.fc1"
@@ -218,6 +220,22 @@ def test_ranks_in_use_are_those_of_the_product(update: str) -> None:
     assert ranks_in_use(model, 0.9)[NAME] == 6
 
 
+@pytest.mark.parametrize("update", UPDATES)
+def test_ranks_in_use_leave_out_what_trains_beside_them(update: str) -> None:
+    """The energy is that of the whole weight, whatever part of it trains."""
+    model = build(update=update, update_rank=2)
+    train(model, VIT.batch(), steps=3)
+    layer, side = layer_of(model), 2 if update == "low_rank" else 0
+    for scale in (1.0, 100.0):
+        with torch.no_grad():
+            layer.form.part(layer.update.trained[0])[:, 0].mul_(scale)  # one direction of what trains takes over
+        energies = torch.linalg.svdvals(layer.get_dense_layer("default").weight.double()).square().tolist()
+        for threshold in (0.3, 0.9, 0.999, 1 - 1e-9):
+            expected = max(1, reference.smallest_rank(energies, threshold) - side)
+            assert ranks_in_use(model, threshold)[NAME] == expected <= 6
+    assert ranks_in_use(model, 0.9)[NAME] == 1
+
+
 # -------------------------------------------------------------------- other ranks
 
 OPTIMIZERS = {
@@ -403,6 +421,24 @@ def test_ranks_are_planned_again_between_epochs(tmp_path: Path) -> None:
     assert [entry["wasi/rank_min"] for entry in logs] == [6] * 3 + [3] * 6
     assert logs[-1]["wasi/rank_max"] == 8
     assert all(0 <= entry["wasi/weight_drift"] < 1 for entry in logs)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_ranks_follow_the_energy_between_epochs(update: str, tmp_path: Path) -> None:
+    """Ranks only fall, to those in use; what trains beside them stays."""
+    model = build(update=update, update_rank=2)
+    plans: list[dict[str, int]] = []
+
+    def replan(module: nn.Module) -> dict[str, int]:
+        plans.append(ranks_in_use(module, 0.8))
+        return plans[-1]
+
+    fit(model, WasiCallback(replan=replan), tmp_path, num_train_epochs=3)
+    layers = dict(wasi_layers(model.get_base_model()))
+    assert {name: layer.form.weight_rank for name, layer in layers.items()} == plans[-1]  # type: ignore[attr-defined]
+    assert all(plans[1][name] <= plans[0][name] <= 6 for name in layers) and min(plans[0].values()) < 6
+    side = 2 if update == "low_rank" else 0
+    assert {layer.form.rank - layer.form.weight_rank for layer in layers.values()} == {side}  # type: ignore[attr-defined]
 
 
 def test_the_optimizer_of_the_package_works_too(tmp_path: Path) -> None:

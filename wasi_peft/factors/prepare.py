@@ -33,7 +33,7 @@ def preprocess_wasi(
 ) -> WasiFactors:
     """Prepare data-aware initial factors; the next `get_peft_model(model, config)` uses them.
 
-    Where R does not train (`update="frozen_basis"` or "core") and there are batches, one more pass measures in which
+    Where the update leaves R as it is and there are batches, one more pass measures in which
     coordinates the rest trains best.
 
     Args:

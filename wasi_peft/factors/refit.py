@@ -27,7 +27,7 @@ from ..models.calls import hooked, layer_input
 from .block_states import BlockStates
 
 RIDGE = 1e-2
-_ROUNDING = 1e-6  # of a moment that was summed in float32, relative to its diagonal
+_ROUNDING = 1e-6  # of the eigenvalues of a moment that was summed in float32, relative to its trace
 
 
 def input_map(cross: Tensor, moment: Tensor, shift: float) -> Tensor:
@@ -146,7 +146,7 @@ def _refit(layer: FactoredLinear, target: nn.Module, moments: _Moments, ridge: f
     cross, moment, goal, mean = moments.means()
     L, R = layer.L, layer.R
     bias = dense_bias(target)
-    least = _ROUNDING * float(moment.diagonal().mean())
+    least = _ROUNDING * float(moment.diagonal().sum())
     if bias is not None:
         cross, moment = cross - torch.outer(goal, mean), moment - torch.outer(mean, mean)
     refitted = R.double() @ input_map(cross, moment, max(ridge * float(moment.diagonal().mean()), least))

@@ -19,10 +19,10 @@ LARGEST_EVICTION = 2**26  # bytes; more than caches hold
 
 @torch.no_grad()
 def fold_cores(model: Any) -> None:
-    """Multiply the cores of the active adapter (`update="core"`) into L, when training is over.
+    """Multiply the cores of the active adapter, the K x K matrices between its factors, into L, when training is over.
 
     Each layer then has two products instead of three and K x K elements less, and the model computes the same up to
-    rounding. The adapter becomes one with `update="factor"`, also when it is saved; nothing brings the cores back.
+    rounding. The adapter becomes one of two factors that train, also when it is saved; nothing brings the cores back.
 
     Args:
         model: A PEFT model with a WASI adapter, or a transformers model with a natively added one.
@@ -76,7 +76,7 @@ def merge_slow_layers(model: nn.Module, batch: Any, *, least_gain: float = 0.05)
     Example:
         >>> import peft, wasi_peft
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-        >>> config = wasi_peft.WasiConfig(target_modules=["0"], weight_rank=7, update="factor")
+        >>> config = wasi_peft.WasiConfig(target_modules=["0"], weight_rank=7)
         >>> model = peft.get_peft_model(net, config)
         >>> ratios = merge_slow_layers(model, torch.zeros(4, 8))
         >>> all(ratio <= 0.95 for ratio in ratios.values())

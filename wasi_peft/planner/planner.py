@@ -28,7 +28,6 @@ from ..ranks.knapsack import InfeasibleError
 from ..ranks.plan import WasiPlan
 from ..ranks.spectrum import LayerSpectrum
 from ..tuner.config import WasiConfig
-from ..updates.costs import break_even_rank
 from .fit import Problem
 from .peak import plan_peak
 from .work import Flops, Seconds, Work, plan_work
@@ -103,10 +102,10 @@ def plan_wasi(
             calibration is of another model, the model has an adapter, or the configuration decides ranks itself.
 
     Example:
-        >>> from wasi_peft import WasiConfig, calibrate_wasi
+        >>> from wasi_peft import calibrate_wasi
         >>> model = nn.Sequential(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)))
         >>> calibration = calibrate_wasi(model, [torch.randn(64, 32)], progress_bar=False)
-        >>> plan = plan_wasi(model, calibration, weight_share=0.5, config=WasiConfig(update="factor"))
+        >>> plan = plan_wasi(model, calibration, weight_share=0.5)
         >>> 0.4 < plan.kept_share <= 0.5
         True
     """
@@ -185,10 +184,13 @@ def _planned_targets(model: nn.Module, calibration: Calibration, config: WasiCon
         config = WasiConfig(target_modules=list(calibration.layers))
     targets = dense_targets(model, config)
     calibration.require(targets)
-    saving = {name: module for name, module in targets.items() if break_even_rank(*dense_weight(module).shape) > 0}
+    update = config.layer_update
+    sizes = {name: dense_weight(module).shape for name, module in targets.items()}
+    saving = {name: module for name, module in targets.items() if update.break_even_rank(*sizes[name]) > 0}
     if not saving:
         raise ValueError(
-            f"no rank of any target saves anything, got {len(targets)} targets of at most 2 rows or columns."
+            f"with update={update.name!r} no rank of any target saves anything, got {len(targets)} targets of at most "
+            f"{max(map(min, sizes.values()))} rows or columns."
         )
     return saving
 

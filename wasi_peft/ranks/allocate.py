@@ -54,7 +54,7 @@ def allocate_ranks(spectra: Sequence[LayerSpectrum], share: float) -> dict[str, 
     least = _elements(spectra, ranks)
     if share * dense < least:
         raise ValueError(
-            f"share must be at least {least / dense:.4g} (rank 1 in every layer, and what a low-rank update takes), "
+            f"share must be at least {least / dense:.4g} (rank 1 in every layer, and what trains beside it), "
             f"got {share!r}."
         )
     choices = [spectrum.rank_choices for spectrum in spectra]

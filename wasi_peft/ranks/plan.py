@@ -268,7 +268,7 @@ def build_plan(
     for spectrum in spectra:
         rank, ranks = weight_ranks[spectrum.name], activation_ranks.get(spectrum.shared_input)
         total = sum(spectrum.weight_energies)
-        directions = rank + spectrum.update.side_rank
+        directions = rank + spectrum.side_rank
         kept = min(1.0, sum(spectrum.weight_energies[:directions]) / total) if total else 1.0
         sizes = spectrum.out_features, spectrum.in_features
         layers.append(LayerPlan(spectrum.name, *sizes, rank, None if ranks is None else dict(ranks), kept))

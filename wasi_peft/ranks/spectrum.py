@@ -25,7 +25,7 @@ class LayerSpectrum:
         in_features: Columns of the weight.
         shared_input: Name of the first layer that reads the same input tensor; the layer's own where it is alone.
         weight_energies: What is lost with each direction of the weight, descending and comparable between layers:
-            rank K loses `sum(weight_energies[K + update.side_rank:])`.
+            rank K loses `sum(weight_energies[K + side_rank:])`.
         gradient_energies: The same for the weight gradient and the ranks of the compressed input, by mode: "feature",
             and "token" where every batch had the same number of tokens. Empty where gradients were not collected.
         update: What is going to train, which says what a rank costs. Directions that train beside the K of the weight
@@ -67,10 +67,14 @@ class LayerSpectrum:
                 raise ValueError(f"{self.name}: {mode} energies must be finite, descending and at least 0.")
 
     @property
+    def side_rank(self) -> int:
+        """Directions that train beside the K of this layer."""
+        return self.update.side_rank_of(self.out_features, self.in_features)
+
+    @property
     def rank_energies(self) -> tuple[float, ...]:
         """What each rank adds to what the trained directions alone would keep, then zeros, (min(out, in),)."""
-        side = min(self.update.side_rank, len(self.weight_energies))
-        return self.weight_energies[side:] + (0.0,) * side
+        return self.weight_energies[self.side_rank :] + (0.0,) * self.side_rank
 
     @property
     def largest_rank(self) -> int:
@@ -83,12 +87,12 @@ class LayerSpectrum:
 
     @property
     def aligned_ranks(self) -> range:
-        """Ranks K up to the largest for which `K + update.side_rank` is a multiple of :func:`costs.rank_step`.
+        """Ranks K up to the largest for which `K + side_rank` is a multiple of :func:`costs.rank_step`.
 
         Every rank where the update leaves no room for such a multiple.
         """
         step = rank_step(self.out_features, self.in_features)
-        first = step - self.update.side_rank % step
+        first = step - self.side_rank % step
         if first > self.largest_rank:
             first = step = 1
         return range(first, self.largest_rank + 1, step)

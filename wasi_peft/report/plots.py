@@ -15,7 +15,7 @@ from ..linalg.spectra import rank_for_threshold
 from ..ranks.plan import WasiPlan
 from ..ranks.spectrum import LayerSpectrum
 from ..tuner.summary import WasiSummary
-from ..updates.costs import break_even_rank, dense_elements, factored_elements
+from ..updates.costs import break_even_rank, dense_elements
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +129,7 @@ def calibration_rows(calibration: Calibration) -> list[Row]:
     rows = []
     for spectrum in spectra:
         row: Row = {"layer": spectrum.name, "out": spectrum.out_features, "in": spectrum.in_features}
-        row["break-even"] = break_even_rank(spectrum.out_features, spectrum.in_features)
+        row["break-even"] = spectrum.update.break_even_rank(spectrum.out_features, spectrum.in_features)
         row.update({f"rank at {share:.0%}": _rank_at(spectrum, share) for share in SHOWN_ENERGIES})
         row["energy share"] = sum(spectrum.weight_energies) / total
         rows.append(row)
@@ -214,35 +214,45 @@ def _kind_labels(patterns: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 
 
 class _Planned(NamedTuple):
-    """A layer of a plan, or of an adapter, whose energy is not known."""
+    """A layer of a plan, or of an adapter, whose energy is not known.
+
+    `rank` is that of the headline: K in a plan, and in an adapter with the directions that train beside the K. So is
+    `break_even`. `dense` and `factored` count elements.
+    """
 
     name: str
     out_features: int
     in_features: int
     rank: int
+    break_even: int
+    dense: int
+    factored: int
     energy: float | None = None
     activation_ranks: dict[str, int] | None = None
 
-    @property
-    def break_even(self) -> int:
-        return break_even_rank(self.out_features, self.in_features)
-
-    @property
-    def dense(self) -> int:
-        return dense_elements(self.out_features, self.in_features)
-
-    @property
-    def factored(self) -> int:
-        return factored_elements(self.out_features, self.in_features, self.rank)
-
 
 def _planned(plan: WasiPlan | WasiSummary) -> list[_Planned]:
+    layers = []
     if isinstance(plan, WasiSummary):
-        return [_Planned(x.name, x.out_features, x.in_features, x.rank) for x in plan.layers]
-    return [
-        _Planned(x.name, x.out_features, x.in_features, x.weight_rank, x.kept_energy, x.activation_ranks)
-        for x in plan.layers
-    ]
+        for x in plan.layers:
+            sizes = x.out_features, x.in_features
+            break_even = x.update.break_even_rank(*sizes) + x.rank - x.weight_rank
+            layers.append(_Planned(x.name, *sizes, x.rank, break_even, x.dense_elements, x.factored_elements))
+        return layers
+    for layer in plan.layers:
+        sizes = layer.out_features, layer.in_features
+        costs = plan.layer_update.break_even_rank(*sizes), dense_elements(*sizes), plan.elements(layer)
+        layers.append(
+            _Planned(layer.name, *sizes, layer.weight_rank, *costs, layer.kept_energy, layer.activation_ranks)
+        )
+    return layers
+
+
+def _spectrum_at(spectrum: LayerSpectrum, share: float) -> _Planned:
+    """A layer at the rank that keeps a share of its energy."""
+    sizes, rank = (spectrum.out_features, spectrum.in_features), _rank_at(spectrum, share)
+    costs = spectrum.update.break_even_rank(*sizes), dense_elements(*sizes), spectrum.elements(rank)
+    return _Planned(spectrum.name, *sizes, rank, *costs)
 
 
 # -------------------------------------------------------------------- plots
@@ -299,7 +309,7 @@ def plot_calibration(calibration: Calibration, path: Path | None = None) -> Figu
     spectra = calibration.spectra()
     kinds = _Kinds([spectrum.name for spectrum in spectra])
     figure, (left, right) = _figure(2, kinds, spectra)
-    layers = [_Planned(x.name, x.out_features, x.in_features, _rank_at(x, 0.95)) for x in spectra]
+    layers = [_spectrum_at(x, 0.95) for x in spectra]
     _draw_ranks(left, layers, kinds)
     left.set_title("Rank that keeps 95 % of the energy (dashed: break-even)")
     kinds.draw(right, {spectrum.name: sum(spectrum.weight_energies) for spectrum in spectra})

@@ -28,14 +28,14 @@ class WasiCallback(TrainerCallback):
 
     With every log of the training loss, and at the end of every epoch:
 
-    * `wasi/rank_mean`, `_min`, `_max`: weight ranks, that of a low-rank update included.
-    * `wasi/weight_drift`: how far the column space of what trains (L, or B with `update="low_rank"`) has turned since
-      the last log, from 0 (not at all) to 1 (orthogonal), mean of all layers, none with `update="core"`, which turns
-      none; `wasi/activation_drift`: the same for the bases of the inputs' features.
+    * `wasi/rank_mean`, `_min`, `_max`: weight ranks, the directions that train beside the K included.
+    * `wasi/weight_drift`: how far the column space of what trains has turned since the last log, from 0 (not at all)
+      to 1 (orthogonal), mean of all layers, none where the update leaves that space as it is;
+      `wasi/activation_drift`: the same for the bases of the inputs' features.
     * `wasi/activation_energy_mean`, `_min`: share of the inputs' energy that their compressed copies kept, in the last
       step in which it was measured (the one that is logged, or every 50th).
-    * `wasi/weight_rank_used`, once for every epoch: share of each layer's rank that holds 99 % of the energy of
-      `L R`, mean of all layers.
+    * `wasi/weight_rank_used`, once for every epoch: share of each layer's K that 99 % of the energy of its weight
+      takes (:func:`ranks_in_use`), mean of all layers.
 
     The values are in `trainer.state.log_history` whatever `report_to` says. Reporters that the Trainer creates itself
     run before callbacks handed to it; `trainer.callback_handler.callbacks.insert(0, callback)` puts this one first.
@@ -46,7 +46,7 @@ class WasiCallback(TrainerCallback):
             ranks came from a threshold are checked, against that. One percent of the energy is allowed on top.
         replan: Called with the model at the end of every epoch but the last; the ranks that it returns, by layer name,
             are set by :func:`resize_rank`. For instance `lambda model: ranks_in_use(model, 0.999)`.
-        drift: Measure drift, for which a copy of every L (or B) is kept between logs.
+        drift: Measure drift, for which a copy of what trains is kept between logs.
 
     Raises:
         ValueError: If `activation_threshold` is outside (0, 1].

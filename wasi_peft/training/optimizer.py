@@ -93,7 +93,7 @@ def _split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
             for name, update in module.wasi_update.items():
                 form = module.form_of(name)
                 for part in form.parts:
-                    kinds[id(form.part(part))] = "basis" if part == update.basis else "factor"
+                    kinds[id(form.part(part))] = "basis" if part == update.basis else "factors"
         elif isinstance(module, AuxiliaryTrainingWrapper):
             kinds.update({id(parameter): "head" for parameter in module.parameters()})
     for parameter in model.parameters():
@@ -102,7 +102,7 @@ def _split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
         kind, is_vector = kinds.get(id(parameter)), parameter.dim() < 2
         if kind == "basis":
             basis.append(parameter)
-        elif kind == "factor":
+        elif kind == "factors":
             factors.append(parameter)
         elif kind == "head":
             (head_vectors if is_vector else head).append(parameter)

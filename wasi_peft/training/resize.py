@@ -39,7 +39,7 @@ def ranks_in_use(model: nn.Module, threshold: float) -> dict[str, int]:
         corner = torch.linalg.qr(outer).R @ inner  # the singular values of the weight
         energies = torch.linalg.eigvalsh(corner @ corner.T).flip(0).clamp_min(0)
         directions = rank_for_threshold(energies, threshold) if float(energies[0]) > 0 else 1
-        ranks[name] = max(1, directions - layer.update.side_rank)
+        ranks[name] = max(1, directions - (layer.form.rank - layer.form.weight_rank))
     return ranks
 
 
@@ -47,22 +47,22 @@ def ranks_in_use(model: nn.Module, threshold: float) -> dict[str, int]:
 def resize_rank(model: Any, name: str, rank: int, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Give a layer's active adapter another weight rank between two optimizer steps.
 
-    A smaller rank keeps the best approximation of `L R`, from an SVD of size K; a larger one adds random directions to
-    L, orthonormal to the others, and zero rows to R, so that the layer computes the same. Parameters stay the same
-    objects, so they keep their places in the optimizer. Its state follows: averages of gradients are rotated into the
-    new basis, those of squares by the squared rotation, new directions start at zero. State of other shapes
-    (Adafactor's) or of unknown meaning (in 8 bits) is dropped for this layer and starts afresh. Gradients are cleared.
+    A smaller rank keeps the directions that matter most to the update: the best approximation of `L R` where factors
+    train as they are, the largest singular values of what trains where its coordinates are white
+    (:meth:`updates.base.Update.shrink`). With a larger one the layer computes the same: of each new direction one side
+    is random, the other zero (:meth:`updates.base.Update.grow`).
 
-    Where R does not train, a smaller rank keeps what matters most in white coordinates: the largest singular values of
-    the core, or of L with `update="frozen_basis"`; a larger one adds random directions to R (and to L, if there is a
-    core), and zeros to what trains.
+    Parameters stay the same objects, so they keep their places in the optimizer. Its state follows: averages of
+    gradients are rotated into the new basis, those of squares by the squared rotation, new directions start at zero.
+    State of other shapes (Adafactor's) or of unknown meaning (in 8 bits) is dropped for this layer and starts afresh.
+    Gradients are cleared.
 
     Not for models wrapped for distributed training, which remember the sizes of parameters.
 
     Args:
         model: A PEFT model with a WASI adapter.
         name: Name of the layer in the base model.
-        rank: The new rank K of `L R`; a low-rank update beside it stays as it is.
+        rank: The new K; directions that train beside it stay as they are.
         optimizer: The optimizer that trains the factors.
 
     Raises:

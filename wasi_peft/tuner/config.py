@@ -13,7 +13,7 @@ from peft.config import PeftConfig
 from ..linalg.tucker import MODES, CompressionRule
 from ..memory.modes import MEMORY_MODES, recomputes
 from ..ranks.plan import LayerPlan, WasiPlan, layer_plan
-from ..updates import DEFAULT_UPDATE, UPDATES, Update, make_update
+from ..updates import DEFAULT_UPDATE, UPDATES, Subspace, Update, make_update
 from .registration import PEFT_TYPE, WASI_IMPORT_NOTE
 
 BASE_WEIGHTS = ("release", "cpu", "keep")
@@ -224,6 +224,43 @@ class WasiConfig(PeftConfig):
         self._validate()
         self.update_rank = self.layer_update.side_rank or None
         self._validate_budgets()
+
+    @classmethod
+    def paper(cls, epsilon: float, **overrides: Any) -> WasiConfig:
+        """The method of the paper (arXiv 2510.09160) instead of this package's defaults, with one threshold for all.
+
+        Weights start as their truncated SVD at the smallest rank K with `s_1^2 + ... + s_K^2 >= epsilon * total`, and
+        both factors train. Inputs are compressed in all three modes, at ranks that the same threshold gives on the
+        first batch, and their bases take one subspace iteration every step. Biases and vectors of the model train too.
+
+        The optimizer that goes with it is :class:`training.subspace_sgd.SubspaceSGD`, SGD on the product and one
+        subspace iteration of the weight, as in the paper's recipe: `SubspaceSGD(model, lr=0.05, weight_decay=1e-4,
+        max_grad_norm=2.0)`. Do not call [`preprocess_wasi`]: factors that it prepared would be used instead.
+
+        Args:
+            epsilon: Share of the energy that weights and inputs keep, in (0, 1]; the paper runs 0.4 to 0.9.
+            **overrides: Other fields, or other values for these: `modules_to_save`, `target_modules` and so on.
+
+        Raises:
+            ValueError: If epsilon is not in (0, 1], or an override is not valid.
+
+        Example:
+            >>> config = WasiConfig.paper(0.8, modules_to_save=["classifier"])
+            >>> config.explained_variance_threshold, config.activation_threshold, config.activation_interval
+            (0.8, 0.8, 1)
+        """
+        _check_threshold("epsilon", epsilon)
+        fields: dict[str, Any] = {
+            "explained_variance_threshold": epsilon,
+            "update": Subspace.name,
+            "activation_threshold": epsilon,
+            "activation_modes": list(MODES),
+            "activation_interval": 1,
+            "memory_mode": "exact",
+            "train_vectors": True,
+            "bias": "all",
+        }
+        return cls(**{**fields, **overrides})
 
     def _validate(self) -> None:
         _check_threshold("explained_variance_threshold", self.explained_variance_threshold)

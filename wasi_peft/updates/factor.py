@@ -32,9 +32,11 @@ class Factor(Update):
         return form.weight_rank if form.L.requires_grad and not form.R.requires_grad else 0
 
     def shrink(self, form: FactoredLinear, rank: int, carry: Carry) -> None:
+        """The best approximation of `L R`, L orthonormal."""
         shrink_factors(form.L, form.R, rank, carry)
 
     def grow(self, form: FactoredLinear, rank: int, carry: Carry) -> None:
+        """Random directions in L, zero rows in R."""
         grow_factors(form.L, form.R, rank, carry)
 
     def gradient_flops(self, rows: int, out_features: int, in_features: int, rank: int, exact: bool) -> int:

@@ -69,9 +69,11 @@ class LowRank(Update):
         return form.B.shape[1] if form.B.requires_grad else 0
 
     def shrink(self, form: SplitLinear, rank: int, carry: Carry) -> None:
+        """The best approximation of `L R`; B A stays."""
         shrink_factors(form.L, form.R, rank, carry)
 
     def grow(self, form: SplitLinear, rank: int, carry: Carry) -> None:
+        """Random directions in L, zero rows in R; B A stays."""
         grow_factors(form.L, form.R, rank, carry)
 
     def trained_elements(self, out_features: int, in_features: int, rank: int) -> int:
