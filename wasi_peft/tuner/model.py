@@ -176,7 +176,7 @@ class WasiModel(BaseTuner):
             peft_config.resolved_ranks = dict(peft_config.ranks)
             return
         peft_config.resolved_ranks = None
-        targets = dict(selected_modules(model, peft_config))
+        targets = {plain_name(name): module for name, module in selected_modules(model, peft_config)}
         prepared = check_prepared(targets, peft_config)
         shared = peft_config.weight_share is not None
         peft_config.resolved_ranks = _shared_ranks(targets, prepared, peft_config) if shared else {}
