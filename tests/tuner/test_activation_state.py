@@ -344,6 +344,24 @@ def test_input_changed_in_place_is_not_taken_for_the_old_one() -> None:
     assert_same(run(in_place=True, activation_ranks=4), exact, rtol=1e-3, atol=1e-5)
 
 
+def test_input_given_other_memory_is_not_taken_for_the_old_one() -> None:
+    """By `.data`, which counts no version. (A change of the same memory by `.data` nobody can see.)"""
+
+    def run(given: bool) -> dict[str, Tensor]:
+        model = readers(activation_ranks=4)
+        inner = model.base_model.model
+        x, other = (low_rank_input((8, 10), seed=seed) for seed in (1, 2))
+        first = inner.q(x)
+        if given:
+            x.data = other
+        else:
+            x = other
+        (first.square().mean() + inner.k(x).square().mean()).backward()
+        return gradients(model)
+
+    assert_same(run(given=True), run(given=False))
+
+
 def test_same_tensor_in_another_precision() -> None:
     """One input tensor that is first read in float32, then under autocast, then in float32 again."""
     model = readers()

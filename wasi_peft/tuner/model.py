@@ -121,10 +121,10 @@ class WasiModel(BaseTuner):
     # ---------------------------------------------------------------- injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Replace the target modules, all or none; afterwards one log line says what it amounts to.
+        """Replace the target modules, all or none; one log line says what it amounts to.
 
-        Dense weights go when everything else is done. Whatever ends the injection before, an interrupt too, leaves the
-        model as it was.
+        Dense weights go last, when everything else is done. Whatever ends the injection before, an interrupt too,
+        leaves the model as it was.
         """
         config = self.peft_config[adapter_name]
         if adapter_name.startswith(self.prefix) or adapter_name in ("base_layer", BASE):
@@ -144,16 +144,17 @@ class WasiModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._add_vectors(model, adapter_name)
             enter_memory_mode(model, config.resolved_memory_mode)
+            if self._used_plain_svd:
+                warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
+            summary = wasi_summary(model, adapter_name)
+            logger.log(logging.WARNING if summary.past_break_even else logging.INFO, summary.headline())
             self._release(model, config)
         except BaseException:
             before.restore()
             loading.clear()
             loading.update(loading_before)
+            self.peft_config.pop(adapter_name, None)  # PEFT does so too, but not after an interrupt
             raise
-        if self._used_plain_svd:
-            warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
-        summary = wasi_summary(model, adapter_name)
-        logger.log(logging.WARNING if summary.past_break_even else logging.INFO, summary.headline())
 
     def _prepare_adapter_config(self, peft_config: WasiConfig, model_config: dict[str, Any]) -> WasiConfig:
         resolve_targets(self.model, peft_config)
@@ -175,7 +176,7 @@ class WasiModel(BaseTuner):
             peft_config.resolved_ranks = dict(peft_config.ranks)
             return
         peft_config.resolved_ranks = None
-        targets = dict(selected_modules(model, peft_config))
+        targets = {plain_name(name): module for name, module in selected_modules(model, peft_config)}
         prepared = check_prepared(targets, peft_config)
         shared = peft_config.weight_share is not None
         peft_config.resolved_ranks = _shared_ranks(targets, prepared, peft_config) if shared else {}

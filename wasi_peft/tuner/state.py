@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import WasiConfig
@@ -38,6 +40,22 @@ def with_model_keys(model: nn.Module, adapter_name: str, state_dict: Mapping[str
     return {keys.get(key, key): value for key, value in state_dict.items()}
 
 
+def _whole_module_keys(model: nn.Module, adapter_name: str) -> Iterator[str]:
+    """Keys of the modules that an adapter's file may hold whole.
+
+    They are those of `modules_to_save`, and embeddings, which PEFT saves where a vocabulary was resized or on request.
+    """
+    embeddings = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(NotImplementedError):  # of models that read no tokens
+            embeddings.append(getattr(model, getter, lambda: None)())
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield from (f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
+        elif any(module is layer for layer in embeddings):
+            yield from (f"{name}.{key}" for key in module.state_dict())
+
+
 def check_loadable(model: nn.Module, config: WasiConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Refuse, before anything is copied, a state dict that is not this adapter's.
 
@@ -48,17 +66,19 @@ def check_loadable(model: nn.Module, config: WasiConfig, adapter_name: str, stat
         state_dict: By the model's keys.
 
     Raises:
-        ValueError: If a tensor of a form, a vector or a whole module is missing, is one that the model does not have,
-            has another shape or kind of dtype, or holds NaN or Inf.
+        ValueError: If a tensor of a form, a vector or a whole module is missing, is one that the adapter does not
+            have, has another shape or kind of dtype, or holds NaN or Inf.
     """
-    own = dict(model.state_dict())
-    own.update(vectors_by_key(model, adapter_name))
     forms = [
         (name, f"{name}{FORM}{adapter_name}.{part}", part)
         for name, layer in wasi_layers(model)
         if adapter_name in layer.wasi_form
         for part, _ in layer.form_of(adapter_name).named_parameters()
     ]
+    present = model.state_dict()
+    own = {key: present[key] for _, key, _ in forms}
+    own |= {key: present[key] for key in _whole_module_keys(model, adapter_name) if key in present}
+    own.update(vectors_by_key(model, adapter_name))
     for name, key, part in forms:
         if key not in state_dict:
             raise ValueError(f"{name}: the adapter lacks {part}; it is incomplete or of another model.")
@@ -69,8 +89,8 @@ def check_loadable(model: nn.Module, config: WasiConfig, adapter_name: str, stat
         known = own.get(key, own.get(key.removeprefix(PEFT_PREFIX)))
         if known is None:
             raise ValueError(
-                f"{key}: the adapter holds this tensor, which update={config.update!r} and this model do not have. "
-                "Its configuration and its file do not belong together."
+                f"{key}: the adapter holds this tensor, which its configuration (update={config.update!r}) and this "
+                "model do not call for. They do not belong together."
             )
         if value.shape != known.shape:
             raise ValueError(
