@@ -3,7 +3,7 @@
 One process for each model, way and kind of measurement. It loads the dense model, its factors (plain truncated SVDs
 at half of the weights) and the data, then repairs for three steps, of each block with "blocks": the peak depends
 neither on how many steps there are nor on what the factors hold. Measured are the peak of the process (resident set)
-and, for the ViT in a run of its own, that of the tensors that the repair makes.
+and, for the smallest in a run of its own, that of the tensors that the repair makes.
 
 * dinov2-56, dinov2-224: DINOv2-small ViT, 16 batches of 32 random images of 56 or 224 px (17 or 257 tokens);
 * smollm2: the shape of SmolLM2-135M, with random weights, 128 batches of 4 windows of 128 random tokens.
@@ -104,8 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
             if key in read_json(args.results) or (way == "tokens" and name != "smollm2"):
                 continue
             entry: dict[str, Any] = {"model": name, "repair": way, "steps": STEPS, "seed": SEED}
-            # the record of all allocations of SmolLM2's repairs would itself take gigabytes
-            for kind in ("process",) if name == "smollm2" else ("process", "tensors"):
+            # the record of all allocations of the larger ones would itself take gigabytes
+            for kind in ("process", "tensors") if name == "dinov2-56" else ("process",):
                 command = [sys.executable, __file__, "--model", name, "--repair", way, "--child", kind]
                 output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 entry |= json.loads(output.splitlines()[-1])

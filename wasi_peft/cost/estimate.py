@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..models.calls import Arguments, call_arguments, hooked, layer_input, tensors_in, training_loss
+from ..models.structure import Structure, linear_layers
 from ..ranks.plan import WasiPlan
 from ..tuner.config import WasiConfig
 from ..tuner.inputs import InputCompression
 from ..tuner.layer import WasiLayer, wasi_layers
-from ..tuner.targets import default_target_names
 from ..updates.base import InitialFactors
 from .simulation import Simulation, UnknownValue, isolated
 
@@ -505,13 +505,14 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
     replaced: list[nn.Module] = [layer for _, layer in wasi_layers(model) if layer.active_name is not None]
     if replaced:
         return replaced
-    kinds = (nn.Linear, Conv1D)
-    try:
-        layers = [model.get_submodule(name) for name in default_target_names(model, WasiConfig())]
-    except ValueError:  # no numbered blocks
-        return [module for module in model.modules() if isinstance(module, kinds)]
-    adapted = [module.base_layer for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return layers + [layer for layer in adapted if isinstance(layer, kinds)]
+    inside = set(Structure(model).layers)
+    layers: list[nn.Module] = []
+    for name, layer in linear_layers(model):
+        if isinstance(layer, BaseTunerLayer):
+            layers += [part for part in layer.modules() if isinstance(part, (nn.Linear, Conv1D))]
+        elif name in inside or not inside:  # all of a model without blocks
+            layers.append(layer)
+    return layers
 
 
 def _weight_elements(layer: nn.Module) -> int:

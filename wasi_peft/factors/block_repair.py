@@ -3,7 +3,8 @@
 Truncation errors add up from layer to layer, and each layer's factors were cut as if the layers before it were exact.
 Block after block, first each layer is refitted to its present inputs (:mod:`refit`), then all factors of the
 block are trained for a short while so that its output, of the compressed model's hidden states, is that of the dense
-model's. Blockwise reconstruction is known from quantisation (BRECQ, arXiv 2102.05426).
+model's. Blockwise reconstruction is known from quantisation (BRECQ, arXiv 2102.05426). Of all repairs it holds the
+least in memory, and restores less than the others do.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def preprocess_wasi(
         calibration: A calibration made before, so that only the factors are computed (and repaired, with `data`).
         repair: How the truncated factors are repaired: "model", all at once, by what blocks answer
             ([`repair_factors`]); "tokens", all at once, by the tokens predicted ([`repair_tokens`]); or "blocks",
-            one after the other ([`repair_blocks`]). By default "tokens" for language models, else "model": measured.
+            one after the other ([`repair_blocks`]), which takes the least memory and restores less. By default
+            "tokens" for language models, else "model": measured.
         repair_steps: Steps of that, with "blocks" of each block; by default 400 for "model", 128 for "tokens" and 64
             for "blocks" where `data` are batches, 0 (no repair) where they are a function or missing.
         max_batches: Calibrate on that many batches; the repair goes through all of them.
