@@ -73,11 +73,14 @@ def orthonormal(model: nn.Module) -> list[bool]:
 @pytest.fixture(autouse=True)
 def nothing_watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No layer is watched and no hook installed when a test begins, whatever others left alive."""
-    others = dict(post_hooks)
+    watched, others = steps._watched, dict(post_hooks)
+    number = None if watched._handle is None else watched._handle.id
     post_hooks.clear()
     monkeypatch.setattr(steps, "_watched", steps._Watched())
     yield
     post_hooks.clear()
+    if watched._handle is None:  # the last of those layers is gone meanwhile, and so is their hook
+        others.pop(number, None)
     post_hooks.update(others)
 
 

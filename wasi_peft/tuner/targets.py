@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..forms.dense import dense_weight
 from ..models.structure import Structure
+from ..updates import make_update
 from .config import WasiConfig
 from .layer import WasiLayer
 
@@ -98,12 +99,31 @@ def check_targets(model: nn.Module, config: WasiConfig, copied: bool = False) ->
         _check_planned_names({plain_name(name) for name in targets}, config)
     for name, module in targets.items():
         _check_target(name, module, config, shared, copied)
+    _check_side_rank(targets, config)
     for name, module in model.named_modules():
         if isinstance(module, WasiLayer) and module.base_is_released and name not in targets:
             raise ValueError(
                 f"{name}: its dense weight was released by the first WASI adapter, so a further adapter must target "
                 "it too. Create the first adapter with base_weight='keep' to combine adapters with different targets."
             )
+
+
+def _check_side_rank(targets: Mapping[str, nn.Module], config: WasiConfig) -> None:
+    """Refuse directions beside the factors that no layer has; small layers among larger ones train what they have."""
+    side_rank, default = config.layer_update.side_rank, make_update(config.layer_update.name).side_rank
+    largest = max((min(_shape(module)) for module in targets.values()), default=side_rank)
+    if side_rank > max(largest, default):
+        raise ValueError(
+            f"update_rank must be at most min(out_features, in_features) of the largest targeted layer, {largest}, "
+            f"got {side_rank}."
+        )
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, WasiLayer):
+        return module.out_features, module.in_features
+    out_features, in_features = dense_weight(module).shape
+    return out_features, in_features
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
@@ -123,7 +143,6 @@ def _check_target(
                 f"{name}: a second fresh WASI adapter needs the dense weight, which was released. "
                 "Create the first adapter with base_weight='keep' or 'cpu'."
             )
-        shape = (module.out_features, module.in_features)
     elif isinstance(module, BaseTunerLayer):
         raise ValueError(f"{name}: already adapted by {type(module).__module__}; WASI needs the plain dense layer.")
     elif not isinstance(module, (nn.Linear, Conv1D)):
@@ -144,7 +163,7 @@ def _check_target(
             )
         if not bool(torch.isfinite(weight.detach()).all()):
             raise ValueError(f"{name}: its weight holds NaN or Inf.")
-        shape = (dense_weight(module).shape[0], dense_weight(module).shape[1])
+    shape = _shape(module)
     planned = config.planned_layer(plain_name(name))
     if planned is not None and (planned.out_features, planned.in_features) != shape:
         raise ValueError(
