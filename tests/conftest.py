@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from models import ARCHITECTURES, Architecture
+from scripts import BENCHMARKS
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -74,3 +75,25 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = torch.randint(30, (20, 18, 3), generator=generator) + 80 * label
             image_module.fromarray(pixels.byte().numpy()).save(folder / f"class{label}" / f"{index}.png")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def importable_benchmarks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tests of benchmarks, what `python benchmarks/NAME.py` does for its own imports."""
+    if request.path.parent.name == "benchmarks":
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[[], transformers.LlamaForCausalLM]:
+    """Makes a small language model, the same each time."""
+
+    def make() -> transformers.LlamaForCausalLM:
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=500,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config)
+
+    return make

@@ -334,7 +334,7 @@ def test_prepared_for_another_update() -> None:
 
 
 def test_a_share_that_leaves_no_room() -> None:
-    with pytest.raises(ValueError, match="and what trains beside it"):
+    with pytest.raises(ValueError, match="what trains beside it"):
         adapted(tiny_net(5), weight_share=0.3, update_rank=8)
 
 
