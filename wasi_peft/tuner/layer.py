@@ -88,11 +88,17 @@ class WasiLayer(BaseTunerLayer):
     @property
     def active_name(self) -> str | None:
         """Name of the active adapter, None where this layer has none."""
-        active, forms = self._active_adapter, self.wasi_form._modules
+        active, forms = self._active_adapter, self._forms
         for name in (active,) if isinstance(active, str) else active:
             if name in forms:
                 return name
         return None
+
+    @property
+    def _forms(self) -> dict[str, nn.Module | None]:
+        """By adapter; asked for in every forward pass, where the attribute would take ten times as long."""
+        forms: Any = self._modules["wasi_form"]
+        return forms._modules  # type: ignore[no-any-return]
 
     @property
     def form(self) -> FactoredLinear:
@@ -102,7 +108,7 @@ class WasiLayer(BaseTunerLayer):
 
     def form_of(self, adapter_name: str) -> FactoredLinear:
         """What an adapter stores."""
-        form = self.wasi_form._modules[adapter_name]
+        form = self._forms[adapter_name]
         assert isinstance(form, FactoredLinear)
         return form
 
@@ -125,7 +131,8 @@ class WasiLayer(BaseTunerLayer):
             return True
         if self._awaiting:
             self._settle()  # not every loader tells when factors have arrived: transformers' own does not
-        return self.active_name in self._awaiting and "base_layer" in self._modules
+            return self.active_name in self._awaiting and "base_layer" in self._modules
+        return False
 
     @property
     def weight(self) -> Tensor | FactoredWeight:
@@ -421,12 +428,12 @@ class Linear(nn.Module, WasiLayer):
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         name = self.active_name
-        if name is None or self._uses_base:
+        if name is None or self._disable_adapters or self.merged_adapters or (self._awaiting and self._uses_base):
             return self.base_layer(x, *args, **kwargs)
         if self._awaiting or self._loading_group:
             self._require_loaded(name)
 
-        form: Any = self.wasi_form._modules[name]
+        form: Any = self._forms[name]
         update = self.wasi_update[name]
         compute_dtype: torch.dtype = form.part("L").dtype
         if torch.is_autocast_enabled(x.device.type):
