@@ -98,7 +98,7 @@ class WasiLayer(BaseTunerLayer):
     def _forms(self) -> dict[str, nn.Module | None]:
         """By adapter; asked for in every forward pass, where the attribute would take ten times as long."""
         forms: Any = self._modules["wasi_form"]
-        return forms._modules  # type: ignore[no-any-return]
+        return forms._modules
 
     @property
     def form(self) -> FactoredLinear:
