@@ -10,10 +10,12 @@ from scripts import ROOT, run_script
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 TINY = {
+    "any_model_memory.py": ("--batch-size", "16", "--tokens", "64"),
     "causal_lm.py": ("--steps", "3"),
     "image_classification.py": ("--epochs", "1"),
     "plan_for_a_budget.py": ("--batch-size", "4", "--steps", "2"),
 }
+MEASURED = re.compile(r"^(.+?) +(\S+) MiB   loss (\S+)$", re.MULTILINE)
 
 
 def numbers(pattern: str, text: str) -> list[float]:
@@ -50,6 +52,11 @@ def test_examples_run(outcome: tuple[str, Path, str]) -> None:
         dense, budget = numbers(r"full fine-tuning: (\S+) MiB, budget: (\S+) MiB", text)
         estimate, measured = numbers(r"estimated at (\S+) MiB and took (\S+) MiB", text)
         assert measured == pytest.approx(estimate, rel=0.05) and measured < budget < dense
+    elif name == "any_model_memory":
+        rows = {title.strip(): (float(peak), float(loss)) for title, peak, loss in MEASURED.findall(text)}
+        peaks, losses = zip(*rows.values(), strict=True)
+        assert len(rows) == 7 and max(peaks) == rows["nothing"][0] and min(peaks) < 0.5 * max(peaks)
+        assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
     assert {path.name for path in folder.iterdir()} <= {"outputs"}
 
 
