@@ -111,7 +111,7 @@ def vit_b32(**changes: Any) -> nn.Module:
 
 def with_lora(model: nn.Module, modules_to_save: list[str] | None = None) -> nn.Module:
     """Returns the model with LoRA of rank 16 and alpha 32 on the layers that WASI takes by default."""
-    targets = list(default_target_names(model, wasi_peft.WasiConfig()))
+    targets = list(default_target_names(model, wasi_peft.WasiConfig(residual=None)))
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, modules_to_save=modules_to_save)
     return peft.get_peft_model(model, config)
 

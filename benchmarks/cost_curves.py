@@ -333,7 +333,7 @@ def estimated_bytes(model: nn.Module, batch: Batch, ranks: Ranks | None, update:
     """What the layers keep, by the paper's accounting of `estimate_wasi`, which follows a step through the model."""
     config = None
     if ranks is not None:
-        config = wasi_peft.WasiConfig(
+        config = wasi_peft.WasiConfig(residual=None,
             weight_rank=UPDATE_RANK, activation_threshold=None, activation_ranks=ranks,
             activation_modes=list(ranks), update=update,
         )  # fmt: skip

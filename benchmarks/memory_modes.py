@@ -124,7 +124,7 @@ def build(variant: str, workload: Workload) -> nn.Module:
     update = make_update("low_rank" if low_rank else DEFAULT_UPDATE)
     ranks = {}
     if workload.weight_rank is not None:
-        for name in default_target_names(model, wasi_peft.WasiConfig()):
+        for name in default_target_names(model, wasi_peft.WasiConfig(residual=None)):
             layer = model.get_submodule(name)
             smaller = min(layer.out_features, layer.in_features)
             ranks[name] = int(workload.weight_rank * smaller) - update.side_rank

@@ -31,7 +31,7 @@ def best_microseconds(call: Callable[[], object], repeats: int) -> float:
 def forward_microseconds(repeats: int) -> dict[str, float]:
     """Times one row through a Linear, dense and factored, without gradients."""
     dense = nn.Sequential(nn.Linear(FEATURES, FEATURES)).eval()
-    config = wasi_peft.WasiConfig(weight_rank=RANK, target_modules=["0"])
+    config = wasi_peft.WasiConfig(residual=None, weight_rank=RANK, target_modules=["0"])
     (factored,) = peft.get_peft_model(nn.Sequential(nn.Linear(FEATURES, FEATURES)), config).eval().base_model.model
     row = torch.randn(1, FEATURES)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def vit_seconds(repeats: int) -> dict[str, float]:
     )  # fmt: skip
     model = peft.get_peft_model(
         transformers.ViTForImageClassification(config),
-        wasi_peft.WasiConfig(weight_rank=48, modules_to_save=["classifier"]),
+        wasi_peft.WasiConfig(residual=None, weight_rank=48, modules_to_save=["classifier"]),
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     batch = {"pixel_values": torch.randn(16, 3, 64, 64), "labels": torch.randint(10, (16,))}

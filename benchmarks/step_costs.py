@@ -32,7 +32,11 @@ def factor(model: nn.Module, share: float, activation_share: float, update: str)
     }
     activation_rank = int(activation_share * model.config.hidden_size)
     config = wasi_peft.WasiConfig(
-        rank_pattern=ranks, activation_ranks=activation_rank, modules_to_save=["classifier"], update=update
+        residual=None,
+        rank_pattern=ranks,
+        activation_ranks=activation_rank,
+        modules_to_save=["classifier"],
+        update=update,
     )
     return peft.get_peft_model(model, config)
 

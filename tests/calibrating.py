@@ -116,7 +116,7 @@ def prepared(net: nn.Module) -> dict[str, InitialFactors]:
 def plain_factors(model: nn.Module, rank: int = 5) -> dict[str, InitialFactors]:
     """Truncated SVD of the default targets."""
     factors = {}
-    for name in sorted(default_target_names(model, WasiConfig())):
+    for name in sorted(default_target_names(model, WasiConfig(residual=None))):
         module = model.get_submodule(name)
         weight, bias = dense_weight(module), dense_bias(module)
         L, R = truncate(weight, weight_spectrum(weight), rank)

@@ -48,7 +48,7 @@ def test_ranks(where: str, value: Any) -> None:
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, None], ids=repr)
 def test_activation_interval(value: Any) -> None:
     with pytest.raises(ValueError, match=f"activation_interval must be a positive integer, got {value!r}"):
-        WasiConfig(activation_interval=value)
+        WasiConfig(residual=None, activation_interval=value)
 
 
 CLOSED = [(name, value) for name in ("update", "base_weight", "bias") for value in ("other", "", None, [], 1)]
@@ -64,7 +64,7 @@ def test_closed_choices(name: str, value: Any) -> None:
 @pytest.mark.parametrize("modes", ["feature", [], ["token"], ["feature", "head"]], ids=repr)
 def test_activation_modes(modes: Any) -> None:
     with pytest.raises(ValueError, match="activation_modes must be a list with 'feature'") as error:
-        WasiConfig(activation_modes=modes)
+        WasiConfig(residual=None, activation_modes=modes)
     assert repr(modes) in str(error.value)
 
 
@@ -82,13 +82,13 @@ def test_layers_to_transform_with_a_string(target: str) -> None:
     with pytest.raises(
         ValueError, match="layers_to_transform cannot be used when target_modules is a string"
     ) as error:
-        WasiConfig(target_modules=target, layers_to_transform=[0])
+        WasiConfig(residual=None, target_modules=target, layers_to_transform=[0])
     assert target in str(error.value)
 
 
 def test_layers_pattern_alone() -> None:
     with pytest.raises(ValueError, match=r"layers_pattern needs layers_to_transform.*'layers'"):
-        WasiConfig(layers_pattern="layers")
+        WasiConfig(residual=None, layers_pattern="layers")
 
 
 # ------------------------------------------------------------------ injection

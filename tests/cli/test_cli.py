@@ -154,7 +154,7 @@ def test_inspect_adapter_made_from_a_plan(run: Any, assets: Path, tmp_path: Path
 )
 def test_how_inputs_are_kept_in_words(options: dict[str, Any], expected: str) -> None:
     assert cli._input_rule(WasiConfig(update="factor", **options), "fc1") == expected
-    assert cli._input_rule(WasiConfig(update="frozen_basis"), "fc1") == "image"
+    assert cli._input_rule(WasiConfig(residual=None, update="frozen_basis"), "fc1") == "image"
 
 
 def test_inspect_plan(run: Any, assets: Path) -> None:

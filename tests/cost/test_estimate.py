@@ -35,7 +35,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "subspace": lambda: WasiConfig(weight_rank=5, activation_ranks=4, update="subspace"),
     "low rank": lambda: WasiConfig(weight_rank=3, activation_ranks=4, update="low_rank", update_rank=2),
     "factor": lambda: WasiConfig(weight_rank=5, activation_ranks=4, update="factor"),
-    "frozen basis": lambda: WasiConfig(weight_rank=5),
+    "frozen basis": lambda: WasiConfig(residual=None, weight_rank=5),
 }
 OTHER_CONFIGS: dict[str, Callable[[], Any]] = {
     "all modes": lambda: WasiConfig(
@@ -46,12 +46,12 @@ OTHER_CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "exact inputs": lambda: WasiConfig(weight_rank=5, activation_threshold=None, update="low_rank"),
     "core": lambda: WasiConfig(weight_rank=5, update="core"),
-    "parked": lambda: WasiConfig(weight_rank=5, base_weight="cpu"),
-    "kept": lambda: WasiConfig(weight_rank=5, base_weight="keep"),
+    "parked": lambda: WasiConfig(residual=None, weight_rank=5, base_weight="cpu"),
+    "kept": lambda: WasiConfig(residual=None, weight_rank=5, base_weight="keep"),
     "moving every step": lambda: WasiConfig(
         weight_rank=5, activation_ranks=4, activation_interval=1, update="low_rank"
     ),
-    "head": lambda: WasiConfig(weight_rank=5, modules_to_save=["classifier"], train_vectors=False),
+    "head": lambda: WasiConfig(residual=None, weight_rank=5, modules_to_save=["classifier"], train_vectors=False),
 }
 ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, **_: sdpa_flop_count(*args[:3]),
@@ -195,7 +195,7 @@ def test_parked_and_kept_weights_count() -> None:
     model, batch = architecture.model(), architecture.batch(4)
 
     def estimate(mode: str) -> Estimate:
-        config = WasiConfig(weight_rank=5, base_weight=mode)  # type: ignore[arg-type]
+        config = WasiConfig(residual=None, weight_rank=5, base_weight=mode)  # type: ignore[arg-type]
         return estimate_wasi(model, config, batch=batch)
 
     released, parked, kept = estimate("release"), estimate("cpu"), estimate("keep")
@@ -455,7 +455,9 @@ def test_the_papers_count_of_factors_and_tucker_forms() -> None:
 @pytest.mark.parametrize(("update", "kept"), [("subspace", 16), ("frozen_basis", 5), ("core", 5)])
 def test_the_papers_count_of_exact_inputs(update: Any, kept: int) -> None:
     architecture = ARCHITECTURES["vit"]
-    config = WasiConfig(weight_rank=5, activation_threshold=None, update=update, target_modules=["q_proj", "o_proj"])
+    config = WasiConfig(
+        residual=None, weight_rank=5, activation_threshold=None, update=update, target_modules=["q_proj", "o_proj"]
+    )
     estimate = estimate_wasi(architecture.model(), config, batch=architecture.batch(8))
     assert estimate.paper_training_bytes - estimate.paper_inference_bytes == 4 * 2 * 2 * 8 * 5 * kept
 
@@ -545,7 +547,7 @@ def test_contexts_of_the_caller_do_not_matter(context: Callable[[], Any]) -> Non
 
 def test_weight_rank_by_threshold() -> None:
     architecture = ARCHITECTURES["vit"]
-    for config in (WasiConfig(), WasiConfig(weight_share=0.5)):
+    for config in (WasiConfig(residual=None), WasiConfig(weight_share=0.5)):
         with pytest.raises(ValueError, match=r"Weight ranks are chosen by .* weight_rank or rank_pattern.* plan"):
             estimate_wasi(architecture.model(), config, batch=architecture.batch())
 
@@ -579,7 +581,7 @@ def test_nothing_trains() -> None:
 
 def test_configuration_of_another_model() -> None:
     architecture = ARCHITECTURES["vit"]
-    config = WasiConfig(weight_rank=4, target_modules=["nowhere"])
+    config = WasiConfig(residual=None, weight_rank=4, target_modules=["nowhere"])
     with pytest.raises(ValueError, match="nowhere"):
         estimate_wasi(architecture.model(), config, batch=architecture.batch())
 

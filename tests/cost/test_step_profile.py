@@ -34,7 +34,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraConfig(r=2, target_modules="all-linear"),
     "low rank": lambda: WasiConfig(weight_rank=3, activation_ranks=4, update="low_rank", update_rank=2),
     "factor": lambda: WasiConfig(weight_rank=5, activation_ranks=4, update="factor"),
-    "frozen basis": lambda: WasiConfig(weight_rank=5),
+    "frozen basis": lambda: WasiConfig(residual=None, weight_rank=5),
 }
 VIT = ARCHITECTURES["vit"]
 
@@ -96,7 +96,9 @@ MANY = {"vit": 256, "llama": 64}  # samples; fewer, and no tensor is worth round
 
 def in_mode(name: str, mode: str, update: Any = None) -> nn.Module:
     torch.manual_seed(0)
-    config = WasiConfig(weight_rank=3, update=update, update_rank=2, activation_threshold=None, memory_mode=mode)
+    config = WasiConfig(
+        residual=None, weight_rank=3, update=update, update_rank=2, activation_threshold=None, memory_mode=mode
+    )
     return get_peft_model(ARCHITECTURES[name].model(), config)
 
 
@@ -350,7 +352,7 @@ def test_the_model_stays_as_it_is(kind: str) -> None:
 def test_a_config_goes_into_the_copy() -> None:
     model, batch = VIT.model(), VIT.batch(SAMPLES)
     with unchanged(model, batch):
-        profile_wasi(model, WasiConfig(weight_rank=3), batch=batch, rounds=1)
+        profile_wasi(model, WasiConfig(residual=None, weight_rank=3), batch=batch, rounds=1)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
@@ -423,7 +425,7 @@ def test_models_that_cannot_be_profiled() -> None:
         profile_wasi(VIT.model().to("meta"), batch=batch)
     adapted = wasi_model(VIT.model(), weight_rank=3)
     with pytest.raises(ValueError, match="has an adapter already"):
-        profile_wasi(adapted, WasiConfig(weight_rank=3), batch=batch)
+        profile_wasi(adapted, WasiConfig(residual=None, weight_rank=3), batch=batch)
     with pytest.raises(TypeError, match="PEFT configuration"):
         profile_wasi(VIT.model(), {"r": 3}, batch=batch)  # type: ignore[arg-type]
 

@@ -92,7 +92,7 @@ class OneLayer(nn.Module):
         return y if self.behind is None else self.behind(y)
 
 
-FC = WasiConfig(weight_rank=1, target_modules=["fc"])
+FC = WasiConfig(residual=None, weight_rank=1, target_modules=["fc"])
 
 
 # -------------------------------------------------------------------------------- the spectrum of one weight
@@ -435,7 +435,7 @@ def test_a_layer_that_the_features_do_not_depend_on(limit: int) -> None:
     """The head is behind them: it gets one-sided factors, and counts as much as the average layer."""
     architecture = ARCHITECTURES["vit"]
     model, data = architecture.model(), [architecture.batch(seed=seed) for seed in range(2)]
-    config = WasiConfig(target_modules=r".*\.(fc1|fc2)|classifier")
+    config = WasiConfig(residual=None, target_modules=r".*\.(fc1|fc2)|classifier")
     calibrated = calibrate(model, data, config, max_memory_bytes=limit)
     one_sided = calibrate(model, data, config, gradients=None)
     assert torch.equal(calibrated.energies("classifier"), one_sided.energies("classifier"))
@@ -443,7 +443,7 @@ def test_a_layer_that_the_features_do_not_depend_on(limit: int) -> None:
     head = totals.pop("classifier")
     assert len(totals) == 4 and head == pytest.approx(sum(totals.values()) / 4)
     assert calibrated.spectra(["classifier"])[0].gradient_energies == {}
-    everything = calibrate(model, data, WasiConfig(target_modules=["classifier"]), gradients=None)
+    everything = calibrate(model, data, WasiConfig(residual=None, target_modules=["classifier"]), gradients=None)
     assert everything.layers == ("classifier",)
 
 
@@ -462,7 +462,7 @@ class TwoRates(nn.Module):
 def test_a_layer_that_sees_more_rows_counts_more() -> None:
     """The features' error adds up over rows: energies are comparable between stages of different resolution."""
     x = normal(64, 16, 8, seed=3).float()
-    spectra = calibrate(TwoRates(), [x], WasiConfig(target_modules=["often", "rarely"])).spectra()
+    spectra = calibrate(TwoRates(), [x], WasiConfig(residual=None, target_modules=["often", "rarely"])).spectra()
     often, rarely = (sum(spectrum.weight_energies) for spectrum in spectra)
     assert often / rarely == pytest.approx(2, rel=0.15)
 
@@ -567,7 +567,9 @@ class ChangesItsInput(nn.Module):
 @pytest.mark.parametrize("gradients", ["features", None])
 def test_a_tensor_changed_in_place_is_another_input(gradients: Any) -> None:
     net, data = ChangesItsInput(), batches()
-    calibrated = calibrate(net, data, WasiConfig(target_modules=["first", "second"]), gradients=gradients)
+    calibrated = calibrate(
+        net, data, WasiConfig(residual=None, target_modules=["first", "second"]), gradients=gradients
+    )
     recorded, spectra = inputs_of(net, data, ["first", "second"]), calibrated.spectra()
     assert [spectrum.shared_input for spectrum in spectra] == ["first", "second"]
     for name, x in recorded.items():
@@ -635,7 +637,7 @@ def test_a_temporary_folder_goes_with_its_object() -> None:
 
 def test_further_targets_are_added_to_a_folder(tmp_path: Path) -> None:
     net, data = reference.tiny_net(9), batches()
-    part = calibrate(net, data, WasiConfig(target_modules=["o", "fc2"]), directory=tmp_path)
+    part = calibrate(net, data, WasiConfig(residual=None, target_modules=["o", "fc2"]), directory=tmp_path)
     assert set(part.layers) == {name for name in TARGETS if name.endswith((".o", ".fc2"))}
     whole = calibrate(net, data, directory=tmp_path)
     assert set(whole.layers) == set(TARGETS)
@@ -825,7 +827,7 @@ def test_a_layer_that_the_data_never_reach(limit: int) -> None:
     with pytest.raises(ValueError, match=r"blocks\.1\.q: the calibration data never reached this layer \(6 in all\)"):
         calibrate(net, batches(), max_memory_bytes=limit)
     untouched.check()
-    config = WasiConfig(target_modules=r"blocks\.0\..*(q|k|v|o|fc1|fc2)")
+    config = WasiConfig(residual=None, target_modules=r"blocks\.0\..*(q|k|v|o|fc1|fc2)")
     assert set(calibrate(net, batches(), config).layers) == set(TARGETS[:6])
 
 
@@ -842,7 +844,7 @@ def test_a_bad_weight(bad: float) -> None:
 
 def test_no_target() -> None:
     with pytest.raises(ValueError, match=r"target_modules must match at least one module, got \{'nothing'\}"):
-        calibrate(reference.tiny_net(17), batches(), WasiConfig(target_modules=["nothing"]))
+        calibrate(reference.tiny_net(17), batches(), WasiConfig(residual=None, target_modules=["nothing"]))
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -937,7 +939,7 @@ def test_batches_with_words_and_numbers_are_told_apart() -> None:
 def test_a_folder_of_another_model(change: str, tmp_path: Path) -> None:
     """Even where the layers that are asked for now are not those in the folder."""
     net = reference.tiny_net(21)
-    calibrate(net, batches(), WasiConfig(target_modules=["o"]), directory=tmp_path)
+    calibrate(net, batches(), WasiConfig(residual=None, target_modules=["o"]), directory=tmp_path)
     other, asked = copy.deepcopy(net), ["fc1"]
     if change == "another architecture":
         other, asked = TwoRates(), ["often"]
@@ -946,14 +948,14 @@ def test_a_folder_of_another_model(change: str, tmp_path: Path) -> None:
     else:
         other.blocks[1].o.weight.data[0, 0] += 1
     with pytest.raises(ValueError, match=r"blocks\.[01]\.o: .* holds the calibration of another model"):
-        calibrate(other, batches(), WasiConfig(target_modules=asked), directory=tmp_path)
+        calibrate(other, batches(), WasiConfig(residual=None, target_modules=asked), directory=tmp_path)
     assert set(Calibration.load(tmp_path).layers) == {"blocks.0.o", "blocks.1.o"}
 
 
 def test_a_folder_with_more_layers_gives_those_that_are_asked_for(tmp_path: Path) -> None:
     net, data = reference.tiny_net(21), batches()
     calibrate(net, data, directory=tmp_path)
-    config = WasiConfig(target_modules=["o", "fc2"])
+    config = WasiConfig(residual=None, target_modules=["o", "fc2"])
     assert_same(calibrate(net, data, config), calibrate(net, data, config, directory=tmp_path))
     assert set(Calibration.load(tmp_path).layers) == set(TARGETS)
 
@@ -1004,6 +1006,6 @@ def test_a_damaged_file_of_a_layer(tmp_path: Path) -> None:
 
 
 def test_an_adapted_model_is_refused() -> None:
-    model = get_peft_model(reference.tiny_net(25), WasiConfig(weight_rank=3, base_weight="keep"))
+    model = get_peft_model(reference.tiny_net(25), WasiConfig(residual=None, weight_rank=3, base_weight="keep"))
     with pytest.raises(ValueError, match="already a WASI layer; calibration needs the dense model"):
         calibrate(model.base_model.model, batches())

@@ -147,7 +147,7 @@ def test_a_calibration_made_before_gives_the_same_at_any_rank(tmp_path: Path) ->
     calibrate(net, directory=tmp_path)
     loaded = Calibration.load(tmp_path)
     for config in (
-        WasiConfig(weight_rank=3),
+        WasiConfig(residual=None, weight_rank=3),
         WasiConfig(explained_variance_threshold=0.9),
         WasiConfig(weight_share=0.7, update="factor"),
     ):
@@ -160,8 +160,8 @@ def test_a_calibration_made_before_gives_the_same_at_any_rank(tmp_path: Path) ->
 def test_a_calibration_serves_a_part_of_the_targets() -> None:
     net = reference.tiny_net(9)
     other, calibrated = copy.deepcopy(net), calibrate(net)
-    run(net, WasiConfig(weight_rank=3), calibration=calibrated)
-    run(other, WasiConfig(weight_rank=3, target_modules=["k", "fc2"]), calibration=calibrated)
+    run(net, WasiConfig(residual=None, weight_rank=3), calibration=calibrated)
+    run(other, WasiConfig(residual=None, weight_rank=3, target_modules=["k", "fc2"]), calibration=calibrated)
     expected = {name: initial for name, initial in prepared(net).items() if name.endswith((".k", ".fc2"))}
     assert_same_factors(expected, prepared(other))
 
@@ -169,8 +169,14 @@ def test_a_calibration_serves_a_part_of_the_targets() -> None:
 @pytest.mark.parametrize("options", [{"max_batches": 2}, {"max_memory_bytes": 1}])
 def test_options_reach_the_calibration(options: dict[str, int]) -> None:
     net, other = reference.tiny_net(9), reference.tiny_net(9)
-    run(net, WasiConfig(weight_rank=3), batches(2), repair_steps=2)
-    run(other, WasiConfig(weight_rank=3), batches(3 if "max_batches" in options else 2), repair_steps=2, **options)
+    run(net, WasiConfig(residual=None, weight_rank=3), batches(2), repair_steps=2)
+    run(
+        other,
+        WasiConfig(residual=None, weight_rank=3),
+        batches(3 if "max_batches" in options else 2),
+        repair_steps=2,
+        **options,
+    )
     assert_same_factors(prepared(net), prepared(other))
 
 
@@ -242,7 +248,7 @@ def test_the_ranks_of_a_plan() -> None:
 
 def test_a_rank_pattern() -> None:
     net = reference.tiny_net(5)
-    run(net, WasiConfig(weight_rank=3, rank_pattern={"fc2": 2}), batches())
+    run(net, WasiConfig(residual=None, weight_rank=3, rank_pattern={"fc2": 2}), batches())
     assert ranks(net) == {name: 2 if name.endswith("fc2") else 3 for name in TARGETS}
 
 
@@ -263,7 +269,7 @@ def test_repair_is_on_with_batches_and_off_with_a_function(monkeypatch: pytest.M
         return factors
 
     monkeypatch.setitem(REPAIRS, "model", REPAIRS["model"]._replace(run=recorded))
-    net, data, config = reference.tiny_net(6), batches(), WasiConfig(weight_rank=3)
+    net, data, config = reference.tiny_net(6), batches(), WasiConfig(residual=None, weight_rank=3)
     calibrated = calibrate(net)
     run(net, config, data, repair_steps=None)
     run(net, config, data, calibration=calibrated, repair_steps=None)
@@ -280,7 +286,7 @@ def test_repair_is_on_with_batches_and_off_with_a_function(monkeypatch: pytest.M
 def test_the_repair_of_preprocessing_is_the_public_one(repair: Any, update: str) -> None:
     """Moments too, which are those of the repaired factors."""
     net, data = reference.tiny_net(6), batches()
-    config = WasiConfig(weight_rank=3, update=update, update_rank=2)
+    config = WasiConfig(residual=None, weight_rank=3, update=update, update_rank=2)
     function = {"model": repair_factors, "blocks": repair_blocks}[repair]
     factors = function(net, run(net, config, data), data, steps=3, progress_bar=False)
     run(net, config, data, repair=repair, repair_steps=3)
@@ -294,14 +300,14 @@ def test_the_repair_of_preprocessing_is_the_public_one(repair: Any, update: str)
 def test_repair_by_tokens() -> None:
     """One that only a model with a vocabulary can have; the others are told before anything is done."""
     model, data = ARCHITECTURES["llama"].model(), [ARCHITECTURES["llama"].batch(seed=seed) for seed in range(3)]
-    factors = run(model, WasiConfig(weight_rank=3), data)
+    factors = run(model, WasiConfig(residual=None, weight_rank=3), data)
     expected = repair_tokens(model, factors, data, steps=3, progress_bar=False)
-    run(model, WasiConfig(weight_rank=3), data, repair="tokens", repair_steps=3)
+    run(model, WasiConfig(residual=None, weight_rank=3), data, repair="tokens", repair_steps=3)
     assert_same_factors(prepared(model), expected.initial)
     net = reference.tiny_net(6)
     untouched = Untouched(net)
     with pytest.raises(ValueError, match="repair='tokens' needs a model that ends in a linear layer over"):
-        run(net, WasiConfig(weight_rank=3), batches(), repair="tokens", repair_steps=3)
+        run(net, WasiConfig(residual=None, weight_rank=3), batches(), repair="tokens", repair_steps=3)
     untouched.check()
 
 
@@ -315,7 +321,7 @@ def test_language_models_are_repaired_by_tokens(architecture: Architecture, monk
 
         monkeypatch.setitem(REPAIRS, name, repair._replace(run=recorded))
     model = architecture.model()
-    run(model, WasiConfig(weight_rank=2), [architecture.batch()], repair_steps=None)
+    run(model, WasiConfig(residual=None, weight_rank=2), [architecture.batch()], repair_steps=None)
     writes = type(model).__name__.endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration"))
     assert called == [("tokens", 128) if writes else ("model", 400)]
 
@@ -323,12 +329,12 @@ def test_language_models_are_repaired_by_tokens(architecture: Architecture, monk
 def test_repaired_factors_are_attached() -> None:
     net, data = reference.tiny_net(6), batches()
     other = copy.deepcopy(net)
-    run(net, WasiConfig(weight_rank=3), data)
-    run(other, WasiConfig(weight_rank=3), data, repair_steps=30)
+    run(net, WasiConfig(residual=None, weight_rank=3), data)
+    run(other, WasiConfig(residual=None, weight_rank=3), data, repair_steps=30)
     first, second = prepared(net), prepared(other)
     assert first.keys() == second.keys()
     assert all(not torch.equal(first[name].R, second[name].R) for name in first)
-    get_peft_model(other, WasiConfig(weight_rank=3))
+    get_peft_model(other, WasiConfig(residual=None, weight_rank=3))
 
 
 # -------------------------------------------------------------------------------- what may go wrong
@@ -337,7 +343,7 @@ def test_repaired_factors_are_attached() -> None:
 def test_success_leaves_the_model_as_it_was() -> None:
     net = reference.tiny_net(13)
     untouched = Untouched(net)
-    run(net, WasiConfig(weight_rank=3), batches(), repair_steps=2)
+    run(net, WasiConfig(residual=None, weight_rank=3), batches(), repair_steps=2)
     untouched.check()
     assert set(prepared(net)) == set(TARGETS)
 
@@ -364,7 +370,7 @@ def test_bad_arguments(given: dict[str, Any], message: str) -> None:
     net = reference.tiny_net(18)
     untouched = Untouched(net)
     with pytest.raises(ValueError, match=message):
-        run(net, WasiConfig(weight_rank=3), **given)
+        run(net, WasiConfig(residual=None, weight_rank=3), **given)
     untouched.check()
     assert prepared(net) == {}
 
@@ -374,7 +380,7 @@ def test_data_that_only_repair_sees(data: Any) -> None:
     net = reference.tiny_net(18)
     calibrated, untouched = calibrate(net), Untouched(net)
     with pytest.raises(ValueError, match=r"got an iterator|the dense model answers NaN or Inf"):
-        run(net, WasiConfig(weight_rank=3), data, calibration=calibrated, repair_steps=3)
+        run(net, WasiConfig(residual=None, weight_rank=3), data, calibration=calibrated, repair_steps=3)
     untouched.check()
     assert prepared(net) == {}
 
@@ -382,11 +388,11 @@ def test_data_that_only_repair_sees(data: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (WasiConfig(target_modules=["nothing"]), "target_modules must match at least one module"),
-        (WasiConfig(weight_rank=9), "the rank must be at most .* = 8, got 9"),
+        (WasiConfig(residual=None, target_modules=["nothing"]), "target_modules must match at least one module"),
+        (WasiConfig(residual=None, weight_rank=9), "the rank must be at most .* = 8, got 9"),
         (WasiConfig(weight_share=0.01), r"share must be at least .* \(rank 1 in every layer, .*\), got 0.01"),
         (WasiConfig(plan=plan({"blocks.7.q": 2})), "the plan is for another model"),
-        (WasiConfig(target_modules=["norm1"]), "target modules must be torch.nn.Linear"),
+        (WasiConfig(residual=None, target_modules=["norm1"]), "target modules must be torch.nn.Linear"),
     ],
 )
 def test_bad_configurations(config: WasiConfig, message: str) -> None:
@@ -401,7 +407,7 @@ def test_bad_configurations(config: WasiConfig, message: str) -> None:
 @pytest.mark.parametrize("step", ["calibrate_wasi", "Calibration.factors", "repair", "with_moments"])
 def test_nothing_is_attached_after_a_crash(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = reference.tiny_net(18)
-    run(net, WasiConfig(weight_rank=2), batches())
+    run(net, WasiConfig(residual=None, weight_rank=2), batches())
     kept, untouched = prepared(net), Untouched(net)
     call = 3 if step == "Calibration.factors" else 1
     crash = crash_at(call, lambda *_: None)
@@ -410,17 +416,17 @@ def test_nothing_is_attached_after_a_crash(step: str, monkeypatch: pytest.Monkey
     else:
         monkeypatch.setattr(f"wasi_peft.factors.prepare.{step}", crash)
     with pytest.raises(Interrupted):
-        run(net, WasiConfig(weight_rank=3), batches(), repair_steps=2)
+        run(net, WasiConfig(residual=None, weight_rank=3), batches(), repair_steps=2)
     untouched.check()
     assert_same_factors(prepared(net), kept)
 
 
 def test_a_failed_run_keeps_the_factors_of_an_earlier_one() -> None:
     net = reference.tiny_net(26)
-    run(net, WasiConfig(weight_rank=3), batches())
+    run(net, WasiConfig(residual=None, weight_rank=3), batches())
     kept = prepared(net)
     with pytest.raises(ValueError, match="NaN or Inf"):
-        run(net, WasiConfig(weight_rank=4), with_nan(batches()))
+        run(net, WasiConfig(residual=None, weight_rank=4), with_nan(batches()))
     assert_same_factors(prepared(net), kept)
 
 
@@ -428,23 +434,23 @@ def test_a_calibration_of_another_model() -> None:
     calibrated = calibrate(reference.tiny_net(20))
     other = reference.tiny_net(21)
     with pytest.raises(ValueError, match="the calibration belongs to another model"):
-        run(other, WasiConfig(weight_rank=3), calibration=calibrated)
+        run(other, WasiConfig(residual=None, weight_rank=3), calibration=calibrated)
     assert prepared(other) == {}
 
 
 def test_a_calibration_that_does_not_cover_a_layer() -> None:
     net = reference.tiny_net(22)
-    calibrated = calibrate(net, config=WasiConfig(target_modules=["q", "k"]))
+    calibrated = calibrate(net, config=WasiConfig(residual=None, target_modules=["q", "k"]))
     with pytest.raises(ValueError, match=r"blocks\.0\.fc1: the calibration .* \(or does not cover this layer\)"):
-        run(net, WasiConfig(weight_rank=3, target_modules=["q", "fc1"]), calibration=calibrated)
+        run(net, WasiConfig(residual=None, weight_rank=3, target_modules=["q", "fc1"]), calibration=calibrated)
     assert prepared(net) == {}
 
 
 def test_an_adapted_model_is_refused() -> None:
     net = reference.tiny_net(25)
-    model = get_peft_model(net, WasiConfig(weight_rank=3, base_weight="keep"))
+    model = get_peft_model(net, WasiConfig(residual=None, weight_rank=3, base_weight="keep"))
     with pytest.raises(ValueError, match="already a WASI layer; calibration needs the dense model"):
-        run(model.base_model.model, WasiConfig(weight_rank=3), batches())
+        run(model.base_model.model, WasiConfig(residual=None, weight_rank=3), batches())
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def compressed(model: nn.Module, factors: Factors) -> nn.Module:
 def final_hidden(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """What the last block of the model answers."""
     found: list[Tensor] = []
-    block = compared_blocks(model, sorted(default_target_names(model, WasiConfig())), 1)[-1]
+    block = compared_blocks(model, sorted(default_target_names(model, WasiConfig(residual=None))), 1)[-1]
     handle = model.get_submodule(block).register_forward_hook(lambda *args: found.append(features_of(args[-1])))
     model.eval()(**batch)
     handle.remove()
@@ -179,7 +179,11 @@ def test_relative_error() -> None:
 )
 def test_compared_blocks(name: str, every: int, expected: list[str]) -> None:
     model = ARCHITECTURES[name].model()
-    layers = [each for each, module in model.named_modules() if each in default_target_names(model, WasiConfig())]
+    layers = [
+        each
+        for each, module in model.named_modules()
+        if each in default_target_names(model, WasiConfig(residual=None))
+    ]
     assert compared_blocks(model, layers, every) == expected
     assert compared_blocks(model, ["classifier"], every) == []
 

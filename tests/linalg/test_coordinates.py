@@ -74,7 +74,7 @@ def test_a_frozen_basis_has_white_images_in_the_model() -> None:
     spread = {}
     for prepared in (True, False):
         net = VIT.model()
-        config = WasiConfig(update="frozen_basis", weight_rank=4)
+        config = WasiConfig(residual=None, update="frozen_basis", weight_rank=4)
         if prepared:
             preprocess_wasi(net, config, [VIT.batch()], repair_steps=0, progress_bar=False)
         model = get_peft_model(net, config).eval()
@@ -144,7 +144,7 @@ def test_moments_change_nothing_in_the_model(update: str) -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     adapted_net, batches = copy.deepcopy(net), data()
     state = torch.random.get_rng_state()
-    config = WasiConfig(update=update, weight_rank=3)
+    config = WasiConfig(residual=None, update=update, weight_rank=3)
     factors = preprocess_wasi(adapted_net, config, batches, repair_steps=0, progress_bar=False)
     assert all(initial.moments is not None for initial in factors.initial.values())
     assert all(torch.equal(value, before[name]) for name, value in adapted_net.state_dict().items())
@@ -219,7 +219,7 @@ def test_rounding_changes_only_the_gradient_of_what_trains(update: str) -> None:
     found = {}
     for rounded in (False, True):
         net = VIT.model()
-        config = WasiConfig(update=update, weight_rank=6, target_modules=["fc2"])
+        config = WasiConfig(residual=None, update=update, weight_rank=6, target_modules=["fc2"])
         preprocess_wasi(net, config, [VIT.batch()], repair_steps=0, progress_bar=False)
         layer = next(layer for _, layer in wasi_layers(get_peft_model(net, config).train()))
         x = normal(4, 10, 24, seed=0).float().requires_grad_()

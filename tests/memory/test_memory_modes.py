@@ -331,7 +331,7 @@ def test_embeddings_that_add_in_place(mode: str) -> None:
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = tf.GitConfig(vision_config={**vision, "image_size": 32, "patch_size": 8}, vocab_size=99, **vision)
     ids = torch.randint(5, 99, (2, 8))
-    model = get_peft_model(tf.GitForCausalLM(config), WasiConfig(weight_rank=4, memory_mode=mode))  # type: ignore[arg-type]
+    model = get_peft_model(tf.GitForCausalLM(config), WasiConfig(residual=None, weight_rank=4, memory_mode=mode))  # type: ignore[arg-type]
     _, found = gradients(model, {"input_ids": ids, "pixel_values": torch.randn(2, 3, 32, 32), "labels": ids})
     assert any("wasi_L" in name for name in found)
 
@@ -381,7 +381,7 @@ def test_estimates_know_the_mode(case: str, mode: str) -> None:
 
 def test_estimates_of_labels_without_values_count_every_token() -> None:
     make, make_batch = CASES["llama"]
-    config = WasiConfig(weight_rank=24, activation_threshold=None, memory_mode="fast")
+    config = WasiConfig(residual=None, weight_rank=24, activation_threshold=None, memory_mode="fast")
     batch = make_batch(8, 128)
     assert int(batch["labels"].min()) >= 0
     without_values = {key: value.to("meta") for key, value in batch.items()}
@@ -394,7 +394,7 @@ def test_estimates_of_labels_without_values_count_every_token() -> None:
 
 def test_unknown_modes() -> None:
     with pytest.raises(ValueError, match="memory_mode must be one of 'exact', 'fast', 'small', got 'tiny'"):
-        WasiConfig(memory_mode="tiny")  # type: ignore[arg-type]
+        WasiConfig(residual=None, memory_mode="tiny")  # type: ignore[arg-type]
 
 
 class Unnumbered(nn.Module):
@@ -410,7 +410,7 @@ class Unnumbered(nn.Module):
 def test_a_model_without_blocks_is_left_alone(mode: str) -> None:
     net = Unnumbered()
     before = dict(net.named_modules())
-    config = WasiConfig(memory_mode=mode, weight_rank=2, target_modules=["first", "second"])  # type: ignore[arg-type]
+    config = WasiConfig(residual=None, memory_mode=mode, weight_rank=2, target_modules=["first", "second"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"memory_mode='{mode}': the model must have transformer blocks"):
         get_peft_model(net, config)
     assert dict(net.named_modules()) == before

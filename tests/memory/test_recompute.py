@@ -238,7 +238,9 @@ def test_blocks_get_no_cache_to_which_they_would_add_twice(name: str) -> None:
 
 def test_the_embeddings_need_no_gradient() -> None:
     """PEFT's hook for models that checkpoint would change what they return."""
-    model = get_peft_model(ARCHITECTURES["swin"].model(), WasiConfig(weight_rank=4, memory_mode="small")).train()
+    model = get_peft_model(
+        ARCHITECTURES["swin"].model(), WasiConfig(residual=None, weight_rank=4, memory_mode="small")
+    ).train()
     embeddings = model.get_submodule("base_model.model.swin.embeddings")
     assert not embeddings._forward_hooks
     assert recomputed(model)
@@ -284,7 +286,7 @@ def test_router_logits_are_of_whole_batches_and_have_their_gradient(mode: str) -
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        model = get_peft_model(model, WasiConfig(weight_rank=8, memory_mode=mode)).train()
+        model = get_peft_model(model, WasiConfig(residual=None, weight_rank=8, memory_mode=mode)).train()
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
         output = model(input_ids=ids, output_router_logits=False)  # the hooks are there, but asleep
         assert output.router_logits is None

@@ -100,7 +100,7 @@ def test_blocks_of_architectures(name: str) -> None:
 def test_layers_are_those_of_the_blocks_without_head_and_patch_merging(architecture: Architecture) -> None:
     model = architecture.model()
     assert set(Structure(model).layers) == architecture.targets(model)
-    adapted = get_peft_model(model, WasiConfig(weight_rank=2)).base_model.model
+    adapted = get_peft_model(model, WasiConfig(residual=None, weight_rank=2)).base_model.model
     assert set(Structure(adapted).layers) == architecture.targets(architecture.model())
     lora = get_peft_model(architecture.model(), LoraConfig(target_modules="all-linear")).base_model.model
     assert set(Structure(lora).layers) == architecture.targets(architecture.model())
@@ -172,7 +172,9 @@ def test_blocks_with_names_are_targets_and_hold_mlps() -> None:
     model = torchvision_like()
     prefix = "layers.encoder_layer_{}."
     parts = ("attention.qkv", "attention.out", "mlp.0", "mlp.3")
-    assert default_target_names(model, WasiConfig()) == {prefix.format(i) + part for i in range(2) for part in parts}
+    assert default_target_names(model, WasiConfig(residual=None)) == {
+        prefix.format(i) + part for i in range(2) for part in parts
+    }
     assert list(position_wise_modules(model)) == [prefix.format(i) + "mlp" for i in range(2)]
 
 
@@ -182,7 +184,7 @@ def test_blocks_with_names_train_in_every_mode(mode: Any) -> None:
 
     def run(mode: Any) -> Tensor:
         torch.manual_seed(0)
-        config = WasiConfig(weight_rank=4, target_modules=["mlp.0", "mlp.3"], memory_mode=mode)
+        config = WasiConfig(residual=None, weight_rank=4, target_modules=["mlp.0", "mlp.3"], memory_mode=mode)
         model = get_peft_model(torchvision_like(), config).train()
         assert any("forward" in vars(module) for module in model.modules()) == (mode != "exact")
         model(x).square().mean().backward()

@@ -131,7 +131,7 @@ def test_ranks_make_widths_that_are_multiples_of_a_step(field: str, value: Any, 
     model = nn.Sequential(nn.Sequential(nn.Linear(272, 272), nn.ReLU(), nn.Linear(272, 160)))
     x = torch.randn(64, 272, generator=torch.Generator().manual_seed(0))
     calibration = calibrate_wasi(model, [x], progress_bar=False)
-    config = WasiConfig(update=update, target_modules=list(calibration.layers))
+    config = WasiConfig(residual=None, update=update, target_modules=list(calibration.layers))
     budget: Any = {field: value}
     plan = plan_wasi(model, calibration, batch=x, timer=CountingTimer(), config=config, **budget)
     assert (plan.update, plan.update_rank) == (update, 16 if update == "low_rank" else None)
@@ -530,7 +530,7 @@ def test_the_calibration_must_be_of_this_model() -> None:
         plan_wasi(ARCHITECTURES["bert"].model(), calibration, weight_share=0.5)
 
 
-@pytest.mark.parametrize("config", [WasiConfig(weight_rank=4), peft.LoraConfig(target_modules=["fc1"])])
+@pytest.mark.parametrize("config", [WasiConfig(residual=None, weight_rank=4), peft.LoraConfig(target_modules=["fc1"])])
 def test_the_model_must_be_dense(config: peft.PeftConfig) -> None:
     _, calibration = calibrated("vit")
     with pytest.raises(ValueError, match="needs the dense model"):
@@ -571,7 +571,9 @@ def test_some_targets_only() -> None:
 def test_layers_where_no_rank_saves_anything_are_left_dense() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 1)))
     data = [torch.randn(20, 12, generator=torch.Generator().manual_seed(0))]
-    calibration = calibrate_wasi(model, data, WasiConfig(target_modules=["0.0", "0.1"]), progress_bar=False)
+    calibration = calibrate_wasi(
+        model, data, WasiConfig(residual=None, target_modules=["0.0", "0.1"]), progress_bar=False
+    )
     assert [layer.name for layer in planned(model, calibration, weight_share=0.5).layers] == ["0.0"]
 
 
@@ -580,8 +582,10 @@ def test_no_layer_of_a_plan_is_past_the_break_even_of_its_update(update: Any) ->
     """Directions that train beside the rank may be all that a small layer could save."""
     model = nn.Sequential(nn.Sequential(nn.Linear(48, 48), nn.Linear(48, 12)))
     data = [torch.randn(60, 48, generator=torch.Generator().manual_seed(0))]
-    calibration = calibrate_wasi(model, data, WasiConfig(target_modules=["0.0", "0.1"]), progress_bar=False)
-    config = WasiConfig(target_modules=["0.0", "0.1"], update=update, update_rank=10)
+    calibration = calibrate_wasi(
+        model, data, WasiConfig(residual=None, target_modules=["0.0", "0.1"]), progress_bar=False
+    )
+    config = WasiConfig(residual=None, target_modules=["0.0", "0.1"], update=update, update_rank=10)
     plan = plan_wasi(model, calibration, weight_share=0.9, config=config)
     assert [layer.name for layer in plan.layers] == (["0.0"] if update == "low_rank" else ["0.0", "0.1"])
     assert not any(map(plan.past_break_even, plan.layers))

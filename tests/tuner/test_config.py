@@ -88,9 +88,9 @@ def test_the_varied_values_cover_every_field() -> None:
 
 @pytest.mark.parametrize("sequence", [list, tuple, set])
 def test_lists_of_names_become_sets(sequence: type) -> None:
-    config = WasiConfig(target_modules=sequence(["a", "b"]), exclude_modules=sequence(["c"]))
+    config = WasiConfig(residual=None, target_modules=sequence(["a", "b"]), exclude_modules=sequence(["c"]))
     assert config.target_modules == {"a", "b"} and config.exclude_modules == {"c"}
-    assert WasiConfig(target_modules="a|b").target_modules == "a|b"
+    assert WasiConfig(residual=None, target_modules="a|b").target_modules == "a|b"
 
 
 @pytest.mark.parametrize("loader", [PeftConfig, WasiConfig], ids=["PeftConfig", "WasiConfig"])
@@ -114,7 +114,7 @@ def test_the_file_is_plain_json_with_the_type(tmp_path: Path) -> None:
 
 
 def test_a_configuration_that_was_never_injected_is_saved_as_it_is(tmp_path: Path) -> None:
-    WasiConfig(weight_rank=3).save_pretrained(str(tmp_path))
+    WasiConfig(residual=None, weight_rank=3).save_pretrained(str(tmp_path))
     loaded = PeftConfig.from_pretrained(str(tmp_path))
     assert loaded.init_weights is True and loaded.ranks is None
 
@@ -131,7 +131,7 @@ def test_after_injection_the_saved_one_asks_for_loading_and_the_live_one_does_no
 
 
 def test_unknown_keys_of_a_later_version_do_not_prevent_loading(tmp_path: Path) -> None:
-    WasiConfig(weight_rank=3).save_pretrained(str(tmp_path))
+    WasiConfig(residual=None, weight_rank=3).save_pretrained(str(tmp_path))
     path = tmp_path / "adapter_config.json"
     saved = json.loads(path.read_text())
     path.write_text(json.dumps({**saved, "from_the_future": 1}))
@@ -159,12 +159,12 @@ def test_compression_rule(update: str) -> None:
 
 @pytest.mark.parametrize("update", [None, "frozen_basis", "core"])
 def test_nothing_is_compressed_where_no_input_is_kept(update: Any) -> None:
-    assert WasiConfig(update=update).compression_rule("fc1") is None
+    assert WasiConfig(residual=None, update=update).compression_rule("fc1") is None
     assert WasiConfig(update=update, plan=PLAN).compression_rule("layers.0.fc1") is None
     with pytest.raises(
         ValueError, match=r"activation_ranks compresses inputs, and update='(frozen_basis|core)' keeps"
     ):
-        WasiConfig(update=update, activation_ranks=4)
+        WasiConfig(residual=None, update=update, activation_ranks=4)
 
 
 def test_a_plan_brings_its_update_unless_another_is_named() -> None:

@@ -407,7 +407,9 @@ def test_merging_with_a_head_that_is_a_container(update: str) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     base = RobertaForSequenceClassification(RobertaConfig(**sizes, vocab_size=40, num_labels=3))
-    config = WasiConfig(weight_rank=5, update=update, update_rank=2, task_type="SEQ_CLS", base_weight="keep")
+    config = WasiConfig(
+        residual=None, weight_rank=5, update=update, update_rank=2, task_type="SEQ_CLS", base_weight="keep"
+    )
     model = get_peft_model(base, config).eval()
     x = torch.randint(5, 40, (2, 8), generator=torch.Generator().manual_seed(0))
     expected = model(input_ids=x).logits

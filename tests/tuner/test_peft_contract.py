@@ -177,7 +177,7 @@ def test_inference_mode_trains_nothing(architecture: Architecture) -> None:
 def test_print_trainable_parameters(architecture: Architecture, capsys: pytest.CaptureFixture[str]) -> None:
     model = wasi_model(architecture.model(), **LOW, train_vectors=False, bias="none")
     model.print_trainable_parameters()
-    count = sum(layer.factored_elements for layer in wasi_summary(model).layers)
+    count = sum(layer.stored_elements for layer in wasi_summary(model).layers)
     total = sum(p.numel() for p in model.parameters())
     text = capsys.readouterr().out
     assert f"trainable params: {count:,} || all params: {total:,}" in text
@@ -188,7 +188,7 @@ def test_the_released_model_is_smaller(architecture: Architecture) -> None:
     dense = sum(p.numel() for p in architecture.model().parameters())
     model = wasi_model(architecture.model(), weight_rank=2)
     summary = wasi_summary(model)
-    saved = sum(layer.dense_elements - layer.factored_elements for layer in summary.layers)
+    saved = sum(layer.dense_elements - layer.stored_elements for layer in summary.layers)
     assert saved > 0
     assert sum(p.numel() for p in model.parameters()) == dense - saved
 
@@ -1012,4 +1012,4 @@ def test_the_plain_svd_warns_once_and_only_where_something_is_lost() -> None:
 def test_layers_print_as_ours() -> None:
     assert "wasi.Linear" in repr(wasi_model(ARCHITECTURES["vit"].model()))
     assert isinstance(next(iter(wasi_layers(wasi_model(ARCHITECTURES["vit"].model()))))[1], WasiLayer)
-    assert WasiConfig().peft_type == "WASI"
+    assert WasiConfig(residual=None).peft_type == "WASI"

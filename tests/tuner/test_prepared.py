@@ -68,7 +68,7 @@ def test_in_every_architecture_and_dtype(tmp_path: Path) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             model, other = architecture.model().to(dtype), architecture.model().to(dtype)
             other.load_state_dict(model.state_dict())
-            config, data = WasiConfig(weight_rank=3), [architecture.batch(4)]
+            config, data = WasiConfig(residual=None, weight_rank=3), [architecture.batch(4)]
             factors = preprocess_wasi(model, config, data, repair_steps=0, progress_bar=False)
             factors.save(tmp_path / "f")
             WasiFactors.load(tmp_path / "f").attach(other)
@@ -91,7 +91,7 @@ def test_training_leaves_the_object_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_repair_leads_to_an_adapter(tmp_path: Path) -> None:
-    net, data, config = reference.tiny_net(6), batches(), WasiConfig(weight_rank=3)
+    net, data, config = reference.tiny_net(6), batches(), WasiConfig(residual=None, weight_rank=3)
     other, factors = copy.deepcopy(net), made(net, config)
     repaired = repair_factors(net, factors, data, steps=5, lr=3e-3, progress_bar=False)
     assert_same_factors(prepared(net), factors.initial)  # until it is attached
@@ -105,15 +105,15 @@ def test_a_repair_leads_to_an_adapter(tmp_path: Path) -> None:
 
 def test_the_repair_copies_nothing_that_waits_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     net = reference.tiny_net(6)
-    factors = made(net, WasiConfig(weight_rank=3))
+    factors = made(net, WasiConfig(residual=None, weight_rank=3))
     monkeypatch.setattr(PreparedLayer, "__deepcopy__", crash_at(1, lambda *_: None), raising=False)
     repair_factors(net, factors, batches(), steps=2, progress_bar=False)
 
 
 def test_attached_factors_replace_those_before() -> None:
     net = reference.tiny_net(6)
-    made(net, WasiConfig(weight_rank=3))
-    factors = made(net, WasiConfig(weight_rank=2, target_modules=["q", "fc1"]))
+    made(net, WasiConfig(residual=None, weight_rank=3))
+    factors = made(net, WasiConfig(residual=None, weight_rank=2, target_modules=["q", "fc1"]))
     assert_same_factors(prepared(net), factors.initial)
     assert set(prepared(net)) == {name for name in TARGETS if name.endswith((".q", ".fc1"))}
 
@@ -147,7 +147,7 @@ def without_bias(net: Any) -> nn.Module:
 
 
 def adapted(net: Any) -> nn.Module:
-    config = WasiConfig(target_modules=["blocks.1.fc1"], weight_rank=2)
+    config = WasiConfig(residual=None, target_modules=["blocks.1.fc1"], weight_rank=2)
     return get_peft_model(net, config).base_model.model  # type: ignore[no-any-return]
 
 
@@ -162,7 +162,7 @@ def adapted(net: Any) -> nn.Module:
     ],
 )
 def test_another_model(change: Any, message: str) -> None:
-    factors = made(reference.tiny_net(6), WasiConfig(weight_rank=3))
+    factors = made(reference.tiny_net(6), WasiConfig(residual=None, weight_rank=3))
     other = change(reference.tiny_net(6))
     before = other.state_dict().keys()
     with pytest.raises(ValueError, match=message):
@@ -172,7 +172,7 @@ def test_another_model(change: Any, message: str) -> None:
 
 def test_a_failed_attachment_keeps_what_was_there() -> None:
     net = reference.tiny_net(6)
-    factors = made(net, WasiConfig(weight_rank=3))
+    factors = made(net, WasiConfig(residual=None, weight_rank=3))
     wrong = WasiFactors({**factors.layers, "blocks.9.q": next(iter(factors.layers.values()))})
     with pytest.raises(ValueError, match=r"blocks\.9\.q: the factors belong to another model"):
         wrong.attach(net)
@@ -196,7 +196,7 @@ def test_another_configuration(other: dict[str, Any], tmp_path: Path) -> None:
 def test_a_crash_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = reference.tiny_net(6)
     path = tmp_path / "f"
-    made(net, WasiConfig(weight_rank=3)).save(path)
+    made(net, WasiConfig(residual=None, weight_rank=3)).save(path)
     content = path.read_bytes()
     for step in ("save_file", "os.replace"):
         with monkeypatch.context() as patch:
@@ -204,7 +204,7 @@ def test_a_crash_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
             holder = getattr(module_under_test, target) if target else module_under_test
             patch.setattr(holder, name, crash_at(1, getattr(holder, name)))
             with pytest.raises(Interrupted):
-                made(net, WasiConfig(weight_rank=2)).save(path)
+                made(net, WasiConfig(residual=None, weight_rank=2)).save(path)
         assert path.read_bytes() == content and [each.name for each in tmp_path.iterdir()] == ["f"]
 
 

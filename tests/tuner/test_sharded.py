@@ -30,7 +30,9 @@ def train(update: str, mode: str, sharded: bool) -> Any:
     """Three steps; every process sees the whole batch, so the averaged gradients are those of one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
-        config = WasiConfig(weight_rank=4, update=update, update_rank=2, memory_mode=mode, activation_threshold=None)
+        config = WasiConfig(
+            residual=None, weight_rank=4, update=update, update_rank=2, memory_mode=mode, activation_threshold=None
+        )
         model = get_peft_model(VIT.model(), config).train()
     if sharded:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))

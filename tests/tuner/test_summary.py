@@ -19,7 +19,7 @@ def test_counts_equal_the_tensors(architecture: Architecture) -> None:
     summary = wasi_summary(peft_model)
     assert {layer.name: (layer.out_features, layer.in_features) for layer in summary.layers} == dense
     factors = [p for n, p in peft_model.named_parameters() if n.endswith((".wasi_L", ".wasi_R"))]
-    assert sum(layer.factored_elements for layer in summary.layers) == sum(p.numel() for p in factors)
+    assert sum(layer.stored_elements for layer in summary.layers) == sum(p.numel() for p in factors)
     dense_total = sum(shape.numel() for shape in dense.values())
     assert summary.kept_share == pytest.approx(sum(p.numel() for p in factors) / dense_total)
 
@@ -30,7 +30,7 @@ def test_break_even_is_told_by_the_real_sizes(architecture: Architecture) -> Non
     small = wasi_summary(wasi_model(architecture.model(), weight_rank=2))
     assert small.past_break_even == ()
     for layer in (*full.layers, *small.layers):
-        assert layer.past_break_even == (layer.factored_elements >= layer.dense_elements)
+        assert layer.past_break_even == (layer.stored_elements >= layer.dense_elements)
 
 
 def test_text() -> None:

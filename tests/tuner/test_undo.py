@@ -215,7 +215,7 @@ def test_advice_that_is_an_error_comes_before_the_dense_weights_go() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         with pytest.raises(UserWarning, match="plain truncated SVD"):
-            get_peft_model(model, WasiConfig(weight_rank=3))
+            get_peft_model(model, WasiConfig(residual=None, weight_rank=3))
     assert_as_before(model, before)
 
 

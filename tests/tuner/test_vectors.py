@@ -99,7 +99,9 @@ def test_places() -> None:
 
 
 def test_layers_that_are_adapted_or_saved_whole_have_none() -> None:
-    model = get_peft_model(net(), WasiConfig(weight_rank=3, bias="all", modules_to_save=["head"], base_weight="keep"))
+    model = get_peft_model(
+        net(), WasiConfig(residual=None, weight_rank=3, bias="all", modules_to_save=["head"], base_weight="keep")
+    )
     names = set(places(model.get_base_model()))
     assert names == {"cls_token", *NORM, *STATISTICS}
 
@@ -396,7 +398,7 @@ def batch_norm_model(**options: Any) -> Any:
 def test_statistics_follow_the_adapter_that_trains() -> None:
     dense = net().eval()(inputs())
     model = batch_norm_model()
-    model.add_adapter("other", WasiConfig(weight_rank=5, base_weight="keep"))
+    model.add_adapter("other", WasiConfig(residual=None, weight_rank=5, base_weight="keep"))
     step(model)
     first = model(inputs())
     model.set_adapter("other")

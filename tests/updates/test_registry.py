@@ -99,13 +99,13 @@ pytestmark = pytest.mark.usefixtures("rows")
 def test_it_is_not_known_without_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(UPDATES, "rows")
     with pytest.raises(ValueError, match=r"update must be one of 'frozen_basis', .* got 'rows'"):
-        WasiConfig(update="rows")
+        WasiConfig(residual=None, update="rows")
 
 
 def test_configuration() -> None:
     assert config().layer_update == Rows() and config().update_rank is None
     with pytest.raises(ValueError, match=r"update must be one of .*'rows', got 'columns'"):
-        WasiConfig(update="columns")
+        WasiConfig(residual=None, update="columns")
     with pytest.raises(ValueError, match=r"choose update='low_rank' or .*'rows', got"):
         WasiConfig(update="core", activation_ranks=4)  # keeps no input, and names those that do
 
@@ -161,7 +161,7 @@ def test_estimate_counts_what_it_trains() -> None:
 def test_plan() -> None:
     model = VIT.model()
     calibration = calibrate_wasi(model, [VIT.batch()], progress_bar=False)
-    plan = plan_wasi(model, calibration, weight_share=0.6, config=WasiConfig(update="rows"))
+    plan = plan_wasi(model, calibration, weight_share=0.6, config=WasiConfig(residual=None, update="rows"))
     assert plan.update == "rows" and plan.layer_update == Rows() and 0.3 < plan.kept_share <= 0.6
     again = WasiPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
     assert again == plan
@@ -177,7 +177,7 @@ def test_plan_for_a_number_of_flops() -> None:
     calibration = calibrate_wasi(model, [VIT.batch()], progress_bar=False)
     ranks = {}
     for update in ("rows", "factor"):
-        options = WasiConfig(update=update, activation_threshold=None)
+        options = WasiConfig(residual=None, update=update, activation_threshold=None)
         plan = plan_wasi(model, calibration, training_flops=0.7, batch=VIT.batch(), config=options)
         ranks[update] = sum(layer.weight_rank for layer in plan.layers)
     assert ranks["rows"] > ranks["factor"]
@@ -187,7 +187,7 @@ def test_summary() -> None:
     summary = wasi_summary(injected())
     assert {layer.update for layer in summary.layers} == {Rows()} and {layer.rank for layer in summary.layers} == {5}
     expected = sum(5 * (layer.out_features + layer.in_features) for layer in summary.layers)
-    assert sum(layer.factored_elements for layer in summary.layers) == expected
+    assert sum(layer.stored_elements for layer in summary.layers) == expected
 
 
 def test_optimizer() -> None:

@@ -276,7 +276,9 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
     layers = []
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            shapes = {key: each.get_shape() for key, each in slices.items()}
+            widths = {key: 2 if each.get_dtype() in ("F16", "BF16") else 4 for key, each in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from error
     update = config.layer_update
@@ -288,7 +290,7 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
         if missing:
             raise ValueError(f"{path}: {key} must stand with wasi_{missing[0]} for update={update.name!r}, got none.")
         name = key.removeprefix("base_model.model.").removesuffix(".wasi_form.wasi_L")
-        layers.append(LayerSummary(name, L[0], R[1], L[1], update))
+        layers.append(LayerSummary(name, L[0], R[1], L[1], update, widths[key]))
     if not layers:
         raise ValueError(f"{path}: must hold WASI factors, got none.")
     return config, WasiSummary(folder.name, tuple(layers))

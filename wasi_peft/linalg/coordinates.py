@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .subspaces import range_finder
+
 DAMPING = 0.01
 BASIS_SCALE = 0.2  # measured: L then trains best at the learning rates of everything else
 
@@ -90,6 +92,34 @@ def basis_form(L: Tensor, R: Tensor, moments: ImageMoments | None = None) -> tup
     """
     left, core, right = core_form(L.double(), R.double(), moments)
     return (left @ core / BASIS_SCALE).to(L.dtype), (BASIS_SCALE * right).to(R.dtype)
+
+
+def addition_basis(weight: Tensor, rank: int, second_moment: Tensor | None = None) -> Tensor:
+    """R of an addition `L R` to a weight of which L is zero at first and trains alone: directions, and coordinates.
+
+    Those input directions through which the weight lets most pass: with C = E[x x^T], damped, and V the leading right
+    singular vectors of `W C^(1/2)`, `R = c V^T C^(-1/2)`. So the image `h = R x` is white, and c = 0.2 times the root
+    mean square of x gives it the size for which :func:`basis_form` gives a reason.
+
+    **Shape**
+        - weight: (out, in); returns (rank, in)
+
+    Args:
+        weight: The dense weight.
+        rank: K, at most min(out, in).
+        second_moment: C, (in, in); None for white inputs of variance 1.
+
+    Example:
+        >>> addition_basis(torch.diag(torch.tensor([1.0, 3.0])), 1).abs().round(decimals=3)
+        tensor([[0.0000, 0.2000]])
+    """
+    if second_moment is None:
+        return BASIS_SCALE * range_finder(weight.float(), rank).T.to(weight.dtype)
+    C = second_moment.double()
+    root, inverse = _roots(C)
+    V = range_finder(weight.to(root) @ root, rank)
+    size = math.sqrt(float(C.diagonal().mean())) or 1.0
+    return (BASIS_SCALE * size * (V.T @ inverse)).to(weight.dtype)
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -237,7 +237,7 @@ def _planned(plan: WasiPlan | WasiSummary) -> list[_Planned]:
         for x in plan.layers:
             sizes = x.out_features, x.in_features
             break_even = x.update.break_even_rank(*sizes) + x.rank - x.weight_rank
-            layers.append(_Planned(x.name, *sizes, x.rank, break_even, x.dense_elements, x.factored_elements))
+            layers.append(_Planned(x.name, *sizes, x.rank, break_even, x.dense_elements, x.stored_elements))
         return layers
     for layer in plan.layers:
         sizes = layer.out_features, layer.in_features

@@ -10,14 +10,20 @@ from typing import Any, Literal
 
 from peft.config import PeftConfig
 
+from ..forms.products import PRODUCTS
+from ..forms.residual import RESIDUALS
 from ..linalg.tucker import MODES, CompressionRule
 from ..memory.modes import MEMORY_MODES, recomputes
 from ..ranks.plan import LayerPlan, WasiPlan, layer_plan
-from ..updates import DEFAULT_UPDATE, UPDATES, Subspace, Update, make_update
+from ..updates import DEFAULT_UPDATE, RESIDUAL_UPDATE, UPDATES, Subspace, Update, make_update
 from .registration import PEFT_TYPE, WASI_IMPORT_NOTE
 
 BASE_WEIGHTS = ("release", "cpu", "keep")
+DEFAULT_RESIDUAL, AUTO = "int8", "auto"
+RESIDUAL_RANK = 32  # K beside a residual, where nothing else is asked for
+KEPT_ENERGY = 0.95  # of factors, where nothing else is asked for
 BIASES = ("none", "all", "wasi_only")
+_OF_FACTORS = ("weight_share", "explained_variance_threshold", "plan")  # ask for factors alone
 _PLANNED = (  # what a plan decides instead
     "weight_rank",
     "rank_pattern",
@@ -41,7 +47,7 @@ def _check_rank(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
 
 
-def _check_choice(name: str, value: Any, options: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, options: tuple[str | None, ...]) -> None:
     if value not in options:
         listed = ", ".join(repr(option) for option in options)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}.")
@@ -49,15 +55,29 @@ def _check_choice(name: str, value: Any, options: tuple[str, ...]) -> None:
 
 @dataclass
 class WasiConfig(PeftConfig):
-    """Configuration of a WASI model: every targeted Linear becomes two thin factors `W ~ L R` (arXiv 2510.09160).
+    """Configuration of a WASI model (arXiv 2510.09160).
+
+    Every targeted Linear becomes one of two forms. By default its weight stays in 8 bits, frozen, and two thin factors
+    beside it train, `W = Q + L R`: nothing that the model knows is lost, and no preparation is needed. Where
+    `weight_share`, `explained_variance_threshold` or a plan asks for it, two thin factors take its place, `W ~ L R`,
+    which is smaller and faster still, and needs [`preprocess_wasi`].
 
     Args:
-        explained_variance_threshold (`float`, default 0.95):
-            Share of energy that each layer keeps, in (0, 1]; the rank is the smallest one that reaches it. After
-            [`preprocess_wasi`] the energy is what dropping a direction costs the model, without it that of the weight.
-            1 keeps the full rank.
+        residual (`Optional[str]`, default 'auto'):
+            The frozen weight beside the factors: 'int8', one scale an output channel; 'int4', groups of 32; 'exact',
+            the dense weight as it is; None for factors alone. 'auto' is 'int8', unless factors alone are asked for, by
+            `weight_share`, `explained_variance_threshold`, `plan` or an update that cannot train beside a residual.
+        residual_product (`Optional[str]`):
+            How products with an int8 weight are computed: 'int8' (rows are rounded on the way), 'restored' (the weight
+            is restored in the dtype of the rows, a tile at a time: exact) or 'bfloat16'; by default what is fastest on
+            this machine, measured.
+        explained_variance_threshold (`Optional[float]`):
+            For factors: share of energy that each layer keeps, in (0, 1], by default 0.95; the rank is the smallest
+            one that reaches it. After [`preprocess_wasi`] the energy is what dropping a direction costs the model,
+            without it that of the weight. 1 keeps the full rank.
         weight_rank (`Optional[int]`):
-            One fixed rank for every layer instead of the threshold.
+            One fixed rank for every layer: K of factors, instead of the threshold, or of those beside a residual, by
+            default 32, or all that a smaller layer has.
         rank_pattern (`dict[str, int]`):
             Ranks by layer name or regular expression (matched as in LoRA, against the end of the name); they override
             `weight_rank` and the threshold.
@@ -120,8 +140,9 @@ class WasiConfig(PeftConfig):
             layer inputs exist for one block at a time), the same slices, the same loss, and MLPs that run some tokens
             at a time where one sample is longer than a slice. The forward pass is exact in every mode.
         base_weight (`str`, default 'release'):
-            What happens to the dense weight: 'release' frees it, 'cpu' parks it in main memory, 'keep' leaves it in
-            place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or 'keep'.
+            What happens to the dense weight that factors replace: 'release' frees it, 'cpu' parks it in main memory,
+            'keep' leaves it in place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or
+            'keep'. A residual is a base of its own: all of them work, with the weight as it was rounded.
         init_weights (`bool`, default True):
             Compute the factors from the dense weights. False gives them random values: the layers then compute
             something else than the dense ones, which is for tests.
@@ -130,8 +151,15 @@ class WasiConfig(PeftConfig):
             computed but expected from the adapter's file: the layers answer as the dense ones do until they come.
     """
 
-    explained_variance_threshold: float = field(
-        default=0.95, metadata={"help": "Share of energy that each layer keeps, in (0, 1]; decides its rank."}
+    residual: str | None = field(
+        default=AUTO, metadata={"help": "Frozen weight beside the factors: 'int8', 'int4', 'exact', None or 'auto'."}
+    )
+    residual_product: str | None = field(
+        default=None,
+        metadata={"help": "How int8 products are computed: 'int8', 'restored', 'bfloat16'; None: fastest."},
+    )
+    explained_variance_threshold: float | None = field(
+        default=None, metadata={"help": "Factors: share of energy that each layer keeps, in (0, 1]; decides its rank."}
     )
     weight_rank: int | None = field(
         default=None, metadata={"help": "One fixed rank for every layer instead of the threshold."}
@@ -218,12 +246,38 @@ class WasiConfig(PeftConfig):
             for name in ("memory_mode", "update", "update_rank"):
                 if getattr(self, name) is None:
                     setattr(self, name, getattr(plan, name))
-        for name, default in {"memory_mode": "exact", "update": DEFAULT_UPDATE}.items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
+        if self.memory_mode is None:
+            self.memory_mode = "exact"
+        self._resolve_residual()
         self._validate()
         self.update_rank = self.layer_update.side_rank or None
         self._validate_budgets()
+
+    def _resolve_residual(self) -> None:
+        """Which form the layers have, and what rank where none is asked for."""
+        _check_choice("update", self.update, (*UPDATES, None))
+        _check_choice("residual", self.residual, (*RESIDUALS, AUTO, None))
+        takes_residual = self.update is None or UPDATES[self.update].takes_residual
+        asks = [name for name in _OF_FACTORS if getattr(self, name) is not None]
+        if self.residual == AUTO:
+            self.residual = None if asks or not takes_residual else DEFAULT_RESIDUAL
+        if self.update is None:
+            self.update = DEFAULT_UPDATE if self.residual is None else RESIDUAL_UPDATE
+        make_update(self.update, None, self.residual)  # raises where they do not go together
+        if self.residual is None:
+            if self.explained_variance_threshold is None:
+                self.explained_variance_threshold = KEPT_ENERGY
+            return
+        if asks:
+            raise ValueError(
+                f"{asks[0]} chooses ranks of factors alone; leave out residual={self.residual!r}, or choose K "
+                f"beside it by weight_rank; got {asks[0]}={getattr(self, asks[0])!r}."
+            )
+        if self.base_weight != "release":
+            raise ValueError(
+                f"base_weight is for factors that replace the weight; a residual is the base itself, so leave it out, "
+                f"got base_weight={self.base_weight!r} with residual={self.residual!r}."
+            )
 
     @classmethod
     def paper(cls, epsilon: float, **overrides: Any) -> WasiConfig:
@@ -251,6 +305,7 @@ class WasiConfig(PeftConfig):
         """
         _check_threshold("epsilon", epsilon)
         fields: dict[str, Any] = {
+            "residual": None,
             "explained_variance_threshold": epsilon,
             "update": Subspace.name,
             "activation_threshold": epsilon,
@@ -263,7 +318,9 @@ class WasiConfig(PeftConfig):
         return cls(**{**fields, **overrides})
 
     def _validate(self) -> None:
-        _check_threshold("explained_variance_threshold", self.explained_variance_threshold)
+        if self.explained_variance_threshold is not None:
+            _check_threshold("explained_variance_threshold", self.explained_variance_threshold)
+        _check_choice("residual_product", self.residual_product, (*PRODUCTS, None))
         if self.weight_rank is not None:
             _check_rank("weight_rank", self.weight_rank)
         for name in ("rank_pattern", "ranks"):
@@ -275,7 +332,6 @@ class WasiConfig(PeftConfig):
         if self.update_rank is not None:
             _check_rank("update_rank", self.update_rank)
         _check_choice("bias", self.bias, BIASES)
-        _check_choice("update", self.update, tuple(UPDATES))
         _check_choice("base_weight", self.base_weight, BASE_WEIGHTS)
         _check_choice("memory_mode", self.memory_mode, MEMORY_MODES)
         modes = self.activation_modes
@@ -328,7 +384,17 @@ class WasiConfig(PeftConfig):
     @property
     def layer_update(self) -> Update:
         """What of each layer trains, and how."""
-        return make_update(self.update or DEFAULT_UPDATE, self.update_rank)
+        return make_update(self.update or DEFAULT_UPDATE, self.update_rank, self.residual)
+
+    @property
+    def base_form(self) -> str:
+        """What becomes of the dense weights: 'release', 'cpu', 'keep', or a residual that they are rounded to."""
+        return self.base_weight if self.residual is None else self.residual
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base model can still be used."""
+        return self.base_form != "release"
 
     @property
     def resolved_memory_mode(self) -> str:
@@ -363,11 +429,10 @@ class WasiConfig(PeftConfig):
             ranks = planned.activation_ranks
             modes = tuple(mode for mode in MODES if mode in (ranks or {}))
             return None if ranks is None else CompressionRule.from_options(modes, None, ranks)
-        if self.activation_threshold is None and self.activation_ranks is None:
+        threshold = self.activation_threshold if self.residual is None else None
+        if threshold is None and self.activation_ranks is None:
             return None
-        return CompressionRule.from_options(
-            tuple(self.activation_modes), self.activation_threshold, self._mode_ranks()
-        )
+        return CompressionRule.from_options(tuple(self.activation_modes), threshold, self._mode_ranks())
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration; loading it builds the factors' shapes from `ranks` and decomposes nothing.

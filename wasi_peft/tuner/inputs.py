@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..linalg.low_bit import RoundedRows, quantize_rows
 from ..linalg.tucker import Bases, CompressionRule, Tucker, canonical, compress, placeholder
 
 
@@ -41,6 +42,7 @@ class SharedInput:
         version: Of the tensor when this was made.
         place: Where its memory was.
         casts: By dtype.
+        rounded: In 8 bits, by dtype.
         compressed: By rule and dtype; None where compression would not pay.
         announced: What form a first pass of checkpointing gave out, and whose bases it has, by adapter too:
             recomputation may come to another reader of the input first.
@@ -49,6 +51,7 @@ class SharedInput:
     def __init__(self, x: Tensor) -> None:
         self.version, self.place = x._version, _place(x)
         self.casts: dict[torch.dtype, Tensor] = {}
+        self.rounded: dict[torch.dtype, RoundedRows] = {}
         self.compressed: dict[tuple[CompressionRule, torch.dtype], Tucker | None] = {}
         self.announced: dict[tuple[CompressionRule, torch.dtype, str], tuple[InputCompression, Tucker | None]] = {}
 
@@ -103,6 +106,21 @@ class SharedInputs:
         if dtype not in casts:
             casts[dtype] = x.to(dtype)
         return casts[dtype]
+
+    def round(self, x: Tensor, rows: Tensor) -> RoundedRows:
+        """The rows of an input in 8 bits, the same for all layers that read the tensor.
+
+        Args:
+            x: The input as the layers got it.
+            rows: The same in the compute dtype.
+        """
+        flat = rows.detach().reshape(-1, rows.shape[-1])
+        if torch.compiler.is_compiling():
+            return quantize_rows(flat)
+        rounded = self.of(x).rounded
+        if rows.dtype not in rounded:
+            rounded[rows.dtype] = quantize_rows(flat)
+        return rounded[rows.dtype]
 
     @torch.compiler.disable
     def compress(self, x: Tensor, rows: Tensor, state: InputCompression, adapter: str) -> Tucker | None:

@@ -11,8 +11,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..forms.dense import FactoredWeight, ParkedLinear, dense_weight
+from ..forms.dense import FactoredWeight, ParkedLinear, dense_bias, dense_weight
 from ..forms.factored import PREFIX, FactoredLinear
+from ..forms.products import ProductChoice
+from ..forms.residual import RESIDUALS, ExactResidual, Residual, ResidualLinear
 from ..updates.base import InitialFactors, ProductGradientSink, Update
 from .config import WasiConfig
 from .inputs import InputCompression, SharedInputs
@@ -33,6 +35,7 @@ class WasiLayer(BaseTunerLayer):
         wasi_form: What each adapter stores.
         wasi_update: What of it trains, and how.
         wasi_input: How each adapter compresses the layer's input.
+        residual: The frozen weight that the factors of adapters are beside; None where they replace it.
         inputs: What the layers of the model share of their inputs.
         vectors: The vectors of the model that train with each adapter.
     """
@@ -60,6 +63,7 @@ class WasiLayer(BaseTunerLayer):
         self._awaiting: set[str] = set()  # adapters whose factors have not been loaded yet
         self._loading_group: dict[str, WasiLayer] = {}  # all layers of an adapter that is being loaded, by name
         self._release_to: str | None = None
+        self._products: ProductChoice | None = None  # of a residual to come
 
     # ---------------------------------------------------------------- what is in the layer's place
 
@@ -79,6 +83,27 @@ class WasiLayer(BaseTunerLayer):
         if self.merged_adapters:
             return self._unmerged_base[0] if self._unmerged_base else None
         return self._modules.get("base_layer")
+
+    @property
+    def residual(self) -> Residual | None:
+        """The frozen weight beside the factors of adapters; None where no adapter's are beside one."""
+        for form in self._forms.values():
+            if isinstance(form, ResidualLinear):
+                return form.residual
+        return None
+
+    def original_weight(self) -> tuple[Tensor, Tensor | None]:
+        """Weight, (out, in), and bias of before the injection, as far as they are still there.
+
+        Raises:
+            ValueError: If the dense weight was released.
+        """
+        if self.base_is_released:
+            raise ValueError(RELEASED.format(action="reading the dense weight"))
+        original = self.original
+        if isinstance(original, Residual):
+            return original.dense_weight(), dense_bias(original)
+        return dense_weight(original), dense_bias(original)
 
     @property
     def base_is_released(self) -> bool:
@@ -167,12 +192,19 @@ class WasiLayer(BaseTunerLayer):
                 be loaded: until then the dense layer answers.
         """
         update, like = config.layer_update, self._like
-        if isinstance(initial, FactoredLinear):
+        options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        form: FactoredLinear
+        if isinstance(initial, ResidualLinear):
+            form = initial.copy()
+        elif isinstance(initial, FactoredLinear):
             parts = {part: getattr(initial, part).clone() for part in initial.parts}
             form = type(initial).from_parts(parts, initial.bias, self.dense_class)
         elif initial is None:
-            options = {"device": like.device, "dtype": like.dtype, "dense_class": self.dense_class}
-            form = update.new_form(self.in_features, self.out_features, rank, self._has_bias, **options)
+            if update.residual is not None:
+                form = ResidualLinear(self.beside(), rank, self._has_bias, **options)
+            else:
+                options["dense_class"] = self.dense_class
+                form = update.new_form(self.in_features, self.out_features, rank, self._has_bias, **options)
             if config.awaits_loading:
                 for parameter in form.parameters():
                     parameter.data.fill_(torch.nan)
@@ -261,21 +293,40 @@ class WasiLayer(BaseTunerLayer):
 
     # ---------------------------------------------------------------- the dense weight
 
+    def beside(self) -> Residual:
+        """What factors of a new adapter are beside: the residual that there is, else the dense weight as it is."""
+        base = self._modules["base_layer"]
+        if isinstance(base, Residual):
+            return base
+        return self.residual or ExactResidual(base)
+
     @property
     def _has_bias(self) -> bool:
         return self.base_layer.bias is not None
 
-    def release_base(self, mode: str) -> None:
-        """Give up the dense weight as `base_weight` says; waits until factors that are to be loaded have arrived."""
+    def release_base(self, base_form: str, products: ProductChoice | None = None) -> None:
+        """Give up the dense weight as a configuration says; waits until factors that are to be loaded have arrived.
+
+        Args:
+            base_form: `WasiConfig.base_form`.
+            products: How layers multiply by a residual in 8 bits.
+        """
         dense = self._modules.get("base_layer")
-        if mode == "keep" or dense is None or isinstance(dense, ParkedLinear):
+        if base_form in ("keep", ExactResidual.name) or dense is None or isinstance(dense, (ParkedLinear, Residual)):
             return
         if self._awaiting:
-            self._release_to = mode
+            self._release_to, self._products = base_form, products
             return
         self._release_to = None
-        if mode == "cpu":
+        if base_form == "cpu":
             self._modules["base_layer"] = ParkedLinear(dense)
+        elif base_form in RESIDUALS:
+            residual = RESIDUALS[base_form](dense, products)
+            residual.train(dense.training)
+            for form in self._forms.values():
+                if isinstance(form, ResidualLinear):
+                    form.move_beside(residual)
+            self._modules["base_layer"] = residual
         else:
             del self._modules["base_layer"]
 
@@ -332,9 +383,10 @@ class WasiLayer(BaseTunerLayer):
             self.unmerge()
         if self.base_is_released:
             raise ValueError(RELEASED.format(action="unloading without merging"))
-        if isinstance(self.base_layer, ParkedLinear):
-            return self.base_layer.restore(self._like.device, self._like.dtype)
-        return self.base_layer
+        base = self.base_layer
+        if isinstance(base, ParkedLinear):
+            return base.restore(self._like.device, self._like.dtype)
+        return base.to_dense() if isinstance(base, Residual) else base
 
     # ---------------------------------------------------------------- loading
 
@@ -360,7 +412,7 @@ class WasiLayer(BaseTunerLayer):
         for layer in layers:
             layer._loading_group = {}
             if layer._release_to is not None:
-                layer.release_base(layer._release_to)
+                layer.release_base(layer._release_to, layer._products)
 
     def _require_loaded(self, name: str) -> None:
         if not self._awaiting and not self._loading_group:
@@ -447,9 +499,13 @@ class Linear(nn.Module, WasiLayer):
             return form.forward(x.to(compute_dtype))  # ordinary operations, whatever trains
         compiling = torch.compiler.is_compiling()
         rows = x.to(compute_dtype) if compiling else self.inputs.cast(x, compute_dtype)
-        state, compressed = self.wasi_input[name], None
-        if state.rule is not None and update.reads_input is not None and form.part(update.reads_input).requires_grad:
-            compressed = self.inputs.compress(x, rows, state, name)
+        state = self.wasi_input[name]
+        compressed: Any = None
+        if update.reads_input is not None and form.part(update.reads_input).requires_grad:
+            if state.rule is not None:
+                compressed = self.inputs.compress(x, rows, state, name)
+            elif update.residual is not None and form.residual.rounds_inputs and compute_dtype != torch.float64:
+                compressed = self.inputs.round(x, rows)
         sink = None if compiling else self.product_gradient_sink(name)
         with torch.autocast(device_type=x.device.type, enabled=False):
             return update.forward(form, rows, compressed, sink)

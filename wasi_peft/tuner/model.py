@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import nn
 
 from ..forms.dense import dense_bias, dense_weight
 from ..forms.factored import FactoredLinear
+from ..forms.products import ProductChoice
+from ..forms.residual import ExactResidual
+from ..linalg.coordinates import addition_basis
 from ..linalg.spectra import factorize_weight, rank_for_threshold
 from ..memory.modes import check_memory_mode, enter_memory_mode, leave_memory_mode
 from ..ranks.allocate import allocate_ranks
@@ -51,7 +55,7 @@ def initial_rank(rank: int, update_rank: int, shape: Sequence[int]) -> int:
 def _dense_parts(target: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense weight, in Linear layout, and bias of a target, which may be a layer with another adapter."""
     if isinstance(target, WasiLayer):
-        target = target.original
+        return target.original_weight()
     return dense_weight(target), dense_bias(target)
 
 
@@ -139,6 +143,7 @@ class WasiModel(BaseTuner):
         shared = next((layer for _, layer in wasi_layers(model)), None)
         self._inputs = SharedInputs() if shared is None else shared.inputs
         self._vectors = AdapterVectors() if shared is None else shared.vectors
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         before = Structure(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -155,6 +160,9 @@ class WasiModel(BaseTuner):
             loading.update(loading_before)
             self.peft_config.pop(adapter_name, None)  # PEFT does so too, but not after an interrupt
             raise
+        if config.residual is not None and self._alone:
+            del before  # which holds the dense weights
+            self._round(model, config, trained)
 
     def _prepare_adapter_config(self, peft_config: WasiConfig, model_config: dict[str, Any]) -> WasiConfig:
         resolve_targets(self.model, peft_config)
@@ -183,6 +191,11 @@ class WasiModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: WasiConfig) -> None:
         others = [other for other in self.peft_config.values() if other is not config]
+        forms = [other.base_form for other in [*others, config]]
+        if len(set(forms)) > 1 and any(other.residual is not None for other in [*others, config]):
+            raise ValueError(
+                f"All adapters of a model must have the same residual, which is their common base, got {forms}."
+            )
         modes = [other.memory_mode for other in [*others, config]]
         if len(set(modes)) > 1:
             raise ValueError(f"All adapters of a model must have the same memory_mode, got {modes}.")
@@ -231,9 +244,18 @@ class WasiModel(BaseTuner):
     def _initial_factors(self, config: WasiConfig, target: nn.Module, name: str) -> tuple[InitialFactors, int]:
         prepared = prepared_for(target)
         weight, bias = _dense_parts(target)
+        residual = None
+        if config.residual is not None:
+            residual = target.beside() if isinstance(target, WasiLayer) else ExactResidual(target)
         if prepared is not None:
-            return prepared.initial, prepared.rank
+            return replace(prepared.initial, residual=residual), prepared.rank
         asked = asked_rank(name, config)
+        if residual is not None:
+            assert isinstance(asked, int)
+            rank = min(asked, *weight.shape)
+            return InitialFactors(
+                weight.new_zeros(len(weight), rank), addition_basis(weight, rank), bias, None, residual
+            ), rank
 
         def directions(energies: torch.Tensor) -> int:
             return initial_rank(rank_for(asked, energies), config.layer_update.side_rank, weight.shape)
@@ -244,18 +266,42 @@ class WasiModel(BaseTuner):
 
     def _release(self, model: nn.Module, config: WasiConfig) -> None:
         """Give up the dense weights of the layers that are complete, and the factors that were prepared for them."""
-        alone = len(self.peft_config) == 1  # another adapter that does not target a layer still needs it dense
         for _, layer in wasi_layers(model):
             if layer.original is not None:
                 drop_prepared(layer.original)
-            if alone:
-                layer.release_base(config.base_weight)
+            if config.residual is None and self._alone:
+                layer.release_base(config.base_form)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether no other adapter may need a layer dense that it does not target."""
+        return len(self.peft_config) == 1
+
+    def _round(self, model: nn.Module, config: WasiConfig, trained: set[str]) -> None:
+        """Round the dense weights to the residual, layer by layer, so that the peak is the model and one layer.
+
+        Whatever interrupts this leaves dense layers again, those that had been rounded with their rounded weights.
+
+        Args:
+            model: The model with the layers in it.
+            config: Of the only adapter.
+            trained: Names of the parameters that trained before the injection.
+        """
+        products = ProductChoice(config.residual_product)
+        try:
+            for _, layer in wasi_layers(model):
+                layer.release_base(config.base_form, products)
+        except BaseException:
+            self.unload()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in trained)
+            raise
 
     def _add_vectors(self, model: nn.Module, adapter_name: str) -> None:
         config, source = self.peft_config[adapter_name], self._source(self.peft_config[adapter_name])
         if config.train_vectors or config.bias == "all":
             places = dict(vector_places(model, config.train_vectors, config.bias == "all"))
-            self._vectors.add(adapter_name, places, keep_base=config.base_weight != "release", source=source)
+            self._vectors.add(adapter_name, places, keep_base=config.keeps_base, source=source)
         self._vectors.activate_one_of(self.active_adapters)
         if adapter_name in self.active_adapters:
             self._vectors.require_grad(adapter_name, not config.inference_mode)

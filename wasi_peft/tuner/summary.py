@@ -13,13 +13,14 @@ from .layer import wasi_layers
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer: full module name, sizes, rank K, update, elements dense and stored."""
+    """One layer: full module name, sizes, rank K, update, bytes of an element of the dense weight."""
 
     name: str
     out_features: int
     in_features: int
     weight_rank: int
     update: Update
+    bytes_per_element: int
 
     @property
     def rank(self) -> int:
@@ -32,13 +33,26 @@ class LayerSummary:
         return dense_elements(self.out_features, self.in_features)
 
     @property
-    def factored_elements(self) -> int:
-        """Elements that are stored in its place."""
+    def stored_elements(self) -> int:
+        """Elements of what is stored in its place."""
         return self.update.elements(self.out_features, self.in_features, self.weight_rank)
 
     @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense weight."""
+        return self.dense_elements * self.bytes_per_element
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of what is stored in its place."""
+        sizes = self.out_features, self.in_features, self.weight_rank
+        return self.update.stored_bytes(*sizes, self.bytes_per_element)
+
+    @property
     def past_break_even(self) -> bool:
-        """Whether the factors cost more memory and compute than the dense weight."""
+        """Whether factors cost more memory and compute than the dense weight that they replace."""
+        if self.update.residual is not None:
+            return False
         return self.weight_rank > self.update.break_even_rank(self.out_features, self.in_features)
 
 
@@ -51,8 +65,8 @@ class WasiSummary:
 
     @property
     def kept_share(self) -> float:
-        """Elements of all factors over elements of all dense weights they replace."""
-        return sum(layer.factored_elements for layer in self.layers) / sum(x.dense_elements for x in self.layers)
+        """Bytes of all that is stored over those of the dense weights in whose place it is."""
+        return sum(layer.stored_bytes for layer in self.layers) / sum(layer.dense_bytes for layer in self.layers)
 
     @property
     def past_break_even(self) -> tuple[LayerSummary, ...]:
@@ -62,9 +76,11 @@ class WasiSummary:
     def headline(self) -> str:
         """One line for a log."""
         ranks = sorted(layer.rank for layer in self.layers)
+        residuals = sorted({layer.update.residual or "" for layer in self.layers} - {""})
+        beside = f" beside weights in {' and '.join(residuals)}" if residuals else ""
         text = (
             f"WASI adapter {self.adapter_name!r}: {len(self.layers)} layers, rank {ranks[0]} to {ranks[-1]} "
-            f"(median {ranks[len(ranks) // 2]}), {self.kept_share:.1%} of their weights kept"
+            f"(median {ranks[len(ranks) // 2]}){beside}, {self.kept_share:.1%} of their bytes kept"
         )
         past = len(self.past_break_even)
         return text + (f"; {past} layers are past break-even and cost more than dense" if past else "")
@@ -74,7 +90,7 @@ class WasiSummary:
         lines = [f"{'layer':<{width}}  {'out x in':>13}  {'rank':>5}  {'kept':>6}"]
         for layer in self.layers:
             shape = f"{layer.out_features} x {layer.in_features}"
-            kept = layer.factored_elements / layer.dense_elements
+            kept = layer.stored_bytes / layer.dense_bytes
             note = "  costs more than dense" if layer.past_break_even else ""
             lines.append(f"{layer.name:<{width}}  {shape:>13}  {layer.rank:>5}  {kept:>6.1%}{note}")
         return "\n".join([*lines, self.headline()])
@@ -93,6 +109,7 @@ def wasi_summary(model: nn.Module, adapter_name: str = "default") -> WasiSummary
             layer.in_features,
             layer.form_of(adapter_name).weight_rank,
             layer.wasi_update[adapter_name],
+            layer._like.dtype.itemsize,
         )
         for name, layer in wasi_layers(model)
         if adapter_name in layer.wasi_form

@@ -12,8 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..forms.dense import dense_weight
 from ..models.structure import Structure
-from ..updates import make_update
-from .config import WasiConfig
+from .config import RESIDUAL_RANK, WasiConfig
 from .layer import WasiLayer
 
 
@@ -110,7 +109,7 @@ def check_targets(model: nn.Module, config: WasiConfig, copied: bool = False) ->
 
 def _check_side_rank(targets: Mapping[str, nn.Module], config: WasiConfig) -> None:
     """Refuse directions beside the factors that no layer has; small layers among larger ones train what they have."""
-    side_rank, default = config.layer_update.side_rank, make_update(config.layer_update.name).side_rank
+    side_rank, default = config.layer_update.side_rank, type(config.layer_update).from_options(None).side_rank
     largest = max((min(_shape(module)) for module in targets.values()), default=side_rank)
     if side_rank > max(largest, default):
         raise ValueError(
@@ -224,4 +223,9 @@ def asked_rank(name: str, config: WasiConfig) -> int | float:
     fixed = fixed_rank(name, config)
     if fixed is None and config.weight_share is not None:
         raise ValueError(f"{name}: weight_share must be allocated over all layers first, got no ranks yet.")
-    return fixed if fixed is not None else float(config.explained_variance_threshold)
+    if fixed is not None:
+        return fixed
+    if config.residual is not None:
+        return RESIDUAL_RANK
+    assert config.explained_variance_threshold is not None  # of a configuration without residual
+    return float(config.explained_variance_threshold)

@@ -6,6 +6,10 @@ Configurations, plans and the command line read :data:`UPDATES`; a class that is
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from ..forms.residual import RESIDUALS
+from .addition import Addition
 from .base import InitialFactors, Update
 from .core import Core
 from .factor import Factor
@@ -13,9 +17,12 @@ from .frozen_basis import FrozenBasis
 from .low_rank import LowRank
 from .subspace import Subspace
 
-DEFAULT_UPDATE = FrozenBasis.name
+DEFAULT_UPDATE = FrozenBasis.name  # of factors that replace a weight
+RESIDUAL_UPDATE = Addition.name  # of those beside a frozen one
 
-UPDATES: dict[str, type[Update]] = {update.name: update for update in (FrozenBasis, LowRank, Core, Subspace, Factor)}
+UPDATES: dict[str, type[Update]] = {
+    update.name: update for update in (Addition, FrozenBasis, LowRank, Core, Subspace, Factor)
+}
 
 
 def register_update(update_cls: type[Update]) -> type[Update]:
@@ -36,15 +43,16 @@ def register_update(update_cls: type[Update]) -> type[Update]:
     return update_cls
 
 
-def make_update(name: str, update_rank: int | None = None) -> Update:
+def make_update(name: str, update_rank: int | None = None, residual: str | None = None) -> Update:
     """The update that a configuration or plan asks for.
 
     Args:
         name: Of the update.
         update_rank: Directions that train beside the K of the weight, for updates that have such.
+        residual: The frozen weight beside the factors, None for none.
 
     Raises:
-        ValueError: If no update has this name.
+        ValueError: If no update has this name, no residual has that one, or the update cannot train beside one.
 
     Example:
         >>> make_update("low_rank", 4).side_rank, make_update("core").trained
@@ -52,12 +60,24 @@ def make_update(name: str, update_rank: int | None = None) -> Update:
     """
     if name not in UPDATES:
         raise ValueError(f"update must be one of {', '.join(map(repr, UPDATES))}, got {name!r}.")
-    return UPDATES[name].from_options(update_rank)
+    update = UPDATES[name].from_options(update_rank)
+    if residual is None:
+        if update.needs_residual:
+            raise ValueError(f"update={name!r} adds to a frozen weight, so it needs a residual, got residual=None.")
+        return update
+    if residual not in RESIDUALS:
+        raise ValueError(f"residual must be one of {', '.join(map(repr, RESIDUALS))}, None, got {residual!r}.")
+    if not update.takes_residual:
+        able = " or ".join(repr(other) for other, cls in UPDATES.items() if cls.takes_residual)
+        raise ValueError(f"a residual needs update={able}, got update={name!r} with residual={residual!r}.")
+    return replace(update, residual=residual)
 
 
 __all__ = [
     "DEFAULT_UPDATE",
+    "RESIDUAL_UPDATE",
     "UPDATES",
+    "Addition",
     "Core",
     "Factor",
     "FrozenBasis",

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..forms.factored import FactoredLinear
+from ..forms.residual import RESIDUALS, Residual, ResidualLinear
 from ..linalg.coordinates import ImageMoments
 from ..linalg.subspaces import orthonormalize
-from ..linalg.tucker import Tucker
 from . import costs
 from .resizing import Carry
 
@@ -32,12 +32,15 @@ class InitialFactors:
         - L: (out, n), orthonormal columns; R: (n, in); bias: (out,) or None; n is K, and as many directions more as
           the update trains beside it (:attr:`Update.side_rank`), as far as the weight has them
         - moments: what the data look like in these coordinates, where R does not train
+        - residual: the frozen weight beside the factors; their coordinates then are those to train in, and L is zero,
+          or makes good for what the residual misses
     """
 
     L: Tensor
     R: Tensor
     bias: Tensor | None
     moments: ImageMoments | None = None
+    residual: Residual | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,12 @@ class Update(ABC):
         basis: Name of the part that trains in directions of its own scale, orthonormal columns: optimizers give it a
             learning rate of its own and no weight decay.
         hands_out_product: Whether backward can hand the gradient of the product `L R` to an optimizer.
+        takes_residual: Whether the factors can be an addition to a frozen weight.
+        needs_residual: Whether they can be nothing else.
+        residual: Name of the frozen weight beside the factors (:data:`forms.residual.RESIDUALS`), None for none.
     """
+
+    residual: str | None = field(default=None, kw_only=True)
 
     name: ClassVar[str]
     form_cls: ClassVar[type[FactoredLinear]] = FactoredLinear
@@ -61,6 +69,8 @@ class Update(ABC):
     reads_input: ClassVar[str | None] = None
     basis: ClassVar[str | None] = None
     hands_out_product: ClassVar[bool] = False
+    takes_residual: ClassVar[bool] = False
+    needs_residual: ClassVar[bool] = False
 
     @classmethod
     def from_options(cls, update_rank: int | None) -> Update:
@@ -104,6 +114,8 @@ class Update(ABC):
         if like is not None:
             parts = {name: part.to(like.device, like.dtype) for name, part in parts.items()}
             bias = None if bias is None else bias.to(like.device, like.dtype)
+        if initial.residual is not None:
+            return ResidualLinear.beside(initial.residual, parts, bias)
         return self.form_cls.from_parts(parts, bias, dense_class)
 
     def new_form(self, in_features: int, out_features: int, rank: int, bias: bool, **options: Any) -> FactoredLinear:
@@ -119,7 +131,7 @@ class Update(ABC):
         return self.form_cls(in_features, out_features, rank, bias, **options)
 
     @abstractmethod
-    def forward(self, form: Any, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None) -> Tensor:
+    def forward(self, form: Any, x: Tensor, compressed: Any, sink: ProductGradientSink | None) -> Tensor:
         """What the form computes, recorded so that what trains gets its gradients. Without gradients, call the form.
 
         **Shape**
@@ -128,7 +140,8 @@ class Update(ABC):
         Args:
             form: Of :attr:`form_cls`.
             x: Input.
-            compressed: Compressed form of x, to be kept instead of it; None keeps what is needed exactly.
+            compressed: Compressed form of x (:class:`linalg.tucker.Tucker`), to be kept instead of it; beside a
+                residual also x in 8 bits (:class:`linalg.low_bit.RoundedRows`). None keeps what is needed exactly.
             sink: Given with :attr:`hands_out_product` where an optimizer wants the product's gradient.
         """
 
@@ -173,7 +186,24 @@ class Update(ABC):
 
     def elements(self, out_features: int, in_features: int, rank: int) -> int:
         """Elements that a layer stores in place of a dense weight at rank K, all that trains included."""
-        return costs.factored_elements(out_features, in_features, rank + self.side_rank_of(out_features, in_features))
+        beside = 0 if self.residual is None else out_features * in_features
+        total = rank + self.side_rank_of(out_features, in_features)
+        return beside + costs.factored_elements(out_features, in_features, total)
+
+    def stored_bytes(self, out_features: int, in_features: int, rank: int, bytes_per_element: int) -> int:
+        """Bytes of them.
+
+        Args:
+            out_features: Of the layer.
+            in_features: Of the layer.
+            rank: K.
+            bytes_per_element: Of the dense weight, and of factors.
+        """
+        elements = self.elements(out_features, in_features, rank)
+        if self.residual is None:
+            return elements * bytes_per_element
+        factors = (elements - out_features * in_features) * bytes_per_element
+        return factors + RESIDUALS[self.residual].stored_bytes(out_features, in_features, bytes_per_element)
 
     def trained_elements(self, out_features: int, in_features: int, rank: int) -> int:
         """Those of them that train: gradients and optimizer states are as large."""
@@ -181,7 +211,13 @@ class Update(ABC):
         return sum(sizes[part] for part in self.trained)
 
     def break_even_rank(self, out_features: int, in_features: int) -> int:
-        """Largest K at which a layer is smaller (and cheaper) than the dense one; 0 where none is."""
+        """Largest K at which a layer is smaller (and cheaper) than the dense one; 0 where none is.
+
+        Beside a residual: smaller in bytes than a float32 weight.
+        """
+        if self.residual is not None:
+            kept = RESIDUALS[self.residual].stored_bytes(out_features, in_features, 4)
+            return max(0, 4 * out_features * in_features - kept - 1) // (4 * (out_features + in_features))
         return max(0, costs.break_even_rank(out_features, in_features) - self.side_rank_of(out_features, in_features))
 
     def forward_flops(self, rows: int, out_features: int, in_features: int, rank: int) -> int:

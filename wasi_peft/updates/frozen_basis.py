@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..forms.factored import FactoredLinear
+from ..forms.residual import ResidualLinear
 from ..linalg.coordinates import basis_form
 from ..linalg.tucker import Tucker
+from .addition import addition_linear
 from .base import InitialFactors, ProductGradientSink, Update
 from .factored import factored_linear
 from .resizing import Carry, random_rows, set_part
@@ -29,13 +31,18 @@ class FrozenBasis(Update):
 
     name: ClassVar[str] = "frozen_basis"
     trained: ClassVar[tuple[str, ...]] = ("L",)
+    takes_residual: ClassVar[bool] = True
 
     def start(self, initial: InitialFactors, rank: int) -> Mapping[str, Tensor]:
+        if initial.residual is not None:
+            return super().start(initial, rank)
         return dict(zip(("L", "R"), basis_form(initial.L, initial.R, initial.moments), strict=True))
 
     def forward(
         self, form: FactoredLinear, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None
     ) -> Tensor:
+        if isinstance(form, ResidualLinear):
+            return addition_linear(x, form.residual, form.L, form.R, form.bias)
         return factored_linear(x, form.L, form.R, form.bias, None, tangent=False)
 
     def shrink(self, form: FactoredLinear, rank: int, carry: Carry) -> None:

@@ -1,0 +1,197 @@
+"""Products with an int8 weight: which is fast depends on the machine, so it is measured there, once."""
+
+from __future__ import annotations
+
+import functools
+import time
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+from ..linalg.low_bit import RoundedRows, quantize_rows
+
+TILE_ELEMENTS = 2**20  # of a weight that is restored a part at a time
+SAMPLE_SIDE, SAMPLE_RUNS = 1024, 4
+FEW_ROWS = 16  # torch._int_mm on CUDA needs more
+
+
+class Int8Product(ABC):
+    """One way to multiply by `W = diag(scale) codes`.
+
+    **Shape**
+        - codes: (out, in), int8; scale: (out, 1), float32
+    """
+
+    name: ClassVar[str]
+
+    @staticmethod
+    @abstractmethod
+    def supports(codes: Tensor, rows: int, dtype: torch.dtype) -> bool:
+        """Whether it works for these operands."""
+
+    @staticmethod
+    @abstractmethod
+    def forward(x: Tensor, codes: Tensor, scale: Tensor, rounded: RoundedRows | None = None) -> Tensor:
+        """`x W^T`, (rows, out), of x (rows, in) in its dtype: a tensor of its own.
+
+        `rounded` is x in 8 bits, where it is known already.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def transposed(dY: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        """`dY W`, (rows, in), of dY (rows, out) in its dtype: a tensor of its own."""
+
+
+class IntegerProduct(Int8Product):
+    """Rows are rounded to int8 on the way, and multiplied in integers (`torch._int_mm`).
+
+    Exact but for the rounding of the rows: about 1 % of the product for random operands. For the gradient of the input
+    the output scales go into dY, so the one int8 weight serves both.
+    """
+
+    name: ClassVar[str] = "int8"
+
+    @staticmethod
+    def supports(codes: Tensor, rows: int, dtype: torch.dtype) -> bool:
+        """On a GPU: more than 16 rows, sides that are multiples of 8. Not in float64, which is for exact results."""
+        if dtype == torch.float64:
+            return False
+        if codes.device.type == "cuda":
+            return rows > FEW_ROWS and codes.shape[0] % 8 == 0 and codes.shape[1] % 8 == 0
+        return codes.device.type in ("cpu", "meta")
+
+    @staticmethod
+    def forward(x: Tensor, codes: Tensor, scale: Tensor, rounded: RoundedRows | None = None) -> Tensor:
+        rows, row_scale = quantize_rows(x) if rounded is None else rounded
+        return torch._int_mm(rows, codes.t()).to(row_scale.dtype).mul_(row_scale).mul_(scale.t()).to(x.dtype)
+
+    @staticmethod
+    def transposed(dY: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        rows, row_scale = quantize_rows(dY * scale.t())
+        return torch._int_mm(rows, codes).to(row_scale.dtype).mul_(row_scale).to(dY.dtype)
+
+
+class RestoredWeight(Int8Product):
+    """The weight is restored in the dtype of the rows, a tile at a time: exact, at the speed of a dense product."""
+
+    name: ClassVar[str] = "restored"
+    compute: ClassVar[torch.dtype | None] = None
+
+    @staticmethod
+    def supports(codes: Tensor, rows: int, dtype: torch.dtype) -> bool:
+        return True
+
+    @classmethod
+    def forward(cls, x: Tensor, codes: Tensor, scale: Tensor, rounded: RoundedRows | None = None) -> Tensor:
+        dtype = cls.compute or x.dtype
+        rows = x.to(dtype)
+        y = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
+        for start, stop in tiles(*codes.shape):
+            y[:, start:stop] = (rows @ codes[start:stop].t().to(dtype)).mul_(scale[start:stop].t())
+        return y
+
+    @classmethod
+    def transposed(cls, dY: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        dtype = cls.compute or dY.dtype
+        rows = (dY * scale.t()).to(dtype)
+        parts = tiles(*codes.shape)
+        dX = rows[:, : parts[0][1]] @ codes[: parts[0][1]].to(dtype)
+        for start, stop in parts[1:]:
+            dX.addmm_(rows[:, start:stop], codes[start:stop].to(dtype))
+        return dX.to(dY.dtype)
+
+
+class RestoredInBFloat16(RestoredWeight):
+    """The same with operands in bfloat16, sums in float32: codes are exact there, rows get 8 bits each."""
+
+    name: ClassVar[str] = "bfloat16"
+    compute: ClassVar[torch.dtype | None] = torch.bfloat16
+
+    @staticmethod
+    def supports(codes: Tensor, rows: int, dtype: torch.dtype) -> bool:
+        return dtype == torch.float32
+
+
+def tiles(out_features: int, in_features: int) -> list[tuple[int, int]]:
+    """Ranges of rows of a weight, none with more than :data:`TILE_ELEMENTS` elements, where one row has not."""
+    height = max(1, TILE_ELEMENTS // in_features)
+    return [(start, min(start + height, out_features)) for start in range(0, out_features, height)]
+
+
+PRODUCTS: dict[str, type[Int8Product]] = {
+    product.name: product for product in (IntegerProduct, RestoredWeight, RestoredInBFloat16)
+}
+
+
+@functools.cache
+def measured_seconds(device: torch.device, dtype: torch.dtype, few: bool) -> dict[str, float]:
+    """Seconds of every product that works there, with a square weight of 1024: what this machine is like.
+
+    Args:
+        device: Of the operands.
+        dtype: Of the rows.
+        few: Whether to measure with 8 rows, else with 256.
+    """
+    x = torch.zeros(8 if few else 256, SAMPLE_SIDE, dtype=dtype, device=device)
+    codes = torch.zeros(SAMPLE_SIDE, SAMPLE_SIDE, dtype=torch.int8, device=device)
+    scale = torch.zeros(SAMPLE_SIDE, 1, device=device)
+    able = [product for product in PRODUCTS.values() if product.supports(codes, len(x), dtype)]
+    with torch.no_grad():
+        return {product.name: min(_seconds(product, x, codes, scale) for _ in range(SAMPLE_RUNS)) for product in able}
+
+
+def _seconds(product: type[Int8Product], x: Tensor, codes: Tensor, scale: Tensor) -> float:
+    def wait() -> None:
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+
+    wait()
+    start = time.perf_counter()
+    product.forward(x, codes, scale)
+    wait()
+    return time.perf_counter() - start
+
+
+class ProductChoice:
+    """Which product the layers of a model use: the one asked for, or the fastest on this machine, measured once.
+
+    Args:
+        asked: Name of a product, used for all operands that it supports; None for the fastest.
+
+    Raises:
+        ValueError: If there is no such product.
+    """
+
+    def __init__(self, asked: str | None = None) -> None:
+        if asked is not None and asked not in PRODUCTS:
+            raise ValueError(f"a product must be one of {', '.join(map(repr, PRODUCTS))}, got {asked!r}.")
+        self.asked = asked
+        self._chosen: dict[tuple[torch.device, torch.dtype, bool], type[Int8Product]] = {}
+
+    def product(self, x: Tensor, codes: Tensor) -> type[Int8Product]:
+        """The product for rows x and a weight."""
+        rows, dtype = len(x), x.dtype
+        kind = (codes.device, dtype, rows <= FEW_ROWS)
+        chosen = PRODUCTS[self.asked] if self.asked is not None else self._chosen.get(kind)
+        if chosen is None:
+            if torch.compiler.is_compiling() or codes.is_meta or is_fake(codes):
+                chosen = IntegerProduct
+            else:
+                seconds = measured_seconds(*kind)
+                chosen = self._chosen[kind] = PRODUCTS[min(seconds, key=lambda name: seconds[name])]
+        return chosen if chosen.supports(codes, rows, dtype) else RestoredWeight
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """Names of the products in use so far, by device, dtype and number of rows."""
+        return {
+            f"{device.type}, {str(dtype).removeprefix('torch.')}, {'few' if few else 'many'} rows": product.name
+            for (device, dtype, few), product in self._chosen.items()
+        }
+
+    def __repr__(self) -> str:
+        return f"ProductChoice(asked={self.asked!r}, chosen={self.chosen})"

@@ -1,0 +1,377 @@
+"""A frozen weight Q, in few bits or as it was, beside two factors that train: `W = Q + L R`.
+
+The hybrid of low rank and quantisation. At the start `L R` is zero, or what Q misses of the dense weight, so nothing
+that a model knows is lost.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from typing_extensions import Self
+
+from ..linalg.low_bit import GROUP, LARGEST_CODE, Groups, RoundedRows, quantize_groups, restore_groups
+from .dense import FactoredWeight, build_dense, dense_bias, dense_weight, is_transposed
+from .factored import FactoredLinear, check_rank
+from .products import ProductChoice, tiles
+
+
+class Residual(nn.Module, ABC):
+    """A frozen linear layer of which factors can train an addition.
+
+    An ordinary module: what it holds are buffers, and a frozen bias. Its `weight` answers what model code asks of a
+    dense weight.
+
+    **Shape**
+        - input (..., in), output (..., out)
+
+    Args:
+        dense: The dense layer, Linear or Conv1D; not changed, its bias is taken over as it is.
+        products: How the layers of a model multiply (:mod:`products`); where that does not matter, ignored.
+    """
+
+    name: ClassVar[str]
+    rounds_inputs: ClassVar[bool] = True  # what backward keeps of an input may be rounded to 8 bits
+
+    def __init__(self, dense: nn.Module, products: ProductChoice | None = None) -> None:
+        super().__init__()
+        weight = dense_weight(dense)
+        self.out_features, self.in_features = weight.shape
+        self.dense_class = type(dense)
+        self.products = ProductChoice() if products is None else products
+        self.register_parameter("bias", _frozen(dense_bias(dense)))
+        self._like = weight.new_empty(0)  # has the device and dtype of the dense layer
+        self._hold(weight)
+
+    bias: nn.Parameter | None
+
+    @abstractmethod
+    def _hold(self, weight: Tensor) -> None:
+        """Take over a weight, (out, in)."""
+
+    @staticmethod
+    @abstractmethod
+    def stored_bytes(out_features: int, in_features: int, bytes_per_element: int) -> int:
+        """Bytes of what is kept of a weight."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What stands where the dense layer was."""
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense layer."""
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._like.device
+
+    @abstractmethod
+    def dense_weight(self) -> Tensor:
+        """The weight that this stands for, (out, in), a tensor of its own or the dense weight itself."""
+
+    @abstractmethod
+    def product(self, x: Tensor, rounded: RoundedRows | None = None) -> Tensor:
+        """`x Q^T`, (rows, out), of x (rows, in): a tensor of its own, to which more may be added.
+
+        Args:
+            x: Rows.
+            rounded: The same in 8 bits, where that is known already; a product that rounds takes it.
+        """
+
+    @abstractmethod
+    def transposed_product(self, dY: Tensor) -> Tensor:
+        """`dY Q`, (rows, in), of dY (rows, out): a tensor of its own."""
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`x Q^T` with a gradient for x, in the dtype of x; (..., in) to (..., out)."""
+        y: Tensor = _Product.apply(x, self)
+        return y
+
+    @property
+    def weight(self) -> FactoredWeight:
+        """Stand-in for the dense weight, in the layout of `dense_class`."""
+        shape = (self.out_features, self.in_features)
+        transposed = is_transposed(self.dense_class)
+
+        def dense() -> Tensor:
+            weight = self.dense_weight()
+            return weight.T if transposed else weight
+
+        return FactoredWeight(shape[::-1] if transposed else shape, self.dtype, self.device, dense)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """The dense layer that computes the same, its parameters frozen."""
+        weight = self.dense_weight()
+        weight = weight.T if is_transposed(self.dense_class) else weight
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return build_dense(self.dense_class, weight.contiguous(), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x Q^T + b` in the dtype of x, or in that of autocast."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Scales are not rounded to 16 bits: `to`, `half` and the like change the dtype that the layer answers in."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        if "_like" in self.__dict__:
+            self._like = fn(self._like)
+        for name, buffer in self._buffers.items():
+            before = kept[name]
+            if buffer is not None and before is not None and buffer.dtype != before.dtype:
+                self._buffers[name] = buffer.to(before.dtype) if before.is_meta else before.to(buffer.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, weight={self.name}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class ExactResidual(Residual):
+    """The dense layer stays in place as it is; this refers to it and owns no tensor."""
+
+    name: ClassVar[str] = "exact"
+    rounds_inputs: ClassVar[bool] = False
+
+    def __init__(self, dense: nn.Module, products: ProductChoice | None = None) -> None:
+        nn.Module.__init__(self)
+        self._dense = (dense,)  # not a child: it belongs to the model
+        self.out_features, self.in_features = dense_weight(dense).shape
+        self.dense_class = type(dense)
+
+    @property
+    def module(self) -> nn.Module:
+        return self._dense[0]
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        return self.module.bias  # type: ignore[return-value]
+
+    @staticmethod
+    def stored_bytes(out_features: int, in_features: int, bytes_per_element: int) -> int:
+        return out_features * in_features * bytes_per_element
+
+    def _hold(self, weight: Tensor) -> None:
+        raise NotImplementedError  # the dense layer holds it
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dense_weight().dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.dense_weight().device
+
+    def dense_weight(self) -> Tensor:
+        return dense_weight(self.module)
+
+    def to_dense(self) -> nn.Module:
+        return self.module
+
+    def product(self, x: Tensor, rounded: RoundedRows | None = None) -> Tensor:
+        return F.linear(x, self.dense_weight().to(x.dtype))
+
+    def transposed_product(self, dY: Tensor) -> Tensor:
+        return dY @ self.dense_weight().to(dY.dtype)
+
+
+class Int8Residual(Residual):
+    """int8 codes with one scale an output channel: a quarter of the bytes of float32, an error of about 0.4 %.
+
+    **Shape**
+        - codes: (out, in), int8; scale: (out, 1), float32
+    """
+
+    name: ClassVar[str] = "int8"
+    codes: Tensor
+    scale: Tensor
+
+    def _hold(self, weight: Tensor) -> None:
+        scale = weight.abs().amax(1, keepdim=True).float().div_(LARGEST_CODE)
+        divisor = scale.clamp_min(torch.finfo(torch.float32).tiny)
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for start, stop in tiles(*weight.shape):  # so that no second copy of a large weight exists
+            codes[start:stop] = (weight[start:stop] / divisor[start:stop]).round_()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    @staticmethod
+    def stored_bytes(out_features: int, in_features: int, bytes_per_element: int) -> int:
+        return out_features * (in_features + 4)
+
+    def dense_weight(self) -> Tensor:
+        return (self.codes * self.scale).to(self.dtype)
+
+    def product(self, x: Tensor, rounded: RoundedRows | None = None) -> Tensor:
+        return self.products.product(x, self.codes).forward(x, self.codes, self.scale, rounded)
+
+    def transposed_product(self, dY: Tensor) -> Tensor:
+        return self.products.product(dY, self.codes).transposed(dY, self.codes, self.scale)
+
+
+class Int4Residual(Residual):
+    """4 bits in groups of 32 with a scale and a smallest value each: 5 bits an element, an error of about 7 %.
+
+    Products restore the weight a tile at a time, so they save memory and, next to a dense product, no time.
+
+    **Shape**
+        - codes: (out, in_padded / 2), uint8; scale, smallest: (out, in_padded / 32)
+    """
+
+    name: ClassVar[str] = "int4"
+    codes: Tensor
+    scale: Tensor
+    smallest: Tensor
+
+    def _hold(self, weight: Tensor) -> None:
+        parts = [quantize_groups(weight[start:stop]) for start, stop in tiles(*weight.shape)]
+        half = max((part.scale.dtype for part in parts), key=lambda dtype: dtype == torch.bfloat16)
+        if any(part.scale.dtype != half for part in parts):
+            parts = [quantize_groups(weight)]
+        for name, values in zip(Groups._fields, zip(*parts, strict=True), strict=True):
+            self.register_buffer(name, torch.cat(values))
+
+    @staticmethod
+    def stored_bytes(out_features: int, in_features: int, bytes_per_element: int) -> int:
+        groups = -(-in_features // GROUP)
+        return out_features * groups * (GROUP // 2 + 4)
+
+    def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        groups = Groups(self.codes[start:stop], self.scale[start:stop], self.smallest[start:stop])
+        return restore_groups(groups, self.in_features, dtype)
+
+    def dense_weight(self) -> Tensor:
+        parts = tiles(self.out_features, self.in_features)
+        return torch.cat([self._tile(start, stop, torch.float32).to(self.dtype) for start, stop in parts])
+
+    def product(self, x: Tensor, rounded: RoundedRows | None = None) -> Tensor:
+        y = x.new_empty(len(x), self.out_features)
+        for start, stop in tiles(self.out_features, self.in_features):
+            y[:, start:stop] = x @ self._tile(start, stop, x.dtype).t()
+        return y
+
+    def transposed_product(self, dY: Tensor) -> Tensor:
+        parts = tiles(self.out_features, self.in_features)
+        dX = dY[:, : parts[0][1]] @ self._tile(*parts[0], dY.dtype)
+        for start, stop in parts[1:]:
+            dX.addmm_(dY[:, start:stop], self._tile(start, stop, dY.dtype))
+        return dX
+
+
+RESIDUALS: dict[str, type[Residual]] = {cls.name: cls for cls in (Int8Residual, Int4Residual, ExactResidual)}
+
+
+class _Product(torch.autograd.Function):
+    """`x Q^T`, of which x alone has a gradient: nothing is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Residual) -> Tensor:
+        ctx.residual, ctx.shape = residual, x.shape
+        return residual.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], residual.out_features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor, None]:
+        with torch.autocast(device_type=dY.device.type, enabled=False):
+            return ctx.residual.transposed_product(dY.reshape(-1, dY.shape[-1])).view(ctx.shape), None
+
+
+class ResidualLinear(FactoredLinear):
+    """`y = x Q^T + (x R^T) L^T + b`: a frozen weight and two factors, with a bias of its own.
+
+    The frozen weight is shared by all forms of a layer and belongs to none: it is not saved, moved or counted with
+    the form.
+
+    **Shape**
+        - L: (out, K); R: (K, in); bias: (out,) or None
+        - input (..., in), output (..., out)
+
+    Args:
+        residual: Q.
+        rank: K.
+        bias: Whether there is a bias.
+        device: Where the parameters are made; by default that of the residual.
+        dtype: Of the parameters; by default that of the residual.
+
+    Raises:
+        ValueError: If the rank is not in 1 to min(out_features, in_features).
+
+    Example:
+        >>> dense = nn.Linear(64, 32)
+        >>> form = ResidualLinear(Int8Residual(dense), rank=4)
+        >>> x = torch.randn(5, 64)
+        >>> bool((form(x) - form.to_dense()(x)).norm() < 0.03 * form(x).norm())
+        True
+    """
+
+    def __init__(
+        self,
+        residual: Residual,
+        rank: int,
+        bias: bool = True,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        out_features, in_features = residual.out_features, residual.in_features
+        check_rank("rank", rank, out_features, in_features)
+        shapes = {"L": (out_features, rank), "R": (rank, in_features)}
+        options = {"device": device or residual.device, "dtype": dtype or residual.dtype}
+        self._make(shapes, bias, residual.dense_class, options)
+        self._residual = (residual,)
+
+    @classmethod
+    def beside(cls, residual: Residual, parts: Mapping[str, Tensor], bias: Tensor | None) -> Self:
+        """A form around existing tensors, see :meth:`FactoredLinear.from_parts`."""
+        form = cls.from_parts(parts, bias, residual.dense_class)
+        form._residual = (residual,)
+        return form
+
+    @property
+    def residual(self) -> Residual:
+        """The frozen weight beside the factors."""
+        residual: Residual = self._residual[0]
+        return residual
+
+    def move_beside(self, residual: Residual) -> None:
+        """Have the factors beside another frozen weight of the same size."""
+        self._residual = (residual,)
+
+    def copy(self) -> Self:
+        """Another form beside the same frozen weight, with copies of the parameters."""
+        parts = {name: self.part(name).detach().clone() for name in self.parts}
+        return type(self).beside(self.residual, parts, self.bias)
+
+    def multiply_out(self) -> Tensor:
+        """The dense weight `Q + L R`, in the layout of `dense_class`."""
+        outer, inner = self.factors()
+        weight = self.residual.dense_weight().to(outer.dtype) + outer @ inner
+        return weight.T if is_transposed(self.dense_class) else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x Q^T + (x R^T) L^T + b` in the dtype of x."""
+        outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
+        return self.residual.multiply(x) + F.linear(F.linear(x, inner), outer, bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, residual={self.residual.name}"
+
+
+def _frozen(bias: Tensor | None) -> nn.Parameter | None:
+    return None if bias is None else nn.Parameter(bias, requires_grad=False)

@@ -1,0 +1,97 @@
+"""Weights and rows in few bits: how they are rounded, and what the codes stand for.
+
+int8: codes `q` with one scale s a channel, `w ~ s q`, symmetric. int4: groups of 32 entries of a row, each with a
+scale and a smallest value of its own, `w ~ s q + z`, two codes a byte, as in GGUF's Q4_1. Rows of an activation are
+rounded like channels of a weight, each by its own largest entry (vector-wise, LLM.int8, arXiv 2208.07339).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGEST_CODE = 127
+GROUP = 32
+
+
+class RoundedRows(NamedTuple):
+    """Rows in 8 bits: `x ~ codes * scale`.
+
+    **Shape**
+        - codes: (rows, n), int8; scale: (rows, 1), at least float32
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+
+def quantize_rows(x: Tensor) -> RoundedRows:
+    """Each row to int8 by its largest entry: `x ~ codes * scale`, no entry off by more than half a scale.
+
+    A row of zeros gets a scale of 0. NaN or Inf in a row makes its scale NaN or Inf, so that a product of codes and
+    scales is not finite either.
+
+    **Shape**
+        - x: (rows, n)
+
+    Example:
+        >>> codes, scale = quantize_rows(torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]]))
+        >>> codes.tolist(), scale.mul(127).tolist()
+        ([[64, -127, 32], [0, 0, 0]], [[2.0], [0.0]])
+    """
+    if x.dtype.itemsize < 4:
+        x = x.float()  # 16 bits hold no more digits than the code
+    scale = x.abs().amax(-1, keepdim=True).div_(LARGEST_CODE)
+    return RoundedRows((x / scale.clamp_min(torch.finfo(x.dtype).tiny)).round_().to(torch.int8), scale)
+
+
+class Groups(NamedTuple):
+    """A weight in 4 bits.
+
+    **Shape**
+        - codes: (out, in_padded / 2), uint8, the code of an even column in the low half of a byte
+        - scale, smallest: (out, in_padded / 32), float16, or bfloat16 for values past its range; in_padded is the next
+          multiple of 32
+    """
+
+    codes: Tensor
+    scale: Tensor
+    smallest: Tensor
+
+
+def quantize_groups(weight: Tensor) -> Groups:
+    """A weight to 4 bits, each group of 32 entries of a row from its smallest to its largest entry.
+
+    **Shape**
+        - weight: (out, in)
+
+    Example:
+        >>> weight = torch.tensor([[-1.0, 2.0] + 30 * [0.0]])
+        >>> restore_groups(quantize_groups(weight), 2)
+        tensor([[-1.,  2.]])
+    """
+    out_features, in_features = weight.shape
+    padding = -in_features % GROUP
+    padded = F.pad(weight.float(), (0, padding), mode="constant")
+    if padding:
+        padded[:, in_features:] = weight[:, -1:].float()  # widens no group
+    groups = padded.reshape(out_features, -1, GROUP)
+    smallest, largest = torch.aminmax(groups, dim=-1)
+    half = torch.float16 if float(weight.abs().max()) < torch.finfo(torch.float16).max / 2 else torch.bfloat16
+    smallest = smallest.to(half)
+    scale = ((largest - smallest.float()) / 15).to(half)
+    divisor = scale.float().clamp_min(torch.finfo(torch.float32).tiny)
+    codes = ((groups - smallest.float()[..., None]) / divisor[..., None]).round_().clamp_(0, 15).to(torch.uint8)
+    low, high = codes.reshape(out_features, -1, 2).unbind(-1)
+    return Groups(low | (high << 4), scale, smallest)
+
+
+def restore_groups(groups: Groups, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight that the codes stand for, (out, in)."""
+    out_features = len(groups.codes)
+    codes = torch.stack([groups.codes & 15, groups.codes >> 4], dim=-1).view(out_features, -1, GROUP)
+    weight = codes.to(dtype).mul_(groups.scale.to(dtype)[..., None]).add_(groups.smallest.to(dtype)[..., None])
+    return weight.view(out_features, -1)[:, :in_features]

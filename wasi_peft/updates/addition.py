@@ -1,0 +1,169 @@
+"""An addition to a frozen weight, `W = Q + L R`: both factors train, or L alone.
+
+Glossary as in :mod:`factored`; Q is the frozen weight, dense or in few bits (:mod:`forms.residual`). L starts at zero
+and R in directions through which the weight lets most of its input pass, in coordinates where the image `R x` is white
+(:func:`linalg.coordinates.addition_basis`). With both trained this is LoRA (arXiv 2106.09685) from another start; what
+backward keeps for R is the input as the product with Q rounds it, one byte a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..forms.factored import FactoredLinear
+from ..forms.residual import Residual, ResidualLinear
+from ..linalg.low_bit import RoundedRows
+from ..linalg.tucker import Tucker, expand_rows, roundable
+from .base import InitialFactors, ProductGradientSink, Update
+from .factored import outside_autocast
+from .resizing import Carry, grow_factors, shrink_factors
+
+
+@dataclass(frozen=True)
+class Addition(Update):
+    """L and R train beside a frozen weight, by their plain gradients, at LoRA's learning rates."""
+
+    name: ClassVar[str] = "addition"
+    form_cls: ClassVar[type[FactoredLinear]] = ResidualLinear
+    trained: ClassVar[tuple[str, ...]] = ("L", "R")
+    reads_input: ClassVar[str | None] = "R"
+    takes_residual: ClassVar[bool] = True
+    needs_residual: ClassVar[bool] = True
+
+    def start(self, initial: InitialFactors, rank: int) -> Mapping[str, Tensor]:
+        return {"L": initial.L, "R": initial.R}
+
+    def forward(
+        self,
+        form: ResidualLinear,
+        x: Tensor,
+        compressed: Tucker | RoundedRows | None,
+        sink: ProductGradientSink | None,
+    ) -> Tensor:
+        return addition_linear(x, form.residual, form.L, form.R, form.bias, compressed)
+
+    def image_width(self, form: ResidualLinear) -> int:
+        return form.weight_rank if form.L.requires_grad else 0
+
+    def shrink(self, form: ResidualLinear, rank: int, carry: Carry) -> None:
+        """The best approximation of `L R`; the frozen weight stays."""
+        shrink_factors(form.L, form.R, rank, carry)
+
+    def grow(self, form: ResidualLinear, rank: int, carry: Carry) -> None:
+        """Random directions in L, zero rows in R."""
+        grow_factors(form.L, form.R, rank, carry)
+
+    def gradient_flops(self, rows: int, out_features: int, in_features: int, rank: int, exact: bool) -> int:
+        return 2 * rows * rank * (out_features + (in_features if exact else 0))
+
+    def compressed_gradient_flops(self, rows: int, out_features: int, in_features: int, input_rank: int) -> int:
+        return 0
+
+    def product_flops(self, out_features: int, in_features: int, rank: int, input_rank: int) -> int:
+        return 2 * input_rank * rank * in_features
+
+
+class AdditionLinear(torch.autograd.Function):
+    """`y = x Q^T + (x R^T) L^T + b` with gradients for x, L, R and b.
+
+    What is saved of the input: `h = x R^T` for L (exact, K wide); for R its rounded or compressed form where one is
+    given, else the input itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Residual,
+        L: Tensor,
+        R: Tensor,
+        bias: Tensor | None,
+        rounded: tuple[Tensor, Tensor] | None,
+        core: Tensor | None,
+        feature: Tensor | None,
+        token: Tensor | None,
+        batch: Tensor | None,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        h = rows @ R.to(x.dtype).t()
+        # a tensor of its own: models may add to what a layer answers, in place
+        y = residual.product(rows, None if rounded is None else RoundedRows(*rounded))
+        y.addmm_(h, L.to(x.dtype).t())
+        if bias is not None:
+            y.add_(bias.to(x.dtype))
+
+        ctx.residual, ctx.shape, ctx.dtype = residual, x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        needs_x, _, needs_L, needs_R = ctx.needs_input_grad[:4]
+        kept: tuple[Tensor | None, ...] = (None, None, None, None)
+        ctx.kept = "nothing"
+        if needs_R and core is not None:
+            ctx.kept, kept = "compressed", (core, feature, token, batch)
+        elif needs_R and rounded is not None:
+            ctx.kept, kept = "rounded", (*rounded, None, None)
+        elif needs_R:
+            ctx.kept, kept = "input", (x, None, None, None)
+        ctx.save_for_backward(L if needs_x or needs_R else None, R, roundable(h) if needs_L else None, *kept)
+        return y.view(*x.shape[:-1], len(L))
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+        L, R, h, first, second, token, batch = ctx.saved_tensors
+        needs_x, _, needs_L, needs_R, needs_bias = ctx.needs_input_grad[:5]
+        dY = dY.reshape(-1, dY.shape[-1])
+        grad_x = grad_L = grad_R = grad_bias = None
+        if needs_bias:
+            grad_bias = dY.sum(0, dtype=ctx.bias_dtype)
+        if needs_L:
+            grad_L = (dY.t() @ h).to(R.dtype)
+        if needs_x or needs_R:
+            hidden_grad = dY @ L.to(ctx.dtype)  # (rows, K)
+        if needs_x:
+            grad_x = ctx.residual.transposed_product(dY).addmm_(hidden_grad, R.to(ctx.dtype)).view(ctx.shape)
+        if ctx.kept == "compressed":
+            grad_R = (hidden_grad.t() @ expand_rows(Tucker(first, second, token, batch))) @ second.t()
+        elif ctx.kept == "rounded":
+            grad_R = (hidden_grad * second.to(ctx.dtype)).t() @ first.to(ctx.dtype)
+        elif ctx.kept == "input":
+            grad_R = hidden_grad.t() @ first.reshape(-1, first.shape[-1])
+        grad_R = None if grad_R is None else grad_R.to(R.dtype)
+        return grad_x, None, grad_L, grad_R, grad_bias, *[None] * 5
+
+
+def addition_linear(
+    x: Tensor,
+    residual: Residual,
+    L: Tensor,
+    R: Tensor,
+    bias: Tensor | None = None,
+    kept: Tucker | RoundedRows | None = None,
+) -> Tensor:
+    """Linear layer with weight `Q + L R`, of which Q does not train.
+
+    **Shape**
+        - x: (..., in); L: (out, K); R: (K, in); bias: (out,); returns (..., out)
+
+    Args:
+        x: Input. Computation runs in its dtype; gradients come back in the dtypes of the parameters.
+        residual: Q.
+        L: Trained factor. Its gradient is exact.
+        R: The other one, trained or not.
+        bias: Optional bias.
+        kept: Rounded or compressed form of `x`, kept instead of it. The gradient of R is then that of the
+            reconstructed input. A product that rounds its input takes the rounded rows as they are.
+
+    Returns:
+        `x Q^T + (x R^T) L^T + b`. Not differentiable twice.
+    """
+    rounded = tuple(kept) if isinstance(kept, RoundedRows) else None
+    parts = kept if isinstance(kept, Tucker) else (None, None, None, None)
+    y: Tensor = AdditionLinear.apply(x, residual, L, R, bias, rounded, *parts)
+    return y
