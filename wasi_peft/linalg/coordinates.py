@@ -18,6 +18,7 @@ from .subspaces import range_finder
 
 DAMPING = 0.01
 BASIS_SCALE = 0.2  # measured: L then trains best at the learning rates of everything else
+ADDITION_SCALE = 0.8  # the size of a LoRA image with alpha = 2 r, whose learning rates then suit
 
 
 class ImageMoments(NamedTuple):
@@ -98,8 +99,8 @@ def addition_basis(weight: Tensor, rank: int, second_moment: Tensor | None = Non
     """R of an addition `L R` to a weight of which L is zero at first and trains alone: directions, and coordinates.
 
     Those input directions through which the weight lets most pass: with C = E[x x^T], damped, and V the leading right
-    singular vectors of `W C^(1/2)`, `R = c V^T C^(-1/2)`. So the image `h = R x` is white, and c = 0.2 times the root
-    mean square of x gives it the size for which :func:`basis_form` gives a reason.
+    singular vectors of `W C^(1/2)`, `R = c V^T C^(-1/2)`. So the image `h = R x` is white, and c = 0.8 times the root
+    mean square of x gives it about the size that it has in LoRA.
 
     **Shape**
         - weight: (out, in); returns (rank, in)
@@ -111,15 +112,35 @@ def addition_basis(weight: Tensor, rank: int, second_moment: Tensor | None = Non
 
     Example:
         >>> addition_basis(torch.diag(torch.tensor([1.0, 3.0])), 1).abs().round(decimals=3)
-        tensor([[0.0000, 0.2000]])
+        tensor([[0.0000, 0.8000]])
     """
     if second_moment is None:
-        return BASIS_SCALE * range_finder(weight.float(), rank).T.to(weight.dtype)
+        return ADDITION_SCALE * range_finder(weight.float(), rank).T.to(weight.dtype)
     C = second_moment.double()
     root, inverse = _roots(C)
     V = range_finder(weight.to(root) @ root, rank)
     size = math.sqrt(float(C.diagonal().mean())) or 1.0
-    return (BASIS_SCALE * size * (V.T @ inverse)).to(weight.dtype)
+    return (ADDITION_SCALE * size * (V.T @ inverse)).to(weight.dtype)
+
+
+def whitened_rows(R: Tensor, image: Tensor, mean_square: float) -> Tensor:
+    """Other rows with the same span, whose image is white: `R' = c S^(-1/2) R` with S = E[h h^T], h = R x, damped.
+
+    **Shape**
+        - R: (K, in); image: S, (K, K); returns (K, in)
+
+    Args:
+        R: Any rows.
+        image: Second moment of their image.
+        mean_square: Mean square of the entries of x; c is its root times the scale of :func:`addition_basis`.
+
+    Example:
+        >>> rows = whitened_rows(torch.eye(2), torch.diag(torch.tensor([4.0, 1.0])), mean_square=1.0)
+        >>> (rows.diagonal() / ADDITION_SCALE).round(decimals=1)
+        tensor([0.5000, 1.0000])
+    """
+    _, inverse = _roots(image.double())
+    return (ADDITION_SCALE * (math.sqrt(mean_square) or 1.0) * (inverse @ R.double())).to(R.dtype)
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,7 @@ class WasiLayer(BaseTunerLayer):
         self._loading_group: dict[str, WasiLayer] = {}  # all layers of an adapter that is being loaded, by name
         self._release_to: str | None = None
         self._products: ProductChoice | None = None  # of a residual to come
+        self._fresh: set[str] = set()  # adapters whose factors have met no data yet
 
     # ---------------------------------------------------------------- what is in the layer's place
 
@@ -212,6 +213,8 @@ class WasiLayer(BaseTunerLayer):
             form = update.form_of(initial, rank, self.dense_class, like)
         if initial is None and config.awaits_loading:
             self._awaiting.add(adapter_name)
+        fresh = isinstance(initial, InitialFactors) and initial.residual is not None and not initial.met_data
+        (self._fresh.add if fresh else self._fresh.discard)(adapter_name)
         (self.frozen_biases.add if config.bias == "none" else self.frozen_biases.discard)(adapter_name)
         self._sinks.pop(adapter_name, None)
         self.wasi_update[adapter_name] = update
@@ -276,7 +279,7 @@ class WasiLayer(BaseTunerLayer):
 
     def forget_adapter(self, adapter_name: str) -> None:
         """Drop what is known of an adapter beside its form."""
-        for known in (self._awaiting, self.frozen_biases):
+        for known in (self._awaiting, self._fresh, self.frozen_biases):
             known.discard(adapter_name)
         for table in (self.wasi_update, self.wasi_input, self._sinks):
             table.pop(adapter_name, None)
@@ -499,6 +502,8 @@ class Linear(nn.Module, WasiLayer):
             return form.forward(x.to(compute_dtype))  # ordinary operations, whatever trains
         compiling = torch.compiler.is_compiling()
         rows = x.to(compute_dtype) if compiling else self.inputs.cast(x, compute_dtype)
+        if name in self._fresh:
+            self._meet(name, rows)
         state = self.wasi_input[name]
         compressed: Any = None
         if update.reads_input is not None and form.part(update.reads_input).requires_grad:
@@ -509,6 +514,11 @@ class Linear(nn.Module, WasiLayer):
         sink = None if compiling else self.product_gradient_sink(name)
         with torch.autocast(device_type=x.device.type, enabled=False):
             return update.forward(form, rows, compressed, sink)
+
+    @torch.compiler.disable
+    def _meet(self, name: str, rows: Tensor) -> None:
+        self._fresh.discard(name)
+        self.wasi_update[name].meet(self.form_of(name), rows.detach().reshape(-1, rows.shape[-1]))
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Every sample by an adapter of its own, without gradients for the factors.

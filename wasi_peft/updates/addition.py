@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ..forms.factored import FactoredLinear
 from ..forms.residual import Residual, ResidualLinear
+from ..linalg.coordinates import whitened_rows
 from ..linalg.low_bit import RoundedRows
 from ..linalg.tucker import Tucker, expand_rows, roundable
 from .base import InitialFactors, ProductGradientSink, Update
@@ -48,6 +49,10 @@ class Addition(Update):
     ) -> Tensor:
         return addition_linear(x, form.residual, form.L, form.R, form.bias, compressed)
 
+    def meet(self, form: ResidualLinear, rows: Tensor) -> None:
+        """Put R into coordinates in which the image of this input is white."""
+        whiten_image(form, rows)
+
     def image_width(self, form: ResidualLinear) -> int:
         return form.weight_rank if form.L.requires_grad else 0
 
@@ -67,6 +72,28 @@ class Addition(Update):
 
     def product_flops(self, out_features: int, in_features: int, rank: int, input_rank: int) -> int:
         return 2 * input_rank * rank * in_features
+
+
+@torch.no_grad()
+def whiten_image(form: ResidualLinear, rows: Tensor) -> None:
+    """Put R of an addition into coordinates in which its image is white, as long as L is zero.
+
+    In a distributed run all processes see all inputs.
+
+    **Shape**
+        - rows: (rows, in)
+    """
+    R = form.R
+    if not len(rows) or bool(form.L.any()):
+        return
+    h = rows.to(R.dtype) @ R.t()
+    sums = torch.cat([(h.t() @ h).flatten(), rows.float().square().mean(1).sum().to(R.dtype).reshape(1)])
+    sums = torch.cat([sums, sums.new_full((1,), len(rows))]).double()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    if bool(sums.isfinite().all()):
+        moments = sums[:-1] / sums[-1]
+        R.copy_(whitened_rows(R, moments[:-1].view(len(R), len(R)), float(moments[-1])))
 
 
 class AdditionLinear(torch.autograd.Function):

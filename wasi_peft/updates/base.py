@@ -34,6 +34,7 @@ class InitialFactors:
         - moments: what the data look like in these coordinates, where R does not train
         - residual: the frozen weight beside the factors; their coordinates then are those to train in, and L is zero,
           or makes good for what the residual misses
+        - met_data: whether those coordinates come from data; else the first training batch gives them
     """
 
     L: Tensor
@@ -41,6 +42,7 @@ class InitialFactors:
     bias: Tensor | None
     moments: ImageMoments | None = None
     residual: Residual | None = None
+    met_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,14 @@ class Update(ABC):
         """What is to be done to a form, in place, after every step of an optimizer that moved it.
 
         None for nothing: then no hook is installed and no layer registered anywhere.
+        """
+        return None
+
+    def meet(self, form: Any, rows: Tensor) -> None:
+        """See the first input with which a form of fresh factors trains, (rows, in), before it answers.
+
+        What the form computes must stay as it is; the coordinates in which it trains may change. By default they do
+        not.
         """
         return None
 

@@ -19,7 +19,7 @@ from ..forms.factored import FactoredLinear
 from ..forms.residual import ResidualLinear
 from ..linalg.coordinates import basis_form
 from ..linalg.tucker import Tucker
-from .addition import addition_linear
+from .addition import addition_linear, whiten_image
 from .base import InitialFactors, ProductGradientSink, Update
 from .factored import factored_linear
 from .resizing import Carry, random_rows, set_part
@@ -44,6 +44,11 @@ class FrozenBasis(Update):
         if isinstance(form, ResidualLinear):
             return addition_linear(x, form.residual, form.L, form.R, form.bias)
         return factored_linear(x, form.L, form.R, form.bias, None, tangent=False)
+
+    def meet(self, form: FactoredLinear, rows: Tensor) -> None:
+        """Beside a residual, put R into coordinates in which the image of this input is white."""
+        if isinstance(form, ResidualLinear):
+            whiten_image(form, rows)
 
     def shrink(self, form: FactoredLinear, rank: int, carry: Carry) -> None:
         """`L = U D V^T`: the new factors are `L V_k` and `V_k^T R`, so rows of R stay as orthogonal as they were."""
