@@ -15,6 +15,7 @@ from torch import Tensor
 
 LARGEST_CODE = 127
 GROUP = 32
+TILE = 2**19  # elements that are rounded at a time: larger temporary tensors cost more to get than to compute
 
 
 class RoundedRows(NamedTuple):
@@ -42,10 +43,16 @@ def quantize_rows(x: Tensor) -> RoundedRows:
         >>> codes.tolist(), scale.mul(127).tolist()
         ([[64, -127, 32], [0, 0, 0]], [[2.0], [0.0]])
     """
-    if x.dtype.itemsize < 4:
-        x = x.float()  # 16 bits hold no more digits than the code
-    scale = x.abs().amax(-1, keepdim=True).div_(LARGEST_CODE)
-    return RoundedRows((x / scale.clamp_min(torch.finfo(x.dtype).tiny)).round_().to(torch.int8), scale)
+    dtype = torch.promote_types(x.dtype, torch.float32)  # 16 bits hold no more digits than the code
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(len(x), 1, dtype=dtype, device=x.device)
+    step = max(1, TILE // x.shape[1])
+    for rows in range(0, len(x), step):
+        part = x[rows : rows + step].to(dtype)
+        largest = part.abs().amax(-1, keepdim=True).div_(LARGEST_CODE)
+        scale[rows : rows + step] = largest
+        codes[rows : rows + step] = (part / largest.clamp_min(torch.finfo(dtype).tiny)).round_()
+    return RoundedRows(codes, scale)
 
 
 class Groups(NamedTuple):
