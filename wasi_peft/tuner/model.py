@@ -312,6 +312,12 @@ class WasiModel(BaseTuner):
 
     # ---------------------------------------------------------------- what trains
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """All that trains is held in float32 in a model of 16 bits, the vectors of the model too."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            self._vectors.hold_in_float32(adapter_name)
+
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         for _, layer in wasi_layers(model):

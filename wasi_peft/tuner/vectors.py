@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -82,6 +83,34 @@ def _is_vector(module: nn.Module, name: str, parameter: Tensor) -> bool:
     return sum(size > 1 for size in parameter.shape) <= 1 or is_token
 
 
+class Lowered:
+    """Hooks of a module that computes with 16-bit casts of the vectors that it holds, for training, in float32.
+
+    Outside the module's forward pass, the float32 vectors are what it holds. The casts pass gradients on.
+    """
+
+    def __init__(self) -> None:
+        self.dtypes: dict[str, torch.dtype] = {}  # by name of the vector, what the module computes in
+        self._held: list[dict[str, Any]] = []  # a stack: a module may run inside itself
+
+    def install(self, module: nn.Module) -> None:
+        """Have the module call this around its forward pass."""
+        module.register_forward_pre_hook(self._before)
+        module.register_forward_hook(self._after, always_call=True)
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        table = module._parameters
+        high = {name: table[name] for name in self.dtypes if getattr(table.get(name), "dtype", None) == torch.float32}
+        self._held.append(high)
+        for name, vector in high.items():
+            assert vector is not None
+            table[name] = vector.to(self.dtypes[name])  # type: ignore[assignment]
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._held:
+            module._parameters.update(self._held.pop())
+
+
 class AdapterVectors:
     """The vectors of all adapters of one model. One object that all tuner layers of the model share.
 
@@ -94,6 +123,7 @@ class AdapterVectors:
         self._places: dict[str, Place] = {}
         # by adapter (None: the base model) and full name; those of the active one may be older than what is registered
         self._values: dict[str | None, dict[str, Any]] = {}
+        self._raised: set[str | None] = set()  # adapters whose vectors are held in float32, in a model of 16 bits
 
     @property
     def keeps_base(self) -> bool:
@@ -135,6 +165,29 @@ class AdapterVectors:
             self._values[adapter] = {name: copies[id(registered[name])] for name in places}
         self._places |= places
 
+    def hold_in_float32(self, adapter: str) -> None:
+        """Hold an adapter's 16-bit vectors in float32, so that small steps are not lost; the model computes as before.
+
+        Source: mixed precision training, master weights (arXiv 1710.03740).
+        """
+        raised: dict[int, nn.Parameter] = {}  # tied ones stay tied
+        for name, vector in list(self.items(adapter)):
+            if not isinstance(vector, nn.Parameter) or vector.dtype not in (torch.float16, torch.bfloat16):
+                continue
+            self._raised.add(adapter)
+            owner, key = self._places[name]
+            hooks = [each.__self__ for each in owner._forward_pre_hooks.values() if hasattr(each, "__self__")]
+            lowered = next((each for each in hooks if isinstance(each, Lowered)), None)
+            if lowered is None:
+                lowered = Lowered()
+                lowered.install(owner)
+            lowered.dtypes[key] = vector.dtype
+            if id(vector) not in raised:
+                raised[id(vector)] = nn.Parameter(vector.detach().float(), vector.requires_grad)
+            self._values[adapter][name] = raised[id(vector)]
+            if adapter == self.active:
+                self._places[name].table[key] = raised[id(vector)]
+
     def remove(self, adapter: str) -> None:
         """Forget an adapter's vectors; where they are in use, the base model's come back, if there are any.
 
@@ -144,6 +197,7 @@ class AdapterVectors:
             self.activate(None)
             self.active = None
         self._values.pop(adapter, None)
+        self._raised.discard(adapter)
 
     def activate(self, adapter: str | None) -> None:
         """Register the vectors of an adapter, or those of the base model for None and for an adapter without any."""
@@ -156,7 +210,9 @@ class AdapterVectors:
         for name in {**leaving, **coming}:
             place = self._places[name]
             value = coming[name] if name in coming else base[name]
-            place.table[place.name] = _moved(value, place.table[place.name])
+            like = place.table[place.name]
+            own_dtype = target in self._raised or self.active in self._raised
+            place.table[place.name] = _moved(value, like.device, value.dtype if own_dtype else like.dtype)
         self.active = target
 
     def activate_one_of(self, adapters: Sequence[str]) -> None:
@@ -198,8 +254,8 @@ def _copy(vector: Tensor) -> Tensor:
     return vector.detach().clone()
 
 
-def _moved(vector: Tensor, like: Tensor) -> Tensor:
+def _moved(vector: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A vector that waited while the model was moved or cast."""
-    if vector.is_floating_point() and (vector.device != like.device or vector.dtype != like.dtype):
-        vector.data = vector.data.to(like.device, like.dtype)
+    if vector.is_floating_point() and (vector.device != device or vector.dtype != dtype):
+        vector.data = vector.data.to(device, dtype)
     return vector
