@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import subprocess
 import sys
 import threading
@@ -21,7 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from wasi_peft import OptimizerInBackward, SubspaceSGD, WasiConfig
 from wasi_peft.tuner import steps
-from wasi_peft.tuner.layer import wasi_layers
+from wasi_peft.tuner.layer import WasiLayer, wasi_layers
+from wasi_peft.updates import UPDATES
 from wasi_peft.updates.subspace import Subspace
 
 WIDTH = 8
@@ -97,11 +99,22 @@ def test_importing_installs_nothing() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("update", ["frozen_basis", "core", "factor", "low_rank"])
-def test_updates_without_anything_to_do_install_nothing(update: str) -> None:
-    model = adapted(update=update)
+@pytest.mark.parametrize("update", ["addition", "frozen_basis", "core", "factor", "low_rank"])
+def test_of_updates_without_anything_to_do_one_layer_is_watched_for_divergence(update: str) -> None:
+    model = adapted(update=update, residual="int8" if update == "addition" else None)
     step(model, sgd(model))
-    assert not post_hooks and not pre_hooks and not list(steps._watched)
+    assert len(post_hooks) == 1 and not pre_hooks
+    assert list(steps._watched) == [layer for layer in model.modules() if isinstance(layer, WasiLayer)][:1]
+
+
+@pytest.mark.parametrize("update", list(UPDATES))
+def test_a_step_that_diverges_is_told_with_its_learning_rate(update: str) -> None:
+    model = adapted(update=update, residual="int8" if update == "addition" else None)
+    optimizer = sgd(model)
+    step(model, optimizer)
+    optimizer.param_groups[0]["lr"] = math.inf
+    with pytest.raises(FloatingPointError, match="training diverged: a step at learning rate inf left NaN or Inf"):
+        step(model, optimizer)
 
 
 @pytest.mark.parametrize(

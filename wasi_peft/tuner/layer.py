@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..forms.residual import RESIDUALS, ExactResidual, Residual, ResidualLinear
 from ..updates.base import InitialFactors, ProductGradientSink, Update
 from .config import WasiConfig
 from .inputs import InputCompression, SharedInputs
-from .steps import watch
+from .steps import check_convergence, watch
 from .vectors import AdapterVectors
 
 RELEASED = (
@@ -38,6 +38,7 @@ class WasiLayer(BaseTunerLayer):
         residual: The frozen weight that the factors of adapters are beside; None where they replace it.
         inputs: What the layers of the model share of their inputs.
         vectors: The vectors of the model that train with each adapter.
+        tells_divergence: Whether this layer raises an error when a step leaves NaN or Inf in it; one of a model does.
     """
 
     adapter_layer_names: tuple[str, ...] = ("wasi_form",)
@@ -56,6 +57,7 @@ class WasiLayer(BaseTunerLayer):
         self.inputs = SharedInputs() if inputs is None else inputs
         self.vectors = AdapterVectors() if vectors is None else vectors
         self.frozen_biases: set[str] = set()  # adapters whose bias does not train
+        self.tells_divergence = False
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._unmerged_base: list[nn.Module] = []
@@ -226,16 +228,27 @@ class WasiLayer(BaseTunerLayer):
     def _watch_steps(self) -> None:
         """Ask to be called after an optimizer's steps, where an adapter has anything to do then."""
         for name, update in self.wasi_update.items():
-            if update.after_step is not None or self.wasi_input[name].rule is not None:
+            if self.tells_divergence or update.after_step is not None or self.wasi_input[name].rule is not None:
                 return watch(self)
 
-    def after_step(self, moved: set[int], retracted: bool) -> None:
-        """What an optimizer's step calls for (:mod:`steps`): one more step for warm bases, a retraction."""
+    def tell_divergence(self) -> None:
+        """Have this layer raise an error when a step leaves NaN or Inf in it."""
+        self.tells_divergence = True
+        self._watch_steps()
+
+    def after_step(self, moved: Mapping[int, float], retracted: bool) -> None:
+        """What an optimizer's step calls for (:mod:`steps`): one more step for warm bases, a retraction.
+
+        Raises:
+            FloatingPointError: If it left NaN or Inf, in a layer that :attr:`tells_divergence`.
+        """
         for name in list(self.wasi_form):
             form, update, state = self.form_of(name), self.wasi_update[name], self.wasi_input[name]
             trained = [form.part(part) for part in update.trained]
             if not any(id(part) in moved for part in trained):
                 continue
+            if self.tells_divergence:
+                check_convergence(trained, moved)
             state.age += 1
             self.inputs.clear()
             if update.after_step is not None and not retracted and any(part.requires_grad for part in trained):

@@ -24,6 +24,7 @@ from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
 from .config import WasiConfig
+from .heads import FRESH_HEAD, fresh_heads
 from .inputs import SharedInputs
 from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
 from .prepared import PreparedLayer, check_prepared, drop_prepared, prepared_for
@@ -151,6 +152,11 @@ class WasiModel(BaseTuner):
             enter_memory_mode(model, config.resolved_memory_mode)
             if self._used_plain_svd:
                 warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
+            layers = [layer for _, layer in wasi_layers(model)]
+            if not any(layer.tells_divergence for layer in layers):
+                layers[0].tell_divergence()  # it is watched first, and NaN in one layer is soon in all
+            for head in fresh_heads(model, config):
+                logger.warning(FRESH_HEAD.format(head=head))
             summary = wasi_summary(model, adapter_name)
             logger.log(logging.WARNING if summary.past_break_even else logging.INFO, summary.headline())
             self._release(model, config)

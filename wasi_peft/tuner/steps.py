@@ -1,7 +1,8 @@
 """What layers do after a step of the optimizer that trains them.
 
 torch offers one way to hear of a step of an optimizer that one does not own: a hook on all optimizers of the process.
-It is installed with the first layer that needs it, and taken away with the last: the default update needs none.
+It is installed with the first layer that needs it, and taken away with the last. With most updates that is one layer
+of each model, which tells when training diverges.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -21,11 +23,11 @@ from torch.utils.hooks import RemovableHandle
 class SteppedLayer(Protocol):
     """A layer with something to do after a step."""
 
-    def after_step(self, moved: set[int], retracted: bool) -> None:
+    def after_step(self, moved: Mapping[int, float], retracted: bool) -> None:
         """Called after every step of every optimizer.
 
         Args:
-            moved: Identities of the optimizer's parameters.
+            moved: Learning rates of the optimizer's parameters, by identity.
             retracted: Whether the optimizer leaves factors orthonormal itself.
         """
 
@@ -74,6 +76,20 @@ def watch(layer: SteppedLayer) -> None:
     _watched.add(layer)
 
 
+def check_convergence(parameters: Iterable[Tensor], moved: Mapping[int, float]) -> None:
+    """Refuse to go on where a step has left NaN or Inf in a parameter that it moved.
+
+    Raises:
+        FloatingPointError: If so; it names the learning rate.
+    """
+    for parameter in parameters:
+        if id(parameter) in moved and not bool(torch.isfinite(getattr(parameter, "_local_tensor", parameter)).all()):
+            raise FloatingPointError(
+                f"training diverged: a step at learning rate {moved[id(parameter)]:g} left NaN or Inf in what trains. "
+                "Start again from before it with a lower learning rate, a warm-up, or gradients that are clipped."
+            )
+
+
 @contextmanager
 def step_in_parts() -> Iterator[None]:
     """Context in which an optimizer's steps, in this thread, are parts of one that is announced when all are done."""
@@ -95,7 +111,9 @@ def after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     found_inf = getattr(optimizer, "found_inf", None)  # set by torch.amp.GradScaler for fused optimizers
     if getattr(_thread, "in_parts", False) or (found_inf is not None and bool(found_inf)):
         return
-    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    moved = {
+        id(parameter): float(group.get("lr", 0.0)) for group in optimizer.param_groups for parameter in group["params"]
+    }
     retracted = bool(getattr(optimizer, "retracts", False))
     for layer in _watched:
         layer.after_step(moved, retracted)
