@@ -311,6 +311,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+# updates whose factors take a weight's place; the others only add to a frozen one
+FACTOR_UPDATES = tuple(name for name, update in UPDATES.items() if not update.needs_residual)
+
+
 def wasi_model(model: nn.Module, **options: Any) -> Any:
     """PEFT model at full rank and with the exact input for backward, unless the options say otherwise."""
     return get_peft_model(model, exact_config(**options))
