@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from wasi_peft import WasiConfig
+from wasi_peft.forms.residual import RESIDUALS
 from wasi_peft.updates import UPDATES
 
 Batch = dict[str, Tensor]
@@ -309,6 +310,37 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     )
 }
+
+
+# updates whose factors take a weight's place; the others only add to a frozen one
+FACTOR_UPDATES = tuple(name for name, update in UPDATES.items() if not update.needs_residual)
+# every update alone and beside every frozen weight that it can be beside: what configurations say of it
+FORMS: dict[str, dict[str, Any]] = {
+    f"{name} {residual or ''}".strip(): {"update": name, "residual": residual}
+    for name, update in UPDATES.items()
+    for residual in (None, *RESIDUALS)
+    if (update.takes_residual if residual else not update.needs_residual)
+}
+
+
+def form_options(form: str, **options: Any) -> dict[str, Any]:
+    """Options of a configuration: of one of :data:`FORMS`, with the dense weight kept, and products exact.
+
+    Args:
+        form: Its name.
+        **options: Further ones.
+    """
+    residual = FORMS[form]["residual"]
+    kept = {"base_weight": "keep"} if residual is None else {"residual_product": "restored"}
+    return {**FORMS[form], **kept, **options}
+
+
+def frozen_model(model: nn.Module, form: str, names: Iterable[str]) -> nn.Module:
+    """A model whose named layers have the weights that are below the adapters of a form, dense."""
+    residual = FORMS[form]["residual"]
+    for name in names if residual in ("int8", "int4") else ():
+        model.set_submodule(name, RESIDUALS[residual](model.get_submodule(name)).to_dense())
+    return model
 
 
 def wasi_model(model: nn.Module, **options: Any) -> Any:

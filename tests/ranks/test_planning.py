@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from models import FACTOR_UPDATES
 from strategies import QUICK, descending, spectrum
 
 from wasi_peft.ranks.allocate import allocate_ranks
 from wasi_peft.ranks.plan import LayerPlan, WasiPlan, build_plan
 from wasi_peft.ranks.spectrum import InputGroup, LayerSpectrum, input_groups
-from wasi_peft.updates import UPDATES, Core, FrozenBasis, LowRank, make_update
+from wasi_peft.updates import Core, FrozenBasis, LowRank, make_update
 from wasi_peft.updates.costs import break_even_rank, rank_step
 
 CHECKED = {"out_features": 4, "in_features": 6, "shared_input": "a", "weight_energies": (4.0, 2.0, 1.0, 0.0)}
@@ -206,7 +207,7 @@ def test_plan_numbers_and_text() -> None:
     )
 
 
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", FACTOR_UPDATES)
 def test_break_even_is_that_of_the_update(update: str) -> None:
     """Past it are the ranks, and only those, at which a layer stores as much as the dense weight or more."""
     update_rank = make_update(update, 3).side_rank or None
@@ -237,7 +238,7 @@ def test_break_even_is_that_of_the_update(update: str) -> None:
         ),
         (
             {**PLAN.to_dict(), "update": "all"},
-            r"a plan's update must be one of \['frozen_basis', 'low_rank', .*\], got 'all'",
+            r"a plan's update must be one of \['addition', 'frozen_basis', .*\], got 'all'",
         ),
         (
             {**PLAN.to_dict(), "update": "low_rank"},

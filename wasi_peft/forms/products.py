@@ -63,7 +63,8 @@ class IntegerProduct(Int8Product):
             return False
         if codes.device.type == "cuda":
             return rows > FEW_ROWS and codes.shape[0] % 8 == 0 and codes.shape[1] % 8 == 0
-        return codes.device.type in ("cpu", "meta")
+        # of one input, `torch._int_mm` on a CPU misreads the transposed codes
+        return codes.device.type in ("cpu", "meta") and codes.shape[1] > 1
 
     @staticmethod
     def forward(x: Tensor, codes: Tensor, scale: Tensor, rounded: RoundedRows | None = None) -> Tensor:

@@ -216,7 +216,7 @@ class Int8Residual(Residual):
         return out_features * (in_features + 4)
 
     def dense_weight(self) -> Tensor:
-        return (self.codes * self.scale).to(self.dtype)
+        return (self.codes * self.scale.to(_at_least_float32(self.dtype))).to(self.dtype)
 
     def product(self, x: Tensor, rounded: RoundedRows | None = None) -> Tensor:
         return self.products.product(x, self.codes).forward(x, self.codes, self.scale, rounded)
@@ -257,8 +257,8 @@ class Int4Residual(Residual):
         return restore_groups(groups, self.in_features, dtype)
 
     def dense_weight(self) -> Tensor:
-        parts = tiles(self.out_features, self.in_features)
-        return torch.cat([self._tile(start, stop, torch.float32).to(self.dtype) for start, stop in parts])
+        parts, dtype = tiles(self.out_features, self.in_features), _at_least_float32(self.dtype)
+        return torch.cat([self._tile(start, stop, dtype).to(self.dtype) for start, stop in parts])
 
     def product(self, x: Tensor, rounded: RoundedRows | None = None) -> Tensor:
         y = x.new_empty(len(x), self.out_features)
@@ -283,7 +283,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Residual) -> Tensor:
         ctx.residual, ctx.shape = residual, x.shape
-        return residual.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], residual.out_features)
+        y = residual.product(x.reshape(-1, x.shape[-1]))
+        # no view of another tensor: models may add to what a layer answers, in place
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], residual.out_features))
 
     @staticmethod
     @once_differentiable
@@ -371,6 +373,10 @@ class ResidualLinear(FactoredLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, residual={self.residual.name}"
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _frozen(bias: Tensor | None) -> nn.Parameter | None:

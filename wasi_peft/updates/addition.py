@@ -119,7 +119,6 @@ class AdditionLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h = rows @ R.to(x.dtype).t()
-        # a tensor of its own: models may add to what a layer answers, in place
         y = residual.product(rows, None if rounded is None else RoundedRows(*rounded))
         y.addmm_(h, L.to(x.dtype).t())
         if bias is not None:
@@ -137,7 +136,8 @@ class AdditionLinear(torch.autograd.Function):
         elif needs_R:
             ctx.kept, kept = "input", (x, None, None, None)
         ctx.save_for_backward(L if needs_x or needs_R else None, R, roundable(h) if needs_L else None, *kept)
-        return y.view(*x.shape[:-1], len(L))
+        # no view of another tensor: models may add to what a layer answers, in place
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(L)))
 
     @staticmethod
     @once_differentiable

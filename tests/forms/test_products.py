@@ -1,0 +1,184 @@
+"""Products with an int8 weight against the restored weight in float64, and which of them is chosen."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from strategies import normal, relative_error
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from wasi_peft.forms import products
+from wasi_peft.forms.products import PRODUCTS, IntegerProduct, ProductChoice, RestoredWeight, measured_seconds, tiles
+from wasi_peft.linalg.low_bit import quantize_rows
+
+# roundings of a product, by dtype of the rows
+EXACT = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+DTYPES = tuple(EXACT)
+SIZES = [(24, 40), (7, 33), (1, 5), (64, 1)]
+
+
+def weight(out_features: int, in_features: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale, and the weight that they stand for in float64."""
+    codes, scale = quantize_rows(normal(out_features, in_features, seed=seed, dtype=torch.float32))
+    return codes, scale, codes.double() * scale.double()
+
+
+def operands(sizes: tuple[int, int], dtype: torch.dtype, rows: int = 20) -> tuple[Tensor, Tensor]:
+    """x (rows, in) and dY (rows, out)."""
+    return normal(rows, sizes[1], seed=1, dtype=dtype), normal(rows, sizes[0], seed=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_restored_weight_is_exact(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    codes, scale, dense = weight(*sizes)
+    x, dY = operands(sizes, dtype)
+    y, dX = RestoredWeight.forward(x, codes, scale), RestoredWeight.transposed(dY, codes, scale)
+    assert y.dtype == dX.dtype == dtype
+    assert relative_error(y, x.double() @ dense.T) < EXACT[dtype]
+    assert relative_error(dX, dY.double() @ dense) < EXACT[dtype]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in ("int8", "bfloat16") for dtype in DTYPES],
+    ids=str,
+)
+def test_products_that_round_say_by_how_much(name: str, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    """Rows of 8 bits, with or without an exponent of their own: a hundredth of the product, and not nothing."""
+    product = PRODUCTS[name]
+    codes, scale, dense = weight(*sizes)
+    x, dY = operands(sizes, dtype)
+    if not product.supports(codes, len(x), dtype):
+        assert dtype == torch.float64 or name == "bfloat16" or sizes[1] == 1
+        return
+    y, dX = product.forward(x, codes, scale), product.transposed(dY, codes, scale)
+    assert y.dtype == dX.dtype == dtype
+    for result, expected, width in ((y, x.double() @ dense.T, sizes[1]), (dX, dY.double() @ dense, sizes[0])):
+        # a row of one entry is its own largest, so it has no error
+        assert (0 if width == 1 else 1e-4) <= relative_error(result, expected) < 0.02
+
+
+def test_a_product_takes_rows_that_are_rounded_already() -> None:
+    codes, scale, _ = weight(24, 40)
+    x, _ = operands((24, 40), torch.float32)
+    rounded = quantize_rows(x)
+    expected = IntegerProduct.forward(x, codes, scale)
+    assert torch.equal(IntegerProduct.forward(torch.full_like(x, torch.nan), codes, scale, rounded), expected)
+    assert torch.equal(
+        RestoredWeight.forward(x, codes, scale, rounded), RestoredWeight.forward(x, codes, scale)
+    )  # which has no use for them
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_makes_its_row_not_finite(name: str, value: float) -> None:
+    codes, scale, _ = weight(24, 40)
+    x, dY = operands((24, 40), torch.float32)
+    x[3, 5], dY[3, 5] = value, value
+    for result in (PRODUCTS[name].forward(x, codes, scale), PRODUCTS[name].transposed(dY, codes, scale)):
+        assert not bool(result[3].isfinite().any())
+        assert bool(result[torch.arange(20) != 3].isfinite().all())
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_rows_and_channels_of_zeros(name: str) -> None:
+    dense = normal(24, 40, seed=0, dtype=torch.float32)
+    dense[4] = 0
+    codes, scale = quantize_rows(dense)
+    x, dY = operands((24, 40), torch.float32)
+    x[2], dY[2] = 0, 0
+    y, dX = PRODUCTS[name].forward(x, codes, scale), PRODUCTS[name].transposed(dY, codes, scale)
+    assert not bool(y[2].any()) and not bool(y[:, 4].any()) and not bool(dX[2].any())
+    assert bool(y.isfinite().all()) and bool(dX.isfinite().all())
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_what_a_product_gives_is_a_tensor_of_its_own(name: str) -> None:
+    codes, scale, _ = weight(24, 40)
+    x, dY = operands((24, 40), torch.float32)
+    before = [tensor.clone() for tensor in (x, dY, codes, scale)]
+    PRODUCTS[name].forward(x, codes, scale).zero_()
+    PRODUCTS[name].transposed(dY, codes, scale).zero_()
+    assert all(map(torch.equal, (x, dY, codes, scale), before))
+
+
+@pytest.mark.parametrize("name", ["restored", "bfloat16"])
+@pytest.mark.parametrize("elements", [1, 40, 100, 959])
+def test_weights_larger_than_a_tile(name: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, scale, _ = weight(24, 40)
+    x, dY = operands((24, 40), torch.float32)
+    product = PRODUCTS[name]
+    whole = product.forward(x, codes, scale), product.transposed(dY, codes, scale)
+    monkeypatch.setattr(products, "TILE_ELEMENTS", elements)
+    assert len(tiles(24, 40)) > 1
+    assert relative_error(product.forward(x, codes, scale), whole[0]) < 1e-6
+    assert relative_error(product.transposed(dY, codes, scale), whole[1]) < (1e-6 if name == "restored" else 1e-2)
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 1), (3, 2**21), (2**21, 3), (1000, 2000)])
+def test_tiles_cover_a_weight_and_hold_no_more_than_they_may(out_features: int, in_features: int) -> None:
+    parts = tiles(out_features, in_features)
+    assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])] and parts[-1][1] == out_features
+    assert all((stop - start) * in_features <= products.TILE_ELEMENTS or stop == start + 1 for start, stop in parts)
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def test_an_unknown_product_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be one of 'int8', 'restored', 'bfloat16', got 'fastest'"):
+        ProductChoice("fastest")
+
+
+def test_the_fastest_is_chosen_by_measuring_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"int8": 3.0, "restored": 2.0, "bfloat16": 1.0}
+    asked = []
+
+    def seconds(device: torch.device, dtype: torch.dtype, few: bool) -> dict[str, float]:
+        asked.append((dtype, few))
+        return {name: value for name, value in times.items() if dtype == torch.float32 or name != "bfloat16"}
+
+    monkeypatch.setattr(products, "measured_seconds", seconds)
+    choice = ProductChoice()
+    codes, _, _ = weight(24, 40)
+    for _ in range(2):
+        assert choice.product(torch.zeros(20, 40), codes).name == "bfloat16"
+        assert choice.product(torch.zeros(20, 40, dtype=torch.float16), codes).name == "restored"
+    assert asked == [(torch.float32, False), (torch.float16, False)]
+    assert choice.chosen == {"cpu, float32, many rows": "bfloat16", "cpu, float16, many rows": "restored"}
+
+
+def test_measuring_names_every_product_that_works() -> None:
+    device = torch.device("cpu")
+    assert set(measured_seconds(device, torch.float32, True)) == set(PRODUCTS)
+    assert set(measured_seconds(device, torch.float64, True)) == {"restored"}
+    assert all(0 < seconds < 60 for seconds in measured_seconds(device, torch.float32, True).values())
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_what_is_asked_for_is_used_where_it_works(name: str) -> None:
+    codes, _, _ = weight(24, 40)
+    choice = ProductChoice(name)
+    assert choice.product(torch.zeros(3, 40), codes).name == name
+    assert choice.product(torch.zeros(3, 40, dtype=torch.float64), codes).name == "restored"
+
+
+def test_nothing_is_measured_for_tensors_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "measured_seconds", None)
+    choice = ProductChoice()
+    assert choice.product(torch.zeros(20, 40, device="meta"), torch.zeros(24, 40, dtype=torch.int8, device="meta"))
+    with FakeTensorMode():
+        assert choice.product(torch.zeros(20, 40), torch.zeros(24, 40, dtype=torch.int8))
+    assert not choice.chosen
+
+
+def test_copies_of_a_choice_keep_what_was_asked_for() -> None:
+    choice = ProductChoice("restored")
+    for copied in (copy.deepcopy(choice), pickle.loads(pickle.dumps(choice))):
+        assert copied.product(torch.zeros(3, 40), torch.zeros(24, 40, dtype=torch.int8)) is RestoredWeight

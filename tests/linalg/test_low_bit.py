@@ -1,0 +1,137 @@
+"""Rounding to 8 and 4 bits: how far codes are from values, and what becomes of zeros, outliers, NaN and odd sizes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import QUICK, SEEDS, normal
+
+from wasi_peft.linalg import low_bit
+from wasi_peft.linalg.low_bit import GROUP, LARGEST_CODE, quantize_groups, quantize_rows, restore_groups
+
+SIZES = st.tuples(st.integers(1, 9), st.integers(1, 70))
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+# ---------------------------------------------------------------- rows in 8 bits
+
+
+@QUICK
+@given(sizes=SIZES, seed=SEEDS, exponent=st.integers(-20, 20))
+def test_no_entry_of_a_row_is_off_by_more_than_half_a_step(sizes: tuple[int, int], seed: int, exponent: int) -> None:
+    x = normal(*sizes, seed=seed) * 10.0**exponent
+    codes, scale = quantize_rows(x)
+    assert codes.dtype == torch.int8 and codes.shape == x.shape and scale.shape == (len(x), 1)
+    assert bool(((codes * scale - x).abs() <= scale / 2 * (1 + 1e-12)).all())
+    assert bool((codes.abs().amax(1) == LARGEST_CODE).all())  # the largest entry of each row has the largest code
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_scale_has_at_least_the_digits_of_float32(dtype: torch.dtype) -> None:
+    x = normal(5, 40, seed=1).to(dtype)
+    codes, scale = quantize_rows(x)
+    assert scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    error = (codes * scale - x.to(scale.dtype)).norm() / x.to(scale.dtype).norm()
+    assert 1e-3 < float(error) < 0.01
+
+
+def test_a_row_of_zeros_is_zero_and_an_outlier_costs_its_own_row_alone() -> None:
+    x = normal(3, 40, seed=2, dtype=torch.float32)
+    x[1] = 0
+    x[2, 7] = 1e6
+    codes, scale = quantize_rows(x)
+    assert not bool(codes[1].any()) and float(scale[1]) == 0
+    restored = codes * scale
+    assert torch.equal(restored[:1], torch.mul(*quantize_rows(x[:1])))
+    assert float(restored[2, 7]) == pytest.approx(1e6) and not bool(codes[2, :7].any())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows_in_the_scale_of_its_row(value: float) -> None:
+    x = normal(3, 40, seed=3, dtype=torch.float32)
+    x[1, 5] = value
+    _, scale = quantize_rows(x)
+    assert scale.isfinite().flatten().tolist() == [True, False, True]
+
+
+def test_the_smallest_numbers_do_not_overflow() -> None:
+    codes, scale = quantize_rows(torch.full((1, 3), 1e-45))
+    assert bool(scale.isfinite().all()) and bool((codes * scale <= 1e-44).all())
+
+
+def test_tiles_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normal(11, 40, seed=4, dtype=torch.float32)
+    whole = quantize_rows(x)
+    for tile in (1, 40, 100, 439):
+        monkeypatch.setattr(low_bit, "TILE", tile)
+        assert all(map(torch.equal, quantize_rows(x), whole))
+
+
+def test_no_rows_are_no_codes() -> None:
+    codes, scale = quantize_rows(torch.empty(0, 7))
+    assert codes.shape == (0, 7) and scale.shape == (0, 1)
+
+
+# ---------------------------------------------------------------- weights in 4 bits
+
+
+@QUICK
+@given(sizes=SIZES, seed=SEEDS, exponent=st.integers(-3, 3))
+def test_no_entry_of_a_group_is_off_by_more_than_half_a_step(
+    sizes: tuple[int, int], seed: int, exponent: int
+) -> None:
+    weight = normal(*sizes, seed=seed, dtype=torch.float32) * 10.0**exponent
+    groups = quantize_groups(weight)
+    restored = restore_groups(groups, sizes[1])
+    assert restored.shape == weight.shape
+    assert groups.codes.shape == (sizes[0], -(-sizes[1] // GROUP) * GROUP // 2) and groups.codes.dtype == torch.uint8
+    # half a step; float16 has 11 bits for the scale, multiplied by up to 15, and for the smallest value
+    step = groups.scale.float().repeat_interleave(GROUP, 1)[:, : sizes[1]]
+    smallest = groups.smallest.float().abs().repeat_interleave(GROUP, 1)[:, : sizes[1]]
+    assert bool(((restored - weight).abs() <= step * (0.5 + 15 * 2**-11) + smallest * 2**-11 + 2**-22).all())
+
+
+def test_a_group_holds_sixteen_values_and_two_of_them_exactly() -> None:
+    weight = normal(4, 96, seed=5, dtype=torch.float32)
+    restored = restore_groups(quantize_groups(weight), 96)
+    error = (restored - weight).norm() / weight.norm()
+    assert 0.05 < float(error) < 0.1
+    for group, values in zip(restored.view(-1, GROUP), weight.view(-1, GROUP), strict=True):
+        assert len(group.unique()) <= 16
+        assert torch.allclose(torch.stack(group.aminmax()), torch.stack(values.aminmax()), rtol=2e-3)
+
+
+def test_padding_widens_no_group() -> None:
+    """The last group of 33 columns has one value, which it holds with the digits of float16."""
+    weight = 5 + normal(3, GROUP + 1, seed=6, dtype=torch.float32).abs()
+    restored = restore_groups(quantize_groups(weight), GROUP + 1)
+    assert torch.allclose(restored[:, -1], weight[:, -1], rtol=2**-11, atol=0)
+
+
+def test_an_outlier_costs_its_own_group_alone() -> None:
+    weight = normal(2, 64, seed=7, dtype=torch.float32)
+    expected = restore_groups(quantize_groups(weight), 64)
+    weight[0, 3] = 1000.0
+    restored = restore_groups(quantize_groups(weight), 64)
+    assert torch.equal(restored[0, GROUP:], expected[0, GROUP:]) and torch.equal(restored[1], expected[1])
+    assert float(restored[0, 3]) == pytest.approx(1000.0, rel=2e-3)
+
+
+def test_zeros_and_constants() -> None:
+    assert not bool(restore_groups(quantize_groups(torch.zeros(3, 40)), 40).any())
+    constant = torch.full((2, 40), -0.5)
+    assert torch.equal(restore_groups(quantize_groups(constant), 40), constant)
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(3e4, torch.float16), (1e6, torch.bfloat16), (1e15, torch.bfloat16)])
+def test_values_past_float16_get_scales_in_bfloat16(largest: float, dtype: torch.dtype) -> None:
+    weight = normal(3, 64, seed=8, dtype=torch.float32)
+    weight *= largest / weight.abs().max()
+    groups = quantize_groups(weight)
+    restored = restore_groups(groups, 64)
+    assert groups.scale.dtype == groups.smallest.dtype == dtype
+    assert float((restored - weight).norm() / weight.norm()) < 0.12
