@@ -10,21 +10,24 @@ kept apart from the others.
 Each run is one entry of ``docs/benchmarks/finetune_accuracy.json``; finished runs are skipped. Without ``--lr``, a
 method's learning rates of ``GRID`` are run with seed 0, then the best of them with the other seeds::
 
-    python benchmarks/finetune_accuracy.py
+    python benchmarks/finetune_accuracy.py --method full lora residual --epochs 3 --seed 0 1 2 3 4
+    python benchmarks/finetune_accuracy.py --method full lora residual --epochs 3 --dtype float32 bfloat16
+    python benchmarks/finetune_accuracy.py --method residual --residual int8 int4 --rank 32 64 --epochs 3
     python benchmarks/finetune_accuracy.py --method wasi --target-share 0.5
     python benchmarks/finetune_accuracy.py --method full --lr 3e-5 --seed 0 --threads 1
-    python benchmarks/finetune_accuracy.py --summarise
+    python benchmarks/finetune_accuracy.py --method full lora residual --epochs 3 --summarise
 
-WASI's initial factors come in the five variants of ``initial_factors.py``. Their preparation, minutes long, depends
-neither on the seed nor on learning rates or the memory mode, so it is done once and kept in the cache folder for all
-the runs that differ in these only (``prepared.py``). Several shares, variants or memory modes can be given at once::
+"residual" is ``WasiConfig()``, "wasi" the two factors that take the weight's place. Their initial factors come in the
+five variants of ``initial_factors.py``. Their preparation, minutes long, depends neither on the seed nor on learning
+rates or the memory mode, so it is done once and kept in the cache folder for all the runs that differ in these only
+(``prepared.py``). Several shares, variants or memory modes can be given at once::
 
     python benchmarks/finetune_accuracy.py --method wasi --memory-mode exact fast small --lr 5e-4 --seed 0 1 2
     python benchmarks/finetune_accuracy.py --method wasi --target-share 0.5 0.33 0.25 --lr 5e-4 --seed 0 1 2 \\
         --variant plain one-sided two-sided repaired --plot docs/benchmarks/finetune_accuracy.png
 
-The first also gives a table of what rounding costs: each run minus the one that differs from it in exact memory only.
-"""
+The summary begins with a table of the runs asked for. The first also gives a table of what rounding costs: each run
+minus the one that differs from it in exact memory only. """
 
 import argparse
 import itertools
@@ -41,11 +44,26 @@ import torch
 import transformers
 from torch import nn
 
-from common import RESULTS_FOLDER, add_entry, cache_dir, environment, read_json
+from common import RESULTS_FOLDER, environment, read_json
 from finetuning import METHODS, accuracy, build, build_optimizer, predict, train
 from images import SHIPPED_IMAGES, ImageSet, fashion_mnist_folder, load_images
 from initial_factors import REPAIRS, steps_of
 from prepared import VARIANTS, attach_factors, build_config
+from runs import (
+    Scores,
+    Settings,
+    add_residual_arguments,
+    chosen_runs,
+    comparison,
+    group_of,
+    key_of,
+    mean_and_spread,
+    plan_of,
+    precision,
+    residual_options,
+    run_missing,
+    updates_for,
+)
 from vit import load_vit
 from wasi_peft.factors.block_repair import BLOCK_STEPS
 from wasi_peft.factors.model_repair import REPAIR_STEPS
@@ -53,43 +71,20 @@ from wasi_peft.tuner.config import MEMORY_MODES
 from wasi_peft.updates import UPDATES
 
 RESULTS = RESULTS_FOLDER / "finetune_accuracy.json"
-GRID = {"full": (2e-5, 5e-5, 1e-4), "lora": (2e-4, 5e-4, 1e-3), "wasi": (2e-5, 5e-5, 1e-4, 2e-4)}
-SCORES = ("validation_accuracy", "test_accuracy", "test_accuracy_first_2000")
+GRID = {
+    "full": (2e-5, 5e-5, 1e-4, 2e-4),
+    "lora": (2e-4, 5e-4, 1e-3, 2e-3),
+    "residual": (2e-4, 5e-4, 1e-3, 2e-3),
+    "wasi": (2e-4, 5e-4, 1e-3, 2e-3),
+}
+JUDGED = Scores("validation_accuracy", "test_accuracy")
+SCORES = (JUDGED.held_out, JUDGED.test, "test_accuracy_first_2000")
 DEFAULT_VARIANT, DEFAULT_MODE = "repaired", "exact"
-Settings = dict[str, Any]
 
 
 def part(images: ImageSet, start: int, stop: int) -> ImageSet:
     """Returns images ``start`` to ``stop`` - 1."""
     return ImageSet(images.images[start:stop], images.labels[start:stop], images.image_size, images.classes)
-
-
-def key_of(settings: Settings) -> str:
-    """Returns the name of a run's entry: all that its result depends on."""
-    return " ".join(
-        f"{name}={json.dumps(value, sort_keys=True) if isinstance(value, dict) else value}"
-        for name, value in settings.items()
-        if value not in (None, {})
-    )
-
-
-def group_of(settings: Settings) -> str:
-    """Returns what runs share that differ in learning rates and seed only."""
-    return key_of({name: value for name, value in settings.items() if name not in ("lr", "head_lr", "seed")})
-
-
-def best_rates(entries: dict[str, Any], group: str) -> tuple[float, float | None]:
-    """Returns the learning rates of a group's seed-0 run that is most accurate on the held-out images.
-
-    Raises:
-        ValueError: If the group has no such run yet.
-    """
-    runs = [entry for entry in entries.values() if group_of(entry["settings"]) == group]
-    runs = [entry for entry in runs if entry["settings"]["seed"] == 0]
-    if not runs:
-        raise ValueError(f"--lr best needs finished runs with --seed 0 of: {group}")
-    best = max(runs, key=lambda entry: entry["validation_accuracy"])["settings"]
-    return best["lr"], best["head_lr"]
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -99,19 +94,22 @@ def run(settings: Settings) -> dict[str, Any]:
     train_set, validation_set = part(pool, 0, count), part(pool, count, count + held_out)
     transformers.set_seed(settings["seed"])
     model = load_vit(num_labels=len(pool.classes), seed=settings["seed"])
+    bf16 = settings["dtype"] == "bfloat16"
+    if settings["base_dtype"] == "bfloat16":
+        model = model.to(torch.bfloat16)
     factors = None
     if settings["method"] == "wasi":
         model, factors = build_wasi(settings, model, train_set)
     else:
-        model = build(settings["method"], model, train_set)
+        model = build(settings["method"], model, train_set, settings["wasi"], prepare=settings["prepare"] or 0)
     optimizer = build_optimizer(settings["method"], model, settings["lr"], settings["head_lr"])
     with tempfile.TemporaryDirectory() as scratch:
         log = train(
             model, optimizer, train_set, Path(scratch),
-            steps=settings["steps"], epochs=settings["epochs"], batch_size=32, seed=settings["seed"],
+            steps=settings["steps"], epochs=settings["epochs"], batch_size=32, seed=settings["seed"], bf16=bf16,
         )  # fmt: skip
-    validation = predict(model, validation_set, description="Validating")
-    test = predict(model, test_set, description="Testing")
+    validation = predict(model, validation_set, description="Validating", bf16=bf16)
+    test = predict(model, test_set, description="Testing", bf16=bf16)
     entry = {
         "settings": settings,
         "steps": max(item["step"] for item in log),
@@ -122,7 +120,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "losses": [item["loss"] for item in log if "loss" in item],
         "environment": environment(),
     }
-    if settings["method"] == "wasi":
+    if settings["method"] in ("residual", "wasi"):
         entry["kept_share"] = model.wasi_summary().kept_share
         entry["initial_factors"] = factors
     return entry
@@ -144,18 +142,6 @@ def build_wasi(settings: Settings, model: nn.Module, train_set: ImageSet) -> tup
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def chosen_runs(entries: dict[str, Any], group: str) -> list[dict[str, Any]]:
-    """Returns a group's runs, by seed, at the learning rates that are best on the held-out images.
-
-    Raises:
-        ValueError: If the group has no run with seed 0 yet.
-    """
-    rates = best_rates(entries, group)
-    runs = [entry for entry in entries.values() if group_of(entry["settings"]) == group]
-    runs = [entry for entry in runs if (entry["settings"]["lr"], entry["settings"]["head_lr"]) == rates]
-    return sorted(runs, key=lambda entry: entry["settings"]["seed"])
-
-
 def summary(entries: dict[str, Any]) -> str:
     """Formats mean and spread over seeds, at the learning rates that are best on the held-out images."""
     lines = [
@@ -165,7 +151,7 @@ def summary(entries: dict[str, Any]) -> str:
     groups = dict.fromkeys(group_of(entry["settings"]) for entry in entries.values())
     for group in groups:
         try:
-            runs = chosen_runs(entries, group)
+            runs = chosen_runs(entries, group, JUDGED)
         except ValueError:
             continue  # no run with seed 0 yet
         lr, head_lr = runs[0]["settings"]["lr"], runs[0]["settings"]["head_lr"]
@@ -218,12 +204,6 @@ def exact_twin(entries: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]
     return None
 
 
-def mean_and_spread(values: list[float], sign: str = "") -> str:
-    """Formats a mean, with the sample standard deviation if there are several values."""
-    mean = f"{statistics.mean(values):{sign}.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
-
-
 def plot(entries: dict[str, Any], args: argparse.Namespace, path: Path) -> None:
     """Draws test accuracy against the share of weights kept, one curve a variant, update and memory mode.
 
@@ -241,7 +221,7 @@ def plot(entries: dict[str, Any], args: argparse.Namespace, path: Path) -> None:
     bands: dict[str, tuple[float, float]] = {}
     for settings in every_settings(args, METHODS):
         try:
-            runs = chosen_runs(entries, group_of(settings))
+            runs = chosen_runs(entries, group_of(settings), JUDGED)
         except ValueError:
             continue  # no run with seed 0 yet
         scores = [entry["test_accuracy"] for entry in runs]
@@ -282,10 +262,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--method", nargs="+", choices=METHODS, default=list(METHODS))
     add("--lr", nargs="+", help="learning rates, or best: that of the finished runs of seed 0 (default: GRID, best)")
     add("--head-lr", type=float, help="learning rate of the head (default: the same)")
-    add("--seed", type=int, nargs="+", help="seeds (default: 0 with --lr, else 0, 1 and 2)")
-    add("--wasi", type=json.loads, default={}, metavar="JSON", help='fields of WasiConfig, as {"weight_rank": 64}')
+    add("--seed", type=int, nargs="+", help="seeds (default: 0 with --lr, else 0, 1 and 2; 0 must come first)")
+    add(
+        "--wasi",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='wasi: fields of WasiConfig, as {"weight_rank": 64}',
+    )
     add("--update", nargs="+", choices=UPDATES, help="the same, one run an update")
     add("--memory-mode", nargs="+", choices=MEMORY_MODES, help="the same, one run a mode")
+    add_residual_arguments(parser)
     add("--target-share", type=float, nargs="+", default=[None], help="WASI: shares of the weights to keep")
     add("--variant", nargs="+", choices=VARIANTS, default=[DEFAULT_VARIANT], help="WASI: initial factors")
     add("--calibration-images", type=int, default=512, help="WASI: unlabelled training images looked at first")
@@ -305,23 +292,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def every_settings(args: argparse.Namespace, methods: list[str] | tuple[str, ...]) -> Iterator[Settings]:
     """Yields the settings of all runs asked for, but for learning rates and seed."""
-    for method in methods:
-        if method != "wasi":
-            yield settings_of(args, method)
-            continue
+    for method, dtype in itertools.product(methods, args.dtype):
         modes = [None if mode == DEFAULT_MODE else mode for mode in args.memory_mode or [None]]
-        fields = itertools.product(args.update or [None], modes)
-        options = [{"update": update, "memory_mode": mode} for update, mode in fields]
-        for variant, share, given in itertools.product(args.variant, args.target_share, options):
-            yield settings_of(args, method, variant, share, given)
+        fields = list(itertools.product(updates_for(method, args.update), modes))
+        if method == "residual":
+            for kind, rank, (update, mode) in itertools.product(args.residual, args.rank, fields):
+                yield settings_of(args, method, dtype, options=residual_options(kind, rank, update, mode))
+        elif method == "wasi":
+            options = [{**args.wasi, **_given(update=update, memory_mode=mode)} for update, mode in fields]
+            for variant, share, given in itertools.product(args.variant, args.target_share, options):
+                yield settings_of(args, method, dtype, variant, share, given)
+        else:
+            yield settings_of(args, method, dtype)
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value}
 
 
 def settings_of(
     args: argparse.Namespace,
     method: str,
+    dtype: str = "float32",
     variant: str = DEFAULT_VARIANT,
     share: float | None = None,
-    options: dict[str, str | None] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Settings:
     """Returns the settings of a run, but for learning rates and seed; None is what a key leaves out."""
     wasi = method == "wasi"
@@ -329,8 +324,10 @@ def settings_of(
     return {
         "method": method,
         "variant": None if variant == DEFAULT_VARIANT else variant,
-        "wasi": {**args.wasi, **{field: value for field, value in (options or {}).items() if value}} if wasi else {},
+        "wasi": options or {},
         "target_share": share,
+        "prepare": (args.prepare or None) if method == "residual" else None,
+        **precision(dtype, args.base_dtype),
         "calibration_images": args.calibration_images if wasi and variant != "plain" else None,
         "repair_steps": steps_of(variant, args.repair_steps, args.block_steps) if repaired else None,
         "train": args.train,
@@ -341,33 +338,16 @@ def settings_of(
     }
 
 
-def run_missing(settings: Settings, rate: str | float, seed: int, args: argparse.Namespace) -> None:
-    """Does one run and stores its entry, unless it was done before."""
-    entries = read_json(args.results)
-    rates = best_rates(entries, group_of(settings)) if rate == "best" else (float(rate), args.head_lr)
-    settings = {**settings, "lr": rates[0], "head_lr": rates[1], "seed": seed}
-    key = key_of(settings)
-    if key in entries:
-        print(f"finished before: {key}", flush=True)
-        return
-    print(f"running: {key}", flush=True)
-    entry = run(settings)
-    add_entry(args.results, key, entry, lock=cache_dir() / f"{args.results.name}.lock")
-    print(f"held-out {entry['validation_accuracy']:.4f}, test {entry['test_accuracy']:.4f}: {key}", flush=True)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Runs what is missing, one run after the other, and prints the summary."""
     args = parse(arguments)
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()  # the new head is reported as missing, which is meant
     for settings in [] if args.summarise else every_settings(args, args.method):
-        seeds = args.seed or ([0] if args.lr else [0, 1, 2])
-        grid = GRID[settings["method"]]
-        plan = [(rate, seed) for seed in seeds for rate in args.lr or (grid if seed == 0 else ["best"])]
-        for rate, seed in plan:
-            run_missing(settings, rate, seed, args)
+        plan = plan_of(args, GRID[settings["method"]])
+        run_missing(settings, plan, args.results, JUDGED, run, args.head_lr)
     entries = read_json(args.results)
+    print(comparison(entries, every_settings(args, args.method), JUDGED), end="\n\n")
     print(summary(entries))
     if args.plot:
         plot(entries, args, args.plot)

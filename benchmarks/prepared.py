@@ -41,10 +41,10 @@ def build_config(variant: str, model: nn.Module, share: float | None, options: M
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
     if share is None or variant not in ("plain", "one-sided"):
-        return wasi_peft.WasiConfig(modules_to_save=[HEAD], weight_share=share, **options)
-    asked = wasi_peft.WasiConfig(**options)
+        return wasi_peft.WasiConfig(**{"residual": None, **options}, modules_to_save=[HEAD], weight_share=share)
+    asked = wasi_peft.WasiConfig(**{"residual": None, **options})
     ranks = uniform_ranks(model, share, asked.layer_update)
-    return wasi_peft.WasiConfig(modules_to_save=[HEAD], rank_pattern=ranks, **options)
+    return wasi_peft.WasiConfig(**{"residual": None, **options}, modules_to_save=[HEAD], rank_pattern=ranks)
 
 
 def attach_factors(

