@@ -335,6 +335,14 @@ def form_options(form: str, **options: Any) -> dict[str, Any]:
     return {**FORMS[form], **kept, **options}
 
 
+# every form with everything that it lets become of the dense weight
+KEPT_BASES = [
+    (form, base)
+    for form, options in FORMS.items()
+    for base in (("release", "cpu", "keep") if options["residual"] is None else ("release",))
+]
+
+
 def frozen_model(model: nn.Module, form: str, names: Iterable[str]) -> nn.Module:
     """A model whose named layers have the weights that are below the adapters of a form, dense."""
     residual = FORMS[form]["residual"]
@@ -353,7 +361,9 @@ def exact_config(**options: Any) -> WasiConfig:
 
     Both factors train, by the paper's update.
     """
-    exact = {"explained_variance_threshold": 1.0, "activation_threshold": None, "update": "subspace"}
+    exact: dict[str, Any] = {"activation_threshold": None, "update": "subspace"}
+    if options.get("residual") is None:
+        exact["explained_variance_threshold"] = 1.0
     return WasiConfig(**{**exact, **options})
 
 

@@ -281,7 +281,7 @@ def test_state_dict(kind: str) -> None:
 
 def test_the_form_holds_its_factors_alone() -> None:
     form = form_beside(make("int8"))
-    assert form.state_dict().keys() == {"wasi_L", "wasi_R", "bias"}
+    assert form.state_dict().keys() == {"wasi_added_L", "wasi_added_R", "bias"}
     assert not list(form.children()) and not list(form.buffers())
     base, before = form.residual, form.residual.codes.data_ptr()
     form.double()

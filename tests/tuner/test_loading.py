@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from models import ARCHITECTURES, logits, train, wasi_model
+from models import ARCHITECTURES, FORMS, KEPT_BASES, form_options, logits, train, wasi_model
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from reference import tiny_net
 from safetensors.torch import load_file, save_file
@@ -22,12 +22,12 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from wasi_peft import WasiConfig, preprocess_wasi, wasi_summary
 from wasi_peft.tuner.layer import wasi_layers
-from wasi_peft.updates import UPDATES
+from wasi_peft.updates import make_update
 
 VIT, LLAMA, BERT = ARCHITECTURES["vit"], ARCHITECTURES["llama"], ARCHITECTURES["bert"]
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEAD: dict[str, Any] = {"weight_rank": 5, "modules_to_save": ["classifier"]}
-updates = pytest.mark.parametrize("update", UPDATES)
+forms = pytest.mark.parametrize("form", FORMS)
 
 
 def vit(**changed: Any) -> nn.Module:
@@ -254,15 +254,17 @@ def test_with_lora_the_base_is_left_alike(saved: Path, damage: str, tmp_path: Pa
     refused(VIT.model().eval(), saved, DAMAGES[damage][1])
 
 
-@updates
-@pytest.mark.parametrize("other", UPDATES)
-def test_the_configuration_of_another_update(tmp_path: Path, update: str, other: str) -> None:
+@forms
+@pytest.mark.parametrize("other", FORMS)
+def test_the_configuration_of_another_form(tmp_path: Path, form: str, other: str) -> None:
     """Factors that it does not know are refused, never dropped; those that store the same may change places."""
-    folder = save(tmp_path, weight_rank=5, update=update, update_rank=2)
-    reconfigure(folder, update=other, update_rank=2)
-    if UPDATES[other].form_cls is UPDATES[update].form_cls:
+    folder = save(tmp_path, weight_rank=5, **form_options(form), update_rank=2)
+    factors = {"explained_variance_threshold": None, "base_weight": "release", "residual_product": None}
+    reconfigure(folder, **factors, **FORMS[other], update_rank=2)
+    stored = {make_update(FORMS[name]["update"], 2, FORMS[name]["residual"]).stored_cls for name in (form, other)}
+    if len(stored) == 1:
         loaded = PeftModel.from_pretrained(VIT.model(), folder)
-        assert {layer.update.name for _, layer in wasi_layers(loaded)} == {other}
+        assert {layer.update.name for _, layer in wasi_layers(loaded)} == {FORMS[other]["update"]}
     else:
         refused(VIT.model().eval(), folder, "holds this tensor|lacks wasi")
 
@@ -301,7 +303,7 @@ def test_an_update_of_more_directions_than_a_layer_has(tmp_path: Path, update_ra
         side = min(update_rank, entry.out_features, entry.in_features)
         assert layer.form.B.shape == (entry.out_features, side) and entry.rank == 3 + side
         assert sum(part.numel() for name, part in layer.form.named_parameters() if name != "bias") == (
-            entry.factored_elements
+            entry.stored_elements
         )
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_net(0), tmp_path)
@@ -401,15 +403,13 @@ def test_random_factors_are_no_factors_to_be_loaded(init_weights: bool) -> None:
 # -------------------------------------------------------------------- what clients do
 
 
-@updates
-def test_merging_with_a_head_that_is_a_container(update: str) -> None:
+@forms
+def test_merging_with_a_head_that_is_a_container(form: str) -> None:
     """RoBERTa's head has layers of its own and no weight."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     base = RobertaForSequenceClassification(RobertaConfig(**sizes, vocab_size=40, num_labels=3))
-    config = WasiConfig(
-        residual=None, weight_rank=5, update=update, update_rank=2, task_type="SEQ_CLS", base_weight="keep"
-    )
+    config = WasiConfig(weight_rank=5, **form_options(form), update_rank=2, task_type="SEQ_CLS")
     model = get_peft_model(base, config).eval()
     x = torch.randint(5, 40, (2, 8), generator=torch.Generator().manual_seed(0))
     expected = model(input_ids=x).logits
@@ -417,13 +417,12 @@ def test_merging_with_a_head_that_is_a_container(update: str) -> None:
     torch.testing.assert_close(merged(input_ids=x).logits, expected, atol=1e-5, rtol=1e-4)
 
 
-@updates
-@pytest.mark.parametrize("base_weight", ["release", "keep"])
+@pytest.mark.parametrize(("form", "base_weight"), [case for case in KEPT_BASES if case[1] != "cpu"])
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_reference_adapter(update: str, base_weight: str, loaded: bool, tmp_path: Path) -> None:
+def test_a_reference_adapter(form: str, base_weight: str, loaded: bool, tmp_path: Path) -> None:
     """The configuration object once more, as trainers with a frozen reference do; then training and saving go on."""
-    options = {"weight_rank": 5, "update": update, "update_rank": 2, "base_weight": base_weight}
-    model: Any = wasi_model(VIT.model(), **options)
+    options = {"weight_rank": 5, "update_rank": 2, "base_weight": base_weight}
+    model: Any = wasi_model(VIT.model(), **FORMS[form], **options)
     train(model, VIT.batch())
     if loaded:
         model.save_pretrained(tmp_path / "first")
@@ -462,22 +461,22 @@ def test_a_reference_adapter_of_prepared_ranks(tmp_path: Path) -> None:
     PeftModel.from_pretrained(VIT.model(), tmp_path / "reference")
 
 
-@updates
-@pytest.mark.parametrize("base_weight", ["release", "cpu", "keep"])
-def test_the_whole_state_dict_is_storable(update: str, base_weight: str, tmp_path: Path) -> None:
-    model = wasi_model(LLAMA.model(), weight_rank=4, update=update, update_rank=2, base_weight=base_weight)
+@pytest.mark.parametrize(("form", "base_weight"), KEPT_BASES)
+def test_the_whole_state_dict_is_storable(form: str, base_weight: str, tmp_path: Path) -> None:
+    options = {"weight_rank": 4, "update_rank": 2, "base_weight": base_weight}
+    model = wasi_model(LLAMA.model(), **FORMS[form], **options)
     train(model, LLAMA.batch())
     path = str(tmp_path / "model.safetensors")
     safetensors.torch.save_model(model, path)
-    other = wasi_model(LLAMA.model(seed=5), weight_rank=4, update=update, update_rank=2, base_weight=base_weight)
+    other = wasi_model(LLAMA.model(seed=5), **FORMS[form], **options)
     safetensors.torch.load_model(other, path)
     assert torch.equal(logits(other, LLAMA.batch()), logits(model, LLAMA.batch()))
 
 
-@updates
+@forms
 @pytest.mark.parametrize("trained_steps", [0, 2])
-def test_export_of_a_model_in_evaluation_mode(update: str, trained_steps: int) -> None:
-    model = wasi_model(VIT.model(), weight_rank=5, update=update, update_rank=2, modules_to_save=["classifier"])
+def test_export_of_a_model_in_evaluation_mode(form: str, trained_steps: int) -> None:
+    model = wasi_model(VIT.model(), **form_options(form), weight_rank=5, update_rank=2, modules_to_save=["classifier"])
     if trained_steps:
         train(model, VIT.batch(), trained_steps)
     model.eval()

@@ -282,14 +282,17 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from error
     update = config.layer_update
-    for key in (key for key in shapes if key.endswith(".wasi_form.wasi_L")):
+    prefix, parts = update.stored_cls.prefix, update.stored_cls.parts
+    for key in (key for key in shapes if key.endswith(f".wasi_form.{prefix}L")):
         L, R = shapes[key], shapes.get(key.removesuffix("L") + "R", [])
         if len(L) != 2 or len(R) != 2 or L[1] != R[0]:
-            raise ValueError(f"{path}: {key} must have a matching wasi_R, got the shapes {L} and {R}.")
-        missing = [part for part in update.form_cls.parts if key.removesuffix("L") + part not in shapes]
+            raise ValueError(f"{path}: {key} must have a matching {prefix}R, got the shapes {L} and {R}.")
+        missing = [part for part in parts if key.removesuffix("L") + part not in shapes]
         if missing:
-            raise ValueError(f"{path}: {key} must stand with wasi_{missing[0]} for update={update.name!r}, got none.")
-        name = key.removeprefix("base_model.model.").removesuffix(".wasi_form.wasi_L")
+            raise ValueError(
+                f"{path}: {key} must stand with {prefix}{missing[0]} for update={update.name!r}, got none."
+            )
+        name = key.removeprefix("base_model.model.").removesuffix(f".wasi_form.{prefix}L")
         layers.append(LayerSummary(name, L[0], R[1], L[1], update, widths[key]))
     if not layers:
         raise ValueError(f"{path}: must hold WASI factors, got none.")

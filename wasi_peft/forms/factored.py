@@ -12,8 +12,6 @@ from typing_extensions import Self
 
 from .dense import FactoredWeight, build_dense, is_transposed
 
-PREFIX = "wasi_"  # of the names of parameters
-
 
 def check_rank(name: str, rank: Any, out_features: int, in_features: int) -> None:
     """Refuse a rank that a weight cannot have, before anything of its size is made.
@@ -63,6 +61,7 @@ class FactoredLinear(nn.Module):
     """
 
     parts: ClassVar[tuple[str, ...]] = ("L", "R")
+    prefix: ClassVar[str] = "wasi_"  # of the names of parameters
 
     def __init__(
         self,
@@ -83,7 +82,7 @@ class FactoredLinear(nn.Module):
 
     def part(self, name: str) -> nn.Parameter:
         """A parameter by its name in `parts`; in the tenth of the time that attribute access takes."""
-        return self._parameters[PREFIX + name]  # type: ignore[return-value]
+        return self._parameters[self.prefix + name]  # type: ignore[return-value]
 
     @property
     def L(self) -> nn.Parameter:
@@ -111,7 +110,7 @@ class FactoredLinear(nn.Module):
         self.out_features, self.in_features = parts["L"].shape[0], parts["R"].shape[1]
         self.dense_class = dense_class
         for name in self.parts:
-            self.register_parameter(PREFIX + name, nn.Parameter(parts[name]))
+            self.register_parameter(self.prefix + name, nn.Parameter(parts[name]))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     @classmethod

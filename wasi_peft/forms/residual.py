@@ -298,7 +298,7 @@ class ResidualLinear(FactoredLinear):
     """`y = x Q^T + (x R^T) L^T + b`: a frozen weight and two factors, with a bias of its own.
 
     The frozen weight is shared by all forms of a layer and belongs to none: it is not saved, moved or counted with
-    the form.
+    the form. Parameters are named wasi_added_L and wasi_added_R: factors that add to a weight are no factors of one.
 
     **Shape**
         - L: (out, K); R: (K, in); bias: (out,) or None
@@ -321,6 +321,8 @@ class ResidualLinear(FactoredLinear):
         >>> bool((form(x) - form.to_dense()(x)).norm() < 0.03 * form(x).norm())
         True
     """
+
+    prefix: ClassVar[str] = "wasi_added_"
 
     def __init__(
         self,

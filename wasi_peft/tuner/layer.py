@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..forms.dense import FactoredWeight, ParkedLinear, dense_bias, dense_weight
-from ..forms.factored import PREFIX, FactoredLinear
+from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
 from ..forms.residual import RESIDUALS, ExactResidual, Residual, ResidualLinear
 from ..updates.base import InitialFactors, ProductGradientSink, Update
@@ -302,9 +302,10 @@ class WasiLayer(BaseTunerLayer):
         for name in self.wasi_form if names is None else names:
             if name not in self.wasi_form:
                 continue
-            trained = self.wasi_update[name].trained
-            for part, parameter in self.form_of(name).named_parameters():
-                if name in self.frozen_biases if part == "bias" else part.removeprefix(PREFIX) not in trained:
+            form = self.form_of(name)
+            trained = {form.prefix + part for part in self.wasi_update[name].trained}
+            for part, parameter in form.named_parameters():
+                if name in self.frozen_biases if part == "bias" else part not in trained:
                     parameter.requires_grad_(False)
 
     # ---------------------------------------------------------------- the dense weight

@@ -86,6 +86,11 @@ class Update(ABC):
     # ---------------------------------------------------------------- forms
 
     @property
+    def stored_cls(self) -> type[FactoredLinear]:
+        """What a layer stores, beside a residual if there is one."""
+        return self.form_cls if self.residual is None else ResidualLinear
+
+    @property
     def keeps_image(self) -> bool:
         """Whether backward keeps the image `R x` of an input alone."""
         return self.reads_input is None
