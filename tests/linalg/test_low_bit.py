@@ -81,9 +81,7 @@ def test_no_rows_are_no_codes() -> None:
 
 @QUICK
 @given(sizes=SIZES, seed=SEEDS, exponent=st.integers(-3, 3))
-def test_no_entry_of_a_group_is_off_by_more_than_half_a_step(
-    sizes: tuple[int, int], seed: int, exponent: int
-) -> None:
+def test_no_entry_of_a_group_is_off_by_more_than_half_a_step(sizes: tuple[int, int], seed: int, exponent: int) -> None:
     weight = normal(*sizes, seed=seed, dtype=torch.float32) * 10.0**exponent
     groups = quantize_groups(weight)
     restored = restore_groups(groups, sizes[1])

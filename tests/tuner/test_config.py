@@ -285,3 +285,69 @@ def test_the_note_goes_behind_the_front_matter_once(tmp_path: Path, card: str) -
 def test_no_card_is_made_up(tmp_path: Path) -> None:
     WasiConfig().save_pretrained(str(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+# ---------------------------------------------------------------- which form
+
+
+@pytest.mark.parametrize(
+    ("options", "residual", "update"),
+    [
+        ({}, "int8", "addition"),
+        ({"weight_rank": 4}, "int8", "addition"),
+        ({"update": "frozen_basis"}, "int8", "frozen_basis"),
+        ({"residual": "int4", "update": "addition"}, "int4", "addition"),
+        ({"residual": "exact"}, "exact", "addition"),
+        ({"residual": None}, None, "frozen_basis"),
+        ({"weight_share": 0.5}, None, "frozen_basis"),
+        ({"explained_variance_threshold": 0.9}, None, "frozen_basis"),
+        ({"plan": PLAN}, None, "frozen_basis"),
+        ({"plan": PLAN, "update": "factor"}, None, "factor"),
+        *(({"update": update}, None, update) for update in ("low_rank", "core", "subspace", "factor")),
+    ],
+    ids=str,
+)
+def test_the_form_that_is_asked_for(options: dict[str, Any], residual: str | None, update: str) -> None:
+    config = WasiConfig(**options)
+    assert (config.residual, config.update) == (config.layer_update.residual, config.layer_update.name)
+    assert (config.residual, config.update) == (residual, update)
+    assert config.keeps_base == (residual is not None) and config.base_form == (residual or "release")
+    again = WasiConfig(**{**config.to_dict(), "peft_type": PEFT_TYPE})
+    assert (again.residual, again.update, again.layer_update) == (residual, update, config.layer_update)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"residual": "int3"}, "residual must be one of 'int8', 'int4', 'exact', 'auto', None, got 'int3'."),
+        ({"residual": 8}, "residual must be one of 'int8', 'int4', 'exact', 'auto', None, got 8."),
+        (
+            {"residual": "int8", "weight_share": 0.5},
+            "weight_share chooses ranks of factors alone; .*weight_share=0.5.",
+        ),
+        ({"residual": "exact", "explained_variance_threshold": 0.9}, "explained_variance_threshold chooses ranks of"),
+        ({"residual": "int8", "plan": PLAN}, "plan chooses ranks of factors alone; leave out residual='int8'"),
+        ({"update": "addition", "weight_share": 0.5}, "update='addition' adds to a frozen weight, so it needs a"),
+        ({"residual": "int8", "update": "core"}, "a residual needs update='addition' or 'frozen_basis', got"),
+        (
+            {"residual": None, "update": "addition"},
+            "update='addition' adds to a frozen weight, so it needs a residual",
+        ),
+        ({"base_weight": "keep"}, "base_weight is for factors .* got base_weight='keep' with residual='int8'."),
+        ({"residual": "exact", "base_weight": "cpu"}, "base_weight is for factors .* got base_weight='cpu' with"),
+        ({"residual_product": "float8"}, "residual_product must be one of 'int8', 'restored', 'bfloat16', None, got"),
+        ({"weight_rank": 0}, "weight_rank must be a positive integer, got 0."),
+        ({"update": "frozen_basis", "activation_ranks": 4}, "activation_ranks compresses inputs, and update='frozen"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WasiConfig(**options)
+
+
+def test_beside_a_residual_inputs_are_compressed_only_where_ranks_are_asked_for() -> None:
+    """In 8 bits they cost little, and every threshold has a default."""
+    assert WasiConfig().compression_rule("fc1") is None
+    assert WasiConfig(activation_threshold=0.5).compression_rule("fc1") is None
+    assert WasiConfig(activation_ranks=4).compression_rule("fc1") is not None

@@ -392,7 +392,8 @@ def test_merging_takes_the_adapters_vectors_along() -> None:
 
 
 def batch_norm_model(**options: Any) -> Any:
-    return get_peft_model(net(), WasiConfig(**{"weight_rank": 5, "base_weight": "keep", **options})).eval()
+    config = WasiConfig(**{"residual": None, "weight_rank": 5, "base_weight": "keep", **options})
+    return get_peft_model(net(), config).eval()
 
 
 def test_statistics_follow_the_adapter_that_trains() -> None:

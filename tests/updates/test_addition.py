@@ -23,6 +23,7 @@ from wasi_peft.updates.addition import addition_linear
 from wasi_peft.updates.resizing import Carry
 
 OUT, IN, RANK = 24, 40, 3
+SIZES = FactorSizes(OUT, IN, RANK)
 SHAPE = (4, 6, IN)
 WAYS = [("int8", "int8"), ("int8", "restored"), ("int8", "bfloat16"), ("int4", "restored"), ("exact", "restored")]
 EXACT = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
@@ -44,7 +45,7 @@ def weight_of(residual: Residual) -> Tensor:
     return copy.deepcopy(residual).double().dense_weight() if residual.name != "exact" else residual.weight.double()
 
 
-def parts(dtype: torch.dtype, sizes: FactorSizes = FactorSizes(OUT, IN, RANK), seed: int = 1) -> list[Tensor]:
+def parts(dtype: torch.dtype, sizes: FactorSizes = SIZES, seed: int = 1) -> list[Tensor]:
     """L, R, bias, as leaves."""
     out_features, in_features, rank = sizes
     shapes = (out_features, rank), (rank, in_features), (out_features,)
@@ -191,7 +192,7 @@ def test_the_gradient_of_a_compressed_input_is_that_of_its_reconstruction() -> N
     x = normal(*SHAPE, seed=4)
     dY = normal(4, 6, OUT, seed=5)
     for modes in (("feature",), ("token", "feature"), ("batch", "token", "feature")):
-        rule = CompressionRule.from_options(modes, None, {mode: 3 for mode in modes})
+        rule = CompressionRule.from_options(modes, None, dict.fromkeys(modes, 3))
         result = compress(x, rule, Bases(), False)
         assert result is not None
         (actual,) = torch.autograd.grad(addition_linear(x, residual, L, R, bias, result[0]), R, dY)
