@@ -508,7 +508,7 @@ def bad_assets(assets: Path) -> None:
     get_peft_model(ARCHITECTURES["vit"].model(), LoraConfig(target_modules=["fc1"])).save_pretrained(assets / "lora")
     for name in ("empty", "damaged", "unfactored", "halved", "listed"):
         (assets / name).mkdir()
-        settings: Any = [] if name == "listed" else {"peft_type": "WASI"}
+        settings: Any = [] if name == "listed" else {"peft_type": "WASI", "residual": None}
         (assets / name / "adapter_config.json").write_text(json.dumps(settings))
     (assets / "damaged" / "adapter_model.safetensors").write_text("no tensors")
     save_file({"other": torch.zeros(2)}, assets / "unfactored" / "adapter_model.safetensors")

@@ -51,18 +51,21 @@ PLAN = WasiPlan((LayerPlan("layers.0.fc1", 8, 6, 3, {"feature": 2, "token": 4}, 
 ALONE: list[dict[str, Any]] = [  # what cannot be combined with all of the above
     {"weight_rank": 6, "rank_pattern": {"fc1": 3}},
     {"plan": PLAN.to_dict()},
+    {"residual": "int4", "residual_product": "restored"},
 ]
 
 
 def test_defaults() -> None:
     config = WasiConfig()
     assert config.peft_type is PEFT_TYPE
-    assert config.explained_variance_threshold == 0.95
+    assert (config.residual, config.residual_product, config.explained_variance_threshold) == ("int8", None, None)
     assert config.activation_threshold == 0.95
     assert config.activation_modes == ["feature"]
-    assert (config.update, config.base_weight, config.bias) == ("frozen_basis", "release", "wasi_only")
+    assert (config.update, config.base_weight, config.bias) == ("addition", "release", "wasi_only")
     assert config.update_rank is None and WasiConfig(update="low_rank").update_rank == 16
     assert config.train_vectors is True and config.init_weights is True
+    factors = WasiConfig(residual=None)
+    assert (factors.update, factors.explained_variance_threshold) == ("frozen_basis", 0.95)
     assert config.target_modules is config.weight_rank is config.activation_ranks is config.ranks is None
 
 
@@ -94,7 +97,7 @@ def test_lists_of_names_become_sets(sequence: type) -> None:
 
 
 @pytest.mark.parametrize("loader", [PeftConfig, WasiConfig], ids=["PeftConfig", "WasiConfig"])
-@pytest.mark.parametrize("options", [VARIED, *ALONE], ids=["most", "ranks", "plan"])
+@pytest.mark.parametrize("options", [VARIED, *ALONE], ids=["most", "ranks", "plan", "residual"])
 def test_round_trip(tmp_path: Path, loader: type[PeftConfig], options: dict[str, Any]) -> None:
     config = WasiConfig(**options)
     config.save_pretrained(str(tmp_path))
@@ -174,7 +177,7 @@ def test_a_plan_brings_its_update_unless_another_is_named() -> None:
         config = WasiConfig(**options)
         return config.update, config.update_rank
 
-    assert chosen() == chosen(plan=PLAN) == ("frozen_basis", None)
+    assert chosen() == ("addition", None) and chosen(plan=PLAN) == ("frozen_basis", None)
     assert chosen(plan=plan) == ("low_rank", 4)
     assert chosen(plan=plan, update_rank=8) == ("low_rank", 8)
     assert chosen(plan=plan, update="factor") == ("factor", None)
@@ -323,7 +326,7 @@ def test_the_form_that_is_asked_for(options: dict[str, Any], residual: str | Non
         ({"residual": 8}, "residual must be one of 'int8', 'int4', 'exact', 'auto', None, got 8."),
         (
             {"residual": "int8", "weight_share": 0.5},
-            "weight_share chooses ranks of factors alone; .*weight_share=0.5.",
+            "weight_share chooses ranks of factors alone; .*=0.5.",
         ),
         ({"residual": "exact", "explained_variance_threshold": 0.9}, "explained_variance_threshold chooses ranks of"),
         ({"residual": "int8", "plan": PLAN}, "plan chooses ranks of factors alone; leave out residual='int8'"),

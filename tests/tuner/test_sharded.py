@@ -1,4 +1,4 @@
-"""FSDP2 on two gloo processes: every update trains as in one process, and is saved from the gathered state."""
+"""FSDP2 on two gloo processes: every form trains as in one process, and is saved from the gathered state."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from models import ARCHITECTURES, logits
+from models import ARCHITECTURES, FORMS, logits
 from peft import PeftModel, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from wasi_peft import WasiConfig, create_wasi_optimizer
-from wasi_peft.updates import UPDATES
 
 VIT = ARCHITECTURES["vit"]
-CASES = [*((update, "exact") for update in UPDATES), ("frozen_basis", "fast"), ("subspace", "small")]
+CASES = [
+    *((form, "exact") for form in FORMS),
+    *(("frozen_basis", "fast"), ("subspace", "small"), ("addition int8", "fast"), ("addition int8", "small")),
+]
 pytestmark = pytest.mark.slow
 
 
-def train(update: str, mode: str, sharded: bool) -> Any:
+def train(form: str, mode: str, sharded: bool) -> Any:
     """Three steps; every process sees the whole batch, so the averaged gradients are those of one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
-        config = WasiConfig(
-            residual=None, weight_rank=4, update=update, update_rank=2, memory_mode=mode, activation_threshold=None
-        )
+        config = WasiConfig(**FORMS[form], weight_rank=4, update_rank=2, memory_mode=mode, activation_threshold=None)
         model = get_peft_model(VIT.model(), config).train()
     if sharded:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -52,12 +52,12 @@ def work(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    for update, mode in CASES:
-        model = train(update, mode, sharded=True)
+    for form, mode in CASES:
+        model = train(form, mode, sharded=True)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(model, options=options)
         if rank == 0:
-            model.save_pretrained(f"{folder}/{update}-{mode}", state_dict=state)
+            model.save_pretrained(f"{folder}/{form}-{mode}", state_dict=state)
         dist.barrier()
     dist.destroy_process_group()
 
@@ -73,10 +73,10 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("update", "mode"), CASES)
-def test_two_processes_train_and_save_as_one(sharded: Path, update: str, mode: str) -> None:
-    alone = train(update, mode, sharded=False)
-    loaded = PeftModel.from_pretrained(VIT.model(), str(sharded / f"{update}-{mode}"))
+@pytest.mark.parametrize(("form", "mode"), CASES)
+def test_two_processes_train_and_save_as_one(sharded: Path, form: str, mode: str) -> None:
+    alone = train(form, mode, sharded=False)
+    loaded = PeftModel.from_pretrained(VIT.model(), str(sharded / f"{form}-{mode}"))
     before = logits(VIT.model(), VIT.batch(4))
     expected = logits(alone, VIT.batch(4))
     assert (expected - before).norm() > 1e-3 * before.norm()
