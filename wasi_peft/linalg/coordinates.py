@@ -99,8 +99,8 @@ def addition_basis(weight: Tensor, rank: int, second_moment: Tensor | None = Non
     """R of an addition `L R` to a weight of which L is zero at first and trains alone: directions, and coordinates.
 
     Those input directions through which the weight lets most pass: with C = E[x x^T], damped, `C = T T^T`, and V the
-    leading right singular vectors of `W T`, `R = c V^T T^-1`. So the image `h = R x` is white, and c = 2 times the root
-    mean square of x gives it a size at which L trains well at LoRA's learning rates.
+    leading right singular vectors of `W T`, `R = c V^T T^-1`. So the image `h = R x` is white, and c = 2 times the
+    root mean square of x gives it a size at which L trains well at LoRA's learning rates.
 
     **Shape**
         - weight: (out, in); returns (rank, in)
@@ -123,7 +123,8 @@ def correction(lost: Tensor, rank: int, second_moment: Tensor) -> tuple[Tensor, 
     """The best L and R for what rounding a weight has lost: they minimise `E |(lost - L R) x|^2`.
 
     With C = E[x x^T], damped, `C = T T^T`, and the singular value decomposition of `lost T`, cut to K directions. R is
-    in the coordinates of :func:`addition_basis`, its image white. Source: CLoQ (arXiv 2501.18475), LQER (arXiv 2402.02446).
+    in the coordinates of :func:`addition_basis`, its image white. Source: CLoQ (arXiv 2501.18475), LQER (arXiv
+    2402.02446).
 
     **Shape**
         - lost: (out, in); second_moment: C, (in, in); returns L (out, K), R (K, in), in the dtype of `lost`
