@@ -5,8 +5,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -109,11 +111,15 @@ def vit_b32(**changes: Any) -> nn.Module:
     return ViTForImageClassification(ViTConfig(**{"patch_size": 32, "num_labels": 10, **changes}))
 
 
-def with_lora(model: nn.Module, modules_to_save: list[str] | None = None) -> nn.Module:
+def with_lora(model: nn.Module, modules_to_save: list[str] | None = None, checkpointing: bool = False) -> nn.Module:
     """Returns the model with LoRA of rank 16 and alpha 32 on the layers that WASI takes by default."""
     targets = list(default_target_names(model, wasi_peft.WasiConfig(residual=None)))
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, modules_to_save=modules_to_save)
-    return peft.get_peft_model(model, config)
+    model = peft.get_peft_model(model, config)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -125,14 +131,20 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
 
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    """Runs one complete step: forward, loss, backward, optimizer, gradients released.
+def autocast(batch: Batch, enabled: bool) -> torch.autocast:
+    """Autocast to bfloat16 on the device of a batch, or none."""
+    return torch.autocast(next(iter(batch.values())).device.type, torch.bfloat16, enabled=enabled)
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, bf16: bool = False) -> float:
+    """Runs one complete step: forward and loss (under autocast if asked), backward, optimizer, gradients released.
 
     Returns:
         The loss.
     """
     model.train()
-    loss = model(**batch).loss
+    with autocast(batch, bf16):
+        loss = model(**batch).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -140,10 +152,11 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Bat
 
 
 @torch.inference_mode()
-def inference(model: nn.Module, batch: Batch) -> None:
-    """Runs one forward pass without labels and without anything kept for a backward pass."""
+def inference(model: nn.Module, batch: Batch, bf16: bool = False) -> None:
+    """Runs one forward pass without labels and without anything kept for a backward pass; under autocast if asked."""
     model.eval()
-    model(**{name: value for name, value in batch.items() if name != "labels"})
+    with autocast(batch, bf16):
+        model(**{name: value for name, value in batch.items() if name != "labels"})
 
 
 def interleaved_seconds(
@@ -177,7 +190,7 @@ def median_ratio(seconds: Mapping[str, list[float]], name: str, baseline: str) -
     return statistics.median(base / own for base, own in zip(seconds[baseline], seconds[name], strict=True))
 
 
-def step_peak_bytes(model: nn.Module, make_optimizer: OptimizerFactory, batch: Batch) -> int:
+def step_peak_bytes(model: nn.Module, make_optimizer: OptimizerFactory, batch: Batch, bf16: bool = False) -> int:
     """Returns the tracked peak memory of training: everything that exists during complete steps.
 
     A copy of the model is made, its optimizer is built, and two complete steps are run, all inside the measurement: so
@@ -191,7 +204,7 @@ def step_peak_bytes(model: nn.Module, make_optimizer: OptimizerFactory, batch: B
         twin = copy.deepcopy(model)
         optimizer = make_optimizer(twin)
         for _ in range(2):
-            training_step(twin, optimizer, batch)
+            training_step(twin, optimizer, batch, bf16)
 
     return measure_peak_memory(train_a_copy).peak_bytes
 
@@ -201,3 +214,16 @@ def inference_peak_bytes(model: nn.Module, batch: Batch) -> int:
     from wasi_peft.cost.peak import measure_peak_memory
 
     return measure_peak_memory(lambda: inference(copy.deepcopy(model), batch)).peak_bytes
+
+
+def process_peak_bytes() -> int:
+    """Returns the largest resident set that this process has had.
+
+    Linux's own figure is preferred to `getrusage`, which begins with that of the process that started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -27,7 +27,8 @@ rates or the memory mode, so it is done once and kept in the cache folder for al
         --variant plain one-sided two-sided repaired --plot docs/benchmarks/finetune_accuracy.png
 
 The summary begins with a table of the runs asked for. The first also gives a table of what rounding costs: each run
-minus the one that differs from it in exact memory only. """
+minus the one that differs from it in exact memory only.
+"""
 
 import argparse
 import itertools

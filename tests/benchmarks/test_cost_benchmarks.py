@@ -105,32 +105,45 @@ def test_estimate_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.fixture
 def tiny_workload(tiny_llama: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of a small language model among the workloads of the benchmarks."""
-    memory_modes = importlib.import_module("memory_modes")
+    workloads = importlib.import_module("workloads")
 
     def batch() -> dict[str, torch.Tensor]:
         tokens = torch.randint(0, 500, (4, 64), generator=torch.Generator().manual_seed(0))
         return {"input_ids": tokens, "labels": tokens.clone()}
 
-    workload = memory_modes.Workload(tiny_llama, batch, None, None, 0.6, 8)
-    monkeypatch.setattr(memory_modes, "WORKLOADS", {"tiny": workload})
-    monkeypatch.setattr(importlib.import_module("step_bounds"), "WORKLOADS", memory_modes.WORKLOADS)
-    monkeypatch.setattr(importlib.import_module("inference_time"), "WORKLOADS", memory_modes.WORKLOADS)
+    tiny = {"tiny": workloads.Workload(tiny_llama, batch, None, None, 0.6, 8)}
+    for name in ("steps", "step_bounds", "inference_time"):
+        monkeypatch.setattr(importlib.import_module(name), "WORKLOADS", tiny)
     return "tiny"
 
 
-def test_memory_modes_and_bounds(tiny_workload: str, tmp_path: Path) -> None:
-    module, results = importlib.import_module("memory_modes"), tmp_path / "modes.json"
-    content = module.main(["--rounds", "1", "--results", str(results)])
+def test_steps_and_bounds(tiny_workload: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module, results = importlib.import_module("steps"), tmp_path / "steps.json"
+    content = module.main(["--workloads", "tiny", "--rounds", "1", "--results", str(results)])
     assert content == json.loads(results.read_text())
     entries = content[tiny_workload]["results"]
-    assert list(entries) == list(module.VARIANTS)
-    peaks = [entries[name]["peak_bytes"] for name in ("full", "wasi exact", "wasi fast", "wasi small")]
-    assert peaks == sorted(peaks, reverse=True)
-    assert all(entry["step_speedup_against_full"] > 0 for entry in entries.values())
+    assert list(entries) == [f"{name}{suffix}" for name in module.VARIANTS for suffix in ("", ", bf16")]
+    for form in ("residual", "wasi"):
+        peaks = [entries[name]["peak_bytes"] for name in ("full", f"{form} exact", f"{form} fast", f"{form} small")]
+        assert peaks == sorted(peaks, reverse=True)
+    assert entries["residual exact"]["kept_share"] < entries["residual dense exact"]["kept_share"]
+    for row, entry in entries.items():
+        assert list(entry["step_speedup"]) == list(module.BASELINES) and min(entry["step_speedup"].values()) > 0
+        assert entry["step_speedup"].get(row, 1) == 1
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| full, bf16 | ")]
+    assert row.count("|") == 3 + 3 + 4 + 1 and " 1.00x |" in row
     bounds = tmp_path / "bounds.json"
-    importlib.import_module("step_bounds").main(["--rounds", "1", "--results", str(bounds)])
-    at_peak = json.loads(bounds.read_text())[tiny_workload]["results"]["wasi fast"]["at_peak"]
-    assert sum(at_peak.values()) == pytest.approx(entries["wasi fast"]["peak_bytes"], rel=0.15)
+    importlib.import_module("step_bounds").main(["--workloads", "tiny", "--rounds", "1", "--results", str(bounds)])
+    for row in ("residual fast", "wasi fast"):
+        at_peak = json.loads(bounds.read_text())[tiny_workload]["results"][row]["at_peak"]
+        assert sum(at_peak.values()) == pytest.approx(entries[row]["peak_bytes"], rel=0.15)
+
+
+def test_only_known_variants_are_built(tiny_workload: str) -> None:
+    workloads = importlib.import_module("workloads")
+    for variant in ("wasi", "lora exact", "residual middle", "wasi core factor exact"):
+        with pytest.raises(ValueError, match="a variant must be full, lora"):
+            workloads.build(variant, workloads.WORKLOADS["smollm2"])
 
 
 def test_inference_time(tiny_workload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +158,7 @@ def test_inference_time(tiny_workload: str, tmp_path: Path, monkeypatch: pytest.
     assert content == json.loads(results.read_text())
     for case in cases:
         entries = content[case]["results"]
-        assert list(entries) == ["dense", "wasi", "wasi, slow layers dense"]
+        half = [f"{name}, {precision}" for precision in ("autocast", "in bf16") for name in module.MODELS]
+        assert list(entries) == [*module.MODELS, "wasi, slow layers dense", *half]
         assert all(len(entry["seconds"]) == 1 and entry["faster_than_dense"] > 0 for entry in entries.values())
         assert all(0 < ratio < 1 for ratio in entries["wasi, slow layers dense"]["merged"].values())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -58,10 +59,23 @@ def is_transposed(dense_class: type[nn.Module]) -> bool:
     return issubclass(dense_class, Conv1D)
 
 
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a library keeps the layer's weight in few bits: bitsandbytes, torchao, HQQ."""
+    weight = getattr(layer, "weight", None)
+    return hasattr(layer, "W_q") or type(weight).__module__.partition(".")[0] in ("bitsandbytes", "torchao")
+
+
+@torch.no_grad()
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight of a Linear, Conv1D or parked layer in Linear layout, (out, in), detached."""
-    assert isinstance(layer.weight, Tensor)
-    weight = layer.weight.detach()
+    """The weight of a Linear, Conv1D or parked layer in Linear layout, (out, in), detached.
+
+    One in few bits is restored: a tensor of its own then.
+    """
+    if is_quantized(layer):
+        weight = dequantize_module_weight(layer).detach()
+    else:
+        assert isinstance(layer.weight, Tensor)
+        weight = layer.weight.detach()
     return weight.T if is_transposed(getattr(layer, "dense_class", type(layer))) else weight
 
 

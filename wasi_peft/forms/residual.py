@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from typing_extensions import Self
 
 from ..linalg.low_bit import GROUP, LARGEST_CODE, Groups, RoundedRows, quantize_groups, restore_groups
-from .dense import FactoredWeight, build_dense, dense_bias, dense_weight, is_transposed
+from .dense import FactoredWeight, build_dense, dense_bias, dense_weight, is_quantized, is_transposed
 from .factored import FactoredLinear, check_rank
 from .products import ProductChoice, tiles
 
@@ -144,7 +144,10 @@ class Residual(nn.Module, ABC):
 
 
 class ExactResidual(Residual):
-    """The dense layer stays in place as it is; this refers to it and owns no tensor."""
+    """The layer stays in place as it is; this refers to it and owns no tensor.
+
+    One that another library keeps in few bits is restored for each product.
+    """
 
     name: ClassVar[str] = "exact"
     rounds_inputs: ClassVar[bool] = False
@@ -152,8 +155,10 @@ class ExactResidual(Residual):
     def __init__(self, dense: nn.Module, products: ProductChoice | None = None) -> None:
         nn.Module.__init__(self)
         self._dense = (dense,)  # not a child: it belongs to the model
-        self.out_features, self.in_features = dense_weight(dense).shape
+        weight = dense_weight(dense)
+        self.out_features, self.in_features = weight.shape
         self.dense_class = type(dense)
+        self._dtype = weight.dtype if is_quantized(dense) else None
 
     @property
     def module(self) -> nn.Module:
@@ -172,11 +177,11 @@ class ExactResidual(Residual):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.dense_weight().dtype
+        return self._dtype or self.dense_weight().dtype
 
     @property
     def device(self) -> torch.device:
-        return self.dense_weight().device
+        return self.module.weight.device  # type: ignore[return-value]
 
     def dense_weight(self) -> Tensor:
         return dense_weight(self.module)

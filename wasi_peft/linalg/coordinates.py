@@ -98,9 +98,9 @@ def basis_form(L: Tensor, R: Tensor, moments: ImageMoments | None = None) -> tup
 def addition_basis(weight: Tensor, rank: int, second_moment: Tensor | None = None) -> Tensor:
     """R of an addition `L R` to a weight of which L is zero at first and trains alone: directions, and coordinates.
 
-    Those input directions through which the weight lets most pass: with C = E[x x^T], damped, and V the leading right
-    singular vectors of `W C^(1/2)`, `R = c V^T C^(-1/2)`. So the image `h = R x` is white, and c = 2 times the root
-    mean square of x gives it a size at which L trains well at LoRA's learning rates.
+    Those input directions through which the weight lets most pass: with C = E[x x^T], damped, `C = T T^T`, and V the
+    leading right singular vectors of `W T`, `R = c V^T T^-1`. So the image `h = R x` is white, and c = 2 times the
+    root mean square of x gives it a size at which L trains well at LoRA's learning rates.
 
     **Shape**
         - weight: (out, in); returns (rank, in)
@@ -115,12 +115,31 @@ def addition_basis(weight: Tensor, rank: int, second_moment: Tensor | None = Non
         tensor([[0., 2.]])
     """
     if second_moment is None:
-        return ADDITION_SCALE * range_finder(weight.float(), rank).T.to(weight.dtype)
-    C = second_moment.double()
-    root, inverse = _roots(C)
-    V = range_finder(weight.to(root) @ root, rank)
-    size = math.sqrt(float(C.diagonal().mean())) or 1.0
-    return (ADDITION_SCALE * size * (V.T @ inverse)).to(weight.dtype)
+        return ADDITION_SCALE * range_finder(weight.float(), rank, iterations=1).T.to(weight.dtype)
+    return correction(weight.double(), rank, second_moment)[1].to(weight.dtype)
+
+
+def correction(lost: Tensor, rank: int, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The best L and R for what rounding a weight has lost: they minimise `E |(lost - L R) x|^2`.
+
+    With C = E[x x^T], damped, `C = T T^T`, and the singular value decomposition of `lost T`, cut to K directions. R is
+    in the coordinates of :func:`addition_basis`, its image white. Source: CLoQ (arXiv 2501.18475), LQER (arXiv
+    2402.02446).
+
+    **Shape**
+        - lost: (out, in); second_moment: C, (in, in); returns L (out, K), R (K, in), in the dtype of `lost`
+
+    Example:
+        >>> L, R = correction(torch.diag(torch.tensor([1.0, 3.0])), 1, torch.eye(2))
+        >>> (L @ R).abs().round(decimals=2).tolist()
+        [[0.0, 0.0], [0.0, 3.0]]
+    """
+    C = _damped(second_moment.to(lost))
+    T = torch.linalg.cholesky(C)
+    weighed = lost @ T
+    V = range_finder(weighed, rank)
+    scale = ADDITION_SCALE * (math.sqrt(float(second_moment.diagonal().mean())) or 1.0)
+    return weighed @ V / scale, scale * torch.linalg.solve_triangular(T, V.T, upper=False, left=False)
 
 
 def whitened_rows(R: Tensor, image: Tensor, mean_square: float) -> Tensor:
@@ -145,10 +164,13 @@ def whitened_rows(R: Tensor, image: Tensor, mean_square: float) -> Tensor:
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Square root of a damped second moment, and the root's inverse."""
-    damped = moment + DAMPING * _positive(moment.diagonal().mean()) * torch.eye(len(moment)).to(moment)
-    values, vectors = torch.linalg.eigh(damped)
+    values, vectors = torch.linalg.eigh(_damped(moment))
     values = values.clamp_min(torch.finfo(values.dtype).eps * values[-1])
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+
+
+def _damped(moment: Tensor) -> Tensor:
+    return moment + DAMPING * _positive(moment.diagonal().mean()) * torch.eye(len(moment)).to(moment)
 
 
 def _positive(number: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def is_position_wise(module: nn.Module) -> bool:
     width = getattr(linear, "in_features", getattr(linear, "nx", None))
     if width is None or not _takes_hidden_states_alone(module):
         return False
-    like = next(p for p in module.parameters() if p.is_floating_point())
+    # of layers in few bits no parameter may be left
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     tokens = torch.zeros(1, 4, width, device=like.device, dtype=like.dtype)
     places = [
         (parent, key, child)

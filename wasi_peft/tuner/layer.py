@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..forms.dense import FactoredWeight, ParkedLinear, dense_bias, dense_weight
+from ..forms.dense import FactoredWeight, ParkedLinear, dense_bias, dense_weight, is_quantized
 from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
 from ..forms.residual import RESIDUALS, ExactResidual, Residual, ResidualLinear
@@ -338,6 +338,8 @@ class WasiLayer(BaseTunerLayer):
         if base_form == "cpu":
             self._modules["base_layer"] = ParkedLinear(dense)
         elif base_form in RESIDUALS:
+            if is_quantized(dense):
+                return  # it is in few bits already, which the factors are beside as they are
             residual = RESIDUALS[base_form](dense, products)
             residual.train(dense.training)
             for form in self._forms.values():

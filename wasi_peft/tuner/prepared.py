@@ -39,6 +39,7 @@ class PreparedLayer:
         weight_share: The share under which the rank was allocated, if it was.
         update: What is going to train.
         update_rank: Directions of that on top of K.
+        residual: The frozen weight beside the factors, None for none.
     """
 
     initial: InitialFactors
@@ -47,6 +48,7 @@ class PreparedLayer:
     weight_share: float | None
     update: str
     update_rank: int = 0
+    residual: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,19 @@ class WasiFactors:
     def initial(self) -> dict[str, InitialFactors]:
         """L, R, bias and moments of every layer."""
         return {name: layer.initial for name, layer in self.layers.items()}
+
+    def require_factors(self, action: str) -> None:
+        """Refuse additions to a frozen weight where factors that replace one are meant.
+
+        Raises:
+            ValueError: If a layer has a residual.
+        """
+        for name, layer in self.layers.items():
+            if layer.residual is not None:
+                raise ValueError(
+                    f"{name}: {action} is for factors that replace a weight; got an addition to one, "
+                    f"residual={layer.residual!r}."
+                )
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -171,6 +186,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "weight_share": (float, int, type(None)),
     "update": (str,),
     "update_rank": (int,),
+    "residual": (str, type(None)),
 }
 assert set(_KINDS) == {field.name for field in fields(PreparedLayer)} - {"initial"}
 
@@ -203,7 +219,7 @@ def _read_layer(name: str, entry: Any, tensors: dict[str, Tensor]) -> PreparedLa
     moments = None
     if mean_square is not None:
         moments = ImageMoments(tensors.pop(f"{name}.image"), tensors.pop(f"{name}.gradient"), float(mean_square))
-    initial = InitialFactors(L, R, bias, moments)
+    initial = InitialFactors(L, R, bias, moments, met_data=entry["residual"] is not None)
     _check_parts(name, initial, entry["rank"])
     return PreparedLayer(initial, **entry)
 
@@ -262,6 +278,7 @@ def check_prepared(targets: Mapping[str, nn.Module], config: WasiConfig) -> dict
         made_for: list[tuple[str, Any, Any]] = [
             ("update", layer.update, config.layer_update.name),
             ("update_rank", layer.update_rank, config.layer_update.side_rank),
+            ("residual", layer.residual, config.residual),
         ]
         if config.weight_share is not None:
             made_for.append(("weight_share", layer.weight_share, config.weight_share))

@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..forms.dense import dense_weight
+from ..forms.dense import dense_weight, is_quantized
 from ..models.structure import Structure
 from .config import RESIDUAL_RANK, WasiConfig
 from .layer import WasiLayer
@@ -152,7 +152,9 @@ def _check_target(
         weight = module.weight
         if weight is None or weight.device.type == "meta" or getattr(getattr(module, "_hf_hook", None), "offload", 0):
             raise ValueError(f"{name}: its weight is on the meta device or offloaded; load it into memory first.")
-        if not weight.is_floating_point() or weight.dim() != 2 or hasattr(weight, "quant_state"):
+        if is_quantized(module):
+            return _check_rank(name, module, config)
+        if not weight.is_floating_point() or weight.dim() != 2:
             raise ValueError(f"{name}: WASI needs a floating point weight matrix, got {weight.dtype}.")
         tied = shared.get(id(weight))
         if tied is not None:
@@ -162,6 +164,11 @@ def _check_target(
             )
         if not bool(torch.isfinite(weight.detach()).all()):
             raise ValueError(f"{name}: its weight holds NaN or Inf.")
+    _check_rank(name, module, config)
+
+
+def _check_rank(name: str, module: nn.Module, config: WasiConfig) -> None:
+    """Raise a ValueError where a plan or a fixed rank does not fit a layer."""
     shape = _shape(module)
     planned = config.planned_layer(plain_name(name))
     if planned is not None and (planned.out_features, planned.in_features) != shape:

@@ -1,0 +1,83 @@
+"""Additions to weights in few bits that start as what rounding loses, from one forward pass over a few batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..forms.dense import dense_bias, dense_weight
+from ..forms.residual import RESIDUALS
+from ..linalg.coordinates import addition_basis, correction
+from ..models.calls import evaluating
+from ..tuner.config import WasiConfig
+from ..tuner.prepared import PreparedLayer, WasiFactors
+from ..tuner.targets import asked_rank
+from ..updates.base import InitialFactors
+from .collecting import Collector, run_model
+from .data import CalibrationData, check_repeatable
+from .statistics import InputStatistics
+
+ADDITION_BATCHES = 8
+
+
+def prepare_additions(
+    model: nn.Module,
+    config: WasiConfig,
+    targets: dict[str, nn.Module],
+    data: CalibrationData,
+    *,
+    max_batches: int | None = None,
+    max_memory_bytes: int = 2**30,
+    progress_bar: bool = True,
+) -> WasiFactors:
+    """The additions of all targets, in closed form (:func:`linalg.coordinates.correction`).
+
+    The batches run through the dense model, again for the layers whose sums exceed the memory bound. An exact residual
+    loses nothing: its additions start at zero, in coordinates that suit the data.
+
+    Args:
+        model: The dense model; not changed.
+        config: With a residual, its targets resolved.
+        targets: By name.
+        data: Batches without labels, see :func:`calibration.calibrate_wasi`.
+        max_batches: Use the first so many, 8 by default.
+        max_memory_bytes: Bound on the memory for sums, bytes.
+        progress_bar: Show progress bars.
+
+    Raises:
+        ValueError: If the data are empty, never reach a layer, or make it see NaN or Inf.
+    """
+    check_repeatable(data)
+    count = ADDITION_BATCHES if max_batches is None else max_batches
+    pending, layers = dict(targets), dict[str, PreparedLayer]()
+    with tqdm(total=len(targets), desc="WASI additions", disable=not progress_bar) as bar:
+        while pending:
+            collector = Collector(pending, max_memory_bytes, None, 0)
+            with evaluating(model, False), collector.attached(model):
+                run_model(model, data, count, None, collector, False)
+            collector.check(fresh=not layers)
+            for statistics in collector.take():
+                for name in statistics.modules:
+                    layers[name] = _prepared(name, pending.pop(name), config, statistics)
+                    bar.update()
+    return WasiFactors({name: layers[name] for name in targets})
+
+
+@torch.no_grad()
+def _prepared(name: str, module: nn.Module, config: WasiConfig, statistics: InputStatistics) -> PreparedLayer:
+    weight, bias = dense_weight(module), dense_bias(module)
+    asked = asked_rank(name, config)
+    rank = min(int(asked), *weight.shape)
+    second_moment, mean = (moment.to(weight.device) for moment in statistics.moments())
+    assert config.residual is not None
+    lost = weight.double() - RESIDUALS[config.residual](module).dense_weight().double()
+    L: Tensor
+    if bool(lost.any()):
+        L, R = correction(lost, rank, second_moment)
+        if bias is not None:  # and what the input's mean loses beside them
+            bias = (bias.double() + (lost - L @ R) @ mean).to(bias.dtype)
+    else:
+        L, R = weight.new_zeros(len(weight), rank), addition_basis(weight, rank, second_moment)
+    initial = InitialFactors(L.to(weight.dtype), R.to(weight.dtype), bias, met_data=True)
+    return PreparedLayer(initial, rank, asked, None, config.layer_update.name, residual=config.residual)
