@@ -92,11 +92,27 @@ class Lowered:
     def __init__(self) -> None:
         self.dtypes: dict[str, torch.dtype] = {}  # by name of the vector, what the module computes in
         self._held: list[dict[str, Any]] = []  # a stack: a module may run inside itself
+        self._handles: list[Any] = []
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Lowered | None:
+        """That of a module, None where there is none."""
+        hooks = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+        return next((hook for hook in hooks if isinstance(hook, cls)), None)
 
     def install(self, module: nn.Module) -> None:
         """Have the module call this around its forward pass."""
-        module.register_forward_pre_hook(self._before)
-        module.register_forward_hook(self._after, always_call=True)
+        self._handles.append(module.register_forward_pre_hook(self._before))
+        self._handles.append(module.register_forward_hook(self._after, always_call=True))
+
+    def remove(self, module: nn.Module) -> None:
+        """Leave the module with the 16-bit values of what it holds."""
+        for handle in self._handles:
+            handle.remove()
+        for name, dtype in self.dtypes.items():
+            vector = module._parameters[name]
+            if vector is not None:
+                vector.data = vector.data.to(dtype)
 
     def _before(self, module: nn.Module, args: Any) -> None:
         table = module._parameters
@@ -176,8 +192,7 @@ class AdapterVectors:
                 continue
             self._raised.add(adapter)
             owner, key = self._places[name]
-            hooks = [each.__self__ for each in owner._forward_pre_hooks.values() if hasattr(each, "__self__")]
-            lowered = next((each for each in hooks if isinstance(each, Lowered)), None)
+            lowered = Lowered.of(owner)
             if lowered is None:
                 lowered = Lowered()
                 lowered.install(owner)
@@ -187,6 +202,13 @@ class AdapterVectors:
             self._values[adapter][name] = raised[id(vector)]
             if adapter == self.active:
                 self._places[name].table[key] = raised[id(vector)]
+
+    def lower(self) -> None:
+        """Leave the model with vectors in 16 bits again, for when it has no adapters any more."""
+        for owner, _ in self._places.values():
+            lowered = Lowered.of(owner)
+            if lowered is not None:
+                lowered.remove(owner)
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter's vectors; where they are in use, the base model's come back, if there are any.
