@@ -359,7 +359,7 @@ def test_saved_configuration_needs_no_decomposition() -> None:
     model, batch = architecture.model(), architecture.batch()
     config = WasiConfig(explained_variance_threshold=0.5)
     injected = get_peft_model(copy.deepcopy(model), config)
-    saved = WasiConfig(ranks=config.resolved_ranks, target_modules=config.target_modules)
+    saved = WasiConfig(residual=None, ranks=config.resolved_ranks, target_modules=config.target_modules)
     assert estimate_wasi(model, saved, batch=batch) == estimate_wasi(injected, batch=batch)
 
 

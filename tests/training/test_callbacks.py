@@ -12,7 +12,7 @@ import pytest
 import reference
 import torch
 import transformers as tf
-from models import ARCHITECTURES, Architecture, input_options, logits, train
+from models import ARCHITECTURES, FORMS, Architecture, input_options, logits, train
 from peft import PeftModel, get_peft_model
 from strategies import normal, orthonormal, orthonormality_error, relative_error
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from wasi_peft.ranks.plan import LayerPlan, WasiPlan
 from wasi_peft.training.callback import WasiCallback, chordal_distance
 from wasi_peft.training.resize import ranks_in_use, resize_rank
 from wasi_peft.tuner.layer import wasi_layers
-from wasi_peft.updates import UPDATES
 
 VIT = ARCHITECTURES["vit"]
 NAME = "vit.layers.0.mlp.fc1"
@@ -220,16 +219,19 @@ def test_ranks_in_use_are_those_of_the_product(update: str) -> None:
     assert ranks_in_use(model, 0.9)[NAME] == 6
 
 
-@pytest.mark.parametrize("update", UPDATES)
-def test_ranks_in_use_leave_out_what_trains_beside_them(update: str) -> None:
-    """The energy is that of the whole weight, whatever part of it trains."""
-    model = build(update=update, update_rank=2)
+@pytest.mark.parametrize("form", FORMS)
+def test_ranks_in_use_leave_out_what_trains_beside_them(form: str) -> None:
+    """The energy is that of the whole product, whatever part of it trains, and of no weight that it is added to."""
+    model = build(**FORMS[form], update_rank=2)
     train(model, VIT.batch(), steps=3)
-    layer, side = layer_of(model), 2 if update == "low_rank" else 0
+    layer, side = layer_of(model), 2 if form == "low_rank" else 0
+    below = 0 if layer.residual is None else layer.residual.dense_weight().double()
     for scale in (1.0, 100.0):
         with torch.no_grad():
             layer.form.part(layer.update.trained[0])[:, 0].mul_(scale)  # one direction of what trains takes over
-        energies = torch.linalg.svdvals(layer.get_dense_layer("default").weight.double()).square().tolist()
+        outer, inner = (factor.detach().double() for factor in layer.form.factors())
+        assert relative_error(layer.get_dense_layer("default").weight, outer @ inner + below) < 1e-5
+        energies = torch.linalg.svdvals(outer @ inner).square().tolist()
         for threshold in (0.3, 0.9, 0.999, 1 - 1e-9):
             expected = max(1, reference.smallest_rank(energies, threshold) - side)
             assert ranks_in_use(model, threshold)[NAME] == expected <= 6
@@ -305,7 +307,7 @@ def test_state_that_cannot_be_rotated_starts_afresh(cls: Any) -> None:
     assert all(factor in optimizer.state for factor in factors)
 
 
-@pytest.mark.parametrize("update", ["subspace", "factor", "frozen_basis", "core"])
+@pytest.mark.parametrize("update", ["subspace", "factor", "frozen_basis", "core", "addition"])
 def test_growing_changes_nothing_that_the_layer_computes(update: str) -> None:
     model = build(update=update)
     train(model, VIT.batch())
@@ -423,10 +425,10 @@ def test_ranks_are_planned_again_between_epochs(tmp_path: Path) -> None:
     assert all(0 <= entry["wasi/weight_drift"] < 1 for entry in logs)
 
 
-@pytest.mark.parametrize("update", UPDATES)
-def test_ranks_follow_the_energy_between_epochs(update: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_ranks_follow_the_energy_between_epochs(form: str, tmp_path: Path) -> None:
     """Ranks only fall, to those in use; what trains beside them stays."""
-    model = build(update=update, update_rank=2)
+    model = build(**FORMS[form], update_rank=2)
     plans: list[dict[str, int]] = []
 
     def replan(module: nn.Module) -> dict[str, int]:
@@ -437,7 +439,7 @@ def test_ranks_follow_the_energy_between_epochs(update: str, tmp_path: Path) -> 
     layers = dict(wasi_layers(model.get_base_model()))
     assert {name: layer.form.weight_rank for name, layer in layers.items()} == plans[-1]  # type: ignore[attr-defined]
     assert all(plans[1][name] <= plans[0][name] <= 6 for name in layers) and min(plans[0].values()) < 6
-    side = 2 if update == "low_rank" else 0
+    side = 2 if form == "low_rank" else 0
     assert {layer.form.rank - layer.form.weight_rank for layer in layers.values()} == {side}  # type: ignore[attr-defined]
 
 

@@ -961,12 +961,12 @@ def test_autocast(architecture: Architecture, activation: float | None) -> None:
 @few
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_a_bfloat16_model_keeps_its_dtype(architecture: Architecture, autocast_adapter_dtype: bool) -> None:
-    """But for the factors, which PEFT takes to float32 unless told otherwise."""
+    """But for what trains, and the factors, which are held in float32 unless told otherwise."""
 
     def assert_dtypes(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
-            factor = autocast_adapter_dtype and ".wasi_" in name
-            assert parameter.dtype == (torch.float32 if factor else torch.bfloat16)
+            raised = autocast_adapter_dtype and (parameter.requires_grad or ".wasi_" in name)
+            assert parameter.dtype == (torch.float32 if raised else torch.bfloat16)
 
     base = architecture.model().to(torch.bfloat16)
     config = exact_config(**LOW, activation_threshold=0.9)
@@ -979,6 +979,8 @@ def test_a_bfloat16_model_keeps_its_dtype(architecture: Architecture, autocast_a
     assert all(torch.isfinite(p).all() for p in model.parameters())
     merged = model.merge_and_unload()
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in merged.modules())
+    assert merged(**batch).logits.dtype == torch.bfloat16
 
 
 @few

@@ -21,7 +21,7 @@ def active_layers(model: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def ranks_in_use(model: nn.Module, threshold: float) -> dict[str, int]:
-    """Ranks K at which each layer would keep a share of the energy of its weight, by layer name.
+    """Ranks K at which each layer would keep a share of the energy of its product `L R`, by layer name.
 
     Of the directions that this takes, those that train beside the K are subtracted: they stay whatever K is. Layers
     whose factors are not finite keep their rank.
