@@ -404,8 +404,8 @@ class WasiLayer(BaseTunerLayer):
             raise ValueError(RELEASED.format(action="unloading without merging"))
         base = self.base_layer
         if isinstance(base, ParkedLinear):
-            return base.restore(self._like.device, self._like.dtype)
-        return base.to_dense() if isinstance(base, Residual) else base
+            return base.restore(self._like.device, self._like.dtype).train(base.training)
+        return base.to_dense().train(base.training) if isinstance(base, Residual) else base
 
     # ---------------------------------------------------------------- loading
 
