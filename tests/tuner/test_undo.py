@@ -13,11 +13,13 @@ import pytest
 import torch
 from models import ARCHITECTURES, exact_config, logits, train, wasi_model
 from peft import get_peft_model, inject_adapter_in_model
+from strategies import relative_error
 from torch import Tensor, nn
 
 import wasi_peft.memory.modes as modes_module
 import wasi_peft.tuner.model as model_module
 from wasi_peft import WasiConfig, preprocess_wasi
+from wasi_peft.forms.residual import Int4Residual, Int8Residual, Residual
 from wasi_peft.memory.loss import ChunkedLoss
 from wasi_peft.memory.pieces import SlicedBlocks
 from wasi_peft.memory.saved import LowBitBlocks
@@ -26,6 +28,7 @@ from wasi_peft.tuner.layer import WasiLayer, wasi_layers
 from wasi_peft.tuner.model import WasiModel
 from wasi_peft.tuner.undo import Structure
 from wasi_peft.tuner.vectors import AdapterVectors
+from wasi_peft.updates.addition import Addition
 from wasi_peft.updates.subspace import Subspace
 
 VIT, LLAMA = ARCHITECTURES["vit"], ARCHITECTURES["llama"]
@@ -207,6 +210,60 @@ def test_without_a_peft_model(point: Point, error: type[BaseException]) -> None:
         inject_adapter_in_model(exact_config(**LOW), model)
     assert_as_before(model, before)
     assert torch.equal(answers(model), expected)
+
+
+# -------------------------------------------------------------------- beside a residual
+
+BESIDE = [Point(model_module, "addition_basis", 5), Point(Addition, "start", 7)]
+BESIDE += [point for point in FIRST[4:] if point.name != "release_base"]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("point", BESIDE, ids=str)
+@pytest.mark.parametrize("residual", ["int8", "exact"])
+def test_beside_a_residual(point: Point, error: type[BaseException], residual: str) -> None:
+    model = vit()
+    before, expected = Snapshot(model), answers(model)
+    config = WasiConfig(**LOW, residual=residual)
+    with point.breaks(error) as calls, pytest.raises(error, match="broken off"):
+        get_peft_model(model, config)
+    assert len(calls) == point.call
+    assert_as_before(model, before)
+    assert torch.equal(answers(model), expected)
+    assert not list(wasi_layers(model)) and not hasattr(model, "peft_config")
+    again, fresh = get_peft_model(model, config), get_peft_model(vit(), WasiConfig(**LOW, residual=residual))
+    assert torch.equal(answers(again), answers(fresh))
+    assert train(again, VIT.batch()) == train(fresh, VIT.batch())
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("memory_mode", ["exact", "small"])
+@pytest.mark.parametrize(("call", "after"), [(1, False), (1, True), (7, False), (12, True)])
+@pytest.mark.parametrize("residual", [Int8Residual, Int4Residual])
+def test_interrupted_rounding_leaves_a_dense_model(
+    residual: type[Residual], call: int, after: bool, memory_mode: str, error: type[BaseException]
+) -> None:
+    """With the weights of some layers as they were rounded, and all flags as they were."""
+    model = vit()
+    before, expected = Snapshot(model), answers(model)
+    with Point(residual, "_hold", call, after).breaks(error), pytest.raises(error, match="broken off"):
+        get_peft_model(model, WasiConfig(**LOW, residual=residual.name, memory_mode=memory_mode))
+    now = Snapshot(model)
+    assert list(now.values) == list(before.values)
+    for attribute in ("trains", "modes", "hooks", "forwards"):
+        assert getattr(now, attribute) == getattr(before, attribute), attribute
+    assert {name: kind for name, (_, kind) in now.classes.items()} == {
+        name: kind for name, (_, kind) in before.classes.items()
+    }
+    changed = {name for name, value in before.values.items() if not torch.equal(now.values[name], value)}
+    rounded = call - 1  # the one that was broken off is as it was
+    assert len(changed) == rounded and all(name.endswith("weight") for name in changed)
+    # again, from weights of which some are rounded already
+    assert relative_error(answers(model), expected) < (0.05 if residual is Int8Residual else 0.5)
+    again = get_peft_model(model, WasiConfig(**LOW, residual=residual.name, memory_mode=memory_mode))
+    assert len(list(wasi_layers(again))) == 12
+    losses = train(again, VIT.batch(), 3)
+    assert losses[-1] < losses[0]
 
 
 def test_advice_that_is_an_error_comes_before_the_dense_weights_go() -> None:
