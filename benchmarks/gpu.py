@@ -1,16 +1,18 @@
 """Both forms of WASI against full fine-tuning and LoRA on a CUDA device, in fp32 and in bf16: time and memory.
 
 Two models from their configurations with random weights, so no data are needed: ViT-B/32 geometry at batch 128, and a
-Llama of SmolLM2-135M's shape (or, with `--large`, of about 1.1 billion parameters) on 8 x 512 tokens. Whole steps and
-inference in interleaved rounds, each waited for; peaks by the caching allocator, everything counted. Rows in bf16
-train under autocast; "base in bf16" has the model loaded in it. Which int8 products the layers chose is recorded. Where
-there is no GPU, this says so and ends. Results: docs/benchmarks/gpu.json, minutes::
+Llama of SmolLM2-135M's shape (or, with `--large`, of about 1.1 billion parameters) on 8 x 512 tokens. One model is on
+the device at a time; its steps and its inference alternate, each waited for. Peaks are those of the caching allocator,
+everything counted. Rows in bf16 train under autocast; "base in bf16" has the model loaded in it too. Which int8
+products the layers chose is recorded. Where there is no GPU, this says so and ends. Results: docs/benchmarks/gpu.json,
+minutes::
 
     python benchmarks/gpu.py
     make test-gpu       # the tests marked gpu, and this
 """
 
 import argparse
+import dataclasses
 import functools
 import statistics
 from collections.abc import Callable
@@ -85,10 +87,8 @@ def measure(workload: Workload, variants: list[str], rounds: int, device: str = 
     results: dict[str, dict[str, Any]] = {}
     for variant in variants:
         for suffix, (dtype, bf16) in PRECISIONS.items():
-            model = build(variant, workload).to(device)
-            if dtype != torch.float32:
-                in_dtype = Workload(lambda dtype=dtype: workload.load().to(dtype), *_rest(workload))
-                model = build(variant, in_dtype).to(device)
+            in_dtype = dataclasses.replace(workload, load=lambda dtype=dtype: workload.load().to(dtype))
+            model = build(variant, in_dtype).to(device)
             waited_for(functools.partial(inference, model, batch, bf16))  # products are chosen here
             entry: dict[str, Any] = {"peak_bytes": step_peak_bytes(model, adamw, batch, bf16)}
             step = functools.partial(training_step, model, adamw(model), batch, bf16)
@@ -109,10 +109,6 @@ def measure(workload: Workload, variants: list[str], rounds: int, device: str = 
                 pair = {"row": row["step_seconds"], "base": results[base]["step_seconds"]}
                 row.setdefault("step_speedup", {})[base] = median_ratio(pair, "row", "base")
     return results
-
-
-def _rest(workload: Workload) -> tuple[Any, ...]:
-    return workload.batch, workload.head, workload.weight_rank, workload.weight_share, workload.activation_ranks
 
 
 def chosen_products(model: nn.Module) -> dict[str, str]:

@@ -4,8 +4,9 @@ DINOv2-small on 32 images at 56 px and SmolLM2-135M on 4 mails of 128 tokens, by
 WASI takes, the input x and the output gradient dY of a backward pass of the dense model are caught, and products and
 gradients of the residual form are compared with float64 ones of the dense weight: relative errors (Frobenius norm) of
 y = x Q^T, dX = dY Q, and of the gradients of x, L and R, by how Q is kept and multiplied. The median of each kind of
-layer is shown, and the worst layers by name. "own error" is against the weight as it was rounded: that of the product alone.
-What makes rows hard to round is their largest entry over their root mean square, also shown.
+layer is shown, and the worst layers by name. "own error" is against the weight as it was rounded: that of the product
+alone. What makes rows hard to round is their largest entry over their root mean square, also shown. SmolLM2 was
+published in groups of 4 bits of the same kind, so int4 loses nothing of this copy of it: that row says nothing.
 
 Rounding of dY is compared with stochastic rounding: the error of one product, that of the mean of 16 draws (which
 stochastic rounding lowers and nearest rounding cannot), that of the sum of all rows over the norm of dX (as large as
