@@ -46,7 +46,7 @@ def test_a_row_of_zeros_is_zero_and_an_outlier_costs_its_own_row_alone() -> None
     codes, scale, *_ = quantize_rows(x)
     assert not bool(codes[1].any()) and float(scale[1]) == 0
     restored = codes * scale
-    assert torch.equal(restored[:1], torch.mul(*quantize_rows(x[:1])))
+    assert torch.equal(restored[:1], torch.mul(*quantize_rows(x[:1])[:2]))
     assert float(restored[2, 7]) == pytest.approx(1e6) and not bool(codes[2, :7].any())
 
 
@@ -54,7 +54,7 @@ def test_a_row_of_zeros_is_zero_and_an_outlier_costs_its_own_row_alone() -> None
 def test_what_is_not_finite_shows_in_the_scale_of_its_row(value: float) -> None:
     x = normal(3, 40, seed=3, dtype=torch.float32)
     x[1, 5] = value
-    _, scale = quantize_rows(x)
+    _, scale, *_ = quantize_rows(x)
     assert scale.isfinite().flatten().tolist() == [True, False, True]
 
 
@@ -65,10 +65,29 @@ def test_the_smallest_numbers_do_not_overflow() -> None:
 
 def test_tiles_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal(11, 40, seed=4, dtype=torch.float32)
-    whole = quantize_rows(x)
-    for tile in (1, 40, 100, 439):
-        monkeypatch.setattr(low_bit, "TILE", tile)
-        assert all(map(torch.equal, quantize_rows(x), whole))
+    for outliers in (0, 3):
+        whole = quantize_rows(x, outliers)[: 4 if outliers else 2]
+        for tile in (1, 40, 100, 439):
+            monkeypatch.setattr(low_bit, "TILE", tile)
+            assert all(map(torch.equal, quantize_rows(x, outliers), whole))
+
+
+def test_columns_with_the_largest_entries_are_kept_as_they_are() -> None:
+    x = normal(20, 64, seed=6, dtype=torch.float32)
+    x[:, [9, 33]] *= 50
+    plain, kept = quantize_rows(x), quantize_rows(x, 2)
+    assert kept.columns is not None and sorted(kept.columns.tolist()) == [9, 33]
+    assert kept.values is not None and torch.equal(kept.values, x[:, kept.columns])
+    assert not bool(kept.codes[:, kept.columns].any())
+    others = [column for column in range(64) if column not in (9, 33)]
+    assert torch.equal(kept.codes[:, others], quantize_rows(x[:, others]).codes)
+    assert kept.scale.mean() < plain.scale.mean() / 10
+
+
+def test_no_more_than_an_eighth_of_the_columns_is_kept() -> None:
+    columns = quantize_rows(torch.ones(3, 17), 8).columns
+    assert columns is not None and len(columns) == 2
+    assert quantize_rows(torch.ones(3, 7), 8).columns is None
 
 
 def test_no_rows_are_no_codes() -> None:

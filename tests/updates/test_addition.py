@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wasi_peft.forms.products import ProductChoice
 from wasi_peft.forms.residual import RESIDUALS, Residual, ResidualLinear
+from wasi_peft.linalg.coordinates import ADDITION_SCALE
 from wasi_peft.linalg.low_bit import quantize_rows
 from wasi_peft.linalg.tucker import Bases, CompressionRule, compress, expand
 from wasi_peft.updates import make_update
@@ -305,7 +306,7 @@ def test_the_first_batch_whitens_the_image(name: str) -> None:
     moment = image.T @ image / len(x)
     size = moment.diagonal().mean()
     assert relative_error(moment / size, torch.eye(RANK)) < 0.05
-    assert float(size) == pytest.approx(4 * float(x.square().mean()), rel=0.05)
+    assert float(size) == pytest.approx(ADDITION_SCALE**2 * float(x.square().mean()), rel=0.05)
     assert relative_error(form.R @ torch.linalg.pinv(R) @ R, form.R) < 1e-10  # the span is as it was
     assert torch.equal(form(x), before)
 
