@@ -298,7 +298,8 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor, None]:
         with torch.autocast(device_type=dY.device.type, enabled=False):
-            return ctx.residual.transposed_product(dY.reshape(-1, dY.shape[-1])).view(ctx.shape), None
+            dX = ctx.residual.transposed_product(dY.reshape(-1, dY.shape[-1]))
+            return torch.ops.aten._unsafe_view(dX, ctx.shape), None
 
 
 class ResidualLinear(FactoredLinear):
@@ -380,7 +381,8 @@ class ResidualLinear(FactoredLinear):
         outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             rows = x.reshape(-1, self.in_features)
-            y = self.residual.product(rows, None, (rows @ inner.t(), outer))
+            # detached, so that no view of a parameter is made, which recomputation would take for one
+            y = self.residual.product(rows, None, (F.linear(rows, inner.detach()), outer.detach()))
             y = y if bias is None else y.add_(bias)
             return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], self.out_features))  # no view: see _Product
         return self.residual.multiply(x) + F.linear(F.linear(x, inner), outer, bias)
