@@ -184,7 +184,10 @@ class ExactResidual(Residual):
         return self.module.weight.device  # type: ignore[return-value]
 
     def dense_weight(self) -> Tensor:
-        return dense_weight(self.module)
+        if self._dtype is not None:
+            return dense_weight(self.module)
+        weight: Tensor = self.module.weight.detach()  # type: ignore[operator]
+        return weight.T if is_transposed(self.dense_class) else weight
 
     def to_dense(self) -> nn.Module:
         return self.module
