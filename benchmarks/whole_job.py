@@ -213,8 +213,8 @@ def summary(entries: dict[str, Any], jobs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the jobs that are missing and prints the medians."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--job", type=json.loads, help=argparse.SUPPRESS)
@@ -229,7 +229,12 @@ def main(arguments: list[str] | None = None) -> None:
     add("--test", type=int, default=10_000, help="test images, or windows up to 192; 0: quality is not measured")
     add("--results", type=Path, default=RESULTS)
     add("--summarise", action="store_true", help="run nothing, print the medians of the jobs asked for")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the jobs that are missing and prints the medians."""
+    args = parse(arguments)
     transformers.logging.set_verbosity_error()
     if args.job:
         print(json.dumps(run_job(args.job)), flush=True)

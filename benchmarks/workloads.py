@@ -90,7 +90,7 @@ def build(variant: str, workload: Workload) -> nn.Module:
 
     Args:
         variant: "full", "lora", "lora, checkpointing"; "residual [int4|dense] MODE", a frozen weight in 8 bits, in 4
-            or as it is, beside factors; "wasi [UPDATE] MODE", two factors in the place of the weight. Every update that
+            or as it is, beside factors; "wasi [UPDATE] MODE", two factors in its place. Every update that
             can compress inputs does so.
         workload: What it is made for.
 

@@ -23,7 +23,7 @@ SIZES = [(24, 40), (7, 33), (1, 5), (64, 1)]
 
 def weight(out_features: int, in_features: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale, and the weight that they stand for in float64."""
-    codes, scale = quantize_rows(normal(out_features, in_features, seed=seed, dtype=torch.float32))
+    codes, scale, *_ = quantize_rows(normal(out_features, in_features, seed=seed, dtype=torch.float32))
     return codes, scale, codes.double() * scale.double()
 
 
@@ -90,7 +90,7 @@ def test_what_is_not_finite_makes_its_row_not_finite(name: str, value: float) ->
 def test_rows_and_channels_of_zeros(name: str) -> None:
     dense = normal(24, 40, seed=0, dtype=torch.float32)
     dense[4] = 0
-    codes, scale = quantize_rows(dense)
+    codes, scale, *_ = quantize_rows(dense)
     x, dY = operands((24, 40), torch.float32)
     x[2], dY[2] = 0, 0
     y, dX = PRODUCTS[name].forward(x, codes, scale), PRODUCTS[name].transposed(dY, codes, scale)

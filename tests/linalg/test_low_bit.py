@@ -24,7 +24,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 @given(sizes=SIZES, seed=SEEDS, exponent=st.integers(-20, 20))
 def test_no_entry_of_a_row_is_off_by_more_than_half_a_step(sizes: tuple[int, int], seed: int, exponent: int) -> None:
     x = normal(*sizes, seed=seed) * 10.0**exponent
-    codes, scale = quantize_rows(x)
+    codes, scale, *_ = quantize_rows(x)
     assert codes.dtype == torch.int8 and codes.shape == x.shape and scale.shape == (len(x), 1)
     assert bool(((codes * scale - x).abs() <= scale / 2 * (1 + 1e-12)).all())
     assert bool((codes.abs().amax(1) == LARGEST_CODE).all())  # the largest entry of each row has the largest code
@@ -33,7 +33,7 @@ def test_no_entry_of_a_row_is_off_by_more_than_half_a_step(sizes: tuple[int, int
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_the_scale_has_at_least_the_digits_of_float32(dtype: torch.dtype) -> None:
     x = normal(5, 40, seed=1).to(dtype)
-    codes, scale = quantize_rows(x)
+    codes, scale, *_ = quantize_rows(x)
     assert scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     error = (codes * scale - x.to(scale.dtype)).norm() / x.to(scale.dtype).norm()
     assert 1e-3 < float(error) < 0.01
@@ -43,7 +43,7 @@ def test_a_row_of_zeros_is_zero_and_an_outlier_costs_its_own_row_alone() -> None
     x = normal(3, 40, seed=2, dtype=torch.float32)
     x[1] = 0
     x[2, 7] = 1e6
-    codes, scale = quantize_rows(x)
+    codes, scale, *_ = quantize_rows(x)
     assert not bool(codes[1].any()) and float(scale[1]) == 0
     restored = codes * scale
     assert torch.equal(restored[:1], torch.mul(*quantize_rows(x[:1])))
@@ -59,7 +59,7 @@ def test_what_is_not_finite_shows_in_the_scale_of_its_row(value: float) -> None:
 
 
 def test_the_smallest_numbers_do_not_overflow() -> None:
-    codes, scale = quantize_rows(torch.full((1, 3), 1e-45))
+    codes, scale, *_ = quantize_rows(torch.full((1, 3), 1e-45))
     assert bool(scale.isfinite().all()) and bool((codes * scale <= 1e-44).all())
 
 
@@ -72,7 +72,7 @@ def test_tiles_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_rows_are_no_codes() -> None:
-    codes, scale = quantize_rows(torch.empty(0, 7))
+    codes, scale, *_ = quantize_rows(torch.empty(0, 7))
     assert codes.shape == (0, 7) and scale.shape == (0, 1)
 
 

@@ -16,7 +16,11 @@ from ..linalg.low_bit import RoundedRows, quantize_rows
 
 TILE_ELEMENTS = 2**20  # of a weight that is restored a part at a time
 SAMPLE_SIDE, SAMPLE_RUNS = 1024, 8
+OUTLIERS = 8  # measured: with more, the error of the rows that are left hardly falls
 FEW_ROWS = 16  # torch._int_mm on CUDA needs more
+
+
+Thin = tuple[Tensor, Tensor]
 
 
 class Int8Product(ABC):
@@ -35,10 +39,17 @@ class Int8Product(ABC):
 
     @staticmethod
     @abstractmethod
-    def forward(x: Tensor, codes: Tensor, scale: Tensor, rounded: RoundedRows | None = None) -> Tensor:
+    def forward(
+        x: Tensor, codes: Tensor, scale: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None
+    ) -> Tensor:
         """`x W^T`, (rows, out), of x (rows, in) in its dtype: a tensor of its own.
 
-        `rounded` is x in 8 bits, where it is known already.
+        Args:
+            x: Rows.
+            codes: Of the weight.
+            scale: Of the weight.
+            rounded: The rows in 8 bits, where they are known already.
+            thin: Factors h (rows, K) and L (out, K) of a product `h L^T` that is to be added, in the dtype of x.
         """
 
     @staticmethod
@@ -50,8 +61,9 @@ class Int8Product(ABC):
 class IntegerProduct(Int8Product):
     """Rows are rounded to int8 on the way, and multiplied in integers (`torch._int_mm`).
 
-    Exact but for the rounding of the rows: about 1 % of the product for random operands. For the gradient of the input
-    the output scales go into dY, so the one int8 weight serves both.
+    Exact but for the rounding of the rows, :data:`OUTLIERS` columns of which are multiplied as they are, with the
+    weight restored: an error of about 1 % of the product. For the gradient of the input the output scales go into dY,
+    so the one int8 weight serves both.
     """
 
     name: ClassVar[str] = "int8"
@@ -67,19 +79,34 @@ class IntegerProduct(Int8Product):
         return codes.device.type in ("cpu", "meta") and codes.shape[1] > 1
 
     @staticmethod
-    def forward(x: Tensor, codes: Tensor, scale: Tensor, rounded: RoundedRows | None = None) -> Tensor:
-        rows, row_scale = quantize_rows(x) if rounded is None else rounded
-        return _as_float(torch._int_mm(rows, codes.t())).mul_(row_scale).mul_(scale.t()).to(x.dtype)
+    def forward(
+        x: Tensor, codes: Tensor, scale: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None
+    ) -> Tensor:
+        rows, row_scale, columns, values = quantize_rows(x, OUTLIERS) if rounded is None else rounded
+        y = _as_float(torch._int_mm(rows, codes.t())).mul_(row_scale).mul_(scale.t()).to(x.dtype)
+        if columns is not None:  # at once with the thin product: it is the pass over y that costs
+            assert values is not None
+            weight = (codes.index_select(1, columns) * scale).to(x.dtype)
+            thin = (
+                (values, weight)
+                if thin is None
+                else (torch.cat([thin[0], values], 1), torch.cat([thin[1], weight], 1))
+            )
+        return _add_thin(y, thin)
 
     @staticmethod
     def transposed(dY: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        rows, row_scale = quantize_rows(dY * scale.t())
+        rows, row_scale, *_ = quantize_rows(dY * scale.t())
         return _as_float(torch._int_mm(rows, codes)).mul_(row_scale).to(dY.dtype)
 
 
 def _as_float(sums: Tensor) -> Tensor:
     """int32 to float32 in the same memory: a new tensor would take longer to get than the numbers to convert."""
     return sums.view(torch.float32).copy_(sums)
+
+
+def _add_thin(y: Tensor, thin: Thin | None) -> Tensor:
+    return y if thin is None else y.addmm_(thin[0], thin[1].t())
 
 
 class RestoredWeight(Int8Product):
@@ -93,13 +120,15 @@ class RestoredWeight(Int8Product):
         return True
 
     @classmethod
-    def forward(cls, x: Tensor, codes: Tensor, scale: Tensor, rounded: RoundedRows | None = None) -> Tensor:
+    def forward(
+        cls, x: Tensor, codes: Tensor, scale: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None
+    ) -> Tensor:
         dtype = cls.compute or x.dtype
         rows = x.to(dtype)
         y = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
         for start, stop in tiles(*codes.shape):
             y[:, start:stop] = (rows @ codes[start:stop].t().to(dtype)).mul_(scale[start:stop].t())
-        return y
+        return _add_thin(y, thin)
 
     @classmethod
     def transposed(cls, dY: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing_extensions import Self
 from ..linalg.low_bit import GROUP, LARGEST_CODE, Groups, RoundedRows, quantize_groups, restore_groups
 from .dense import FactoredWeight, build_dense, dense_bias, dense_weight, is_quantized, is_transposed
 from .factored import FactoredLinear, check_rank
-from .products import ProductChoice, tiles
+from .products import ProductChoice, Thin, tiles
 
 
 class Residual(nn.Module, ABC):
@@ -80,12 +80,13 @@ class Residual(nn.Module, ABC):
         """The weight that this stands for, (out, in), a tensor of its own or the dense weight itself."""
 
     @abstractmethod
-    def product(self, x: Tensor, rounded: RoundedRows | None = None) -> Tensor:
-        """`x Q^T`, (rows, out), of x (rows, in): a tensor of its own, to which more may be added.
+    def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
+        """`x Q^T + h L^T`, (rows, out), of x (rows, in): a tensor of its own, to which more may be added.
 
         Args:
             x: Rows.
             rounded: The same in 8 bits, where that is known already; a product that rounds takes it.
+            thin: h (rows, K) and L (out, K), in the dtype of x; None for nothing to add.
         """
 
     @abstractmethod
@@ -192,8 +193,9 @@ class ExactResidual(Residual):
     def to_dense(self) -> nn.Module:
         return self.module
 
-    def product(self, x: Tensor, rounded: RoundedRows | None = None) -> Tensor:
-        return F.linear(x, self.dense_weight().to(x.dtype))
+    def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
+        y = F.linear(x, self.dense_weight().to(x.dtype))
+        return y if thin is None else y.addmm_(thin[0], thin[1].t())
 
     def transposed_product(self, dY: Tensor) -> Tensor:
         return dY @ self.dense_weight().to(dY.dtype)
@@ -226,8 +228,8 @@ class Int8Residual(Residual):
     def dense_weight(self) -> Tensor:
         return (self.codes * self.scale.to(_at_least_float32(self.dtype))).to(self.dtype)
 
-    def product(self, x: Tensor, rounded: RoundedRows | None = None) -> Tensor:
-        return self.products.product(x, self.codes).forward(x, self.codes, self.scale, rounded)
+    def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
+        return self.products.product(x, self.codes).forward(x, self.codes, self.scale, rounded, thin)
 
     def transposed_product(self, dY: Tensor) -> Tensor:
         return self.products.product(dY, self.codes).transposed(dY, self.codes, self.scale)
@@ -268,11 +270,11 @@ class Int4Residual(Residual):
         parts, dtype = tiles(self.out_features, self.in_features), _at_least_float32(self.dtype)
         return torch.cat([self._tile(start, stop, dtype).to(self.dtype) for start, stop in parts])
 
-    def product(self, x: Tensor, rounded: RoundedRows | None = None) -> Tensor:
+    def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
         y = x.new_empty(len(x), self.out_features)
         for start, stop in tiles(self.out_features, self.in_features):
             y[:, start:stop] = x @ self._tile(start, stop, x.dtype).t()
-        return y
+        return y if thin is None else y.addmm_(thin[0], thin[1].t())
 
     def transposed_product(self, dY: Tensor) -> Tensor:
         parts = tiles(self.out_features, self.in_features)
@@ -379,6 +381,10 @@ class ResidualLinear(FactoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         """`x Q^T + (x R^T) L^T + b` in the dtype of x."""
         outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            rows = x.reshape(-1, self.in_features)
+            y = self.residual.product(rows, None, (rows @ inner.t(), outer)).view(*x.shape[:-1], self.out_features)
+            return y if bias is None else y.add_(bias)
         return self.residual.multiply(x) + F.linear(F.linear(x, inner), outer, bias)
 
     def extra_repr(self) -> str:

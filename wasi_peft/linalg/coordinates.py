@@ -18,7 +18,7 @@ from .subspaces import range_finder
 
 DAMPING = 0.01
 BASIS_SCALE = 0.2  # measured: L then trains best at the learning rates of everything else
-ADDITION_SCALE = 2.0  # measured, at the learning rates of LoRA
+ADDITION_SCALE = 1.0  # measured, at the learning rates of LoRA
 
 
 class ImageMoments(NamedTuple):
@@ -99,8 +99,8 @@ def addition_basis(weight: Tensor, rank: int, second_moment: Tensor | None = Non
     """R of an addition `L R` to a weight of which L is zero at first and trains alone: directions, and coordinates.
 
     Those input directions through which the weight lets most pass: with C = E[x x^T], damped, `C = T T^T`, and V the
-    leading right singular vectors of `W T`, `R = c V^T T^-1`. So the image `h = R x` is white, and c = 2 times the
-    root mean square of x gives it a size at which L trains well at LoRA's learning rates.
+    leading right singular vectors of `W T`, `R = c V^T T^-1`. So the image `h = R x` is white, and c, the root
+    mean square of x, gives it a size at which L trains well at LoRA's learning rates.
 
     **Shape**
         - weight: (out, in); returns (rank, in)
@@ -112,7 +112,7 @@ def addition_basis(weight: Tensor, rank: int, second_moment: Tensor | None = Non
 
     Example:
         >>> addition_basis(torch.diag(torch.tensor([1.0, 3.0])), 1).abs().round(decimals=3)
-        tensor([[0., 2.]])
+        tensor([[0., 1.]])
     """
     if second_moment is None:
         return ADDITION_SCALE * range_finder(weight.float(), rank, iterations=1).T.to(weight.dtype)

@@ -19,18 +19,24 @@ TILE = 2**19  # elements that are rounded at a time: larger temporary tensors co
 
 
 class RoundedRows(NamedTuple):
-    """Rows in 8 bits: `x ~ codes * scale`.
+    """Rows in 8 bits: `x ~ codes * scale`, and in some columns, whose codes are zero, `x = values`.
 
     **Shape**
         - codes: (rows, n), int8; scale: (rows, 1), at least float32
+        - columns: (m,), int64; values: (rows, m), in the dtype of x; or None for no such columns
     """
 
     codes: Tensor
     scale: Tensor
+    columns: Tensor | None = None
+    values: Tensor | None = None
 
 
-def quantize_rows(x: Tensor) -> RoundedRows:
+def quantize_rows(x: Tensor, outliers: int = 0) -> RoundedRows:
     """Each row to int8 by its largest entry: `x ~ codes * scale`, no entry off by more than half a scale.
+
+    The inputs of a transformer's layers have a few columns that are many times as large as the others, always the same
+    ones (LLM.int8); kept as they are, they no longer decide the scale of all others.
 
     A row of zeros gets a scale of 0. NaN or Inf in a row makes its scale NaN or Inf, so that a product of codes and
     scales is not finite either.
@@ -38,8 +44,12 @@ def quantize_rows(x: Tensor) -> RoundedRows:
     **Shape**
         - x: (rows, n)
 
+    Args:
+        x: Rows.
+        outliers: Columns that are kept as they are, those with the largest entries; an eighth of all at most.
+
     Example:
-        >>> codes, scale = quantize_rows(torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]]))
+        >>> codes, scale, *_ = quantize_rows(torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]]))
         >>> codes.tolist(), scale.mul(127).tolist()
         ([[64, -127, 32], [0, 0, 0]], [[2.0], [0.0]])
     """
@@ -47,12 +57,19 @@ def quantize_rows(x: Tensor) -> RoundedRows:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(len(x), 1, dtype=dtype, device=x.device)
     step = max(1, TILE // x.shape[1])
+    columns = values = None
+    outliers = min(outliers, x.shape[1] // 8)
+    if outliers and len(x):
+        columns = x.abs().amax(0).topk(outliers).indices
+        values = x.index_select(1, columns)
     for rows in range(0, len(x), step):
         part = x[rows : rows + step].to(dtype)
+        if columns is not None:
+            part = part.index_fill(1, columns, 0)
         largest = part.abs().amax(-1, keepdim=True).div_(LARGEST_CODE)
         scale[rows : rows + step] = largest
         codes[rows : rows + step] = (part / largest.clamp_min(torch.finfo(dtype).tiny)).round_()
-    return RoundedRows(codes, scale)
+    return RoundedRows(codes, scale, columns, values)
 
 
 class Groups(NamedTuple):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..forms.products import OUTLIERS
 from ..linalg.low_bit import RoundedRows, quantize_rows
 from ..linalg.tucker import Bases, CompressionRule, Tucker, canonical, compress, placeholder
 
@@ -116,10 +117,10 @@ class SharedInputs:
         """
         flat = rows.detach().reshape(-1, rows.shape[-1])
         if torch.compiler.is_compiling():
-            return quantize_rows(flat)
+            return quantize_rows(flat, OUTLIERS)
         rounded = self.of(x).rounded
         if rows.dtype not in rounded:
-            rounded[rows.dtype] = quantize_rows(flat)
+            rounded[rows.dtype] = quantize_rows(flat, OUTLIERS)
         return rounded[rows.dtype]
 
     @torch.compiler.disable

@@ -111,7 +111,7 @@ class AdditionLinear(torch.autograd.Function):
         L: Tensor,
         R: Tensor,
         bias: Tensor | None,
-        rounded: tuple[Tensor, Tensor] | None,
+        rounded: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None,
         core: Tensor | None,
         feature: Tensor | None,
         token: Tensor | None,
@@ -119,8 +119,7 @@ class AdditionLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h = rows @ R.to(x.dtype).t()
-        y = residual.product(rows, None if rounded is None else RoundedRows(*rounded))
-        y.addmm_(h, L.to(x.dtype).t())
+        y = residual.product(rows, None if rounded is None else RoundedRows(*rounded), (h, L.to(x.dtype)))
         if bias is not None:
             y.add_(bias.to(x.dtype))
 
@@ -132,7 +131,7 @@ class AdditionLinear(torch.autograd.Function):
         if needs_R and core is not None:
             ctx.kept, kept = "compressed", (core, feature, token, batch)
         elif needs_R and rounded is not None:
-            ctx.kept, kept = "rounded", (*rounded, None, None)
+            ctx.kept, kept = "rounded", rounded
         elif needs_R:
             ctx.kept, kept = "input", (x, None, None, None)
         ctx.save_for_backward(L if needs_x or needs_R else None, R, roundable(h) if needs_L else None, *kept)
@@ -159,6 +158,8 @@ class AdditionLinear(torch.autograd.Function):
             grad_R = (hidden_grad.t() @ expand_rows(Tucker(first, second, token, batch))) @ second.t()
         elif ctx.kept == "rounded":
             grad_R = (hidden_grad * second.to(ctx.dtype)).t() @ first.to(ctx.dtype)
+            if token is not None:  # columns that are kept as they are
+                grad_R.index_add_(1, token, hidden_grad.t() @ batch)
         elif ctx.kept == "input":
             grad_R = hidden_grad.t() @ first.reshape(-1, first.shape[-1])
         grad_R = None if grad_R is None else grad_R.to(R.dtype)

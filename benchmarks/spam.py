@@ -1,0 +1,161 @@
+"""Spam or not: MiniLM fine-tuned in full, with LoRA and with WASI's residual form, several seeds.
+
+A new head on the sentence encoder, mails cut to 64 tokens. Mails with the same body count once, and lie in the order
+of the hash of their body, so parts of it share no mail: 3,200 are trained on, 100 steps of 32; the next 600 choose the
+learning rate, the next 1,500 are the test. The larger class has about 0.71 of them (`majority` of an entry, of its
+test). AdamW without weight decay, warm-up over a tenth of the steps, then cosine decay.
+
+Each run is one entry of docs/benchmarks/spam.json; finished runs are skipped. Without `--lr`, a method's learning
+rates of `GRID` are run with seed 0, then the best of them with the other seeds::
+
+    python benchmarks/spam.py
+    python benchmarks/spam.py --method residual --residual int8 int4 --dtype float32 bfloat16
+    python benchmarks/spam.py --summarise
+"""
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+
+import wasi_peft
+from common import RESULTS_FOLDER, environment, read_json, with_lora
+from finetuning import HEAD, build_optimizer, train, with_residual
+from runs import (
+    Scores,
+    Settings,
+    add_residual_arguments,
+    comparison,
+    plan_of,
+    precision,
+    residual_options,
+    run_missing,
+    updates_for,
+)
+from texts import load_mails, minilm_folder
+from wasi_peft.tuner.config import MEMORY_MODES
+
+RESULTS = RESULTS_FOLDER / "spam.json"
+JUDGED = Scores("validation_accuracy", "test_accuracy")
+GRID = {
+    "full": (2e-5, 5e-5, 1e-4, 2e-4),
+    "lora": (2e-4, 5e-4, 1e-3, 2e-3),
+    "residual": (2e-4, 5e-4, 1e-3, 2e-3),
+}
+TOKENS, BATCH, VALIDATION, TEST = 64, 32, 600, 1500
+Items = list[dict[str, torch.Tensor]]
+
+
+def load_items(train_count: int) -> tuple[Items, Items, Items]:
+    """Returns mails to train on, to choose by and to test on, each a mapping with its label."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder())
+    mails = load_mails(train_count + VALIDATION + TEST)
+    texts, labels = [text for text, _ in mails], torch.tensor([label for _, label in mails])
+    encoded = tokenizer(texts, truncation=True, max_length=TOKENS, padding="max_length", return_tensors="pt")
+    fields = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+    items = [{name: tensor[index] for name, tensor in fields.items()} for index in range(len(mails))]
+    return items[:train_count], items[train_count : train_count + VALIDATION], items[train_count + VALIDATION :]
+
+
+def build(settings: Settings, model: nn.Module, train_set: Items) -> nn.Module:
+    """Makes the model trainable by the method of the settings."""
+    if settings["method"] == "full":
+        return model
+    if settings["method"] == "lora":
+        return with_lora(model, [HEAD])
+    config = wasi_peft.WasiConfig(task_type="SEQ_CLS", modules_to_save=[HEAD], **settings["residual"])
+    inputs = [{name: value for name, value in item.items() if name != "labels"} for item in train_set]
+    batches = [stacked(inputs[start : start + BATCH]) for start in range(0, len(inputs), BATCH)]
+    return with_residual(model, config, batches, settings["prepare"] or 0)
+
+
+def stacked(items: Items) -> dict[str, torch.Tensor]:
+    """Returns items as one batch."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, items: Items, bf16: bool, description: str) -> float:
+    """Returns the share of mails that are classified correctly; under autocast if asked."""
+    model.eval()
+    correct = 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for start in tqdm(range(0, len(items), 100), desc=description):
+            batch = stacked(items[start : start + 100])
+            labels = batch.pop("labels")
+            correct += int((model(**batch).logits.argmax(1) == labels).sum())
+    return correct / len(items)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Trains and evaluates once; returns the entry."""
+    train_set, held_out, test_set = load_items(settings["train"])
+    transformers.set_seed(settings["seed"])  # the head is drawn from it
+    dtype, bf16 = getattr(torch, settings["base_dtype"] or "float32"), settings["dtype"] == "bfloat16"
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    model = build(settings, load(minilm_folder(), num_labels=2, dtype=dtype), train_set)
+    optimizer = build_optimizer(settings["method"], model, settings["lr"])
+    with tempfile.TemporaryDirectory() as scratch:
+        log = train(
+            model, optimizer, train_set, Path(scratch),
+            steps=settings["steps"], batch_size=BATCH, seed=settings["seed"], bf16=bf16,
+        )  # fmt: skip
+    spam = sum(int(item["labels"]) for item in test_set) / len(test_set)
+    return {
+        "settings": settings,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "validation_accuracy": accuracy(model, held_out, bf16, "Validating"),
+        "test_accuracy": accuracy(model, test_set, bf16, "Testing"),
+        "majority": max(spam, 1 - spam),
+        "losses": [item["loss"] for item in log if "loss" in item],
+        "environment": environment(),
+    }
+
+
+def every_settings(args: argparse.Namespace) -> Iterator[Settings]:
+    """Yields the settings of all runs asked for, but for learning rates and seed."""
+    for method, dtype in itertools.product(args.method, args.dtype):
+        fields = itertools.product(args.residual, args.rank, updates_for(method, args.update), args.memory_mode)
+        for options in (residual_options(*given) for given in fields) if method == "residual" else [{}]:
+            yield {
+                "method": method,
+                "residual": options,
+                "prepare": (args.prepare or None) if method == "residual" else None,
+                **precision(dtype, args.base_dtype),
+                "train": args.train,
+                "steps": args.steps,
+            }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs what is missing, one run after the other, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--method", nargs="+", choices=GRID, default=list(GRID))
+    add("--lr", nargs="+", help="learning rates, or best: that of the finished runs of seed 0 (default: GRID, best)")
+    add("--seed", type=int, nargs="+", help="seeds (default: 0 with --lr, else 0, 1 and 2; 0 must come first)")
+    add_residual_arguments(parser)
+    add("--update", nargs="+", choices=("addition", "frozen_basis"), help="residual: what trains")
+    add("--memory-mode", nargs="+", choices=MEMORY_MODES, default=["exact"], help="residual")
+    add("--train", type=int, default=3200, help="mails trained on")
+    add("--steps", type=int, default=100, help="optimizer steps")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--results", type=Path, default=RESULTS, help="the JSON file")
+    add("--summarise", action="store_true", help="run nothing, print mean and spread of the finished runs")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    for settings in [] if args.summarise else every_settings(args):
+        run_missing(settings, plan_of(args, GRID[settings["method"]]), args.results, JUDGED, run)
+    print(comparison(read_json(args.results), every_settings(args), JUDGED, ("majority",)))
+
+
+if __name__ == "__main__":
+    main()
