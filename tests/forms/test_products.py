@@ -12,7 +12,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wasi_peft.forms import products
-from wasi_peft.forms.products import PRODUCTS, IntegerProduct, ProductChoice, RestoredWeight, measured_seconds, tiles
+from wasi_peft.forms.products import (
+    OUTLIERS,
+    PRODUCTS,
+    IntegerProduct,
+    ProductChoice,
+    RestoredWeight,
+    measured_seconds,
+    tiles,
+)
 from wasi_peft.linalg.low_bit import quantize_rows
 
 # roundings of a product, by dtype of the rows
@@ -67,12 +75,34 @@ def test_products_that_round_say_by_how_much(name: str, dtype: torch.dtype, size
 def test_a_product_takes_rows_that_are_rounded_already() -> None:
     codes, scale, _ = weight(24, 40)
     x, _ = operands((24, 40), torch.float32)
-    rounded = quantize_rows(x)
+    rounded = quantize_rows(x, OUTLIERS)
     expected = IntegerProduct.forward(x, codes, scale)
     assert torch.equal(IntegerProduct.forward(torch.full_like(x, torch.nan), codes, scale, rounded), expected)
     assert torch.equal(
         RestoredWeight.forward(x, codes, scale, rounded), RestoredWeight.forward(x, codes, scale)
     )  # which has no use for them
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_thin_product_is_added(name: str, dtype: torch.dtype) -> None:
+    codes, scale, dense = weight(24, 40)
+    x, _ = operands((24, 40), dtype)
+    h, L = normal(20, 3, seed=3, dtype=dtype), normal(24, 3, seed=4, dtype=dtype)
+    y = PRODUCTS[name].forward(x, codes, scale, None, (h, L))
+    expected = x.double() @ dense.T + h.double() @ L.double().T
+    assert relative_error(y, expected) < (0.02 if name != "restored" else EXACT[dtype])
+
+
+def test_columns_that_are_larger_than_the_others_cost_no_digits() -> None:
+    """The few inputs of transformers that are many times as large as all others (LLM.int8)."""
+    codes, scale, dense = weight(24, 8 * OUTLIERS)
+    x = normal(20, 8 * OUTLIERS, seed=1, dtype=torch.float32)
+    x[:, ::9][:, :OUTLIERS] *= 100
+    kept = IntegerProduct.forward(x, codes, scale)
+    without = IntegerProduct.forward(x, codes, scale, quantize_rows(x))
+    expected = x.double() @ dense.T
+    assert relative_error(kept, expected) < relative_error(without, expected) / 5
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

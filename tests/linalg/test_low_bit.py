@@ -46,7 +46,7 @@ def test_a_row_of_zeros_is_zero_and_an_outlier_costs_its_own_row_alone() -> None
     codes, scale, *_ = quantize_rows(x)
     assert not bool(codes[1].any()) and float(scale[1]) == 0
     restored = codes * scale
-    assert torch.equal(restored[:1], torch.mul(*quantize_rows(x[:1])))
+    assert torch.equal(restored[:1], torch.mul(*quantize_rows(x[:1])[:2]))
     assert float(restored[2, 7]) == pytest.approx(1e6) and not bool(codes[2, :7].any())
 
 
@@ -54,7 +54,7 @@ def test_a_row_of_zeros_is_zero_and_an_outlier_costs_its_own_row_alone() -> None
 def test_what_is_not_finite_shows_in_the_scale_of_its_row(value: float) -> None:
     x = normal(3, 40, seed=3, dtype=torch.float32)
     x[1, 5] = value
-    _, scale = quantize_rows(x)
+    _, scale, *_ = quantize_rows(x)
     assert scale.isfinite().flatten().tolist() == [True, False, True]
 
 
@@ -65,15 +65,34 @@ def test_the_smallest_numbers_do_not_overflow() -> None:
 
 def test_tiles_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal(11, 40, seed=4, dtype=torch.float32)
-    whole = quantize_rows(x)
+    whole = quantize_rows(x, 3)
     for tile in (1, 40, 100, 439):
         monkeypatch.setattr(low_bit, "TILE", tile)
-        assert all(map(torch.equal, quantize_rows(x), whole))
+        for actual, expected in zip(quantize_rows(x, 3), whole, strict=True):
+            assert actual is not None and expected is not None and torch.equal(actual, expected)
 
 
 def test_no_rows_are_no_codes() -> None:
     codes, scale, *_ = quantize_rows(torch.empty(0, 7))
     assert codes.shape == (0, 7) and scale.shape == (0, 1)
+
+
+@QUICK
+@given(sizes=SIZES, seed=SEEDS, outliers=st.integers(0, 12))
+def test_outlying_columns_are_kept_and_decide_no_scale(sizes: tuple[int, int], seed: int, outliers: int) -> None:
+    x = normal(*sizes, seed=seed, dtype=torch.float32)
+    count = min(outliers, sizes[1] // 8)
+    large = torch.randperm(sizes[1], generator=torch.Generator().manual_seed(seed))[:count]
+    x[:, large] += 1000
+    codes, scale, columns, values = quantize_rows(x, outliers)
+    if not count:
+        assert columns is None and values is None
+        return
+    assert columns is not None and values is not None
+    assert set(columns.tolist()) == set(large.tolist())
+    assert torch.equal(values, x[:, columns]) and not bool(codes[:, columns].any())
+    restored = (codes * scale).index_copy(1, columns, values)
+    assert bool(((restored - x).abs() <= scale / 2 * (1 + 1e-6)).all()) and float(scale.max()) < 1
 
 
 # ---------------------------------------------------------------- weights in 4 bits

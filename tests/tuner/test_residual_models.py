@@ -265,9 +265,9 @@ def counted(owner: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor
     """The inputs of `quantize_rows` where a module calls it."""
     calls: list[Tensor] = []
 
-    def counting(x: Tensor) -> RoundedRows:
+    def counting(x: Tensor, outliers: int = 0) -> RoundedRows:
         calls.append(x)
-        return quantize_rows(x)
+        return quantize_rows(x, outliers)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, "quantize_rows", counting)
