@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 import torch
 from models import ARCHITECTURES, Architecture, logits, train
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from probes import live_bytes
 from strategies import relative_error
 from torch import Tensor, nn
@@ -460,3 +466,77 @@ def test_the_forms_of_all_layers_are_beside_the_residual() -> None:
             assert type(layer.form) is ResidualLinear and type(layer.residual) is cls
             weight, bias = layer.original_weight()
             assert weight.shape == (layer.out_features, layer.in_features) and bias is not None
+
+
+# ---------------------------------------------------------------- what else users of PEFT do
+
+
+@residuals
+def test_rounding_what_was_rounded_changes_nothing(residual: str) -> None:
+    """An unloaded model can be adapted again and again."""
+    model, expected = VIT.model(), logits(build(residual=residual, residual_product="restored"), VIT.batch())
+    for _ in range(3):
+        model = build_on(model, residual)
+        torch.testing.assert_close(logits(model, VIT.batch()), expected, atol=1e-3, rtol=1e-3)
+        train(model, VIT.batch(), 1)
+        model = model.unload()
+        assert not any(isinstance(module, (WasiLayer, Residual)) for module in model.modules())
+        assert not hasattr(model, "peft_config")
+
+
+def build_on(model: nn.Module, residual: str) -> Any:
+    return get_peft_model(model, WasiConfig(residual=residual, residual_product="restored", weight_rank=4))
+
+
+@residuals
+def test_injection_on_the_meta_device_and_loading(residual: str) -> None:
+    source = build(residual=residual)
+    train(source, VIT.batch())
+    saved = copy.copy(source.peft_config["default"])
+    saved.ranks = saved.resolved_ranks
+    model = inject_adapter_in_model(saved, VIT.model(), low_cpu_mem_usage=True)
+    assert all(value.is_meta for name, value in model.named_parameters() if ".wasi_form." in name)
+    assert {type(layer._modules["base_layer"]) for _, layer in wasi_layers(model)} == {nn.Linear}
+    set_peft_model_state_dict(model, get_peft_model_state_dict(source), low_cpu_mem_usage=True)
+    assert torch.equal(logits(model, VIT.batch()), logits(source, VIT.batch()))
+    assert {layer.residual.name for _, layer in wasi_layers(model)} == {residual}
+
+
+@residuals
+@pytest.mark.parametrize("bias", ["none", "wasi_only", "all"])
+def test_what_trains_survives_disabling_switching_and_merging(residual: str, bias: str) -> None:
+    model = build(residual=residual, bias=bias)
+    only = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def trains() -> set[str]:
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    with model.disable_adapter():
+        assert not trains()
+    assert trains() == only
+    model.add_adapter("other", WasiConfig(residual=residual, weight_rank=3, bias=bias))
+    assert trains() == only
+    model.set_adapter("other")
+    assert {name for name in trains() if ".wasi_form." in name} == {
+        name.replace(".default.", ".other.") for name in only if ".wasi_form." in name
+    }
+    model.set_adapter("default")
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert trains() == only
+
+
+def test_transformers_own_integration(tmp_path: Path) -> None:
+    """`add_adapter` and `load_adapter` of the model itself."""
+    model: Any = VIT.model()
+    model.add_adapter(WasiConfig(weight_rank=4), "own")
+    train(model, VIT.batch())
+    expected = logits(model, VIT.batch())
+    assert {layer.residual.name for _, layer in wasi_layers(model)} == {"int8"}
+    model.save_pretrained(tmp_path)
+    loaded: Any = VIT.model()
+    loaded.load_adapter(str(tmp_path), "own")
+    assert torch.equal(logits(loaded, VIT.batch()), expected)
+    assert {layer.residual.name for _, layer in wasi_layers(loaded)} == {"int8"}
+    model.disable_adapters()
+    assert relative_error(logits(model, VIT.batch()), logits(VIT.model(), VIT.batch())) < LARGEST_ERROR["int8"]
