@@ -212,3 +212,23 @@ def test_copies_of_a_choice_keep_what_was_asked_for() -> None:
     choice = ProductChoice("restored")
     for copied in (copy.deepcopy(choice), pickle.loads(pickle.dumps(choice))):
         assert copied.product(torch.zeros(3, 40), torch.zeros(24, 40, dtype=torch.int8)) is RestoredWeight
+
+
+def test_a_thin_product_and_outliers_are_added_in_one() -> None:
+    codes, scale, dense = weight(24, 40)
+    x, _ = operands((24, 40), torch.float32)
+    x[:, 11] *= 100
+    h, L = x[:, :3].clone(), torch.ones(24, 3)
+    for product in PRODUCTS.values():
+        y = product.forward(x, codes, scale, None, (h, L))
+        assert relative_error(y, x.double() @ dense.T + (h @ L.T).double()) < 0.01
+    alone = quantize_rows(x)  # one large column takes the digits of all others
+    worse = IntegerProduct.forward(x, codes, scale, alone)
+    inliers = x.clone()
+    inliers[:, 11] = 0
+    expected = inliers.double() @ dense.T
+
+    def error(y: Tensor) -> float:
+        return relative_error(y.double() - x[:, 11:12].double() @ dense[:, 11:12].T, expected)
+
+    assert error(IntegerProduct.forward(x, codes, scale)) < error(worse) / 10

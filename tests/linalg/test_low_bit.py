@@ -65,11 +65,29 @@ def test_the_smallest_numbers_do_not_overflow() -> None:
 
 def test_tiles_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal(11, 40, seed=4, dtype=torch.float32)
-    whole = quantize_rows(x, 3)
-    for tile in (1, 40, 100, 439):
-        monkeypatch.setattr(low_bit, "TILE", tile)
-        for actual, expected in zip(quantize_rows(x, 3), whole, strict=True):
-            assert actual is not None and expected is not None and torch.equal(actual, expected)
+    for outliers in (0, 3):
+        whole = quantize_rows(x, outliers)[: 4 if outliers else 2]
+        for tile in (1, 40, 100, 439):
+            monkeypatch.setattr(low_bit, "TILE", tile)
+            assert all(map(torch.equal, quantize_rows(x, outliers), whole))
+
+
+def test_columns_with_the_largest_entries_are_kept_as_they_are() -> None:
+    x = normal(20, 64, seed=6, dtype=torch.float32)
+    x[:, [9, 33]] *= 50
+    plain, kept = quantize_rows(x), quantize_rows(x, 2)
+    assert kept.columns is not None and sorted(kept.columns.tolist()) == [9, 33]
+    assert kept.values is not None and torch.equal(kept.values, x[:, kept.columns])
+    assert not bool(kept.codes[:, kept.columns].any())
+    others = [column for column in range(64) if column not in (9, 33)]
+    assert torch.equal(kept.codes[:, others], quantize_rows(x[:, others]).codes)
+    assert kept.scale.mean() < plain.scale.mean() / 10
+
+
+def test_no_more_than_an_eighth_of_the_columns_is_kept() -> None:
+    columns = quantize_rows(torch.ones(3, 17), 8).columns
+    assert columns is not None and len(columns) == 2
+    assert quantize_rows(torch.ones(3, 7), 8).columns is None
 
 
 def test_no_rows_are_no_codes() -> None:

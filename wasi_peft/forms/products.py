@@ -87,11 +87,8 @@ class IntegerProduct(Int8Product):
         if columns is not None:  # at once with the thin product: it is the pass over y that costs
             assert values is not None
             weight = (codes.index_select(1, columns) * scale).to(x.dtype)
-            thin = (
-                (values, weight)
-                if thin is None
-                else (torch.cat([thin[0], values], 1), torch.cat([thin[1], weight], 1))
-            )
+            h, L = (values[:, :0], weight[:, :0]) if thin is None else thin
+            thin = torch.cat([h, values], 1), torch.cat([L, weight], 1)
         return _add_thin(y, thin)
 
     @staticmethod

@@ -383,8 +383,9 @@ class ResidualLinear(FactoredLinear):
         outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             rows = x.reshape(-1, self.in_features)
-            y = self.residual.product(rows, None, (rows @ inner.t(), outer)).view(*x.shape[:-1], self.out_features)
-            return y if bias is None else y.add_(bias)
+            y = self.residual.product(rows, None, (rows @ inner.t(), outer))
+            y = y if bias is None else y.add_(bias)
+            return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], self.out_features))  # no view: see _Product
         return self.residual.multiply(x) + F.linear(F.linear(x, inner), outer, bias)
 
     def extra_repr(self) -> str:
