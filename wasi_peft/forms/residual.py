@@ -382,7 +382,8 @@ class ResidualLinear(FactoredLinear):
         """`x Q^T + (x R^T) L^T + b` in the dtype of x."""
         outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            rows = x.reshape(-1, self.in_features)
+            # a view of a parameter claims to need a gradient even here, and a recomputed block would ask for it
+            outer, inner, rows = outer.detach(), inner.detach(), x.reshape(-1, self.in_features)
             y = self.residual.product(rows, None, (rows @ inner.t(), outer))
             y = y if bias is None else y.add_(bias)
             return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], self.out_features))  # no view: see _Product
