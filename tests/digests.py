@@ -1,4 +1,4 @@
-"""Digests of three training steps with every update, memory mode and tiny architecture, to compare two checkouts.
+"""Digests of three training steps with every form, memory mode and tiny architecture, to compare two checkouts.
 
 A move of code must not change a bit: `python tests/digests.py before.json` in one checkout, then
 `python tests/digests.py after.json --against before.json` in the other, on the same machine and versions. What is
@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import ARCHITECTURES, Architecture, input_options, logits
+from models import ARCHITECTURES, FORMS, Architecture, input_options, logits
 from peft import get_peft_model
 
 from wasi_peft import WasiConfig
 
-UPDATES = ("frozen_basis", "low_rank", "core", "subspace", "factor")
 MODES = ("exact", "fast", "small")
 SAMPLES = 512  # of at least 7 tokens: "fast" and "small" then cut batches into slices
 
@@ -32,10 +31,11 @@ def digest(tensors: list[torch.Tensor]) -> str:
     return hashlib.sha256(b"".join(shape.encode() + values for shape, values in parts)).hexdigest()[:16]
 
 
-def run(architecture: Architecture, update: str, mode: str, samples: int = SAMPLES) -> dict[str, Any]:
+def run(architecture: Architecture, form: str, mode: str, samples: int = SAMPLES) -> dict[str, Any]:
     """Three AdamW steps on three batches; digests of all that they make."""
     torch.manual_seed(0)
-    config = WasiConfig(weight_rank=4, update=update, update_rank=2, memory_mode=mode, **input_options(update))
+    compressed = input_options(FORMS[form]["update"])
+    config = WasiConfig(weight_rank=4, **FORMS[form], update_rank=2, memory_mode=mode, **compressed)
     losses = []
     try:
         model = get_peft_model(architecture.model(), config).train()
@@ -63,9 +63,9 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found = {
-        f"{name} {update} {mode}": run(architecture, update, mode)
+        f"{name} {form} {mode}": run(architecture, form, mode)
         for name, architecture in ARCHITECTURES.items()
-        for update in UPDATES
+        for form in FORMS
         for mode in MODES
     }
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")

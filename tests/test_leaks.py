@@ -25,6 +25,7 @@ VOCABULARY = 40
 SHAPES = [(8, 40), (3, 17), (1, 1), (5, 40), (2, 9), (6, 31)]
 CASES: dict[str, dict[str, Any]] = {
     "exact inputs": {"update": "low_rank", "activation_threshold": None},
+    "inputs in 8 bits": {"update": "addition"},
     "compressed inputs": {
         "update": "subspace",
         "activation_modes": ["feature", "token", "batch"],

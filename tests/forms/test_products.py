@@ -84,6 +84,28 @@ def test_a_product_takes_rows_that_are_rounded_already() -> None:
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_thin_product_is_added(name: str, dtype: torch.dtype) -> None:
+    codes, scale, dense = weight(24, 40)
+    x, _ = operands((24, 40), dtype)
+    h, L = normal(20, 3, seed=3, dtype=dtype), normal(24, 3, seed=4, dtype=dtype)
+    y = PRODUCTS[name].forward(x, codes, scale, None, (h, L))
+    expected = x.double() @ dense.T + h.double() @ L.double().T
+    assert relative_error(y, expected) < (0.02 if name != "restored" else EXACT[dtype])
+
+
+def test_columns_that_are_larger_than_the_others_cost_no_digits() -> None:
+    """The few inputs of transformers that are many times as large as all others (LLM.int8)."""
+    codes, scale, dense = weight(24, 8 * OUTLIERS)
+    x = normal(20, 8 * OUTLIERS, seed=1, dtype=torch.float32)
+    x[:, ::9][:, :OUTLIERS] *= 100
+    kept = IntegerProduct.forward(x, codes, scale)
+    without = IntegerProduct.forward(x, codes, scale, quantize_rows(x))
+    expected = x.double() @ dense.T
+    assert relative_error(kept, expected) < relative_error(without, expected) / 5
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_makes_its_row_not_finite(name: str, value: float) -> None:
     codes, scale, _ = weight(24, 40)

@@ -95,6 +95,24 @@ def test_no_rows_are_no_codes() -> None:
     assert codes.shape == (0, 7) and scale.shape == (0, 1)
 
 
+@QUICK
+@given(sizes=SIZES, seed=SEEDS, outliers=st.integers(0, 12))
+def test_outlying_columns_are_kept_and_decide_no_scale(sizes: tuple[int, int], seed: int, outliers: int) -> None:
+    x = normal(*sizes, seed=seed, dtype=torch.float32)
+    count = min(outliers, sizes[1] // 8)
+    large = torch.randperm(sizes[1], generator=torch.Generator().manual_seed(seed))[:count]
+    x[:, large] += 1000
+    codes, scale, columns, values = quantize_rows(x, outliers)
+    if not count:
+        assert columns is None and values is None
+        return
+    assert columns is not None and values is not None
+    assert set(columns.tolist()) == set(large.tolist())
+    assert torch.equal(values, x[:, columns]) and not bool(codes[:, columns].any())
+    restored = (codes * scale).index_copy(1, columns, values)
+    assert bool(((restored - x).abs() <= scale / 2 * (1 + 1e-6)).all()) and float(scale.max()) < 1
+
+
 # ---------------------------------------------------------------- weights in 4 bits
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import ARCHITECTURES, Architecture, wasi_model
+from models import ARCHITECTURES, FACTOR_UPDATES, Architecture, wasi_model
 
 from wasi_peft import Calibration, WasiPlan, calibrate_wasi, wasi_summary
 from wasi_peft.cost.estimate import CATEGORIES, Estimate
@@ -26,7 +26,7 @@ from wasi_peft.report.plots import (
     table,
     target_rows,
 )
-from wasi_peft.updates import UPDATES, make_update
+from wasi_peft.updates import make_update
 
 BLOCKS = 29
 KINDS = {
@@ -102,12 +102,14 @@ def test_plan_table_says_what_the_plan_says(plan: WasiPlan) -> None:
     assert half[-2].split() == ["all", f"{dense * 512:,.2f}", f"{plan.kept_share * dense * 512:,.2f}"]
 
 
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", FACTOR_UPDATES)
 def test_tables_count_what_the_update_stores(update: str) -> None:
     """A table's totals are the share in the headline under it; past break-even is what the layers say of it."""
     layers = tuple(LayerPlan(f"layers.{rank}.fc", 32, 48, rank, None, 1.0) for rank in (1, 15, 16, 17, 19, 20))
     plan = WasiPlan(layers, update=update, update_rank=make_update(update, 3).side_rank or None)
-    summary = wasi_summary(wasi_model(ARCHITECTURES["vit"].model(), weight_rank=5, update=update, update_rank=3))
+    summary = wasi_summary(
+        wasi_model(ARCHITECTURES["vit"].model(), residual=None, weight_rank=5, update=update, update_rank=3)
+    )
     for shown, past in (
         (plan, [plan.past_break_even(layer) for layer in plan.layers]),
         (summary, [layer.past_break_even for layer in summary.layers]),
@@ -116,7 +118,7 @@ def test_tables_count_what_the_update_stores(update: str) -> None:
         assert header.split()[:5] == ["layer", "out", "in", "rank", "break-even"]
         dense, factored = (float(size.replace(",", "")) for size in total.split()[1:])
         assert factored / dense == pytest.approx(shown.kept_share, rel=1e-3)
-        assert f"{shown.kept_share:.1%} of their weights kept" in headline
+        assert f"{shown.kept_share:.1%} of their {'weights' if shown is plan else 'bytes'} kept" in headline
         assert [int(row.split()[3]) > int(row.split()[4]) for row in rows] == past
     assert {True, False} == {plan.past_break_even(layer) for layer in plan.layers}
 

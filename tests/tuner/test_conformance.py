@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import exact_config
+from models import FORMS, exact_config, form_options
 from peft import (
     PeftModel,
     get_peft_model,
@@ -62,6 +62,12 @@ def config(target: str = "list", **options: Any) -> Any:
     return exact_config(**{**given, **options})
 
 
+def beside(form: str, target: str = "list", **options: Any) -> Any:
+    """The same with any form, all directions that a layer has."""
+    rank = {} if FORMS[form]["residual"] is None else {"weight_rank": 10}
+    return config(target, **{"base_weight": "release", **form_options(form), **rank, **options})
+
+
 def dense(kind: type[nn.Module]) -> nn.Module:
     torch.manual_seed(3)
     model = kind().eval()
@@ -104,15 +110,15 @@ def test_forward(kind: type[nn.Module], target: str, shape: tuple[int, ...]) -> 
 
 
 @cases
-@pytest.mark.parametrize("update", ["subspace", "factor", "frozen_basis", "low_rank", "core"])
-def test_only_adapter_parameters_change(kind: type[nn.Module], target: str, update: str) -> None:
-    model = get_peft_model(dense(kind), config(target, update=update))
-    if update == "low_rank":
-        step(model)  # A moves once B is not zero
+@pytest.mark.parametrize("form", FORMS)
+def test_only_adapter_parameters_change(kind: type[nn.Module], target: str, form: str) -> None:
+    model, update = get_peft_model(dense(kind), beside(form, target)), FORMS[form]["update"]
+    step(model)  # A moves once B is not zero, and R, beside a residual, to where the data are
     before = {name: value.clone() for name, value in model.state_dict().items()}
     names = trainable(model)
     parts = {"low_rank": "AB", "core": "M", "frozen_basis": "L"}.get(update, "LR")
-    assert {name.rpartition(".wasi_form.default.wasi_")[2] for name in names} == set(parts)
+    prefix = "wasi_" if FORMS[form]["residual"] is None else "wasi_added_"
+    assert {name.rpartition(f".wasi_form.default.{prefix}")[2] for name in names} == set(parts)
     step(model)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == names

@@ -185,7 +185,10 @@ class ExactResidual(Residual):
         return self.module.weight.device  # type: ignore[return-value]
 
     def dense_weight(self) -> Tensor:
-        return dense_weight(self.module)
+        if self._dtype is not None:
+            return dense_weight(self.module)
+        weight: Tensor = self.module.weight.detach()  # type: ignore[operator]
+        return weight.T if is_transposed(self.dense_class) else weight
 
     def to_dense(self) -> nn.Module:
         return self.module
@@ -380,9 +383,9 @@ class ResidualLinear(FactoredLinear):
         """`x Q^T + (x R^T) L^T + b` in the dtype of x."""
         outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            rows = x.reshape(-1, self.in_features)
-            # detached, so that no view of a parameter is made, which recomputation would take for one
-            y = self.residual.product(rows, None, (F.linear(rows, inner.detach()), outer.detach()))
+            # a view of a parameter claims to need a gradient even here, and a recomputed block would ask for it
+            outer, inner, rows = outer.detach(), inner.detach(), x.reshape(-1, self.in_features)
+            y = self.residual.product(rows, None, (rows @ inner.t(), outer))
             y = y if bias is None else y.add_(bias)
             return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], self.out_features))  # no view: see _Product
         return self.residual.multiply(x) + F.linear(F.linear(x, inner), outer, bias)

@@ -257,6 +257,7 @@ class WasiConfig(PeftConfig):
         """Which form the layers have, and what rank where none is asked for."""
         _check_choice("update", self.update, (*UPDATES, None))
         _check_choice("residual", self.residual, (*RESIDUALS, AUTO, None))
+        _check_choice("base_weight", self.base_weight, BASE_WEIGHTS)
         takes_residual = self.update is None or UPDATES[self.update].takes_residual
         asks = [name for name in _OF_FACTORS if getattr(self, name) is not None]
         if self.residual == AUTO:
@@ -332,7 +333,6 @@ class WasiConfig(PeftConfig):
         if self.update_rank is not None:
             _check_rank("update_rank", self.update_rank)
         _check_choice("bias", self.bias, BIASES)
-        _check_choice("base_weight", self.base_weight, BASE_WEIGHTS)
         _check_choice("memory_mode", self.memory_mode, MEMORY_MODES)
         modes = self.activation_modes
         if isinstance(modes, str) or "feature" not in modes or not set(modes) <= set(MODES):

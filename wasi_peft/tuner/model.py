@@ -331,7 +331,8 @@ class WasiModel(BaseTuner):
                 layer._modules["base_layer"].requires_grad_(False)  # bias="all" means the adapter's bias
             for name in layer.wasi_form:
                 bias = layer.form_of(name).bias
-                if bias is not None and self.peft_config[name].inference_mode:
+                trains = name in self.active_adapters and not self.peft_config[name].inference_mode
+                if bias is not None and not trains:
                     bias.requires_grad_(False)
         for name in self.active_adapters:
             if name in self.peft_config:
