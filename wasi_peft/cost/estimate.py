@@ -279,6 +279,8 @@ def _depends_on_values(reason: Exception) -> ValueError:
 
 def _injected(simulation: Simulation, twin: nn.Module, config: PeftConfig) -> nn.Module:
     """The model without memory with an adapter, by PEFT's own way."""
+    if isinstance(config, WasiConfig) and config.residual is not None:
+        config.init_weights = False  # how additions start depends on values, what they take does not
     try:
         with simulation.injecting():
             return get_peft_model(twin, config)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..forms.factored import FactoredLinear
+from ..forms.residual import RESIDUALS, ResidualLinear
 from ..linalg.tucker import Tucker
 from ..updates import DEFAULT_UPDATE, Update, make_update
 
@@ -82,7 +83,12 @@ class LayerTimer:
 
     def _form(self, out_features: int, in_features: int, rank: int) -> FactoredLinear:
         """A form with random values, as a layer holds it, of which what trains asks for gradients."""
-        form = self._update.new_form(in_features, out_features, rank, bias=False, **self._options)
+        form: FactoredLinear
+        if self._update.residual is None:
+            form = self._update.new_form(in_features, out_features, rank, bias=False, **self._options)
+        else:
+            dense = nn.Linear(in_features, out_features, bias=False, **self._options)
+            form = ResidualLinear(RESIDUALS[self._update.residual](dense), rank, bias=False)
         for part in form.parts:
             form.part(part).requires_grad_(part in self._update.trained)
         return form

@@ -251,9 +251,6 @@ class Int4Residual(Residual):
 
     def _hold(self, weight: Tensor) -> None:
         parts = [quantize_groups(weight[start:stop]) for start, stop in tiles(*weight.shape)]
-        half = max((part.scale.dtype for part in parts), key=lambda dtype: dtype == torch.bfloat16)
-        if any(part.scale.dtype != half for part in parts):
-            parts = [quantize_groups(weight)]
         for name, values in zip(Groups._fields, zip(*parts, strict=True), strict=True):
             self.register_buffer(name, torch.cat(values))
 

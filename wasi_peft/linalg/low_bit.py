@@ -77,8 +77,7 @@ class Groups(NamedTuple):
 
     **Shape**
         - codes: (out, in_padded / 2), uint8, the code of an even column in the low half of a byte
-        - scale, smallest: (out, in_padded / 32), float16, or bfloat16 for values past its range; in_padded is the next
-          multiple of 32
+        - scale, smallest: (out, in_padded / 32), float16; in_padded is the next multiple of 32
     """
 
     codes: Tensor
@@ -88,6 +87,8 @@ class Groups(NamedTuple):
 
 def quantize_groups(weight: Tensor) -> Groups:
     """A weight to 4 bits, each group of 32 entries of a row from its smallest to its largest entry.
+
+    Its values must be in the range of float16.
 
     **Shape**
         - weight: (out, in)
@@ -104,9 +105,8 @@ def quantize_groups(weight: Tensor) -> Groups:
         padded[:, in_features:] = weight[:, -1:].float()  # widens no group
     groups = padded.reshape(out_features, -1, GROUP)
     smallest, largest = torch.aminmax(groups, dim=-1)
-    half = torch.float16 if float(weight.abs().max()) < torch.finfo(torch.float16).max / 2 else torch.bfloat16
-    smallest = smallest.to(half)
-    scale = ((largest - smallest.float()) / 15).to(half)
+    smallest = smallest.to(torch.float16)
+    scale = ((largest - smallest.float()) / 15).to(torch.float16)
     divisor = scale.float().clamp_min(torch.finfo(torch.float32).tiny)
     codes = ((groups - smallest.float()[..., None]) / divisor[..., None]).round_().clamp_(0, 15).to(torch.uint8)
     low, high = codes.reshape(out_features, -1, 2).unbind(-1)

@@ -111,8 +111,9 @@ def plan_wasi(
     """
     values = weight_share, peak_bytes, training_flops, inference_flops, step_seconds, inference_seconds, error
     name, value = _one_budget(dict(zip(BUDGETS, values, strict=True)), batch)
+    config = None if config is None else config.for_factors()
     targets = _planned_targets(model, calibration, config)
-    config = WasiConfig() if config is None else config
+    config = WasiConfig().for_factors() if config is None else config
     modes = _modes_to_try(memory_modes, name, config)
     shapes = dict.fromkeys(targets, (1, calibration.rows))
     if batch is not None:
@@ -181,7 +182,7 @@ def _planned_targets(model: nn.Module, calibration: Calibration, config: WasiCon
         missing = [name for name in calibration.layers if name not in modules]
         if missing:
             raise ValueError(f"{missing[0]}: the calibration belongs to another model, which has this layer.")
-        config = WasiConfig(target_modules=list(calibration.layers))
+        config = WasiConfig(residual=None, target_modules=list(calibration.layers))
     targets = dense_targets(model, config)
     calibration.require(targets)
     update = config.layer_update

@@ -386,6 +386,16 @@ class WasiConfig(PeftConfig):
         """What of each layer trains, and how."""
         return make_update(self.update or DEFAULT_UPDATE, self.update_rank, self.residual)
 
+    def for_factors(self) -> WasiConfig:
+        """The same for factors that replace weights, which is what plans and budgets are about."""
+        if self.residual is None:
+            return self
+        changed = copy.copy(self)
+        changed.residual, changed.explained_variance_threshold = None, KEPT_ENERGY
+        if UPDATES[self.update or DEFAULT_UPDATE].needs_residual:
+            changed.update = DEFAULT_UPDATE
+        return changed
+
     @property
     def base_form(self) -> str:
         """What becomes of the dense weights: 'release', 'cpu', 'keep', or a residual that they are rounded to."""

@@ -259,9 +259,8 @@ class WasiModel(BaseTuner):
         if residual is not None:
             assert isinstance(asked, int)
             rank = min(asked, *weight.shape)
-            return InitialFactors(
-                weight.new_zeros(len(weight), rank), addition_basis(weight, rank), bias, None, residual
-            ), rank
+            R = addition_basis(weight, rank) if config.init_weights else weight[:rank]  # which is not used then
+            return InitialFactors(weight.new_zeros(len(weight), rank), R, bias, None, residual), rank
 
         def directions(energies: torch.Tensor) -> int:
             return initial_rank(rank_for(asked, energies), config.layer_update.side_rank, weight.shape)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..forms.dense import dense_weight, is_quantized
+from ..forms.residual import Int4Residual
 from ..models.structure import Structure
 from .config import RESIDUAL_RANK, WasiConfig
 from .layer import WasiLayer
@@ -164,6 +165,8 @@ def _check_target(
             )
         if not bool(torch.isfinite(weight.detach()).all()):
             raise ValueError(f"{name}: its weight holds NaN or Inf.")
+        if config.residual == Int4Residual.name and not bool(torch.isfinite(weight.detach().to(torch.float16)).all()):
+            raise ValueError(f"{name}: residual='int4' needs a weight in the range of float16, got larger values.")
     _check_rank(name, module, config)
 
 
