@@ -1,7 +1,8 @@
 """Fine-tunes an image classifier in full, with LoRA and with WASI, and compares accuracy, memory, time and size.
 
-The three use the unmodified Hugging Face ``Trainer``, the same images in the same order, the same seeds and the same
-schedule; only the learning rate is each method's own. Run ``python benchmarks/demo.py`` (no model hub is needed).
+WASI comes in its two forms: "residual" is ``WasiConfig()``, "wasi" the two factors, to which the options belong. All
+use the unmodified Hugging Face ``Trainer``, the same images in the same order, the same seeds and the same schedule;
+only the learning rate is each method's own. Run ``python benchmarks/demo.py`` (no model hub is needed).
 """
 
 import argparse
@@ -63,7 +64,7 @@ def folder_bytes(folder: Path) -> int:
 def finetune(
     method: str, args: argparse.Namespace, train_set: ImageSet, test_set: ImageSet
 ) -> tuple[nn.Module, Result]:
-    """Trains, evaluates and saves by one method; a WASI adapter is read back into a fresh model and compared."""
+    """Trains, evaluates and saves by one method; an adapter of WASI is read back into a fresh model and compared."""
     print(f"\n== {method} ==", flush=True)
     transformers.set_seed(args.seed)
     model = load_vit(args.model, len(train_set.classes), args.seed)
@@ -71,7 +72,7 @@ def finetune(
         method,
         model,
         train_set,
-        wasi_options(args),
+        wasi_options(args) if method == "wasi" else None,
         args.target_share,
         args.calibration_images,
         args.repair_steps,
@@ -93,7 +94,7 @@ def finetune(
         saved_bytes=folder_bytes(folder),
         log=log,
     )
-    if method == "wasi":
+    if method in ("residual", "wasi"):
         summary = model.wasi_summary()
         result.kept_share = summary.kept_share
         print(summary.headline())

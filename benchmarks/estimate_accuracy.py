@@ -57,7 +57,7 @@ def methods(rank: int) -> dict[str, Callable[[], peft.PeftConfig | None]]:
 
     def wasi(update: Any, memory_mode: Any = "exact") -> peft.PeftConfig:
         inputs = {} if UPDATES[update].reads_input is None else {"activation_ranks": rank}
-        return wasi_peft.WasiConfig(weight_rank=rank, update=update, memory_mode=memory_mode, **inputs)
+        return wasi_peft.WasiConfig(residual=None, weight_rank=rank, update=update, memory_mode=memory_mode, **inputs)
 
     return {
         "dense": lambda: None,

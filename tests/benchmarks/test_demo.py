@@ -17,12 +17,12 @@ from scripts import BENCHMARKS, ROOT, run_script
 from wasi_peft.tuner.layer import wasi_layers
 
 CLASSES = 3
-METHODS = ("full", "lora", "wasi")
+METHODS = ("full", "lora", "residual", "wasi")
 
 
 @pytest.fixture(scope="module")
 def finetuned(model_folder: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Output folder and text of one comparison of the three methods."""
+    """Output folder and text of one comparison of the methods."""
     folder = tmp_path_factory.mktemp("demo")
     text = run_script(
         BENCHMARKS / "demo.py", "--model", model_folder, "--dataset", image_folder, "--steps", "6",

@@ -99,7 +99,8 @@ class IntegerProduct(Int8Product):
 
 def _as_float(sums: Tensor) -> Tensor:
     """int32 to float32 in the same memory: a new tensor would take longer to get than the numbers to convert."""
-    return sums.view(torch.float32).copy_(sums)
+    # no view in the eyes of autograd, which forbids gradients to be added to one that was made without it
+    return torch.ops.aten._unsafe_view(sums.view(torch.float32).copy_(sums), sums.shape)
 
 
 def _add_thin(y: Tensor, thin: Thin | None) -> Tensor:

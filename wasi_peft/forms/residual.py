@@ -301,7 +301,8 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor, None]:
         with torch.autocast(device_type=dY.device.type, enabled=False):
-            return ctx.residual.transposed_product(dY.reshape(-1, dY.shape[-1])).view(ctx.shape), None
+            dX = ctx.residual.transposed_product(dY.reshape(-1, dY.shape[-1]))
+            return torch.ops.aten._unsafe_view(dX, ctx.shape), None
 
 
 class ResidualLinear(FactoredLinear):

@@ -165,7 +165,8 @@ def whitened_rows(R: Tensor, image: Tensor, mean_square: float) -> Tensor:
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Square root of a damped second moment, and the root's inverse."""
     values, vectors = torch.linalg.eigh(_damped(moment))
-    values = values.clamp_min(torch.finfo(values.dtype).eps * values[-1])
+    # no smaller than the damping, where the moment is what it should be; sums in few bits may have smaller ones
+    values = values.clamp_min(DAMPING * _positive(moment.diagonal().mean()))
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
 
 

@@ -86,9 +86,10 @@ def whiten_image(form: ResidualLinear, rows: Tensor) -> None:
     R = form.R
     if not len(rows) or bool(form.L.any()):
         return
-    h = rows.to(R.dtype) @ R.t()
-    sums = torch.cat([(h.t() @ h).flatten(), rows.float().square().mean(1).sum().to(R.dtype).reshape(1)])
-    sums = torch.cat([sums, sums.new_full((1,), len(rows))]).double()
+    with torch.autocast(device_type=rows.device.type, enabled=False):
+        h = (rows.to(R.dtype) @ R.t()).to(torch.promote_types(R.dtype, torch.float32))
+        image, square = h.t() @ h, rows.float().square().mean(1).sum()
+    sums = torch.cat([image.flatten(), square.reshape(1).to(image), image.new_full((1,), len(rows))]).double()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     if bool(sums.isfinite().all()):
@@ -153,7 +154,8 @@ class AdditionLinear(torch.autograd.Function):
         if needs_x or needs_R:
             hidden_grad = dY @ L.to(ctx.dtype)  # (rows, K)
         if needs_x:
-            grad_x = ctx.residual.transposed_product(dY).addmm_(hidden_grad, R.to(ctx.dtype)).view(ctx.shape)
+            grad_x = ctx.residual.transposed_product(dY).addmm_(hidden_grad, R.to(ctx.dtype))
+            grad_x = torch.ops.aten._unsafe_view(grad_x, ctx.shape)  # autograd may add to it, but not to a view
         if ctx.kept == "compressed":
             grad_R = (hidden_grad.t() @ expand_rows(Tucker(first, second, token, batch))) @ second.t()
         elif ctx.kept == "rounded":
