@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from wasi_peft import WasiConfig, create_wasi_optimizer
+from wasi_peft import WasiConfig, create_wasi_optimizer, preprocess_wasi
 
 VIT = ARCHITECTURES["vit"]
 CASES = [
@@ -33,7 +33,10 @@ def train(form: str, mode: str, sharded: bool) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
         config = WasiConfig(**FORMS[form], weight_rank=4, update_rank=2, memory_mode=mode, activation_threshold=None)
-        model = get_peft_model(VIT.model(), config).train()
+        base = VIT.model()
+        if config.residual is not None:  # R has met data, so no batch gives it other coordinates
+            preprocess_wasi(base, config, [VIT.batch()], progress_bar=False)
+        model = get_peft_model(base, config).train()
     if sharded:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for block in model.get_base_model().vit.layers:
