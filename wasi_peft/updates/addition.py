@@ -84,7 +84,7 @@ def whiten_image(form: ResidualLinear, rows: Tensor) -> None:
         - rows: (rows, in)
     """
     R = form.R
-    if not len(rows) or bool(form.L.any()):
+    if bool(form.L.any()):
         return
     with torch.autocast(device_type=rows.device.type, enabled=False):
         h = (rows.to(R.dtype) @ R.t()).to(torch.promote_types(R.dtype, torch.float32))
@@ -92,7 +92,7 @@ def whiten_image(form: ResidualLinear, rows: Tensor) -> None:
     sums = torch.cat([image.flatten(), square.reshape(1).to(image), image.new_full((1,), len(rows))]).double()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
-    if bool(sums.isfinite().all()):
+    if bool(sums.isfinite().all()) and float(sums[-1]) > 0:
         moments = sums[:-1] / sums[-1]
         R.copy_(whitened_rows(R, moments[:-1].view(len(R), len(R)), float(moments[-1])))
 
