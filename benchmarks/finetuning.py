@@ -22,7 +22,7 @@ from wasi_peft.factors.model_repair import REPAIR_STEPS
 
 METHODS = ("full", "lora", "residual", "wasi")
 # tuned on 6,000 images, see docs/benchmarks
-LEARNING_RATES = {"full": 2e-5, "lora": 5e-4, "residual": 5e-4, "wasi": 5e-4}
+LEARNING_RATES = {"full": 2e-5, "lora": 5e-4, "residual": 2e-4, "wasi": 5e-4}
 HEAD = "classifier"
 CALIBRATION_BATCH = 32
 

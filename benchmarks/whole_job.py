@@ -50,8 +50,8 @@ LORA, CHECKPOINTED, IDLE = "lora", "lora, checkpointing", "idle"
 METHODS = ("full", LORA, CHECKPOINTED, *(f"residual {mode}" for mode in MEMORY_MODES), "factors")
 # the best of those tried, by held-out data: finetune_accuracy.py and finetune_perplexity.py
 RATES = {
-    "dinov2": {"full": 5e-5, "lora": 5e-4, "residual": 5e-4, "factors": 5e-4},
-    "smollm2": {"full": 1e-4, "lora": 1.5e-3, "residual": 1.5e-3, "factors": 5e-3},
+    "dinov2": {"full": 2e-5, "lora": 5e-4, "residual": 2e-4, "factors": 5e-4},
+    "smollm2": {"full": 1e-4, "lora": 3e-3, "residual": 3e-3, "factors": 5e-3},
 }
 PARTS = ("import", "load", "prepare", "train", "save")
 MIB = 2**20

@@ -25,7 +25,7 @@ def finetuned(model_folder: Path, image_folder: Path, tmp_path_factory: pytest.T
     """Output folder and text of one comparison of the methods."""
     folder = tmp_path_factory.mktemp("demo")
     text = run_script(
-        BENCHMARKS / "demo.py", "--model", model_folder, "--dataset", image_folder, "--steps", "6",
+        BENCHMARKS / "demo.py", "--methods", *METHODS, "--model", model_folder, "--dataset", image_folder, "--steps", "6",
         "--batch-size", "8", "--calibration-images", "16", "--repair-steps", "10", "--rounds", "2", "--threads", "1",
         "--weight-rank", "8", "--output", "out",
         "--lr-full", "1e-3", "--lr-wasi", "1e-3", "--seed", "5", "--update", "subspace", folder=folder,
@@ -65,6 +65,7 @@ def test_the_demo_compares_the_methods(finetuned: tuple[Path, str]) -> None:
     output, text = finetuned
     content = json.loads((output / "demo.json").read_text())
     assert list(content["results"]) == list(METHODS)
+    assert all(result["train_seconds"] > 0 for result in content["results"].values())
     for method, result in content["results"].items():
         assert 0 <= result["test_accuracy"] <= 1
         assert result["training_peak_bytes"] > result["inference_peak_bytes"] > 0, method
