@@ -26,7 +26,8 @@ def finetuned(model_folder: Path, image_folder: Path, tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("demo")
     text = run_script(
         BENCHMARKS / "demo.py", "--methods", *METHODS, "--model", model_folder, "--dataset", image_folder,
-        "--steps", "6", "--batch-size", "8", "--calibration-images", "16", "--repair-steps", "10", "--rounds", "2", "--threads", "1",
+        "--steps", "6", "--batch-size", "8", "--calibration-images", "16", "--repair-steps", "10", "--rounds", "2",
+        "--threads", "1",
         "--weight-rank", "8", "--output", "out",
         "--lr-full", "1e-3", "--lr-wasi", "1e-3", "--seed", "5", "--update", "subspace", folder=folder,
     )  # fmt: skip
