@@ -71,12 +71,23 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
     One in few bits is restored: a tensor of its own then.
     """
+    if type(layer.weight).__name__ == "Int8Params":
+        return _of_bitsandbytes(layer)
     if is_quantized(layer):
         weight = dequantize_module_weight(layer).detach()
     else:
         assert isinstance(layer.weight, Tensor)
         weight = layer.weight.detach()
     return weight.T if is_transposed(getattr(layer, "dense_class", type(layer))) else weight
+
+
+def _of_bitsandbytes(layer: Any) -> Tensor:
+    """The weight of its 8-bit layer, without the change of the state that PEFT's own function leaves behind."""
+    weight, state = layer.weight, layer.state
+    codes = next(part for part in (state.CB, weight.CB, weight.data) if part is not None)
+    largest = next(part for part in (state.SCB, weight.SCB) if part is not None)
+    restored: Tensor = codes.float() * (largest.view(-1, 1) / 127)
+    return restored
 
 
 def dense_bias(layer: nn.Module) -> Tensor | None:
