@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import ARCHITECTURES, Architecture, train
+from models import ARCHITECTURES, FACTOR_UPDATES, Architecture, train
 from peft import get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,7 +29,7 @@ from wasi_peft.planner.work import Flops
 from wasi_peft.ranks.choosing import plan_error
 from wasi_peft.ranks.plan import MEMORY_MODES, WasiPlan
 from wasi_peft.ranks.spectrum import LayerSpectrum, input_groups
-from wasi_peft.updates import UPDATES, make_update
+from wasi_peft.updates import make_update
 from wasi_peft.updates.costs import break_even_rank, rank_step
 
 NAMES = ["vit", "swin", "llama"]
@@ -418,7 +418,7 @@ def test_the_memory_mode_is_chosen_with_the_ranks() -> None:
 
 @pytest.mark.parametrize(
     ("update", "memory_mode", "optimizer"),
-    [(update, "exact", "adamw") for update in UPDATES]
+    [(update, "exact", "adamw") for update in FACTOR_UPDATES]
     + [("subspace", "exact", "cyclic"), ("low_rank", "fast", "adamw"), ("low_rank", "small", "adamw")],
 )
 def test_peaks_of_several_plans_are_those_of_fresh_estimates(update: Any, memory_mode: Any, optimizer: str) -> None:
@@ -577,7 +577,7 @@ def test_layers_where_no_rank_saves_anything_are_left_dense() -> None:
     assert [layer.name for layer in planned(model, calibration, weight_share=0.5).layers] == ["0.0"]
 
 
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", FACTOR_UPDATES)
 def test_no_layer_of_a_plan_is_past_the_break_even_of_its_update(update: Any) -> None:
     """Directions that train beside the rank may be all that a small layer could save."""
     model = nn.Sequential(nn.Sequential(nn.Linear(48, 48), nn.Linear(48, 12)))
