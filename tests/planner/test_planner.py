@@ -282,7 +282,10 @@ def test_flops_are_those_that_torch_counts(rank: int, update: str, feature_rank:
     layer_update = make_update(update, 4)
     spectrum = LayerSpectrum("fc", out_features, in_features, "fc", (1.0,) * 20, update=layer_update)
     timer = LayerTimer(update=layer_update)
-    form, x = timer._form(out_features, in_features, rank), timer._random(1, rows, in_features).requires_grad_()
+    form, x = (
+        timer._form(out_features, in_features, rank, layer_update),
+        timer._random(1, rows, in_features).requires_grad_(),
+    )
     compressed = None
     if feature_rank is not None:
         compressed = Tucker(timer._random(1, rows, feature_rank), timer._random(in_features, feature_rank))
