@@ -170,10 +170,15 @@ def test_the_product_of_a_residual_is_the_one_that_this_machine_will_use(
     architecture = ARCHITECTURES["bert"]
     model, batch = architecture.model(), architecture.batch(SAMPLES)
     monkeypatch.setattr(products, "measured_seconds", lambda *_: {"int8": 2.0, product: 1.0})
-    estimate = estimate_wasi(model, WasiConfig(weight_rank=5), batch=batch)
-    assert estimate == estimate_wasi(model, WasiConfig(weight_rank=5, residual_product=product), batch=batch)
-    assert estimate != estimated(architecture, "residual")
-    check_peak(estimate, measured_peak(with_adapter(model, WasiConfig(weight_rank=5)), batch), architecture)
+    options: dict[str, Any] = {"update": "frozen_basis", "weight_rank": 5}
+    estimate = estimate_wasi(model, WasiConfig(**options), batch=batch)
+    asked = {
+        name: estimate_wasi(model, WasiConfig(residual_product=name, **options), batch=batch)
+        for name in products.PRODUCTS
+    }
+    assert estimate == asked[product]
+    assert estimate.peak_bytes < asked["int8"].peak_bytes
+    check_peak(estimate, measured_peak(with_adapter(model, WasiConfig(**options)), batch), architecture)
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
