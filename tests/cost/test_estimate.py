@@ -178,7 +178,9 @@ def test_the_product_of_a_residual_is_the_one_that_this_machine_will_use(
     }
     assert estimate == asked[product]
     assert estimate.peak_bytes < asked["int8"].peak_bytes
-    check_peak(estimate, measured_peak(with_adapter(model, WasiConfig(**options)), batch), architecture)
+    # products in bfloat16 take a little inside them
+    measured = measured_peak(with_adapter(model, WasiConfig(**options)), batch)
+    assert estimate.peak_bytes == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
