@@ -211,7 +211,7 @@ def input_sizes(model: nn.Module, names: Iterable[str], batch: Any) -> dict[str,
 
 
 class PlannedPeaks:
-    """Peaks of one model under several plans for the same layers: it is copied once, later plans only change ranks.
+    """Peaks of one model under several plans: it is copied once for plans with the same forms, which change ranks.
 
     Calling it with a configuration that holds a plan gives what :func:`estimate_peak` gives.
     """
@@ -225,8 +225,9 @@ class PlannedPeaks:
     def __call__(self, config: WasiConfig) -> int:
         """Peak of a training step, in bytes."""
         with isolated(self._autocast.device):
-            if self._run is None:
+            if self._run is None or not self._run.has_forms_of(config):
                 _check_config(self._model, config)
+                self._run = None  # before there is another one
                 self._run = _prepared(self._model, config, self._arguments, self._autocast)
                 gc.collect()  # cycles may hold what injection let go
             else:
@@ -290,7 +291,7 @@ def _depends_on_values(reason: Exception) -> ValueError:
 
 def _injected(simulation: Simulation, twin: nn.Module, config: PeftConfig) -> nn.Module:
     """The model without memory with an adapter, by PEFT's own way."""
-    if isinstance(config, WasiConfig) and config.residual is not None:
+    if isinstance(config, WasiConfig) and config.uses_residuals:
         config.init_weights = False  # how additions start depends on values, what they take does not
     try:
         with simulation.injecting():
@@ -394,19 +395,26 @@ class _Run:
         _age_bases(self.model)
         return max(first.peak, self.step(optimizer).peak)
 
+    def has_forms_of(self, config: WasiConfig) -> bool:
+        """Whether the layers have the forms of another plan."""
+        forms = {name: layer.update.residual for name, layer in self._layers().items()}
+        return forms == {name: config.residual_of(name) for name in config.planned_names()}
+
+    def _layers(self) -> dict[str, WasiLayer]:
+        return dict(wasi_layers(self.model.get_base_model()))  # type: ignore[operator]
+
     def change_plan(self, config: WasiConfig) -> None:
-        """Gives the layers the ranks of another plan; what earlier steps left behind goes."""
-        layers = dict(wasi_layers(self.model.get_base_model()))  # type: ignore[operator]
+        """Gives the layers the ranks of another plan with the same forms; what earlier steps left behind goes."""
         with self.simulation.injecting():
-            for name, layer in layers.items():
+            for name, layer in self._layers().items():
                 planned = config.planned_layer(name)
                 adapter = layer.active_name
                 assert planned is not None and adapter is not None
                 form = layer.form
                 L = form.L.detach().new_empty(layer.out_features, planned.weight_rank)
                 R = form.R.detach().new_empty(planned.weight_rank, layer.in_features)
-                bias = form.bias
-                initial = InitialFactors(L, R, None if bias is None else bias.detach())
+                bias = None if form.bias is None else form.bias.detach()
+                initial = InitialFactors(L, R, bias, residual=layer.residual, met_data=True)
                 layer.update_layer(adapter, config, name, planned.weight_rank, initial)
         if self._last_optimizer is not None and self._last_optimizer() is not None:
             gc.collect()  # cycles hold the old factors

@@ -81,12 +81,14 @@ class LayerTimer:
             rows: Of the input.
             out_features: Of the layer.
             in_features: Of the layer.
-            rank: K.
+            rank: K; 0 for a dense layer that does not train.
             feature_rank: Of the compressed input.
             training: Forward and backward, else the forward pass alone.
             update: What trains; the timer's for None.
         """
         update = self._update if update is None else update
+        if rank == 0:
+            return self.frozen(rows, out_features, in_features, training)
         form = self._form(out_features, in_features, rank, update)
         compressed: Tucker | None = None
         if feature_rank is not None and update.reads_input is not None and update.residual is None:
@@ -101,6 +103,11 @@ class LayerTimer:
 
         trained = [form.part(part) for part in update.trained]
         return self._layer(layer, (rows, out_features, in_features), trained, training)
+
+    def frozen(self, rows: int, out_features: int, in_features: int, training: bool) -> float:
+        """The same for a dense layer that does not train, but lets its input."""
+        weight = self._random(out_features, in_features)
+        return self._layer(lambda x: F.linear(x, weight), (rows, out_features, in_features), (), training)
 
     def compression(self, rows: int, in_features: int, rank: int) -> float:
         """Compression of an input onto a basis that is there."""

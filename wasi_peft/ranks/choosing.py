@@ -102,9 +102,7 @@ def choose_activations(
     return {group.name: option.choice for group, option in zip(groups, chosen, strict=True)}
 
 
-def cost_bounds(
-    spectrum: LayerSpectrum, cost: Callable[[LayerSpectrum, int], float]
-) -> tuple[float, float]:
+def cost_bounds(spectrum: LayerSpectrum, cost: Callable[[LayerSpectrum, int], float]) -> tuple[float, float]:
     """The least and the most that a layer can cost in any form."""
     ranks = (1, spectrum.rank_choices[-1]) if spectrum.takes_factors else ()
     costs = [option.cost for option in weight_options(spectrum, ranks, cost)]
@@ -189,6 +187,15 @@ def plan_error(spectra: Sequence[LayerSpectrum], plan: WasiPlan, gradient_weight
             inputs += _tails(group.energies(mode))[rank]
     weight_scale, gradient_scale = _error_scales(spectra, groups, gradient_weight)
     return weight_scale * weights + gradient_scale * inputs
+
+
+def least_error_of(spectra: Sequence[LayerSpectrum]) -> float:
+    """The error of the best plan that no budget bounds."""
+    least = 0.0
+    for spectrum in spectra:
+        ranks = spectrum.rank_choices[-1:]
+        least += min(option.error for option in weight_options(spectrum, ranks, lambda *_: 0.0))
+    return _error_scales(spectra, [], 0.0)[0] * least
 
 
 def _lost(spectrum: LayerSpectrum, layer: LayerPlan) -> float:

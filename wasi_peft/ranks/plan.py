@@ -33,8 +33,8 @@ class LayerPlan:
         name: Full module name in the base model.
         out_features: Rows of the weight.
         in_features: Columns of the weight.
-        weight_rank: K of the factors, or of the addition to a residual, from 1 to min(out_features, in_features); 0 for
-            a dense layer.
+        weight_rank: K of the factors, or of the addition to a residual, from 1 to min(out_features, in_features), or
+            0 for a dense layer.
         activation_ranks: Ranks by mode, for instance {"feature": 48}; None keeps the exact input, or what the form
             keeps of it. Of factors only.
         kept_energy: Share of the weight energy kept, in (0, 1].
@@ -99,8 +99,8 @@ class WasiPlan:
         bytes_per_element: Of dense weights, and of factors.
 
     Raises:
-        ValueError: If no layer is to be replaced, a name appears twice, `budget` is not a dict of JSON values, the mode
-            or an update is unknown, or its rank is not the update's.
+        ValueError: If no layer is to be replaced, a name appears twice, `budget` is not a dict of JSON values, the
+            mode or an update is unknown, or its rank is not the update's.
 
     Example:
         >>> plan = WasiPlan((LayerPlan("fc1", 8, 8, 2, {"feature": 3}, 0.9),), {"weight_share": 0.5})

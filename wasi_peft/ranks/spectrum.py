@@ -126,6 +126,10 @@ class LayerSpectrum:
         """The same layer in another form, for what asks what a rank costs."""
         return replace(self, update=form.update)
 
+    def as_planned(self, form: str) -> LayerSpectrum:
+        """The same layer in one of its forms, by name."""
+        return next((self.as_form(other) for other in self.forms if other.name == form), self)
+
     @property
     def aligned_ranks(self) -> range:
         """Ranks K up to the largest for which `K + side_rank` is a multiple of :func:`costs.rank_step`.
