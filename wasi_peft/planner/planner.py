@@ -76,11 +76,11 @@ def plan_wasi(
     beside an addition that trains (:mod:`forms.residual`), which loses what rounding does, in the same unit. Never is
     the error of such a plan above that of factors alone under the same budget.
 
-    No rank of factors goes past break-even; layers where no rank saves anything are not in the plan and stay dense. Ranks, with
-    that of the update, are multiples of 16 wherever the budget and the layer's size allow (:func:`costs.rank_step`).
-    Where the budget does not depend on the compressed inputs (`weight_share`, `inference_flops`, `inference_seconds`,
-    `error`), each of them takes the fewest features that keep all but 8 % of the energy of the weight gradients. A
-    calibration without gradients says nothing about them: inputs stay exact then.
+    No rank of factors goes past break-even; layers where no rank saves anything are not in the plan and stay dense.
+    Ranks, with that of the update, are multiples of 16 wherever the budget and the layer's size allow
+    (:func:`costs.rank_step`). Where the budget does not depend on the compressed inputs (`weight_share`,
+    `inference_flops`, `inference_seconds`, `error`), each of them takes the fewest features that keep all but 8 % of
+    the energy of the weight gradients. A calibration without gradients says nothing about them: inputs stay exact.
 
     Args:
         model: The dense model. It is not changed.

@@ -89,8 +89,9 @@ class WasiConfig(PeftConfig):
             suit matrix products. Not together with `weight_rank` or `rank_pattern`.
         plan (`Optional[Union[WasiPlan, dict, str]]`):
             Form, weight rank and activation ranks of every layer: a [`WasiPlan`], its dict, or the path of its JSON
-            file. The plan's layers are the targets, but for those that it leaves dense. Stored as a dict and saved with the adapter. Not together with anything
-            else that chooses layers or ranks; the thresholds are not used.
+            file. The plan's layers are the targets, but for those that it leaves dense. Stored as a dict and saved
+            with the adapter. Not together with anything else that chooses layers or ranks; the thresholds are not
+            used.
         target_modules (`Optional[Union[list[str], str]]`):
             Names or a regular expression of the modules to replace. By default all Linear and Conv1D layers inside the
             transformer blocks of any architecture, never the head. 'all-linear' takes those outside the blocks too.
