@@ -29,7 +29,7 @@ from wasi_peft.planner.work import Flops
 from wasi_peft.ranks.choosing import plan_error
 from wasi_peft.ranks.plan import MEMORY_MODES, WasiPlan
 from wasi_peft.ranks.spectrum import LayerSpectrum, input_groups
-from wasi_peft.updates import make_update
+from wasi_peft.updates import Update, make_update
 from wasi_peft.updates.costs import break_even_rank, rank_step
 
 NAMES = ["vit", "swin", "llama"]
@@ -64,10 +64,20 @@ class CountingTimer(LayerTimer):
         return rows * out_features * in_features * (3 if training else 1)
 
     def factored(
-        self, rows: int, out_features: int, in_features: int, rank: int, feature_rank: int | None, training: bool
+        self,
+        rows: int,
+        out_features: int,
+        in_features: int,
+        rank: int,
+        feature_rank: int | None,
+        training: bool,
+        update: Update | None = None,
     ) -> float:
         self.calls += 1
         forward = rows * rank * (out_features + in_features)
+        if update is not None and update.residual is not None:
+            forward += rows * out_features * in_features // 2  # a machine that multiplies integers twice as fast
+            return 3 * forward if training else forward
         gradient = rows * (out_features * feature_rank if feature_rank else rank * (out_features + in_features))
         return 2 * forward + gradient if training else forward
 
@@ -282,7 +292,10 @@ def test_flops_are_those_that_torch_counts(rank: int, update: str, feature_rank:
     layer_update = make_update(update, 4)
     spectrum = LayerSpectrum("fc", out_features, in_features, "fc", (1.0,) * 20, update=layer_update)
     timer = LayerTimer(update=layer_update)
-    form, x = timer._form(out_features, in_features, rank), timer._random(1, rows, in_features).requires_grad_()
+    form, x = (
+        timer._form(out_features, in_features, rank, layer_update),
+        timer._random(1, rows, in_features).requires_grad_(),
+    )
     compressed = None
     if feature_rank is not None:
         compressed = Tucker(timer._random(1, rows, feature_rank), timer._random(in_features, feature_rank))
@@ -472,6 +485,92 @@ def test_the_least_feasible_peak_is_feasible() -> None:
     assert 0 <= float(mebibytes) * 2**20 - least < 0.1 * 2**20
     plan = planned(model, calibration, peak_bytes=least, batch=batch)
     assert peak(model, plan, batch) <= least
+
+
+# -------------------------------------------------------------------- forms
+
+
+def spectra_for(model: nn.Module, calibration: Calibration, batch: Any) -> list[LayerSpectrum]:
+    targets = {name: model.get_submodule(name) for name in calibration.layers}
+    return _comparable(calibration.spectra(targets), input_shapes(model, targets, batch), exact=True)
+
+
+WITH_FORMS: dict[str, Any] = {**ASKED, "weight_share": 0.6, "peak_bytes": None}
+
+
+@pytest.mark.parametrize("field", WITH_FORMS)
+def test_plans_with_forms_lose_no_more_than_factors_alone(field: str) -> None:
+    """And under a tolerated error they store no more."""
+    model, calibration = calibrated("vit")
+    batch = ARCHITECTURES["vit"].batch(64)
+    value = WITH_FORMS[field] or int(0.7 * estimate_peak(model, batch=batch))
+    options: dict[str, Any] = {field: value, "batch": batch, "timer": CountingTimer()}
+    config = WasiConfig(weight_rank=2)
+    plan = plan_wasi(model, calibration, config=config, **options)
+    alone = plan_wasi(model, calibration, config=config, forms=("factors",), **options)
+    assert {layer.form for layer in alone.layers} == {"factors"}
+    spectra = spectra_for(model, calibration, batch)
+    errors = [plan_error(spectra, each) for each in (plan, alone)]
+    if field == "error":
+        assert errors[0] <= value and plan.kept_share <= alone.kept_share
+    else:
+        assert errors[0] <= errors[1]
+    assert plan != alone and {layer.form for layer in plan.layers} - {"factors"}
+    if field == "weight_share":
+        assert plan.kept_share <= value
+    if field == "peak_bytes":
+        assert estimate_peak(model, WasiConfig(plan=plan), batch=batch) <= value
+
+
+def test_a_plan_with_forms_is_chosen_by_what_rounding_loses() -> None:
+    """At 30 % of the weights 8 bits everywhere are 33 % here: some layers take 4, or factors."""
+    model, calibration = calibrated("vit")
+    config = WasiConfig(weight_rank=1)
+    tight = plan_wasi(model, calibration, weight_share=0.65, config=config)
+    loose = plan_wasi(model, calibration, weight_share=1.0, config=config)
+    assert tight.kept_share <= 0.65 < loose.kept_share <= 1
+    for plan in (tight, loose):
+        assert plan.update == "frozen_basis" and plan.residual_update == "addition"
+        ranks = {layer.weight_rank for layer in plan.layers if layer.residual is not None}
+        assert ranks == {1}
+    only = plan_wasi(model, calibration, weight_share=0.8, config=config, forms=("int8", "int4"))
+    assert {layer.form for layer in only.layers} <= {"int8", "int4"}
+    trains_less = WasiConfig(weight_rank=1, update="frozen_basis")
+    assert plan_wasi(model, calibration, weight_share=0.65, config=trains_less).residual_update == "frozen_basis"
+
+
+def test_layers_may_stay_dense() -> None:
+    model, calibration = calibrated("vit")
+    plan = plan_wasi(
+        model, calibration, weight_share=0.7, config=WasiConfig(weight_rank=2), forms=("factors", "dense")
+    )
+    dense = {layer.name for layer in plan.layers if layer.form == "dense"}
+    assert dense and len(dense) < len(plan.layers) and plan.kept_share <= 0.7
+    peft_model = get_peft_model(ARCHITECTURES["vit"].model(), WasiConfig(plan=plan))
+    base = peft_model.get_base_model()
+    assert all(type(base.get_submodule(name)) is nn.Linear for name in dense)
+    with pytest.raises(ValueError, match="a plan must have a layer that trains, got 12 dense ones"):
+        plan_wasi(model, calibration, weight_share=1.0, config=WasiConfig(), forms=("factors", "dense"))
+
+
+def test_peaks_of_plans_with_other_forms_are_those_of_fresh_estimates() -> None:
+    model, calibration = calibrated("vit")
+    batch = ARCHITECTURES["vit"].batch(16)
+    peaks = PlannedPeaks(model, batch=batch)
+    config = WasiConfig(weight_rank=2)
+    found = []
+    for forms, share in ((("int8",), 1.0), (("factors", "int4"), 0.7), (("factors",), 0.4), (("int8",), 1.0)):
+        plan = plan_wasi(model, calibration, weight_share=share, config=config, forms=forms)
+        found.append(peaks(WasiConfig(plan=plan)))
+        assert found[-1] == estimate_peak(model, WasiConfig(plan=plan), batch=batch)
+    assert found[0] == found[3] and len(set(found)) == 3
+
+
+def test_forms_must_be_known() -> None:
+    model, calibration = calibrated("vit")
+    for forms in ((), "int8", ("int8", "int2")):
+        with pytest.raises(ValueError, match=r"forms must be a list of any of \['factors', 'int8', .*\], got"):
+            plan_wasi(model, calibration, weight_share=0.5, forms=forms)
 
 
 # -------------------------------------------------------------------- bad input

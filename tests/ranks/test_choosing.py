@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -22,7 +23,7 @@ from wasi_peft.ranks.choosing import (
 )
 from wasi_peft.ranks.knapsack import InfeasibleError, Option
 from wasi_peft.ranks.plan import WasiPlan, build_plan
-from wasi_peft.ranks.spectrum import InputGroup, LayerSpectrum, input_groups
+from wasi_peft.ranks.spectrum import InputGroup, LayerSpectrum, input_groups, with_forms
 from wasi_peft.updates import LowRank
 from wasi_peft.updates.costs import input_elements
 
@@ -125,6 +126,34 @@ def test_the_error_of_a_plan() -> None:
     spectra = two_groups()
     for plan in every_plan(spectra)[::7]:
         assert choosing.plan_error(spectra, plan, 0.5) == pytest.approx(plan_error(spectra, plan, 0.5), abs=1e-12)
+
+
+@QUICK
+@given(st.floats(0.0, 2.0), st.floats(0.0, 2.0), st.floats(0.3, 1.2))
+def test_forms_are_chosen_with_the_ranks(int8: float, int4: float, share: float) -> None:
+    """As by brute force over all forms and ranks of two layers."""
+    plain = [dataclasses.replace(x, rounding_errors={"int8": int8, "int4": int4}) for x in two_groups()[:2]]
+    spectra = with_forms(plain, ("factors", "int8", "int4", "exact"), 1, "addition")
+
+    def cost(layer: LayerSpectrum, rank: int) -> int:
+        return layer.stored_bytes(rank)
+
+    budget = share * sum(layer.dense_bytes for layer in spectra)
+    choices = [[*range(1, x.largest_rank + 1), *x.forms] for x in spectra]
+    best = math.inf
+    for pair in itertools.product(*choices):
+        plan = build_plan(spectra, dict(zip(("q", "up"), pair, strict=True)), {}, {})
+        if sum(map(plan.stored_bytes, plan.layers)) <= budget:
+            best = min(best, choosing.plan_error(spectra, plan))
+    if best == math.inf:
+        with pytest.raises(InfeasibleError):
+            choose_plan(spectra, weight_cost=cost, budget=budget)
+        return
+    plan = choose_plan(spectra, weight_cost=cost, budget=budget)
+    assert sum(map(plan.stored_bytes, plan.layers)) <= budget
+    assert choosing.plan_error(spectra, plan) <= best + 1e-2 * (1 + best)
+    alone = choose_plan(plain, weight_cost=cost, budget=budget)
+    assert choosing.plan_error(spectra, plan) <= choosing.plan_error(plain, alone) + 1e-9
 
 
 def test_the_error_of_a_plan_counts_tokens() -> None:

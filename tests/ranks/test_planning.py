@@ -20,7 +20,7 @@ from strategies import QUICK, descending, spectrum
 
 from wasi_peft.ranks.allocate import allocate_ranks
 from wasi_peft.ranks.plan import LayerPlan, WasiPlan, build_plan
-from wasi_peft.ranks.spectrum import InputGroup, LayerSpectrum, input_groups
+from wasi_peft.ranks.spectrum import InputGroup, LayerSpectrum, input_groups, with_forms
 from wasi_peft.updates import Core, FrozenBasis, LowRank, make_update
 from wasi_peft.updates.costs import break_even_rank, rank_step
 
@@ -146,11 +146,13 @@ def test_plan_round_trip(tmp_path: Path) -> None:
     PLAN.save(path)
     assert WasiPlan.load(path) == WasiPlan.load(str(path)) == WasiPlan.from_dict(PLAN.to_dict()) == PLAN
     assert json.loads(path.read_text()) == {
-        "format": 1,
+        "format": 2,
         "budget": {"peak_bytes": 1000, "batch": [32, 197], "optimizer": "adamw"},
         "memory_mode": None,
         "update": None,
         "update_rank": None,
+        "residual_update": None,
+        "bytes_per_element": 4,
         "layers": {
             "blocks.0.q": {
                 "out_features": 8,
@@ -158,6 +160,7 @@ def test_plan_round_trip(tmp_path: Path) -> None:
                 "weight_rank": 2,
                 "activation_ranks": {"feature": 3, "token": 5},
                 "kept_energy": 0.75,
+                "form": "factors",
             },
             "blocks.0.up": {
                 "out_features": 8,
@@ -165,6 +168,7 @@ def test_plan_round_trip(tmp_path: Path) -> None:
                 "weight_rank": 4,
                 "activation_ranks": None,
                 "kept_energy": 1.0,
+                "form": "factors",
             },
         },
     }
@@ -186,9 +190,9 @@ def test_plan_numbers_and_text() -> None:
     assert PLAN.kept_share == (2 * 16 + 4 * 12) / (64 + 32)
     assert [PLAN.past_break_even(layer) for layer in PLAN.layers] == [False, True]
     lines = str(PLAN).splitlines()
-    assert lines[0].split() == ["layer", "out", "x", "in", "rank", "energy", "input"]
-    assert lines[1] == "blocks.0.q           8 x 8      2   75.0%  feature 3, token 5"
-    assert lines[2] == "blocks.0.up          8 x 4      4  100.0%  exact  costs more than dense"
+    assert lines[0].split() == ["layer", "out", "x", "in", "form", "rank", "energy", "input"]
+    assert lines[1] == "blocks.0.q           8 x 8  factors      2   75.0%  feature 3, token 5"
+    assert lines[2] == "blocks.0.up          8 x 4  factors      4  100.0%  exact  costs more than dense"
     assert lines[3:] == [PLAN.headline()]
     assert PLAN.headline() == (
         "WASI plan for peak_bytes=1000, batch=[32, 197], optimizer=adamw: 2 layers, rank 2 to 4 (median 4), "
@@ -226,11 +230,11 @@ def test_break_even_is_that_of_the_update(update: str) -> None:
     [
         ([], r"a plan must be a dict with the dict 'layers', got \[\]"),
         ({"format": 1, "budget": {}}, "a plan must be a dict with the dict 'layers', got {'format'"),
-        ({**PLAN.to_dict(), "format": 2}, "a plan must have format 1, got 2"),
-        ({**PLAN.to_dict(), "format": True}, "a plan must have format 1, got True"),
-        ({"budget": {}, "layers": {}}, "a plan must have format 1, got None"),
+        ({**PLAN.to_dict(), "format": 1}, "a plan must have format 2, got 1"),
+        ({**PLAN.to_dict(), "format": True}, "a plan must have format 2, got True"),
+        ({"budget": {}, "layers": {}}, "a plan must have format 2, got None"),
         ({**PLAN.to_dict(), "author": "me"}, r"a plan must have the keys \[.*it has the unknown key 'author'"),
-        ({"format": 1, "layers": {}}, r"a plan must have the keys \[.*it misses 'budget'"),
+        ({"format": 2, "layers": {}}, r"a plan must have the keys \[.*it misses 'budget'"),
         ({**PLAN.to_dict(), "layers": {}}, "a plan must have at least one layer, got none"),
         (
             {**PLAN.to_dict(), "memory_mode": "tiny"},
@@ -265,6 +269,15 @@ def test_break_even_is_that_of_the_update(update: str) -> None:
             r"activation_ranks\['feature'\] must be an integer from 1 to 8",
         ),
         (changed_plan(activation_ranks={"feature": 2, "token": 0}), r"\['token'\] must be a positive integer, got 0"),
+        (changed_plan(form="int3"), r"blocks.0.q: form must be one of \['factors', 'int8', .*'dense'\], got 'int3'"),
+        (changed_plan(form="absent"), r"blocks.0.q must have the keys \[.*it misses 'form'"),
+        (changed_plan(form="int8"), "activation_ranks are of factors only, got {'feature': 3.* with 'int8'"),
+        (changed_plan(form="dense", activation_ranks=None), "weight_rank of a dense layer must be 0, got 2"),
+        (
+            {**PLAN.to_dict(), "residual_update": "core"},
+            "a plan's residual_update must train beside a residual, or be None, got 'core'",
+        ),
+        ({**PLAN.to_dict(), "bytes_per_element": 0}, "a plan's bytes_per_element must be a positive integer, got 0"),
         (changed_plan(kept_energy=0), r"blocks.0.q: kept_energy must be a number in \(0, 1\], got 0"),
         (changed_plan(kept_energy=1.01), r"kept_energy must be a number in \(0, 1\], got 1.01"),
         (changed_plan(kept_energy=math.nan), r"kept_energy must be a number in \(0, 1\], got nan"),
@@ -274,6 +287,57 @@ def test_break_even_is_that_of_the_update(update: str) -> None:
 def test_what_is_no_plan(data: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         WasiPlan.from_dict(data)
+
+
+MIXED = WasiPlan(
+    (
+        LayerPlan("a", 8, 8, 2, None, 0.75),
+        LayerPlan("b", 8, 8, 3, None, 0.99, "int8"),
+        LayerPlan("c", 8, 8, 0, None, 1.0, "dense"),
+    ),
+    update="low_rank",
+    update_rank=1,
+    residual_update="frozen_basis",
+)
+
+
+def test_a_plan_with_forms(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    MIXED.save(path)
+    assert WasiPlan.load(path) == MIXED
+    assert [MIXED.update_of(layer).name for layer in MIXED.layers[:2]] == ["low_rank", "frozen_basis"]
+    assert [layer.residual for layer in MIXED.layers] == [None, "int8", None]
+    stored = [4 * 3 * 16, 8 * (8 + 4) + 4 * 3 * 16, 4 * 64]
+    assert list(map(MIXED.stored_bytes, MIXED.layers)) == stored
+    assert MIXED.kept_share == sum(stored) / (3 * 4 * 64)
+    halves = dataclasses.replace(MIXED, bytes_per_element=2)
+    assert halves.kept_share == (2 * 3 * 16 + 8 * 12 + 2 * 3 * 16 + 2 * 64) / (3 * 2 * 64)
+    lines = str(MIXED).splitlines()
+    assert [line.split()[4] for line in lines[1:4]] == ["factors", "int8", "dense"]
+    assert [MIXED.input_kept(layer) for layer in MIXED.layers] == ["exact", "image", "nothing"]
+    assert dataclasses.replace(MIXED, residual_update=None).input_kept(MIXED.layers[1]) == "8 bits"
+    assert "3 layers (1 factors, 1 int8, 1 dense), rank 2 to 3" in MIXED.headline()
+    with pytest.raises(ValueError, match="a plan must have a layer that trains, got 1 dense ones"):
+        WasiPlan(MIXED.layers[2:])
+
+
+def test_build_plan_with_forms() -> None:
+    q = spectrum("q", 4, 4, weight_energies=(5.0, 3.0, 2.0, 0.0))
+    up = dataclasses.replace(spectrum("up", 4, 4), rounding_errors={"int8": 0.5, "int4": 100.0}, bytes_per_element=2)
+    offered = with_forms([q, up], ("factors", "int8", "int4", "dense"), 9, "addition")
+    assert [form.name for form in offered[0].forms] == ["dense"]
+    assert [(form.name, form.rank, form.error) for form in offered[1].forms] == [
+        ("int8", 4, 0.5), ("int4", 4, 100.0), ("dense", 0, 0.0),
+    ]  # fmt: skip
+    total = sum(up.weight_energies)
+    plan = build_plan(offered, {"q": 2, "up": offered[1].forms[0]}, {"up": {"feature": 2}}, {})
+    assert plan.layers[1] == LayerPlan("up", 4, 4, 4, None, 1 - 0.5 / total, "int8")
+    assert plan.residual_update == "addition"
+    lossy = build_plan(offered, {"q": 2, "up": offered[1].forms[1]}, {}, {})
+    assert 0 < lossy.layers[1].kept_energy < 1e-6
+    assert not with_forms([up], ("int8",), 2, "addition")[0].takes_factors
+    with pytest.raises(ValueError, match="up: the error of int8 must be finite and at least 0, got -1"):
+        dataclasses.replace(up, rounding_errors={"int8": -1.0})
 
 
 def test_plans_that_cannot_be() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,14 @@ def test_plan_table_says_what_the_plan_says(plan: WasiPlan) -> None:
     assert lines[-1] == plan.headline()
     assert len(lines) == len(plan.layers) + 3
     for layer, line in zip(plan.layers, lines[1:], strict=False):
-        name, out, in_features, rank, _, energy, *inputs, _, _ = line.split()
+        name, out, in_features, form, rank, _, energy, *inputs, _, _ = line.split()
         assert (name, int(out), int(in_features)) == (layer.name, layer.out_features, layer.in_features)
+        assert form == "factors"
         assert int(rank) == layer.weight_rank and energy == f"{layer.kept_energy:.1%}"
         assert inputs == (["exact"] if layer.activation_ranks is None else ["feature", "5"])
     dense, factored = map(float, lines[-2].split()[1:])
     assert factored / dense == pytest.approx(plan.kept_share, abs=0.01)
-    half = plan_table(plan, element_bytes=2).splitlines()  # 7 KiB, shown in bytes
+    half = plan_table(replace(plan, bytes_per_element=2)).splitlines()  # 7 KiB, shown in bytes
     assert half[-2].split() == ["all", f"{dense * 512:,.2f}", f"{plan.kept_share * dense * 512:,.2f}"]
 
 
@@ -106,7 +108,9 @@ def test_plan_table_says_what_the_plan_says(plan: WasiPlan) -> None:
 def test_tables_count_what_the_update_stores(update: str) -> None:
     """A table's totals are the share in the headline under it; past break-even is what the layers say of it."""
     layers = tuple(LayerPlan(f"layers.{rank}.fc", 32, 48, rank, None, 1.0) for rank in (1, 15, 16, 17, 19, 20))
-    plan = WasiPlan(layers, update=update, update_rank=make_update(update, 3).side_rank or None)
+    plan = WasiPlan(
+        layers, update=update, update_rank=make_update(update, 3).side_rank or None, bytes_per_element=1024
+    )
     summary = wasi_summary(
         wasi_model(ARCHITECTURES["vit"].model(), residual=None, weight_rank=5, update=update, update_rank=3)
     )
@@ -114,13 +118,29 @@ def test_tables_count_what_the_update_stores(update: str) -> None:
         (plan, [plan.past_break_even(layer) for layer in plan.layers]),
         (summary, [layer.past_break_even for layer in summary.layers]),
     ):
-        header, *rows, total, headline = plan_table(shown, element_bytes=1024).splitlines()
-        assert header.split()[:5] == ["layer", "out", "in", "rank", "break-even"]
+        header, *rows, total, headline = plan_table(shown).splitlines()
+        assert header.split()[:6] == ["layer", "out", "in", "form", "rank", "break-even"]
         dense, factored = (float(size.replace(",", "")) for size in total.split()[1:])
-        assert factored / dense == pytest.approx(shown.kept_share, rel=1e-3)
+        assert factored / dense == pytest.approx(shown.kept_share, abs=0.02)
         assert f"{shown.kept_share:.1%} of their {'weights' if shown is plan else 'bytes'} kept" in headline
-        assert [int(row.split()[3]) > int(row.split()[4]) for row in rows] == past
+        assert [int(row.split()[4]) > int(row.split()[5]) for row in rows] == past
     assert {True, False} == {plan.past_break_even(layer) for layer in plan.layers}
+
+
+def test_tables_and_plots_of_a_plan_with_forms(tmp_path: Path) -> None:
+    layers = (
+        LayerPlan("layers.0.fc", 64, 64, 8, None, 0.9),
+        LayerPlan("layers.1.fc", 64, 64, 4, None, 0.999, "int8"),
+        LayerPlan("layers.2.fc", 64, 64, 0, None, 1.0, "dense"),
+    )
+    plan = WasiPlan(layers, update="frozen_basis")
+    lines = plan_table(plan).splitlines()
+    assert [line.split()[3] for line in lines[1:4]] == ["factors", "int8", "dense"]
+    assert [line.split()[5] for line in lines[1:4]] == ["31", "-", "-"]
+    stored = [float(line.split()[-1].replace(",", "")) for line in lines[1:4]]
+    assert stored == [4 * 8 * 128 / 1024, pytest.approx((64 * 68 + 4 * 4 * 128) / 1024, abs=0.01), 16.0]
+    plot_plan(plan, path=tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
 def test_plan_table_of_an_adapter() -> None:

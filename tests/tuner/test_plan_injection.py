@@ -20,6 +20,7 @@ from torch import nn
 
 from wasi_peft import WasiConfig, preprocess_wasi, wasi_summary
 from wasi_peft.forms.dense import dense_weight
+from wasi_peft.forms.residual import ExactResidual, Int4Residual, Int8Residual
 from wasi_peft.ranks.allocate import allocate_ranks
 from wasi_peft.ranks.plan import LayerPlan, WasiPlan
 from wasi_peft.ranks.spectrum import LayerSpectrum
@@ -184,6 +185,105 @@ def test_a_plan_does_not_reach_layers_whose_names_end_alike() -> None:
     refused(
         Twice(), r"decoder\.blocks\.0: the plan is for another model: this layer is in this model but not", plan=plan
     )
+
+
+# -------------------------------------------------------------------- forms
+
+SOME_FORMS = ("factors", "int8", "int4", "exact", "dense")
+
+
+def mixed_plan(architecture: Architecture, model: nn.Module, **options: Any) -> WasiPlan:
+    """All forms in turn, over layers that read one input too."""
+    layers = []
+    for index, layer in enumerate(plan_for(architecture, model).layers):
+        form = SOME_FORMS[index % len(SOME_FORMS)]
+        rank = 0 if form == "dense" else layer.weight_rank
+        layers.append(dataclasses.replace(layer, form=form, weight_rank=rank, activation_ranks=None))
+    return WasiPlan(tuple(layers), **options)
+
+
+def test_every_layer_gets_the_form_of_the_plan(architecture: Architecture) -> None:
+    model = architecture.model()
+    plan = mixed_plan(architecture, model)
+    peft_model = get_peft_model(model, WasiConfig(plan=plan))
+    base = peft_model.get_base_model()
+    layers = dict(wasi_layers(base))
+    assert set(layers) == {layer.name for layer in plan.layers if layer.form != "dense"}
+    for planned in plan.layers:
+        module = base.get_submodule(planned.name)
+        if planned.form == "dense":
+            assert not any(parameter.requires_grad for parameter in module.parameters())
+            continue
+        layer = layers[planned.name]
+        assert layer.update == plan.update_of(planned)
+        assert layer.update.name == ("frozen_basis" if planned.form == "factors" else "addition")
+        assert layer.base_is_released == (planned.form == "factors")
+        assert layer.form.weight_rank == planned.weight_rank
+        kinds = {"int8": Int8Residual, "int4": Int4Residual, "exact": ExactResidual}
+        assert planned.residual is None or type(layer.residual) is kinds[planned.residual]
+    summary = wasi_summary(peft_model)
+    kept = [layer for layer in plan.layers if layer.form != "dense"]
+    assert summary.kept_share == pytest.approx(WasiPlan(tuple(kept)).kept_share)
+    losses = train(peft_model, architecture.batch(), steps=3)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"residual_update": "frozen_basis"}, {"update": "subspace"}])
+def test_an_adapter_of_a_plan_with_forms_is_loaded_again(options: dict[str, Any], tmp_path: Path) -> None:
+    plan = mixed_plan(VIT, VIT.model(), **options)
+    peft_model = get_peft_model(VIT.model(), WasiConfig(plan=plan, residual_product="restored"))
+    train(peft_model, VIT.batch())
+    peft_model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(VIT.model(), str(tmp_path))
+    expected = {name: layer.update for name, layer in wasi_layers(peft_model.get_base_model())}
+    assert {name: layer.update for name, layer in wasi_layers(again.get_base_model())} == expected
+    torch.testing.assert_close(logits(again, VIT.batch()), logits(peft_model, VIT.batch()))
+    assert ranks(again) == ranks(peft_model)
+
+
+def test_a_plan_of_residuals_keeps_the_base_model() -> None:
+    model = VIT.model()
+    layers = tuple(
+        dataclasses.replace(layer, form="exact", activation_ranks=None) for layer in plan_for(VIT, model).layers
+    )
+    before = logits(model, VIT.batch())
+    peft_model = get_peft_model(model, WasiConfig(plan=WasiPlan(layers)))
+    train(peft_model, VIT.batch())
+    assert not torch.allclose(logits(peft_model, VIT.batch()), before)
+    with peft_model.disable_adapter():
+        assert torch.equal(logits(peft_model, VIT.batch()), before)
+    mixed = get_peft_model(VIT.model(), WasiConfig(plan=mixed_plan(VIT, VIT.model())))
+    with pytest.raises(ValueError, match="dense weights were released"), mixed.disable_adapter():
+        pass
+
+
+def test_adapters_of_one_model_have_the_same_forms() -> None:
+    plan = mixed_plan(VIT, VIT.model())
+    peft_model = get_peft_model(VIT.model(), WasiConfig(plan=plan, base_weight="keep"))
+    peft_model.add_adapter("other", WasiConfig(plan=plan, base_weight="keep"))
+    with pytest.raises(ValueError, match="must have the same residual"):
+        peft_model.add_adapter("third", WasiConfig(weight_rank=2))
+
+
+def test_a_plan_decides_the_residual() -> None:
+    plan = mixed_plan(VIT, VIT.model())
+    with pytest.raises(ValueError, match="plan decides the form of every layer; leave residual='int8' out"):
+        WasiConfig(plan=plan, residual="int8")
+
+
+def test_layers_are_prepared_in_the_way_of_their_form() -> None:
+    model = VIT.model()
+    plan = mixed_plan(VIT, model)
+    config = WasiConfig(plan=plan, residual_product="restored")
+    data = [VIT.batch(8, seed) for seed in (3, 4)]
+    factors = preprocess_wasi(model, config, data, repair_steps=1, progress_bar=False)
+    assert {name: layer.residual for name, layer in factors.layers.items()} == {
+        layer.name: layer.residual for layer in plan.layers if layer.form != "dense"
+    }
+    dense = logits(VIT.model(), VIT.batch())
+    apart = (logits(get_peft_model(model, config), VIT.batch()) - dense).norm()
+    plain = (logits(get_peft_model(VIT.model(), config), VIT.batch()) - dense).norm()
+    assert apart < plain
 
 
 # -------------------------------------------------------------------- weight_share

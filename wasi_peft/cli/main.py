@@ -443,9 +443,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
     if arguments.output:
         plan.save(arguments.output)
-    _show(arguments, report.plan_table(plan, calibration.bytes_per_element), plan.to_dict())
+    _show(arguments, report.plan_table(plan), plan.to_dict())
     if arguments.plot:
-        report.plot_plan(plan, calibration, arguments.plot, calibration.bytes_per_element)
+        report.plot_plan(plan, calibration, arguments.plot)
 
 
 def _check_outputs(path: str | None, plot: bool = False) -> None:

@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..forms.residual import Int8Residual
 from ..models.calls import Arguments, call_arguments, hooked, layer_input, tensors_in, training_loss
 from ..models.structure import Structure, linear_layers
 from ..ranks.plan import WasiPlan
@@ -72,9 +73,10 @@ class Estimate:
         training_flops: FLOPs of a step in the long run, the optimizer's matrix products included.
         inference_flops: FLOPs of the forward pass in evaluation mode.
         paper_training_bytes: The paper's accounting (arXiv 2510.09160): `paper_inference_bytes` and the inputs that
-            linear layers keep, at 4 bytes an element, once for every layer that reads them.
-        paper_inference_bytes: Weights of the linear layers in the blocks, or of those that WASI replaced, at 4 bytes
-            an element.
+            linear layers keep, at 4 bytes an element, once for every layer that reads them. What is stored in fewer
+            bits beside an addition, which the paper does not have, counts as stored.
+        paper_inference_bytes: Weights of the linear layers in the blocks, or of those that WASI replaced, in the same
+            way.
     """
 
     weights_bytes: int
@@ -209,7 +211,7 @@ def input_sizes(model: nn.Module, names: Iterable[str], batch: Any) -> dict[str,
 
 
 class PlannedPeaks:
-    """Peaks of one model under several plans for the same layers: it is copied once, later plans only change ranks.
+    """Peaks of one model under several plans: it is copied once for plans with the same forms, which change ranks.
 
     Calling it with a configuration that holds a plan gives what :func:`estimate_peak` gives.
     """
@@ -223,8 +225,9 @@ class PlannedPeaks:
     def __call__(self, config: WasiConfig) -> int:
         """Peak of a training step, in bytes."""
         with isolated(self._autocast.device):
-            if self._run is None:
+            if self._run is None or not self._run.has_forms_of(config):
                 _check_config(self._model, config)
+                self._run = None  # before there is another one
                 self._run = _prepared(self._model, config, self._arguments, self._autocast)
                 gc.collect()  # cycles may hold what injection let go
             else:
@@ -253,7 +256,16 @@ def _prepared(model: nn.Module, config: PeftConfig | None, arguments: Arguments,
     twin = simulation.without_memory(model)
     if config is not None:
         twin = _injected(simulation, twin, copy.deepcopy(config))
+    _decide_products(twin, autocast)
     return _Run(simulation, twin, simulation.batch(arguments), autocast)
+
+
+def _decide_products(twin: nn.Module, autocast: _Autocast) -> None:
+    """How layers multiply by a residual is measured on real tensors, as the model's own would be."""
+    for _, layer in wasi_layers(twin):
+        residual = layer.residual
+        if isinstance(residual, Int8Residual):
+            residual.products.decide(residual.device, autocast.dtype if autocast.enabled else residual.dtype)
 
 
 @contextmanager
@@ -279,7 +291,7 @@ def _depends_on_values(reason: Exception) -> ValueError:
 
 def _injected(simulation: Simulation, twin: nn.Module, config: PeftConfig) -> nn.Module:
     """The model without memory with an adapter, by PEFT's own way."""
-    if isinstance(config, WasiConfig) and config.residual is not None:
+    if isinstance(config, WasiConfig) and config.uses_residuals:
         config.init_weights = False  # how additions start depends on values, what they take does not
     try:
         with simulation.injecting():
@@ -383,19 +395,26 @@ class _Run:
         _age_bases(self.model)
         return max(first.peak, self.step(optimizer).peak)
 
+    def has_forms_of(self, config: WasiConfig) -> bool:
+        """Whether the layers have the forms of another plan."""
+        forms = {name: layer.update.residual for name, layer in self._layers().items()}
+        return forms == {name: config.residual_of(name) for name in config.planned_names()}
+
+    def _layers(self) -> dict[str, WasiLayer]:
+        return dict(wasi_layers(self.model.get_base_model()))  # type: ignore[operator]
+
     def change_plan(self, config: WasiConfig) -> None:
-        """Gives the layers the ranks of another plan; what earlier steps left behind goes."""
-        layers = dict(wasi_layers(self.model.get_base_model()))  # type: ignore[operator]
+        """Gives the layers the ranks of another plan with the same forms; what earlier steps left behind goes."""
         with self.simulation.injecting():
-            for name, layer in layers.items():
+            for name, layer in self._layers().items():
                 planned = config.planned_layer(name)
                 adapter = layer.active_name
                 assert planned is not None and adapter is not None
                 form = layer.form
                 L = form.L.detach().new_empty(layer.out_features, planned.weight_rank)
                 R = form.R.detach().new_empty(planned.weight_rank, layer.in_features)
-                bias = form.bias
-                initial = InitialFactors(L, R, None if bias is None else bias.detach())
+                bias = None if form.bias is None else form.bias.detach()
+                initial = InitialFactors(L, R, bias, residual=layer.residual, met_data=True)
                 layer.update_layer(adapter, config, name, planned.weight_rank, initial)
         if self._last_optimizer is not None and self._last_optimizer() is not None:
             gc.collect()  # cycles hold the old factors
@@ -442,7 +461,7 @@ class _Run:
         last = others[-1] if others else warm
         steps = (first, warm, last)
         highest = max(steps, key=lambda step: step.peak)
-        weight_elements, input_elements = self.paper_elements()
+        weight_bytes, input_bytes = self.paper_bytes()
         return Estimate(
             weights_bytes=last.sizes["weights"],
             state_bytes=last.sizes["state"],
@@ -455,24 +474,24 @@ class _Run:
             batch_bytes=sum(tensor.nbytes for tensor in tensors_in(self.arguments)),
             training_flops=warm.flops + round((last.flops - warm.flops) / _basis_interval(self.model)),
             inference_flops=inference_flops,
-            paper_training_bytes=PAPER_ELEMENT_BYTES * (weight_elements + input_elements),
-            paper_inference_bytes=PAPER_ELEMENT_BYTES * weight_elements,
+            paper_training_bytes=weight_bytes + input_bytes,
+            paper_inference_bytes=weight_bytes,
         )
 
-    def paper_elements(self) -> tuple[int, int]:
-        """Elements of linear weights, and of the inputs that linear layers keep, counted for each layer."""
+    def paper_bytes(self) -> tuple[int, int]:
+        """Bytes of linear weights, and of the inputs that linear layers keep, counted for each layer."""
         layers = _linear_layers(self.model)
         inputs = 0
 
         def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             nonlocal inputs
-            inputs += _input_elements(layer, layer_input(args, kwargs))
+            inputs += _input_bytes(layer, layer_input(args, kwargs))
 
         for layer in layers:
             layer.register_forward_hook(count, with_kwargs=True)
         with self.simulation:
             self.loss()
-        return sum(_weight_elements(layer) for layer in layers), inputs
+        return sum(map(_weight_bytes, layers)), inputs
 
 
 def _age_bases(model: nn.Module) -> bool:
@@ -517,25 +536,29 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _weight_elements(layer: nn.Module) -> int:
+def _weight_bytes(layer: nn.Module) -> int:
     if isinstance(layer, WasiLayer):
-        return layer.update.elements(layer.out_features, layer.in_features, layer.form.weight_rank)
+        sizes = layer.out_features, layer.in_features, layer.form.weight_rank
+        return layer.update.stored_bytes(*sizes, PAPER_ELEMENT_BYTES)
     assert isinstance(layer.weight, Tensor)
-    return layer.weight.numel()
+    return PAPER_ELEMENT_BYTES * layer.weight.numel()
 
 
-def _input_elements(layer: nn.Module, x: Tensor) -> int:
-    """Elements that a layer keeps for the gradients of what trains of it, shared with other layers or not."""
+def _input_bytes(layer: nn.Module, x: Tensor) -> int:
+    """What a layer keeps for the gradients of what trains of it, shared with other layers or not."""
     if not isinstance(layer, WasiLayer):
         assert isinstance(layer.weight, Tensor)
-        return x.numel() if layer.weight.requires_grad else 0
+        return PAPER_ELEMENT_BYTES * x.numel() if layer.weight.requires_grad else 0
     form, update = layer.form, layer.update
-    image = x.shape[:-1].numel() * update.image_width(form)
+    image = PAPER_ELEMENT_BYTES * x.shape[:-1].numel() * update.image_width(form)
     if update.reads_input is None or not form.part(update.reads_input).requires_grad:
         return image
-    elements, entry = x.numel(), layer.inputs.of(x)
+    entry = layer.inputs.of(x)
+    if entry.rounded and layer.residual is not None:
+        return image + sum(part.nbytes for part in next(iter(entry.rounded.values())) if part is not None)
+    elements = x.numel()
     announced = ((rule, form) for (rule, *_), (_, form) in entry.announced.items())
     for rule, compressed in (*announced, *((rule, form) for (rule, _), form in entry.compressed.items())):
         if rule == layer.wasi_input[layer.active_name or ""].rule and compressed is not None:
             elements = sum(part.numel() for part in compressed if part is not None)
-    return elements + image
+    return PAPER_ELEMENT_BYTES * elements + image

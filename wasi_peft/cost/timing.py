@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..forms.factored import FactoredLinear
+from ..forms.products import OUTLIERS, ProductChoice
 from ..forms.residual import RESIDUALS, ResidualLinear
+from ..linalg.low_bit import quantize_rows
 from ..linalg.tucker import Tucker
 from ..updates import DEFAULT_UPDATE, Update, make_update
 
@@ -40,6 +42,7 @@ class LayerTimer:
         dtype: Of weights and inputs.
         device: Where to run.
         update: What trains; the default update for None.
+        residual_product: How int8 products are computed, see `WasiConfig`; the fastest for None.
     """
 
     def __init__(
@@ -47,7 +50,9 @@ class LayerTimer:
         dtype: torch.dtype = torch.float32,
         device: Any = "cpu",
         update: Update | None = None,
+        residual_product: str | None = None,
     ) -> None:
+        self._products = ProductChoice(residual_product)
         self._options: dict[str, Any] = {"dtype": dtype, "device": device}
         self._update = make_update(DEFAULT_UPDATE) if update is None else update
 
@@ -59,19 +64,50 @@ class LayerTimer:
         )
 
     def factored(
-        self, rows: int, out_features: int, in_features: int, rank: int, feature_rank: int | None, training: bool
+        self,
+        rows: int,
+        out_features: int,
+        in_features: int,
+        rank: int,
+        feature_rank: int | None,
+        training: bool,
+        update: Update | None = None,
     ) -> float:
-        """The same for a factored layer whose input is compressed already, or exact for None."""
-        form = self._form(out_features, in_features, rank)
-        compressed = None
-        if feature_rank is not None and not self._update.keeps_image:
+        """The same for another form of a layer, whose input is compressed already, or exact for None.
+
+        Beside a residual that rounds its input, the rounding counts.
+
+        Args:
+            rows: Of the input.
+            out_features: Of the layer.
+            in_features: Of the layer.
+            rank: K; 0 for a dense layer that does not train.
+            feature_rank: Of the compressed input.
+            training: Forward and backward, else the forward pass alone.
+            update: What trains; the timer's for None.
+        """
+        update = self._update if update is None else update
+        if rank == 0:
+            return self.frozen(rows, out_features, in_features, training)
+        form = self._form(out_features, in_features, rank, update)
+        compressed: Tucker | None = None
+        if feature_rank is not None and update.reads_input is not None and update.residual is None:
             compressed = Tucker(self._random(1, rows, feature_rank), self._random(in_features, feature_rank))
+        rounds = isinstance(form, ResidualLinear) and update.reads_input is not None and form.residual.rounds_inputs
 
         def layer(x: Tensor, *_: Tensor) -> Tensor:
-            return self._update.forward(form, x, compressed, None) if training else form(x)
+            if not training:
+                return form(x)
+            kept = quantize_rows(x.detach().reshape(rows, -1), OUTLIERS) if rounds else compressed
+            return update.forward(form, x, kept, None)
 
-        trained = [form.part(part) for part in self._update.trained]
+        trained = [form.part(part) for part in update.trained]
         return self._layer(layer, (rows, out_features, in_features), trained, training)
+
+    def frozen(self, rows: int, out_features: int, in_features: int, training: bool) -> float:
+        """The same for a dense layer that does not train, but lets its input."""
+        weight = self._random(out_features, in_features)
+        return self._layer(lambda x: F.linear(x, weight), (rows, out_features, in_features), (), training)
 
     def compression(self, rows: int, in_features: int, rank: int) -> float:
         """Compression of an input onto a basis that is there."""
@@ -81,16 +117,16 @@ class LayerTimer:
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(**self._options)
 
-    def _form(self, out_features: int, in_features: int, rank: int) -> FactoredLinear:
+    def _form(self, out_features: int, in_features: int, rank: int, update: Update) -> FactoredLinear:
         """A form with random values, as a layer holds it, of which what trains asks for gradients."""
         form: FactoredLinear
-        if self._update.residual is None:
-            form = self._update.new_form(in_features, out_features, rank, bias=False, **self._options)
+        if update.residual is None:
+            form = update.new_form(in_features, out_features, rank, bias=False, **self._options)
         else:
             dense = nn.Linear(in_features, out_features, bias=False, **self._options)
-            form = ResidualLinear(RESIDUALS[self._update.residual](dense), rank, bias=False)
+            form = ResidualLinear(RESIDUALS[update.residual](dense, self._products), rank, bias=False)
         for part in form.parts:
-            form.part(part).requires_grad_(part in self._update.trained)
+            form.part(part).requires_grad_(part in update.trained)
         return form
 
     def _layer(

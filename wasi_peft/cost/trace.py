@@ -33,7 +33,21 @@ Times = dict[tuple[str, str, str], float]  # by phase, module and kind of operat
 _ATTENTION = re.compile("scaled_dot_product|flash_attention|efficient_attention")
 _NORMALISATION = re.compile("(layer|batch|group|instance|rms)_norm")
 _CONVOLUTION = re.compile("conv[1-3]d|conv_transpose|convolution")
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "matmul", "linear", "einsum", "addr"}
+_PRODUCTS = {
+    "mm",
+    "addmm",
+    "int_mm",
+    "bmm",
+    "baddbmm",
+    "addbmm",
+    "mv",
+    "addmv",
+    "dot",
+    "matmul",
+    "linear",
+    "einsum",
+    "addr",
+}
 _COPIES = {"copy", "clone", "to", "to_copy", "contiguous", "cat", "stack", "fill", "zero", "index", "index_select"}
 
 

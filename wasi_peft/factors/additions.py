@@ -70,8 +70,9 @@ def _prepared(name: str, module: nn.Module, config: WasiConfig, statistics: Inpu
     asked = asked_rank(name, config)
     rank = min(int(asked), *weight.shape)
     second_moment, mean = (moment.to(weight.device) for moment in statistics.moments())
-    assert config.residual is not None
-    lost = weight.double() - RESIDUALS[config.residual](module).dense_weight().double()
+    update = config.update_of(name)
+    assert update.residual is not None
+    lost = weight.double() - RESIDUALS[update.residual](module).dense_weight().double()
     L: Tensor
     if bool(lost.any()):
         L, R = correction(lost, rank, second_moment)
@@ -80,4 +81,4 @@ def _prepared(name: str, module: nn.Module, config: WasiConfig, statistics: Inpu
     else:
         L, R = weight.new_zeros(len(weight), rank), addition_basis(weight, rank, second_moment)
     initial = InitialFactors(L.to(weight.dtype), R.to(weight.dtype), bias, met_data=True)
-    return PreparedLayer(initial, rank, asked, None, config.layer_update.name, residual=config.residual)
+    return PreparedLayer(initial, rank, asked, None, update.name, residual=update.residual)

@@ -107,11 +107,23 @@ class Calibration:
             gradients = {mode: read_tensor(self._path(name), f"gradient.{mode}") for mode in ("feature", "token")}
             gradient = {mode: tuple(each.tolist()) for mode, each in gradients.items() if each is not None}
             energies = self._tensor(name, "energies")
+            scale = 1.0
             if not entry["weighed"]:
-                energies = energies / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny) * unit
+                scale = unit / max(float(energies.sum()), torch.finfo(energies.dtype).tiny)
             out_features, in_features = entry["shape"]
-            values = tuple(energies.tolist())
-            spectra.append(LayerSpectrum(name, out_features, in_features, entry["input"], values, gradient, update))
+            spectra.append(
+                LayerSpectrum(
+                    name,
+                    out_features,
+                    in_features,
+                    entry["input"],
+                    tuple((energies * scale).tolist()),
+                    gradient,
+                    update,
+                    {residual: error * scale for residual, error in entry["rounding"].items()},
+                    self.bytes_per_element,
+                )
+            )
         return spectra
 
     def factors(self, name: str, module: nn.Module, rank: int) -> InitialFactors:
@@ -255,6 +267,7 @@ def _save_layer(
         "input": statistics.modules[0],
         "rows": statistics.rows,
         "energy": float(spectrum.energies.sum()),
+        "rounding": statistics.rounding_errors(name, module),
         "weighed": statistics.output_moment(name) is not None,
         "checksum": weight_checksum(module),
     }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..forms.dense import dense_weight
 
-FORMAT = 3
+FORMAT = 4
 _KEYS = {"format": int, "complete": bool, "settings": dict, "data": dict, "bytes_per_element": int, "layers": dict}
 _LAYER_KEYS = {
     "file": str,
@@ -25,6 +25,7 @@ _LAYER_KEYS = {
     "input": str,
     "rows": int,
     "energy": float,
+    "rounding": dict,
     "weighed": bool,
     "checksum": int,
 }

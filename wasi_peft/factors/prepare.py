@@ -36,6 +36,7 @@ def preprocess_wasi(
 
     Beside a residual they start as what rounding loses, in closed form, from one forward pass over 8 batches: worth it
     in 4 bits; in 8 bits there is next to nothing to prepare. What follows is about factors that replace the weight.
+    Under a plan with both, each layer is prepared in its own way; without `data` additions start by themselves.
 
     Where the update leaves R as it is and there are batches, one more pass measures in which
     coordinates the rest trains best.
@@ -64,16 +65,19 @@ def preprocess_wasi(
         ValueError: If neither data nor a calibration is given, or repair is asked for without batches; and whatever
             [`calibrate_wasi`] finds. Nothing is attached then.
     """
-    if config.residual is not None and (repair is not None or repair_steps):
+    residuals = config.planned_residuals
+    adds_only = config.residual is not None or (bool(residuals) and set(residuals) == config.planned_names())
+    if adds_only and (repair is not None or repair_steps):
+        form = f"residual={config.residual!r}" if config.residual is not None else "a plan of residuals"
         raise ValueError(
-            f"repair is for factors that replace a weight; leave it out with residual={config.residual!r}, got "
+            f"repair is for factors that replace a weight; leave it out with {form}, got "
             f"repair={repair!r}, repair_steps={repair_steps!r}."
         )
     batches = None if data is None or callable(data) else data
     if repair not in (*REPAIRS, None):
         raise ValueError(f"repair must be one of {', '.join(map(repr, REPAIRS))}, None, got {repair!r}.")
     chosen = REPAIRS[repair or default_repair(model)]
-    if config.residual is None:
+    if not adds_only:
         chosen.check(model)
     if repair_steps is None:
         repair_steps = 0 if batches is None else chosen.steps
@@ -84,21 +88,26 @@ def preprocess_wasi(
     resolved = copy.copy(config)
     resolve_targets(model, resolved)
     targets = dense_targets(model, resolved)
-    if resolved.residual is not None:
-        if data is None or calibration is not None:
-            given = "a calibration" if calibration is not None else "no data"
-            raise ValueError(f"additions to a residual are prepared from data, and nothing else; got {given}.")
-        additions = prepare_additions(
+    if adds_only and (data is None or calibration is not None):
+        given = "a calibration" if calibration is not None else "no data"
+        raise ValueError(f"additions to a residual are prepared from data, and nothing else; got {given}.")
+    beside = {name: module for name, module in targets.items() if resolved.residual_of(name) is not None}
+    additions: dict[str, PreparedLayer] = {}
+    if beside and data is not None:
+        prepared = prepare_additions(
             model,
             resolved,
-            targets,
+            beside,
             data,
             max_batches=max_batches,
             max_memory_bytes=max_memory_bytes,
             progress_bar=progress_bar,
         )
-        additions.attach(model)
-        return additions
+        if adds_only:
+            prepared.attach(model)
+            return prepared
+        additions = dict(prepared.layers)
+    targets = {name: module for name, module in targets.items() if name not in beside}
     if calibration is None:
         if data is None:
             raise ValueError("preprocess_wasi needs data, a calibration, or both; got neither.")
@@ -129,5 +138,6 @@ def preprocess_wasi(
     if update.keeps_image and batches is not None:
         count = MOMENT_BATCHES if max_batches is None else min(max_batches, MOMENT_BATCHES)
         factors = with_moments(model, factors, batches, max_batches=count, progress_bar=progress_bar)
+    factors = WasiFactors({**factors.layers, **additions})
     factors.attach(model)
     return factors

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..linalg.spectra import WeightSpectrum, weight_spectrum
+from ..forms.dense import dense_weight, is_quantized
+from ..forms.residual import Int4Residual, Int8Residual
+from ..linalg.spectra import WeightSpectrum, weighed_error, weight_spectrum
 from ..linalg.tucker import canonical
 from ..models.calls import real_rows
 
@@ -78,6 +81,26 @@ class InputStatistics:
         return weight_spectrum(
             weight, second_moment.to(weight.device), None if output is None else output.to(weight.device)
         )
+
+    @torch.no_grad()
+    def rounding_errors(self, name: str, module: nn.Module) -> dict[str, float]:
+        """What a module's weight loses when it is rounded, by residual; none of one that cannot be rounded.
+
+        In the unit of the energies of :meth:`spectrum`. Nothing makes good for the mean input, as a bias does for what
+        factors drop of it, so the second moment itself weighs the error.
+        """
+        weight = dense_weight(module)
+        if is_quantized(module):
+            return {}
+        second_moment, output = self.moments()[0].to(weight.device), self.output_moment(name)
+        output = None if output is None else output.to(weight.device)
+        errors = {}
+        for residual in (Int8Residual, Int4Residual):
+            lost = weight.double() - residual(module).dense_weight().double()
+            error = weighed_error(lost, second_moment, output)
+            if math.isfinite(error):
+                errors[residual.name] = error
+        return errors
 
 
 @torch.no_grad()

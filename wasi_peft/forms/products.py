@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ class RestoredWeight(Int8Product):
     ) -> Tensor:
         dtype = cls.compute or x.dtype
         rows = x.to(dtype)
-        y = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
+        y = x.new_empty(len(x), len(codes))
         for start, stop in tiles(*codes.shape):
             y[:, start:stop] = (rows @ codes[start:stop].t().to(dtype)).mul_(scale[start:stop].t())
         return _add_thin(y, thin)
@@ -219,9 +219,19 @@ class ProductChoice:
             if torch.compiler.is_compiling() or codes.is_meta or is_fake(codes):
                 chosen = IntegerProduct
             else:
-                seconds = measured_seconds(*kind)
-                chosen = self._chosen[kind] = PRODUCTS[min(seconds, key=lambda name: seconds[name])]
+                chosen = self._measured(*kind)
         return chosen if chosen.supports(codes, rows, dtype) else RestoredWeight
+
+    def decide(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Measure now, for operands without memory that stand for real ones."""
+        for few in (True, False) if self.asked is None else ():
+            self._measured(device, dtype, few)
+
+    def _measured(self, *kind: Any) -> type[Int8Product]:
+        if kind not in self._chosen:
+            seconds = measured_seconds(*kind)
+            self._chosen[kind] = PRODUCTS[min(seconds, key=lambda name: seconds[name])]
+        return self._chosen[kind]
 
     @property
     def chosen(self) -> dict[str, str]:

@@ -54,8 +54,8 @@ def quantize_rows(x: Tensor, outliers: int = 0) -> RoundedRows:
         ([[64, -127, 32], [0, 0, 0]], [[2.0], [0.0]])
     """
     dtype = torch.promote_types(x.dtype, torch.float32)  # 16 bits hold no more digits than the code
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(len(x), 1, dtype=dtype, device=x.device)
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty(len(x), 1, dtype=dtype)
     step = max(1, TILE // x.shape[1])
     columns = values = None
     outliers = min(outliers, x.shape[1] // 8)

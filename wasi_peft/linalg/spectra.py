@@ -140,6 +140,25 @@ def weight_spectrum(
     return WeightSpectrum(energies, left, (weighed.T @ work) / scale[:, None])
 
 
+def weighed_error(
+    change: Tensor, second_moment: Tensor | None = None, output_moment: Tensor | None = None, damping: float = 0.01
+) -> float:
+    """What a change D of a weight costs, `tr(S D C D^T)`, in the unit of the energies of :func:`weight_spectrum`.
+
+    **Shape**
+        - change: (out, in); moments as in :func:`weight_spectrum`
+
+    Example:
+        >>> weight = torch.diag(torch.tensor([3.0, 2.0]))
+        >>> weighed_error(weight) == weight_spectrum(weight).energies.sum().item() == 13
+        True
+    """
+    work = change.double()
+    right = work if second_moment is None else work @ second_moment.double()
+    left = work if output_moment is None else _damped(output_moment.double(), damping) @ work
+    return float((left * right).sum().clamp_min(0))
+
+
 def _damped(moment: Tensor, damping: float) -> Tensor:
     mean = moment.diagonal().mean()
     return moment + damping * torch.where(mean > 0, mean, 1.0) * torch.eye(len(moment)).to(moment)

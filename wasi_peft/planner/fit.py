@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..ranks.choosing import activation_options, choose_plan
+from ..ranks.choosing import activation_options, choose_plan, cost_bounds
 from ..ranks.knapsack import InfeasibleError
-from ..ranks.plan import WasiPlan, build_plan
-from ..ranks.spectrum import InputGroup, LayerSpectrum, input_groups
+from ..ranks.plan import WasiPlan
+from ..ranks.spectrum import FACTORS, InputGroup, LayerSpectrum, input_groups
 from ..updates.costs import input_elements
 
 GRADIENT_ERROR = 0.08  # of a weight gradient's energy, where activation ranks are not part of the budget
@@ -52,16 +52,21 @@ class Problem:
             chosen[group.name] = min((x for x in options if x.error <= bound), key=lambda x: x.cost).choice
         return chosen
 
-    def with_tolerable_inputs(self, weight_ranks: Mapping[str, int]) -> WasiPlan:
-        """The plan with these ranks and :meth:`tolerable_inputs`."""
-        return build_plan(self.spectra, weight_ranks, self.tolerable_inputs(), self.asked)
+    def with_tolerable_inputs(self, plan: WasiPlan) -> WasiPlan:
+        """The plan with :meth:`tolerable_inputs` where factors take them."""
+        inputs = self.tolerable_inputs()
+        layers = [
+            replace(layer, activation_ranks=inputs[spectrum.shared_input] if layer.form == FACTORS else None)
+            for layer, spectrum in zip(plan.layers, self.spectra, strict=True)
+        ]
+        return replace(plan, layers=tuple(layers), budget=self.asked)
 
     def weights_alone(
         self, cost: WeightCost, budget: float | None = None, error_bound: float | None = None
     ) -> WasiPlan:
         """The plan where inputs are no part of the budget, or of the error that is tolerated."""
         plan = choose_plan(self.spectra, weight_cost=cost, budget=budget, error_bound=error_bound)
-        return self.with_tolerable_inputs({layer.name: layer.weight_rank for layer in plan.layers})
+        return self.with_tolerable_inputs(plan)
 
 
 def fit_budget(
@@ -80,7 +85,7 @@ def fit_budget(
     Raises:
         InfeasibleError: If the cheapest plan costs more than the budget; it carries that cost.
     """
-    costs = [[weight_cost(x, rank) for rank in (1, x.rank_choices[-1])] for x in problem.spectra]
+    costs: list[Sequence[float]] = [cost_bounds(spectrum, weight_cost) for spectrum in problem.spectra]
     for group in input_groups(problem.spectra):
         costs.append([option.cost for option in activation_options(group, activation_cost)])
     least, most = math.fsum(map(min, costs)), math.fsum(map(max, costs))

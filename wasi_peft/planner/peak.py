@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,10 @@ from torch import nn
 
 from ..cost.estimate import MIB, OptimizerFactory, PlannedPeaks, estimate_peak
 from ..forms.dense import dense_weight
-from ..ranks.choosing import plan_error
+from ..forms.residual import RESIDUALS
+from ..ranks.choosing import least_error_of, plan_error
 from ..ranks.knapsack import InfeasibleError
-from ..ranks.plan import WasiPlan, build_plan
+from ..ranks.plan import WasiPlan
 from ..ranks.spectrum import InputGroup, LayerSpectrum, input_groups
 from ..tuner.config import WasiConfig
 from .fit import Problem, fit_budget
@@ -35,6 +37,7 @@ _KEPT_FIELDS = (
     "update_rank",
     "memory_mode",
     "base_weight",
+    "residual_product",
 )
 
 
@@ -50,8 +53,7 @@ def plan_peak(
 ) -> WasiPlan:
     """The plan of the first mode that loses little more than the best one."""
     spectra = problem.spectra
-    unlimited = build_plan(spectra, {spectrum.name: spectrum.rank_choices[-1] for spectrum in spectra}, {}, {})
-    good_enough = (1 + MODE_TOLERANCE) * plan_error(spectra, unlimited)
+    good_enough = (1 + MODE_TOLERANCE) * least_error_of(spectra)
     plans: list[tuple[float, WasiPlan]] = []
     least = math.inf
     for mode in modes:
@@ -79,18 +81,23 @@ def _plan_in_mode(
     optimizer: str | OptimizerFactory | None,
     bytes_per_element: int,
 ) -> WasiPlan:
-    """An element of a factor that trains costs itself and its optimizer state, one of an input or an image itself.
+    """A factor that trains costs itself and its optimizer state, an input or an image itself, a residual as stored.
 
     Gradients hardly exist where the peak usually is, at the start of backward; where they do, the estimate tells.
     What else there is in a step is guessed from the dense model's.
     """
     fields = {field: getattr(config, field) for field in _KEPT_FIELDS}
     states = OPTIMIZER_STATES.get(optimizer, 2) if isinstance(optimizer, str) else 2
+    readers = Counter(spectrum.shared_input for spectrum in problem.spectra)
 
-    def lasting(spectrum: LayerSpectrum, rank: int) -> int:
+    def lasting(spectrum: LayerSpectrum, rank: int) -> float:
         sizes, update = (spectrum.out_features, spectrum.in_features, rank), spectrum.update
-        image = problem.rows(spectrum) * rank if update.keeps_image else 0
-        return update.elements(*sizes) + states * update.trained_elements(*sizes) + image
+        rows, state = problem.rows(spectrum), bytes_per_element * states * update.trained_elements(*sizes)
+        kept = float(rows * rank * bytes_per_element) if update.keeps_image or update.residual is not None else 0.0
+        if update.residual is not None and update.reads_input is not None and rank:
+            width = 1 if RESIDUALS[update.residual].rounds_inputs else bytes_per_element
+            kept += rows * spectrum.in_features * width / readers[spectrum.shared_input]
+        return update.stored_bytes(*sizes, bytes_per_element) + state + kept
 
     def kept(group: InputGroup, ranks: dict[str, int] | None) -> float:
         return 0.0 if config.layer_update.keeps_image else problem.kept_elements(group, ranks)
@@ -107,7 +114,7 @@ def _plan_in_mode(
     try:
         plan, needed = fit_budget(
             problem,
-            lambda spectrum, rank: bytes_per_element * lasting(spectrum, rank),
+            lasting,
             lambda group, ranks: bytes_per_element * kept(group, ranks),
             lambda plan: peaks(WasiConfig(plan=plan, **fields)),
             (1 - PEAK_MARGIN) * budget,

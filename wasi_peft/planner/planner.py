@@ -7,8 +7,10 @@ products of two ranks).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,14 +22,17 @@ from ..cost.estimate import GIGA, MIB, OptimizerFactory, input_sizes
 from ..cost.timing import LayerTimer
 from ..factors.calibration import Calibration, dense_targets
 from ..forms.dense import dense_weight
+from ..forms.residual import RESIDUALS
 from ..linalg.tucker import canonical
 from ..memory.modes import MEMORY_MODES
 from ..models.calls import evaluating, hooked, layer_input, model_output
 from ..ranks.allocate import allocate_ranks
+from ..ranks.choosing import plan_error
 from ..ranks.knapsack import InfeasibleError
-from ..ranks.plan import WasiPlan
-from ..ranks.spectrum import LayerSpectrum
-from ..tuner.config import WasiConfig
+from ..ranks.plan import FORMS, WasiPlan, build_plan
+from ..ranks.spectrum import FACTORS, LayerSpectrum, with_forms
+from ..tuner.config import RESIDUAL_RANK, WasiConfig
+from ..updates import RESIDUAL_UPDATE
 from .fit import Problem
 from .peak import plan_peak
 from .work import Flops, Seconds, Work, plan_work
@@ -44,6 +49,7 @@ BUDGETS = (
 SHARES = ("weight_share", "step_seconds", "inference_seconds", "error")  # never above 1
 
 _DECIDED_FIELDS = ("weight_rank", "rank_pattern", "weight_share", "plan", "activation_ranks")
+DEFAULT_FORMS = (FACTORS, *RESIDUALS)
 
 
 def plan_wasi(
@@ -62,19 +68,24 @@ def plan_wasi(
     config: WasiConfig | None = None,
     memory_modes: Sequence[str] | None = None,
     timer: LayerTimer | None = None,
+    forms: Sequence[str] | None = None,
 ) -> WasiPlan:
-    """Choose the ranks of all layers under exactly one budget; hand the plan to `WasiConfig(plan=...)`.
+    """Choose form and rank of every layer under exactly one budget; hand the plan to `WasiConfig(plan=...)`.
 
-    No rank goes past break-even; layers where no rank saves anything are not in the plan and stay dense. Ranks, with
-    that of the update, are multiples of 16 wherever the budget and the layer's size allow (:func:`costs.rank_step`).
-    Where the budget does not depend on the compressed inputs (`weight_share`, `inference_flops`, `inference_seconds`,
-    `error`), each of them takes the fewest features that keep all but 8 % of the energy of the weight gradients. A
-    calibration without gradients says nothing about them: inputs stay exact then.
+    A layer becomes two factors that replace its weight, which lose energy, or its weight stays, exact or in few bits,
+    beside an addition that trains (:mod:`forms.residual`), which loses what rounding does, in the same unit. Never is
+    the error of such a plan above that of factors alone under the same budget.
+
+    No rank of factors goes past break-even; layers where no rank saves anything are not in the plan and stay dense.
+    Ranks, with that of the update, are multiples of 16 wherever the budget and the layer's size allow
+    (:func:`costs.rank_step`). Where the budget does not depend on the compressed inputs (`weight_share`,
+    `inference_flops`, `inference_seconds`, `error`), each of them takes the fewest features that keep all but 8 % of
+    the energy of the weight gradients. A calibration without gradients says nothing about them: inputs stay exact.
 
     Args:
         model: The dense model. It is not changed.
         calibration: What :func:`calibrate_wasi` measured on it.
-        weight_share: Elements of all factors over those of the dense weights, in (0, 1].
+        weight_share: Bytes of all that is stored over those of the dense weights, in (0, 1].
         peak_bytes: All memory of a training step at its peak, in bytes: parameters, gradients, optimizer state,
             activations and temporary tensors, as :func:`estimate_wasi` counts them. 2 % are left free.
         training_flops: FLOPs of the planned layers in forward and backward: up to 1 a share of the dense ones, above
@@ -83,7 +94,7 @@ def plan_wasi(
         step_seconds: Time of the planned layers in forward and backward, as a share of that of the dense ones, in
             (0, 1]. Layers of every shape are timed on this machine; what else a step does is not part of it.
         inference_seconds: The same for the forward pass.
-        error: Tolerated share of the weight energy to lose, in (0, 1], for the least parameters. Energy sits in few
+        error: Tolerated share of the weight energy to lose, in (0, 1], for the least bytes. Energy sits in few
             directions: 0.01 is a third of the weights of a small pretrained ViT, 0.004 a half.
         batch: What the model will be called with, of the real shapes, as :func:`estimate_wasi` takes it. Needed for
             `peak_bytes`, times and absolute FLOPs. Tokens are compressed only where it has as many as the
@@ -95,6 +106,10 @@ def plan_wasi(
             "fast", "small")`: the first under which the ranks that fit lose at most a tenth more than under any other.
             The plan says which; `WasiConfig(plan=...)` takes it from there. By default the configuration's alone.
         timer: Measures the layers for `step_seconds` and `inference_seconds`; by default on the model's device.
+        forms: What a layer may become: "factors", residuals by name ("int8", "int4", "exact"), and "dense" for a layer
+            that stays as it is and does not train. By default factors and all residuals, and factors alone where the
+            configuration asks for these (`residual=None`, or an update that cannot train beside a residual). K beside
+            a residual is that of the configuration's `weight_rank`, by default 32.
 
     Raises:
         ValueError: If there is not exactly one budget, it is out of range or below the least feasible one (which the
@@ -109,39 +124,64 @@ def plan_wasi(
         >>> 0.4 < plan.kept_share <= 0.5
         True
     """
+    asked_nothing = config is None
     values = weight_share, peak_bytes, training_flops, inference_flops, step_seconds, inference_seconds, error
     name, value = _one_budget(dict(zip(BUDGETS, values, strict=True)), batch)
-    config = None if config is None else config.for_factors()
-    targets = _planned_targets(model, calibration, config)
-    config = WasiConfig().for_factors() if config is None else config
+    asked = WasiConfig() if config is None else config
+    chosen_forms = _forms_to_try(forms, asked)
+    config = asked.for_factors()
+    if asked.residual is not None:
+        config = replace(config, weight_rank=None)  # that of additions
+    targets = _planned_targets(model, calibration, None if asked_nothing else config)
     modes = _modes_to_try(memory_modes, name, config)
     shapes = dict.fromkeys(targets, (1, calibration.rows))
     if batch is not None:
         shapes = input_shapes(model, targets, batch)
     exact = config.compression_rule("") is None
     spectra = _comparable(calibration.spectra(targets, config.layer_update), shapes, exact)
-    problem = Problem(spectra, shapes, {name: value})
+    beside = asked.update if asked.residual is not None else None
+    offered = with_forms(spectra, chosen_forms, asked.weight_rank or RESIDUAL_RANK, beside or RESIDUAL_UPDATE)
 
-    try:
+    def plan_for(problem: Problem) -> WasiPlan:
         if name == "weight_share":
-            plan = problem.with_tolerable_inputs(allocate_ranks(spectra, value))
-        elif name == "error":
-            plan = problem.weights_alone(LayerSpectrum.elements, error_bound=value)
-        elif name == "peak_bytes":
-            plan = plan_peak(problem, model, config, modes, value, batch, optimizer, calibration.bytes_per_element)
-        else:
-            work: Work = Flops(problem, config.activation_interval)
-            if name.endswith("_seconds"):
-                weight = dense_weight(next(iter(targets.values())))
-                timer = timer or LayerTimer(weight.dtype, weight.device, config.layer_update)
-                work = Seconds(problem, timer)
-            plan = plan_work(problem, work, value, training=name in ("training_flops", "step_seconds"))
+            if not any(spectrum.forms for spectrum in problem.spectra):
+                ranks = allocate_ranks(problem.spectra, value)
+                return problem.with_tolerable_inputs(build_plan(problem.spectra, ranks, {}, {}))
+            budget = value * sum(spectrum.dense_bytes for spectrum in problem.spectra)
+            return problem.weights_alone(LayerSpectrum.stored_bytes, budget=budget)
+        if name == "error":
+            return problem.weights_alone(LayerSpectrum.stored_bytes, error_bound=value)
+        if name == "peak_bytes":
+            return plan_peak(problem, model, config, modes, value, batch, optimizer, calibration.bytes_per_element)
+        work: Work = Flops(problem, config.activation_interval)
+        if name.endswith("_seconds"):
+            work = Seconds(problem, measure)
+        return plan_work(problem, work, value, training=name in ("training_flops", "step_seconds"))
+
+    weight = dense_weight(next(iter(targets.values())))
+    measure = timer or LayerTimer(weight.dtype, weight.device, config.layer_update, config.residual_product)
+    try:
+        plan = plan_for(Problem(offered, shapes, {name: value}))
     except InfeasibleError as infeasible:
         least = _rounded_up(infeasible.least)
         raise ValueError(
             f"{name} must be at least {_readable(name, least)} for this model, got {_readable(name, value)}."
         ) from infeasible
+    if FACTORS in chosen_forms and len(chosen_forms) > 1:
+        plan = _never_worse(plan, plan_for, Problem(spectra, shapes, {name: value}))
     return replace(plan, update=config.update, update_rank=config.update_rank)
+
+
+def _never_worse(plan: WasiPlan, plan_for: Callable[[Problem], WasiPlan], factors: Problem) -> WasiPlan:
+    """The plan with forms, or that of factors alone where the search found less with more to choose from."""
+    try:
+        alone = plan_for(factors)
+    except ValueError:  # factors alone cannot meet the budget
+        return plan
+    goal: Callable[[WasiPlan], float] = functools.partial(plan_error, factors.spectra)
+    if "error" in factors.asked:
+        goal = operator.attrgetter("kept_share")
+    return min(plan, alone, key=goal)
 
 
 # -------------------------------------------------------------------- what is asked, and of what
@@ -159,6 +199,14 @@ def _one_budget(budgets: Mapping[str, float | None], batch: Any) -> tuple[str, f
     if batch is None and (name == "peak_bytes" or name.endswith("_seconds") or (name not in SHARES and value > 1)):
         raise ValueError(f"{name}={value!r} depends on the batch; give one of the real shapes as `batch`, got None.")
     return name, value
+
+
+def _forms_to_try(forms: Sequence[str] | None, config: WasiConfig) -> tuple[str, ...]:
+    if forms is None:
+        return DEFAULT_FORMS if config.residual is not None else (FACTORS,)
+    if isinstance(forms, str) or not forms or not set(forms) <= set(FORMS):
+        raise ValueError(f"forms must be a list of any of {list(FORMS)}, got {forms!r}.")
+    return tuple(forms)
 
 
 def _modes_to_try(memory_modes: Sequence[str] | None, budget: str, config: WasiConfig) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from ..cost.timing import LayerTimer
 from ..ranks.knapsack import InfeasibleError
 from ..ranks.plan import WasiPlan
 from ..ranks.spectrum import InputGroup, LayerSpectrum, input_groups
+from ..updates import Update
 from ..updates.costs import dense_forward_flops
 from .fit import Problem, fit_budget
 
@@ -69,7 +70,8 @@ def _plan_training(problem: Problem, work: Work, budget: float) -> WasiPlan:
     }
 
     def weight_cost(spectrum: LayerSpectrum, rank: int) -> float:
-        return work.weight(spectrum, rank, spectrum.shared_input not in compressed)
+        exact = spectrum.shared_input not in compressed or spectrum.update.residual is not None
+        return work.weight(spectrum, rank, exact)
 
     def activation_cost(group: InputGroup, ranks: dict[str, int] | None) -> float:
         if ranks is None:
@@ -81,7 +83,7 @@ def _plan_training(problem: Problem, work: Work, budget: float) -> WasiPlan:
         ranks = {layer.name: layer.activation_ranks for layer in plan.layers}
         costs = [activation_cost(group, ranks[group.spectra[0].name]) for group in groups.values()]
         for spectrum, layer in zip(problem.spectra, plan.layers, strict=True):
-            costs.append(weight_cost(spectrum, layer.weight_rank))
+            costs.append(weight_cost(spectrum.as_planned(layer.form), layer.weight_rank))
             if layer.activation_ranks is not None:
                 costs.append(work.product(spectrum, layer.weight_rank, layer.activation_ranks["feature"]))
         return math.fsum(costs)
@@ -145,10 +147,11 @@ class Seconds:
         sizes = self._sizes(spectrum)
         if rank is None:
             return self._curve(("dense", sizes, training), [0], lambda _: self._timer.dense(*sizes, training), 0)
+        update = spectrum.update
         return self._curve(
-            ("factored", sizes, feature_rank, training),
-            _spread(spectrum.rank_choices, 5),
-            lambda K: self._timer.factored(*sizes, K, feature_rank, training),
+            ("factored", sizes, feature_rank, training, update, None if update.residual is None else rank),
+            _spread(spectrum.rank_choices, 5) if update.residual is None else [rank],
+            lambda K: self._timer.factored(*sizes, K, feature_rank, training, update),
             rank,
         )
 
@@ -156,10 +159,13 @@ class Seconds:
         points = _spread(range(1, max(2, group.in_features)), 4)
         seconds = 0.0
         for spectrum in group.spectra:
-            sizes, choices = self._sizes(spectrum), spectrum.rank_choices
+            sizes, choices, update = self._sizes(spectrum), spectrum.rank_choices or (1,), spectrum.update
+            middle = choices[len(choices) // 2]
 
-            def layer(r: int, sizes: tuple[int, int, int] = sizes, middle: int = choices[len(choices) // 2]) -> float:
-                return self._timer.factored(*sizes, middle, r, True)
+            def layer(
+                r: int, sizes: tuple[int, int, int] = sizes, middle: int = middle, update: Update = update
+            ) -> float:
+                return self._timer.factored(*sizes, middle, r, True, update)
 
             key = ("gradient", sizes)
             seconds += self._curve(key, points, layer, rank) - self._curve(key, points, layer, 1)

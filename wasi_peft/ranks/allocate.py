@@ -1,6 +1,6 @@
-"""Ranks of the weights alone under one budget of parameters.
+"""Ranks of the weights alone under one budget of bytes.
 
-Dropped energy is convex in the rank, so the best marginal energy per parameter decides. :mod:`choosing` weighs
+Dropped energy is convex in the rank, so the best marginal energy per byte decides. :mod:`choosing` weighs
 anything else.
 """
 
@@ -10,17 +10,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..updates.costs import dense_elements
 from .spectrum import LayerSpectrum, input_groups
 
 # -------------------------------------------------------------------- weights alone
 
 
 def allocate_ranks(spectra: Sequence[LayerSpectrum], share: float) -> dict[str, int]:
-    """Weight ranks of all layers under one budget, `sum elements(K) <= share * sum out * in`.
+    """Weight ranks of all layers under one budget, `sum stored_bytes(K) <= share * sum dense_bytes`.
 
-    (:meth:`updates.base.Update.elements`, `(K + side_rank) (out + in)` without a core.) Every layer gets rank 1; then
-    the direction with the most energy per parameter, `e_k / (out + in)` without a core, is taken as long as it fits,
+    (:meth:`updates.base.Update.stored_bytes`, those of `(K + side_rank) (out + in)` elements without a core.) Every
+    layer gets rank 1; then the direction with the most energy per byte is taken as long as it fits,
     never past break-even. Because energies descend, dropped energy is convex in the rank, and the result is optimal
     but for the first direction that did not fit: no other allocation keeps more than its energy on top. What it leaves
     over goes to cheaper directions further down.
@@ -32,7 +31,7 @@ def allocate_ranks(spectra: Sequence[LayerSpectrum], share: float) -> dict[str, 
 
     Args:
         spectra: All layers, with comparable weight energies.
-        share: Parameters of all factors over those of all dense weights, in (0, 1].
+        share: Bytes of all factors over those of all dense weights, in (0, 1].
 
     Returns:
         Rank by layer name. The total is smaller than the share where all layers reach break-even first.
@@ -49,9 +48,9 @@ def allocate_ranks(spectra: Sequence[LayerSpectrum], share: float) -> dict[str, 
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ValueError(f"share must be a number in (0, 1], got {share!r}.")
     input_groups(spectra)  # refuses repeated names
-    dense = sum(dense_elements(spectrum.out_features, spectrum.in_features) for spectrum in spectra)
+    dense = sum(spectrum.dense_bytes for spectrum in spectra)
     ranks = [1] * len(spectra)
-    least = _elements(spectra, ranks)
+    least = _stored_bytes(spectra, ranks)
     if share * dense < least:
         raise ValueError(
             f"share must be at least {least / dense:.4g} (rank 1 in every layer, and what trains beside it), "
@@ -66,22 +65,22 @@ def allocate_ranks(spectra: Sequence[LayerSpectrum], share: float) -> dict[str, 
     return {spectrum.name: rank for spectrum, rank in zip(spectra, ranks, strict=True)}
 
 
-def _elements(spectra: Sequence[LayerSpectrum], ranks: Sequence[int]) -> int:
-    """Elements of all factors, those of the update included."""
-    return sum(spectrum.elements(rank) for spectrum, rank in zip(spectra, ranks, strict=True))
+def _stored_bytes(spectra: Sequence[LayerSpectrum], ranks: Sequence[int]) -> int:
+    """Bytes of all factors, those of the update included."""
+    return sum(spectrum.stored_bytes(rank) for spectrum, rank in zip(spectra, ranks, strict=True))
 
 
 def _spend(
     spectra: Sequence[LayerSpectrum], ranks: Sequence[int], choices: Sequence[Sequence[int]], budget: float
 ) -> list[int]:
-    """Larger ranks for a budget of elements: steps from choice to choice, by energy per element, as long as they fit.
+    """Larger ranks for a budget of bytes: steps from choice to choice, by energy per byte, as long as they fit.
 
     Args:
         spectra: All layers.
         ranks: Where to start.
         choices: Ascending ranks of each layer, no step shorter than the one before; a layer without its rank among
             them stays.
-        budget: Elements of all factors.
+        budget: Bytes of all factors.
     """
     steps = [np.zeros((4, 0))]  # gain, layer, width and price of each
     for index, spectrum in enumerate(spectra):
@@ -90,13 +89,13 @@ def _spend(
             continue
         energies = np.asarray(spectrum.rank_energies[path[0] : path[-1]], np.float64)
         width = np.diff(path)
-        price = np.diff([spectrum.elements(int(rank)) for rank in path])
+        price = np.diff([spectrum.stored_bytes(int(rank)) for rank in path])
         gain = np.add.reduceat(energies, path[:-1] - path[0]) / price
         gain = np.minimum.accumulate(gain)  # means of what descends: only rounding can order them otherwise
         steps.append(np.stack([gain, np.full(len(gain), index), width, price])[:, gain > 0])
     every = np.concatenate(steps, axis=1)
     layers, widths, prices = every[1:, np.argsort(-every[0], kind="stable")].astype(np.int64).tolist()
-    ranks, left = list(ranks), budget - _elements(spectra, ranks)
+    ranks, left = list(ranks), budget - _stored_bytes(spectra, ranks)
     for index, width, price in zip(layers, widths, prices, strict=True):
         # a layer whose next step did not fit gets no later one either: none costs less
         if price <= left:

@@ -1,4 +1,4 @@
-"""Chooses ranks of weights and of compressed inputs under a budget of any cost that adds up over them.
+"""Chooses forms, ranks of weights and of compressed inputs under a budget of any cost that adds up over them.
 
 Every layer offers a list of options (a weight rank, each with a cost and an error), every distinct input another one
 (the ranks of its compressed copy). One option per list is a multiple-choice knapsack (:mod:`knapsack`).
@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ..forms.residual import ExactResidual
 from .knapsack import InfeasibleError, Option, least_cost, least_error
-from .plan import WasiPlan, build_plan
-from .spectrum import InputGroup, LayerSpectrum, input_groups
+from .plan import LayerPlan, WasiPlan, build_plan
+from .spectrum import DENSE, FACTORS, Form, InputGroup, LayerSpectrum, input_groups
 
 CANDIDATES = 32  # ranks offered per layer
 TOKEN_CANDIDATES = 8
@@ -42,9 +43,15 @@ def candidate_ranks(energies: Sequence[float], ranks: Sequence[int], count: int 
 def weight_options(
     spectrum: LayerSpectrum, ranks: Iterable[int], cost: Callable[[LayerSpectrum, int], float], scale: float = 1.0
 ) -> list[Option]:
-    """Options of one weight: cost and `scale` times the dropped energy at each rank; the choice is the rank."""
+    """Options of one weight: the cost, and `scale` times what is lost.
+
+    First come factors, of which the choice is the rank and the loss is the dropped energy; then other forms.
+    """
     dropped = _tails(spectrum.rank_energies)
-    return [Option(cost(spectrum, rank), scale * dropped[rank], rank) for rank in ranks]
+    options = [Option(cost(spectrum, rank), scale * dropped[rank], rank) for rank in ranks]
+    return options + [
+        Option(cost(spectrum.as_form(form), form.rank), scale * form.error, form) for form in spectrum.forms
+    ]
 
 
 def activation_options(
@@ -95,6 +102,13 @@ def choose_activations(
     return {group.name: option.choice for group, option in zip(groups, chosen, strict=True)}
 
 
+def cost_bounds(spectrum: LayerSpectrum, cost: Callable[[LayerSpectrum, int], float]) -> tuple[float, float]:
+    """The least and the most that a layer can cost in any form."""
+    ranks = (1, spectrum.rank_choices[-1]) if spectrum.takes_factors else ()
+    costs = [option.cost for option in weight_options(spectrum, ranks, cost)]
+    return min(costs), max(costs)
+
+
 def choose_plan(
     spectra: Sequence[LayerSpectrum],
     *,
@@ -113,7 +127,8 @@ def choose_plan(
 
     Args:
         spectra: All layers.
-        weight_cost: Cost of a layer at a weight rank: bytes, FLOPs or seconds.
+        weight_cost: Cost of a layer at a weight rank: bytes, FLOPs or seconds. For another form it is asked with that
+            form's update, and with the rank of the addition, 0 for a layer that stays dense.
         activation_cost: Cost of an input at activation ranks (None: the exact copy), in the same unit; `math.inf` for
             ranks that cannot be used, such as a copy that is not smaller than the exact one
             (:func:`costs.input_elements`). None leaves every input exact.
@@ -152,26 +167,41 @@ def choose_plan(
         first, second = solve_twice(choices)
     except InfeasibleError:  # an error bound may need what lies between the last aligned rank and break-even
         last = [spectrum.largest_rank for spectrum in spectra]
-        first, second = solve_twice([(*c, r) if r > c[-1] else c for c, r in zip(choices, last, strict=True)])
+        first, second = solve_twice([(*c, r) if c and r > c[-1] else c for c, r in zip(choices, last, strict=True)])
     goal = 1 if error_bound is None else 0  # Option.error, Option.cost
     chosen = min(second, first, key=lambda options: math.fsum(option[goal] for option in options))
-    weight_ranks = {spectrum.name: option.choice for spectrum, option in zip(spectra, chosen, strict=False)}
+    weights = {spectrum.name: option.choice for spectrum, option in zip(spectra, chosen, strict=False)}
     activation_ranks = {
         group.name: option.choice for group, option in zip(groups, chosen[len(spectra) :], strict=False)
     }
-    return build_plan(spectra, weight_ranks, activation_ranks, asked or {})
+    return build_plan(spectra, weights, activation_ranks, asked or {})
 
 
 def plan_error(spectra: Sequence[LayerSpectrum], plan: WasiPlan, gradient_weight: float = GRADIENT_WEIGHT) -> float:
     """The error that :func:`choose_plan` makes small, of a plan for all of these layers."""
     layers = {layer.name: layer for layer in plan.layers}
-    weights = sum(_tails(spectrum.rank_energies)[layers[spectrum.name].weight_rank] for spectrum in spectra)
+    weights = sum(_lost(spectrum, layers[spectrum.name]) for spectrum in spectra)
     groups, inputs = input_groups(spectra), 0.0
     for group in groups:
         for mode, rank in (layers[group.spectra[0].name].activation_ranks or {}).items():
             inputs += _tails(group.energies(mode))[rank]
     weight_scale, gradient_scale = _error_scales(spectra, groups, gradient_weight)
     return weight_scale * weights + gradient_scale * inputs
+
+
+def least_error_of(spectra: Sequence[LayerSpectrum]) -> float:
+    """The error of the best plan that no budget bounds."""
+    least = 0.0
+    for spectrum in spectra:
+        ranks = spectrum.rank_choices[-1:]
+        least += min(option.error for option in weight_options(spectrum, ranks, lambda *_: 0.0))
+    return _error_scales(spectra, [], 0.0)[0] * least
+
+
+def _lost(spectrum: LayerSpectrum, layer: LayerPlan) -> float:
+    if layer.form == FACTORS:
+        return _tails(spectrum.rank_energies)[layer.weight_rank]
+    return {**spectrum.rounding_errors, ExactResidual.name: 0.0, DENSE: 0.0}[layer.form]
 
 
 def _error_scales(
@@ -191,8 +221,16 @@ def _choose(items: list[list[Option]], budget: float | None, error_bound: float 
     raise ValueError(f"give either budget or error_bound, got budget={budget!r} and error_bound={error_bound!r}.")
 
 
-def _around(spectrum: LayerSpectrum, choices: tuple[int, ...], candidates: tuple[int, ...], rank: int) -> list[int]:
-    """About :data:`CANDIDATES` of the choices between the candidates next to `rank`, with itself."""
+def _around(
+    spectrum: LayerSpectrum, choices: tuple[int, ...], candidates: tuple[int, ...], chosen: int | Form
+) -> Sequence[int]:
+    """About :data:`CANDIDATES` of the choices between the candidates next to a rank, with itself.
+
+    All candidates where another form was chosen.
+    """
+    if isinstance(chosen, Form):
+        return candidates
+    rank = chosen
     index = candidates.index(rank)
     low = choices.index(candidates[max(index - 1, 0)])
     high = choices.index(candidates[min(index + 1, len(candidates) - 1)])

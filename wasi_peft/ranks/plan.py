@@ -1,20 +1,24 @@
-"""Plans: a rank for every layer, as plain data that people may edit."""
+"""Plans: a form and a rank for every layer, as plain data that people may edit."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from ..forms.residual import RESIDUALS
 from ..memory.modes import MEMORY_MODES
-from ..updates import DEFAULT_UPDATE, UPDATES, Update, make_update
+from ..updates import DEFAULT_UPDATE, RESIDUAL_UPDATE, UPDATES, Update, make_update
 from ..updates.costs import dense_elements
-from .spectrum import LayerSpectrum, _check_layer, _check_whole
+from .spectrum import DENSE, FACTORS, Form, LayerSpectrum, _check_layer, _check_whole
 
-FORMAT = 1
+FORMAT = 2
+FORMS = (FACTORS, *RESIDUALS, DENSE)
+LEAST_KEPT = 1e-9  # of a layer's energy, as plans say it: what is kept is above 0
 _ACTIVATION_MODES = ("feature", "token", "batch")
 
 
@@ -23,15 +27,19 @@ _ACTIVATION_MODES = ("feature", "token", "batch")
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer of a plan: its weight rank and the ranks of its compressed input.
+    """One layer of a plan: its form, its weight rank and the ranks of its compressed input.
 
     Args:
         name: Full module name in the base model.
         out_features: Rows of the weight.
         in_features: Columns of the weight.
-        weight_rank: K, from 1 to min(out_features, in_features).
-        activation_ranks: Ranks by mode, for instance {"feature": 48}; None keeps the exact input.
-        kept_energy: Share of the weight energy kept at that rank, in (0, 1].
+        weight_rank: K of the factors, or of the addition to a residual, from 1 to min(out_features, in_features), or
+            0 for a dense layer.
+        activation_ranks: Ranks by mode, for instance {"feature": 48}; None keeps the exact input, or what the form
+            keeps of it. Of factors only.
+        kept_energy: Share of the weight energy kept, in (0, 1].
+        form: "factors", which replace the weight; the name of a residual, "int8", "int4" or "exact", beside which an
+            addition trains; or "dense", for a layer that stays as it is and does not train.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -43,11 +51,19 @@ class LayerPlan:
     weight_rank: int
     activation_ranks: dict[str, int] | None
     kept_energy: float
+    form: str = FACTORS
 
     def __post_init__(self) -> None:
         _check_layer(self.name, self.out_features, self.in_features)
-        _check_whole(f"{self.name}: weight_rank", self.weight_rank, min(self.out_features, self.in_features))
+        if self.form not in FORMS:
+            raise ValueError(f"{self.name}: form must be one of {list(FORMS)}, got {self.form!r}.")
+        if self.form != DENSE:
+            _check_whole(f"{self.name}: weight_rank", self.weight_rank, min(self.out_features, self.in_features))
+        elif type(self.weight_rank) is not int or self.weight_rank != 0:
+            raise ValueError(f"{self.name}: weight_rank of a dense layer must be 0, got {self.weight_rank!r}.")
         ranks = self.activation_ranks
+        if ranks is not None and self.form != FACTORS:
+            raise ValueError(f"{self.name}: activation_ranks are of factors only, got {ranks!r} with {self.form!r}.")
         if ranks is not None:
             if not isinstance(ranks, dict) or "feature" not in ranks or not set(ranks) <= set(_ACTIVATION_MODES):
                 raise ValueError(
@@ -61,22 +77,30 @@ class LayerPlan:
         if isinstance(kept, bool) or not isinstance(kept, (int, float)) or not 0 < kept <= 1:
             raise ValueError(f"{self.name}: kept_energy must be a number in (0, 1], got {kept!r}.")
 
+    @property
+    def residual(self) -> str | None:
+        """Name of the frozen weight beside the factors, None for none."""
+        return self.form if self.form in RESIDUALS else None
+
 
 @dataclass(frozen=True)
 class WasiPlan:
-    """Ranks of every layer, and what was asked. `str()` gives a table; the JSON may be edited by hand.
+    """Form and ranks of every layer, and what was asked. `str()` gives a table; the JSON may be edited by hand.
 
     Args:
-        layers: One entry per layer to replace.
+        layers: One entry per layer, those that stay dense included.
         budget: What was asked, plain data for the reader; nothing is computed from it.
         memory_mode: The mode that the plan was made for, if its budget depends on that. A configuration with the plan
             takes it, unless it names another one.
-        update: The update that the plan was made for; a configuration with the plan takes it in the same way.
+        update: The update of factors that the plan was made for; a configuration with the plan takes it in the same
+            way.
         update_rank: Directions that the update trains beside the factors, None for an update without any.
+        residual_update: The update of additions to residuals; "addition" for None.
+        bytes_per_element: Of dense weights, and of factors.
 
     Raises:
-        ValueError: If there is no layer, a name appears twice, `budget` is not a dict of JSON values, the mode or the
-            update is unknown, or its rank is not the update's.
+        ValueError: If no layer is to be replaced, a name appears twice, `budget` is not a dict of JSON values, the
+            mode or an update is unknown, or its rank is not the update's.
 
     Example:
         >>> plan = WasiPlan((LayerPlan("fc1", 8, 8, 2, {"feature": 3}, 0.9),), {"weight_share": 0.5})
@@ -91,6 +115,8 @@ class WasiPlan:
     memory_mode: str | None = None
     update: str | None = None
     update_rank: int | None = None
+    residual_update: str | None = None
+    bytes_per_element: int = 4
 
     def __post_init__(self) -> None:
         if self.memory_mode not in (None, *MEMORY_MODES):
@@ -104,9 +130,16 @@ class WasiPlan:
                 f"a plan's update_rank must be the number of directions that its update trains beside the factors, or "
                 f"None where it trains none, got {self.update_rank!r} with {self.update!r}."
             )
+        if self.residual_update not in (None, *(name for name, update in UPDATES.items() if update.takes_residual)):
+            raise ValueError(
+                f"a plan's residual_update must train beside a residual, or be None, got {self.residual_update!r}."
+            )
+        _check_whole("a plan's bytes_per_element", self.bytes_per_element)
         names = [layer.name for layer in self.layers]
         if not names:
             raise ValueError("a plan must have at least one layer, got none.")
+        if all(layer.form == DENSE for layer in self.layers):
+            raise ValueError(f"a plan must have a layer that trains, got {len(names)} dense ones.")
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
             raise ValueError(f"a plan must name every layer once, got {repeated!r} twice.")
@@ -119,53 +152,78 @@ class WasiPlan:
 
     @property
     def kept_share(self) -> float:
-        """Elements of all factors over elements of all dense weights they replace."""
-        return sum(map(self.elements, self.layers)) / sum(
-            dense_elements(x.out_features, x.in_features) for x in self.layers
-        )
+        """Bytes of all that is stored over those of the dense weights in whose place it is."""
+        return sum(map(self.stored_bytes, self.layers)) / sum(map(self.dense_bytes, self.layers))
 
     @property
     def layer_update(self) -> Update:
-        """The update that the plan was made for; the default one where it names none."""
+        """The update of factors that the plan was made for; the default one where it names none."""
         return make_update(self.update or DEFAULT_UPDATE, self.update_rank)
 
-    def elements(self, layer: LayerPlan) -> int:
-        """Elements that a layer stores under the plan."""
-        return self.layer_update.elements(layer.out_features, layer.in_features, layer.weight_rank)
+    def update_of(self, layer: LayerPlan) -> Update:
+        """What of a layer trains, and how."""
+        if layer.residual is None:
+            return self.layer_update
+        return make_update(self.residual_update or RESIDUAL_UPDATE, None, layer.residual)
+
+    def dense_bytes(self, layer: LayerPlan) -> int:
+        """Bytes of a layer's dense weight."""
+        return dense_elements(layer.out_features, layer.in_features) * self.bytes_per_element
+
+    def stored_bytes(self, layer: LayerPlan) -> int:
+        """Bytes that a layer stores under the plan."""
+        if layer.form == DENSE:
+            return self.dense_bytes(layer)
+        sizes = layer.out_features, layer.in_features, layer.weight_rank
+        return self.update_of(layer).stored_bytes(*sizes, self.bytes_per_element)
 
     def past_break_even(self, layer: LayerPlan) -> bool:
-        """Whether a layer costs more memory and compute than the dense weight."""
+        """Whether factors cost more memory and compute than the dense weight."""
+        if layer.form != FACTORS:
+            return False
         return layer.weight_rank > self.layer_update.break_even_rank(layer.out_features, layer.in_features)
 
     def headline(self) -> str:
         """One line for a log."""
-        ranks = sorted(layer.weight_rank for layer in self.layers)
+        forms = Counter(layer.form for layer in self.layers)
+        ranks = sorted(layer.weight_rank for layer in self.layers if layer.form != DENSE)
         exact = [self.input_kept(layer) for layer in self.layers].count("exact")
         asked = ", ".join(f"{key}={value}" for key, value in self.budget.items())
         text = f"WASI plan for {asked}" if asked else "WASI plan"
-        for name in ("memory_mode", "update", "update_rank"):
+        for name in ("memory_mode", "update", "update_rank", "residual_update"):
             text += f", {name}={value!r}" if (value := getattr(self, name)) is not None else ""
+        mixed = ", ".join(f"{forms[form]} {form}" for form in FORMS if forms[form])
         return (
-            f"{text}: {len(ranks)} layers, rank {ranks[0]} to {ranks[-1]} (median {ranks[len(ranks) // 2]}), "
+            f"{text}: {len(self.layers)} layers{f' ({mixed})' if set(forms) != {FACTORS} else ''}, "
+            f"rank {ranks[0]} to {ranks[-1]} (median {ranks[len(ranks) // 2]}), "
             f"{self.kept_share:.1%} of their weights kept" + (f", {exact} with the exact input" if exact else "")
         )
 
     def input_kept(self, layer: LayerPlan) -> str:
-        """What a layer keeps of its input for backward: ranks by mode, "exact", or "image", K numbers a row."""
-        if self.update is not None and self.layer_update.keeps_image:
+        """What a layer keeps of its input for backward.
+
+        Ranks by mode, "exact", "image" (K numbers a row), "8 bits", or "nothing" where the layer stays dense.
+        """
+        if layer.form == DENSE:
+            return "nothing"
+        update = self.update_of(layer)
+        if (self.update is not None or layer.residual is not None) and update.keeps_image:
             return "image"
+        if layer.residual is not None and RESIDUALS[layer.residual].rounds_inputs:
+            return "8 bits"
         ranks = layer.activation_ranks
         return "exact" if ranks is None else ", ".join(f"{mode} {rank}" for mode, rank in ranks.items())
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(layer.name) for layer in self.layers))
-        lines = [f"{'layer':<{width}}  {'out x in':>13}  {'rank':>5}  {'energy':>6}  input"]
+        lines = [f"{'layer':<{width}}  {'out x in':>13}  {'form':>7}  {'rank':>5}  {'energy':>6}  input"]
         for layer in self.layers:
             shape = f"{layer.out_features} x {layer.in_features}"
             note = "  costs more than dense" if self.past_break_even(layer) else ""
             energy = f"{layer.kept_energy:>6.1%}"
             lines.append(
-                f"{layer.name:<{width}}  {shape:>13}  {layer.weight_rank:>5}  {energy}  {self.input_kept(layer)}{note}"
+                f"{layer.name:<{width}}  {shape:>13}  {layer.form:>7}  {layer.weight_rank:>5}  {energy}  "
+                f"{self.input_kept(layer)}{note}"
             )
         return "\n".join([*lines, self.headline()])
 
@@ -178,6 +236,8 @@ class WasiPlan:
             "memory_mode": self.memory_mode,
             "update": self.update,
             "update_rank": self.update_rank,
+            "residual_update": self.residual_update,
+            "bytes_per_element": self.bytes_per_element,
             "layers": {entry.pop("name"): entry for entry in entries},
         }
 
@@ -192,9 +252,10 @@ class WasiPlan:
             raise ValueError(f"a plan must be a dict with the dict 'layers', got {_shortened(data)}.")
         if type(data.get("format")) is not int or data["format"] != FORMAT:
             raise ValueError(f"a plan must have format {FORMAT}, got {data.get('format')!r}.")
-        _check_keys("a plan", data, ("format", "budget", "memory_mode", "update", "update_rank", "layers"))
+        names = [each.name for each in fields(cls)]
+        _check_keys("a plan", data, ("format", *names))
         layers = tuple(layer_plan(name, entry) for name, entry in data["layers"].items())
-        return cls(layers, data["budget"], data["memory_mode"], data["update"], data["update_rank"])
+        return cls(layers, **{name: data[name] for name in names if name != "layers"})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON file; a previous one is replaced as a whole or not at all."""
@@ -226,7 +287,7 @@ def layer_plan(name: str, entry: Any) -> LayerPlan:
     """
     if not isinstance(entry, dict):
         raise ValueError(f"{name}: a layer of a plan must be a dict, got {_shortened(entry)}.")
-    _check_keys(name, entry, ("out_features", "in_features", "weight_rank", "activation_ranks", "kept_energy"))
+    _check_keys(name, entry, tuple(each.name for each in fields(LayerPlan) if each.name != "name"))
     return LayerPlan(name, **entry)
 
 
@@ -252,24 +313,34 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def build_plan(
     spectra: Sequence[LayerSpectrum],
-    weight_ranks: Mapping[str, int],
+    weights: Mapping[str, int | Form],
     activation_ranks: Mapping[str, dict[str, int] | None],
     budget: dict[str, Any],
 ) -> WasiPlan:
-    """A plan from ranks chosen before.
+    """A plan from what was chosen before.
 
     Args:
         spectra: All layers.
-        weight_ranks: K by layer name.
+        weights: K of factors, or another form, by layer name.
         activation_ranks: Ranks of the compressed input by `shared_input`; inputs that are not named stay exact.
         budget: What was asked.
     """
-    layers = []
+    layers, updates = [], set()
     for spectrum in spectra:
-        rank, ranks = weight_ranks[spectrum.name], activation_ranks.get(spectrum.shared_input)
+        chosen, ranks = weights[spectrum.name], activation_ranks.get(spectrum.shared_input)
         total = sum(spectrum.weight_energies)
-        directions = rank + spectrum.side_rank
-        kept = min(1.0, sum(spectrum.weight_energies[:directions]) / total) if total else 1.0
         sizes = spectrum.out_features, spectrum.in_features
-        layers.append(LayerPlan(spectrum.name, *sizes, rank, None if ranks is None else dict(ranks), kept))
-    return WasiPlan(tuple(layers), budget)
+        if isinstance(chosen, Form):
+            kept = min(1.0, max(LEAST_KEPT, 1 - chosen.error / total)) if total else 1.0
+            layers.append(LayerPlan(spectrum.name, *sizes, chosen.rank, None, kept, chosen.name))
+            updates |= {chosen.update.name} if chosen.name != DENSE else set()
+            continue
+        directions = chosen + spectrum.side_rank
+        kept = min(1.0, sum(spectrum.weight_energies[:directions]) / total) if total else 1.0
+        layers.append(LayerPlan(spectrum.name, *sizes, chosen, None if ranks is None else dict(ranks), kept))
+    return WasiPlan(
+        tuple(layers),
+        budget,
+        residual_update=next(iter(updates), None),
+        bytes_per_element=spectra[0].bytes_per_element if spectra else 4,
+    )

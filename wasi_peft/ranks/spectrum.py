@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..updates import DEFAULT_UPDATE, Update, make_update
-from ..updates.costs import rank_step
+from ..forms.residual import RESIDUALS, ExactResidual
+from ..updates import DEFAULT_UPDATE, RESIDUAL_UPDATE, Update, make_update
+from ..updates.costs import dense_elements, rank_step
+
+DENSE, FACTORS = "dense", "factors"  # forms of a layer in a plan, beside the residuals
+
+
+class Form(NamedTuple):
+    """What can become of a layer's weight instead of factors: a residual with an addition of rank K, or nothing.
+
+    Attributes:
+        name: "dense", or that of a residual.
+        rank: K of the addition; 0 for a dense layer, which stays as it is and does not train.
+        error: What rounding loses, in the unit of the layer's energies.
+        update: What trains, and so what it costs. A dense layer costs what an exact residual with an addition of rank
+            0 does.
+    """
+
+    name: str
+    rank: int
+    error: float
+    update: Update
+
 
 # -------------------------------------------------------------------- what is known of a layer
 
@@ -30,6 +51,10 @@ class LayerSpectrum:
             and "token" where every batch had the same number of tokens. Empty where gradients were not collected.
         update: What is going to train, which says what a rank costs. Directions that train beside the K of the weight
             start from those after them.
+        rounding_errors: What is lost when the weight is rounded to a residual, by its name, in the same unit.
+        bytes_per_element: Of the dense weight, and of factors.
+        forms: What the layer may become instead of factors.
+        takes_factors: Whether factors may take its place.
 
     **Shape**
         - weight_energies: (min(out, in),); gradient_energies: (in,) for "feature", (N,) for "token"
@@ -49,6 +74,10 @@ class LayerSpectrum:
     weight_energies: tuple[float, ...]
     gradient_energies: dict[str, tuple[float, ...]] = field(default_factory=dict)
     update: Update = field(default_factory=lambda: make_update(DEFAULT_UPDATE))
+    rounding_errors: dict[str, float] = field(default_factory=dict)
+    bytes_per_element: int = 4
+    forms: tuple[Form, ...] = ()
+    takes_factors: bool = True
 
     def __post_init__(self) -> None:
         _check_layer(self.name, self.out_features, self.in_features)
@@ -65,6 +94,9 @@ class LayerSpectrum:
             ordered = mode != "weight_energies" or not (np.diff(values) > 0).any()
             if not np.isfinite(values).all() or (values < 0).any() or not ordered:
                 raise ValueError(f"{self.name}: {mode} energies must be finite, descending and at least 0.")
+        for residual, error in self.rounding_errors.items():
+            if not math.isfinite(error) or error < 0:
+                raise ValueError(f"{self.name}: the error of {residual} must be finite and at least 0, got {error!r}.")
 
     @property
     def side_rank(self) -> int:
@@ -81,9 +113,22 @@ class LayerSpectrum:
         """Largest rank worth considering: the last that saves anything, 1 where none does."""
         return max(1, self.update.break_even_rank(self.out_features, self.in_features))
 
-    def elements(self, rank: int) -> int:
-        """Elements that the layer stores at rank K."""
-        return self.update.elements(self.out_features, self.in_features, rank)
+    def stored_bytes(self, rank: int) -> int:
+        """Bytes that the layer stores at rank K."""
+        return self.update.stored_bytes(self.out_features, self.in_features, rank, self.bytes_per_element)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense weight."""
+        return dense_elements(self.out_features, self.in_features) * self.bytes_per_element
+
+    def as_form(self, form: Form) -> LayerSpectrum:
+        """The same layer in another form, for what asks what a rank costs."""
+        return replace(self, update=form.update)
+
+    def as_planned(self, form: str) -> LayerSpectrum:
+        """The same layer in one of its forms, by name."""
+        return next((self.as_form(other) for other in self.forms if other.name == form), self)
 
     @property
     def aligned_ranks(self) -> range:
@@ -100,7 +145,36 @@ class LayerSpectrum:
     @property
     def rank_choices(self) -> tuple[int, ...]:
         """Ranks to choose from: the aligned ones, and 1 where even the first of them may be too much."""
-        return tuple(sorted({1, *self.aligned_ranks}))
+        return tuple(sorted({1, *self.aligned_ranks})) if self.takes_factors else ()
+
+
+def with_forms(
+    spectra: Sequence[LayerSpectrum], forms: Sequence[str], rank: int, update: str, update_rank: int | None = None
+) -> list[LayerSpectrum]:
+    """Spectra of layers that may take these forms.
+
+    Args:
+        spectra: All layers.
+        forms: "factors", "dense", names of residuals. A residual of which a layer does not know the error is not
+            offered to it.
+        rank: K beside a residual, as far as a layer has it. The error does not depend on it.
+        update: What trains beside a residual.
+        update_rank: Of that.
+    """
+    offered = []
+    for spectrum in spectra:
+        K = min(rank, spectrum.out_features, spectrum.in_features)
+        errors = {**spectrum.rounding_errors, ExactResidual.name: 0.0}
+        others = [
+            Form(name, K, errors[name], make_update(update, update_rank, name))
+            for name in forms
+            if name in RESIDUALS and name in errors
+        ]
+        if DENSE in forms:
+            others.append(Form(DENSE, 0, 0.0, make_update(RESIDUAL_UPDATE, None, ExactResidual.name)))
+        takes_factors = FACTORS in forms or not others
+        offered.append(replace(spectrum, forms=tuple(others), takes_factors=takes_factors))
+    return offered
 
 
 @dataclass(frozen=True)

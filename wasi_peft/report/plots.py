@@ -13,7 +13,7 @@ from ..cost.estimate import CATEGORIES, Estimate
 from ..factors.calibration import Calibration
 from ..linalg.spectra import rank_for_threshold
 from ..ranks.plan import WasiPlan
-from ..ranks.spectrum import LayerSpectrum
+from ..ranks.spectrum import FACTORS, LayerSpectrum
 from ..tuner.summary import WasiSummary
 from ..updates.costs import break_even_rank, dense_elements
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 Path = str | os.PathLike[str]
 Row = dict[str, Any]
 
-ELEMENT_BYTES = 4  # float32
 SHOWN_ENERGIES = (0.9, 0.95, 0.99)
 SHOWN_DECADES = 8  # of a spectrum, below its largest energy
 SPECTRA_COLUMNS = 4
@@ -102,23 +101,24 @@ def target_rows(sizes: Mapping[str, tuple[int, int]]) -> list[Row]:
     ]
 
 
-def plan_table(plan: WasiPlan | WasiSummary, element_bytes: int = ELEMENT_BYTES) -> str:
-    """Every layer with its rank, what it keeps and its bytes dense and factored; totals and headline at the end."""
+def plan_table(plan: WasiPlan | WasiSummary) -> str:
+    """Every layer with form and rank, what it keeps and its bytes dense and stored; totals and headline at the end."""
     layers = _planned(plan)
-    dense, factored = [x.dense * element_bytes for x in layers], [x.factored * element_bytes for x in layers]
-    unit, size = byte_unit(sum(dense))
+    unit, size = byte_unit(sum(layer.dense for layer in layers))
     inputs = {x.name: plan.input_kept(x) for x in plan.layers} if isinstance(plan, WasiPlan) else {}
     rows = []
-    for layer, dense_bytes, factored_bytes in zip(layers, dense, factored, strict=True):
-        row: Row = {"layer": layer.name, "out": layer.out_features, "in": layer.in_features, "rank": layer.rank}
-        row["break-even"] = layer.break_even
+    for layer in layers:
+        row: Row = {"layer": layer.name, "out": layer.out_features, "in": layer.in_features}
+        row |= {"form": layer.form, "rank": layer.rank, "break-even": layer.break_even}
         if inputs:
             row["energy share"] = layer.energy
             row["input"] = inputs[layer.name]
-        row[f"dense, {unit}"], row[f"factored, {unit}"] = dense_bytes / size, factored_bytes / size
+        row[f"dense, {unit}"], row[f"stored, {unit}"] = layer.dense / size, layer.stored / size
         rows.append(row)
     total: Row = dict.fromkeys(rows[0], "")
-    total.update({"layer": "all", f"dense, {unit}": sum(dense) / size, f"factored, {unit}": sum(factored) / size})
+    total["layer"] = "all"
+    total[f"dense, {unit}"] = sum(layer.dense for layer in layers) / size
+    total[f"stored, {unit}"] = sum(layer.stored for layer in layers) / size
     return f"{table([*rows, total])}\n{plan.headline()}"
 
 
@@ -217,16 +217,17 @@ class _Planned(NamedTuple):
     """A layer of a plan, or of an adapter, whose energy is not known.
 
     `rank` is that of the headline: K in a plan, and in an adapter with the directions that train beside the K. So is
-    `break_even`. `dense` and `factored` count elements.
+    `break_even`, None for another form than factors. `dense` and `stored` count bytes.
     """
 
     name: str
     out_features: int
     in_features: int
     rank: int
-    break_even: int
+    break_even: int | None
     dense: int
-    factored: int
+    stored: int
+    form: str = FACTORS
     energy: float | None = None
     activation_ranks: dict[str, int] | None = None
 
@@ -235,23 +236,23 @@ def _planned(plan: WasiPlan | WasiSummary) -> list[_Planned]:
     layers = []
     if isinstance(plan, WasiSummary):
         for x in plan.layers:
-            sizes = x.out_features, x.in_features
-            break_even = x.update.break_even_rank(*sizes) + x.rank - x.weight_rank
-            layers.append(_Planned(x.name, *sizes, x.rank, break_even, x.dense_elements, x.stored_elements))
+            sizes, form = (x.out_features, x.in_features), x.update.residual or FACTORS
+            break_even = x.update.break_even_rank(*sizes) + x.rank - x.weight_rank if form == FACTORS else None
+            layers.append(_Planned(x.name, *sizes, x.rank, break_even, x.dense_bytes, x.stored_bytes, form))
         return layers
     for layer in plan.layers:
         sizes = layer.out_features, layer.in_features
-        costs = plan.layer_update.break_even_rank(*sizes), dense_elements(*sizes), plan.elements(layer)
-        layers.append(
-            _Planned(layer.name, *sizes, layer.weight_rank, *costs, layer.kept_energy, layer.activation_ranks)
-        )
+        break_even = plan.layer_update.break_even_rank(*sizes) if layer.form == FACTORS else None
+        dense, stored = plan.dense_bytes(layer), plan.stored_bytes(layer)
+        planned = _Planned(layer.name, *sizes, layer.weight_rank, break_even, dense, stored, layer.form)
+        layers.append(planned._replace(energy=layer.kept_energy, activation_ranks=layer.activation_ranks))
     return layers
 
 
 def _spectrum_at(spectrum: LayerSpectrum, share: float) -> _Planned:
     """A layer at the rank that keeps a share of its energy."""
     sizes, rank = (spectrum.out_features, spectrum.in_features), _rank_at(spectrum, share)
-    costs = spectrum.update.break_even_rank(*sizes), dense_elements(*sizes), spectrum.elements(rank)
+    costs = spectrum.update.break_even_rank(*sizes), spectrum.dense_bytes, spectrum.stored_bytes(rank)
     return _Planned(spectrum.name, *sizes, rank, *costs)
 
 
@@ -267,10 +268,7 @@ def require_matplotlib() -> None:
 
 
 def plot_plan(
-    plan: WasiPlan | WasiSummary,
-    calibration: Calibration | None = None,
-    path: Path | None = None,
-    element_bytes: int = ELEMENT_BYTES,
+    plan: WasiPlan | WasiSummary, calibration: Calibration | None = None, path: Path | None = None
 ) -> Figure:
     """Ranks, kept energy, bytes and input ranks over the depth of the model, a colour for each kind of layer.
 
@@ -278,7 +276,6 @@ def plot_plan(
         plan: A plan, or the summary of an adapter, which knows ranks and bytes only.
         calibration: Adds the spectra of the plan's layers, with the chosen ranks marked.
         path: Where to save the figure; the ending says in which format.
-        element_bytes: Bytes of one element of a weight.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -293,10 +290,11 @@ def plot_plan(
     figure, axes = _figure(len(draws) + 1, kinds, spectra)
     for draw, ax in zip(draws, axes, strict=False):
         draw(ax, layers, kinds)
-    _draw_bytes(axes[-1], layers, kinds, element_bytes)
+    _draw_bytes(axes[-1], layers, kinds)
     figure.suptitle(plan.headline(), fontsize="medium")
     if spectra:
-        _draw_spectra(figure.subfigs[1], spectra, kinds, {layer.name: layer.rank for layer in layers})
+        ranks = {layer.name: layer.rank for layer in layers if layer.form == FACTORS}
+        _draw_spectra(figure.subfigs[1], spectra, kinds, ranks)
     return _finished(figure, path)
 
 
@@ -431,7 +429,14 @@ def _label_depth(ax: Axes) -> None:
 
 
 def _draw_ranks(ax: Axes, layers: Sequence[_Planned], kinds: _Kinds) -> None:
-    kinds.draw(ax, {x.name: x.break_even for x in layers}, linestyle="--", linewidth=0.8, marker="", alpha=0.6)
+    kinds.draw(
+        ax,
+        {x.name: x.break_even for x in layers if x.break_even is not None},
+        linestyle="--",
+        linewidth=0.8,
+        marker="",
+        alpha=0.6,
+    )
     kinds.draw(ax, {x.name: x.rank for x in layers})
     ax.set_ylim(bottom=0)
     ax.set_title("Weight rank (dashed: break-even)")
@@ -444,20 +449,20 @@ def _draw_energies(ax: Axes, layers: Sequence[_Planned], kinds: _Kinds) -> None:
 
 def _draw_inputs(ax: Axes, layers: Sequence[_Planned], kinds: _Kinds) -> None:
     kinds.draw(ax, {x.name: x.activation_ranks["feature"] for x in layers if x.activation_ranks is not None})
-    exact = sum(x.activation_ranks is None for x in layers)
-    if exact < len(layers):
+    exact = sum(x.activation_ranks is None and x.form == FACTORS for x in layers)
+    if any(x.activation_ranks is not None for x in layers):
         ax.set_ylim(bottom=0)
     ax.set_title("Feature rank of the compressed input" + (f" ({exact} layers: not compressed)" if exact else ""))
 
 
-def _draw_bytes(ax: Axes, layers: Sequence[_Planned], kinds: _Kinds, element_bytes: int) -> None:
+def _draw_bytes(ax: Axes, layers: Sequence[_Planned], kinds: _Kinds) -> None:
     depths = range(kinds.deepest + 1)
     dense = [0.0] * len(depths)
     stacks = {kind: [0.0] * len(depths) for kind in kinds.names}
     for layer in layers:
         kind, depth = kinds.places[layer.name]
-        dense[depth] += layer.dense * element_bytes
-        stacks[kind][depth] += layer.factored * element_bytes
+        dense[depth] += layer.dense
+        stacks[kind][depth] += layer.stored
     unit, size = byte_unit(max(dense))
     ax.bar(depths, [x / size for x in dense], 0.9, color="0.9", edgecolor="0.6", linewidth=0.6)
     bottoms = [0.0] * len(depths)

@@ -15,6 +15,7 @@ from ..forms.residual import RESIDUALS
 from ..linalg.tucker import MODES, CompressionRule
 from ..memory.modes import MEMORY_MODES, recomputes
 from ..ranks.plan import LayerPlan, WasiPlan, layer_plan
+from ..ranks.spectrum import DENSE
 from ..updates import DEFAULT_UPDATE, RESIDUAL_UPDATE, UPDATES, Subspace, Update, make_update
 from .registration import PEFT_TYPE, WASI_IMPORT_NOTE
 
@@ -87,9 +88,10 @@ class WasiConfig(PeftConfig):
             of [`preprocess_wasi`], else from those of the weights, each relative to its layer's total, in steps that
             suit matrix products. Not together with `weight_rank` or `rank_pattern`.
         plan (`Optional[Union[WasiPlan, dict, str]]`):
-            Weight and activation ranks of every layer: a [`WasiPlan`], its dict, or the path of its JSON file. The
-            plan's layers are the targets. Stored as a dict and saved with the adapter. Not together with anything
-            else that chooses layers or ranks; the thresholds are not used.
+            Form, weight rank and activation ranks of every layer: a [`WasiPlan`], its dict, or the path of its JSON
+            file. The plan's layers are the targets, but for those that it leaves dense. Stored as a dict and saved
+            with the adapter. Not together with anything else that chooses layers or ranks; the thresholds are not
+            used.
         target_modules (`Optional[Union[list[str], str]]`):
             Names or a regular expression of the modules to replace. By default all Linear and Conv1D layers inside the
             transformer blocks of any architecture, never the head. 'all-linear' takes those outside the blocks too.
@@ -270,6 +272,8 @@ class WasiConfig(PeftConfig):
                 self.explained_variance_threshold = KEPT_ENERGY
             return
         if asks:
+            if self.plan is not None:
+                raise ValueError(f"plan decides the form of every layer; leave residual={self.residual!r} out.")
             raise ValueError(
                 f"{asks[0]} chooses ranks of factors alone; leave out residual={self.residual!r}, or choose K "
                 f"beside it by weight_rank; got {asks[0]}={getattr(self, asks[0])!r}."
@@ -383,8 +387,36 @@ class WasiConfig(PeftConfig):
 
     @property
     def layer_update(self) -> Update:
-        """What of each layer trains, and how."""
+        """What of each layer trains, and how; of factors where a plan chooses a form for each layer."""
         return make_update(self.update or DEFAULT_UPDATE, self.update_rank, self.residual)
+
+    def update_of(self, name: str) -> Update:
+        """The same of one layer, by its full name."""
+        planned = self.planned_layer(name)
+        if planned is None or planned.residual is None:
+            return self.layer_update
+        assert isinstance(self.plan, dict)
+        return make_update(self.plan["residual_update"] or RESIDUAL_UPDATE, None, planned.residual)
+
+    def residual_of(self, name: str) -> str | None:
+        """The frozen weight beside the factors of one layer, by its full name; None where they replace it."""
+        planned = self.planned_layer(name)
+        return self.residual if planned is None else planned.residual
+
+    def base_form_of(self, name: str) -> str:
+        """What becomes of the dense weight of one layer, by its full name: see :attr:`base_form`."""
+        return self.residual_of(name) or self.base_weight
+
+    @property
+    def planned_residuals(self) -> dict[str, str]:
+        """Residuals that a plan chooses, by layer name."""
+        residuals = {name: self.residual_of(name) for name in self.planned_names()}
+        return {name: residual for name, residual in residuals.items() if residual is not None}
+
+    @property
+    def uses_residuals(self) -> bool:
+        """Whether any layer has a frozen weight beside its factors."""
+        return self.residual is not None or bool(self.planned_residuals)
 
     def for_factors(self) -> WasiConfig:
         """The same for factors that replace weights, which is what plans and budgets are about."""
@@ -404,7 +436,9 @@ class WasiConfig(PeftConfig):
     @property
     def keeps_base(self) -> bool:
         """Whether the base model can still be used."""
-        return self.base_form != "release"
+        names = self.planned_names()
+        forms = {self.base_form_of(name) for name in names} if names else {self.base_form}
+        return "release" not in forms
 
     @property
     def resolved_memory_mode(self) -> str:
@@ -417,8 +451,9 @@ class WasiConfig(PeftConfig):
         return self.ranks is not None
 
     def planned_names(self) -> set[str]:
-        """Names of the plan's layers; none without a plan."""
-        return set(self.plan["layers"]) if isinstance(self.plan, dict) else set()
+        """Names of the layers that the plan replaces, not of those that it leaves dense; none without a plan."""
+        layers = self.plan["layers"] if isinstance(self.plan, dict) else {}
+        return {name for name, layer in layers.items() if layer["form"] != DENSE}
 
     def planned_layer(self, name: str) -> LayerPlan | None:
         """What the plan says of a layer; None without a plan, or where it does not name the layer."""
@@ -432,7 +467,7 @@ class WasiConfig(PeftConfig):
 
     def compression_rule(self, name: str) -> CompressionRule | None:
         """The rule for compressing a layer's input, or None where nothing of it is compressed."""
-        if self.layer_update.keeps_image or recomputes(self.resolved_memory_mode):
+        if self.update_of(name).keeps_image or recomputes(self.resolved_memory_mode):
             return None
         planned = self.planned_layer(name)
         if planned is not None:

@@ -194,7 +194,7 @@ class WasiLayer(BaseTunerLayer):
             initial: Factors to start from, or another adapter's form, to start as a copy of. None leaves the form to
                 be loaded: until then the dense layer answers.
         """
-        update, like = config.layer_update, self._like
+        update, like = config.update_of(name), self._like
         options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         form: FactoredLinear
         if isinstance(initial, ResidualLinear):

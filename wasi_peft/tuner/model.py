@@ -166,7 +166,7 @@ class WasiModel(BaseTuner):
             loading.update(loading_before)
             self.peft_config.pop(adapter_name, None)  # PEFT does so too, but not after an interrupt
             raise
-        if config.residual is not None and self._alone:
+        if config.uses_residuals and self._alone:
             del before  # which holds the dense weights
             self._round(model, config, trained)
 
@@ -197,8 +197,8 @@ class WasiModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: WasiConfig) -> None:
         others = [other for other in self.peft_config.values() if other is not config]
-        forms = [other.base_form for other in [*others, config]]
-        if len(set(forms)) > 1 and any(other.residual is not None for other in [*others, config]):
+        forms = [other.planned_residuals or other.base_form for other in [*others, config]]
+        if any(form != forms[0] for form in forms) and any(other.uses_residuals for other in [*others, config]):
             raise ValueError(
                 f"All adapters of a model must have the same residual, which is their common base, got {forms}."
             )
@@ -251,7 +251,7 @@ class WasiModel(BaseTuner):
         prepared = prepared_for(target)
         weight, bias = _dense_parts(target)
         residual = None
-        if config.residual is not None:
+        if config.residual_of(plain_name(name)) is not None:
             residual = target.beside() if isinstance(target, WasiLayer) else ExactResidual(target)
         if prepared is not None:
             return replace(prepared.initial, residual=residual), prepared.rank
@@ -271,10 +271,10 @@ class WasiModel(BaseTuner):
 
     def _release(self, model: nn.Module, config: WasiConfig) -> None:
         """Give up the dense weights of the layers that are complete, and the factors that were prepared for them."""
-        for _, layer in wasi_layers(model):
+        for name, layer in wasi_layers(model):
             if layer.original is not None:
                 drop_prepared(layer.original)
-            if config.residual is None and self._alone:
+            if config.residual_of(plain_name(name)) is None and self._alone:
                 layer.release_base(config.base_form)
 
     @property
@@ -294,8 +294,8 @@ class WasiModel(BaseTuner):
         """
         products = ProductChoice(config.residual_product)
         try:
-            for _, layer in wasi_layers(model):
-                layer.release_base(config.base_form, products)
+            for name, layer in wasi_layers(model):
+                layer.release_base(config.base_form_of(plain_name(name)), products)
         except BaseException:
             self.unload()
             for name, parameter in model.named_parameters():

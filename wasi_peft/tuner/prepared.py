@@ -276,9 +276,9 @@ def check_prepared(targets: Mapping[str, nn.Module], config: WasiConfig) -> dict
     prepared: dict[str, PreparedLayer] = {name: layer for name, layer in attached.items() if layer is not None}
     for name, layer in prepared.items():
         made_for: list[tuple[str, Any, Any]] = [
-            ("update", layer.update, config.layer_update.name),
-            ("update_rank", layer.update_rank, config.layer_update.side_rank),
-            ("residual", layer.residual, config.residual),
+            ("update", layer.update, config.update_of(name).name),
+            ("update_rank", layer.update_rank, config.update_of(name).side_rank),
+            ("residual", layer.residual, config.residual_of(name)),
         ]
         if config.weight_share is not None:
             made_for.append(("weight_share", layer.weight_share, config.weight_share))

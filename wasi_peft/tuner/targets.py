@@ -165,7 +165,9 @@ def _check_target(
             )
         if not bool(torch.isfinite(weight.detach()).all()):
             raise ValueError(f"{name}: its weight holds NaN or Inf.")
-        if config.residual == Int4Residual.name and not bool(torch.isfinite(weight.detach().to(torch.float16)).all()):
+        if config.residual_of(plain_name(name)) == Int4Residual.name and not bool(
+            torch.isfinite(weight.detach().to(torch.float16)).all()
+        ):
             raise ValueError(f"{name}: residual='int4' needs a weight in the range of float16, got larger values.")
     _check_rank(name, module, config)
 
