@@ -165,6 +165,14 @@ def test_weights_that_are_not_finite(value: float) -> None:
     refused(model, ValueError, r"vit\.layers\.1\.mlp\.fc1: its weight holds NaN or Inf")
 
 
+def test_weights_past_the_range_of_the_scales_of_4_bits() -> None:
+    model = VIT.model()
+    with torch.no_grad():
+        model.vit.layers[1].mlp.fc1.weight[2, 3] = 7e4
+    message = r"vit\.layers\.1\.mlp\.fc1: residual='int4' needs a weight in the range of float16, got larger values"
+    refused(model, ValueError, message, residual="int4", update="addition")
+
+
 def test_integer_weights() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)

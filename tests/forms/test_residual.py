@@ -139,16 +139,6 @@ def test_a_weight_larger_than_a_tile(kind: str, elements: int, monkeypatch: pyte
     assert relative_error(tiled.transposed_product(dY), expected[2]) < 1e-6
 
 
-def test_one_tile_past_the_range_of_float16_moves_all_scales_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = dense()
-    layer.weight[5, 7] = 1e6
-    monkeypatch.setattr(products, "TILE_ELEMENTS", IN)
-    base = make("int4", layer)
-    assert base.scale.dtype == base.smallest.dtype == torch.bfloat16
-    assert float(base.dense_weight()[5, 7]) == pytest.approx(1e6, rel=0.01)
-    assert relative_error(base.dense_weight()[:5], layer.weight[:5]) < 0.12
-
-
 @kinds
 def test_rows_of_zeros_and_outliers(kind: str) -> None:
     layer = dense()

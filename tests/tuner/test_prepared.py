@@ -213,7 +213,7 @@ def rewritten(path: Path, change: Any) -> None:
     tensors = load_file(path)
     entries = {
         name: {**dict.fromkeys(("rank", "rank_or_threshold"), 3), "weight_share": None, "update": "core"}
-        | {"update_rank": 0, "mean_square": 1.0}
+        | {"update_rank": 0, "residual": None, "mean_square": 1.0}
         for name in ("blocks.0.q", "blocks.0.fc1")
     }
     metadata = {"format": FORMAT}

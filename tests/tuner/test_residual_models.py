@@ -22,11 +22,13 @@ from peft import (
 )
 from strategies import relative_error
 from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
 
 from wasi_peft import WasiConfig, wasi_summary
 from wasi_peft.forms import products
 from wasi_peft.forms.residual import RESIDUALS, ExactResidual, Int8Residual, Residual, ResidualLinear
 from wasi_peft.linalg.low_bit import RoundedRows, quantize_rows
+from wasi_peft.memory.modes import MEMORY_MODES
 from wasi_peft.tuner import inputs
 from wasi_peft.tuner.layer import WasiLayer, wasi_layers
 
@@ -542,3 +544,21 @@ def test_transformers_own_integration(tmp_path: Path) -> None:
     assert {layer.residual.name for _, layer in wasi_layers(loaded)} == {"int8"}
     model.disable_adapters()
     assert relative_error(logits(model, VIT.batch()), logits(VIT.model(), VIT.batch())) < LARGEST_ERROR["int8"]
+
+
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+def test_a_batch_of_several_slices_meets_fresh_factors_once_and_before_backward(mode: str) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    base = ViTForImageClassification(ViTConfig(**shape, image_size=32, patch_size=8, num_labels=3))
+    model: Any = get_peft_model(base, WasiConfig(memory_mode=mode)).train()
+    images, labels = torch.randn(200, 3, 32, 32), torch.randint(3, (200,))  # 3,400 tokens
+    layers = [layer for _, layer in wasi_layers(model)]
+    start = [layer.form.R.detach().clone() for layer in layers]
+    loss = model(pixel_values=images, labels=labels).loss
+    met = [layer.form.R.detach().clone() for layer in layers]
+    assert not any(torch.equal(before, after) for before, after in zip(start, met, strict=True))
+    loss.backward()
+    model(pixel_values=images, labels=labels).loss.backward()
+    assert all(torch.equal(before, layer.form.R) for before, layer in zip(met, layers, strict=True))
+    assert all(bool(layer.form.L.grad.any()) for layer in layers)

@@ -511,15 +511,17 @@ class Linear(nn.Module, WasiLayer):
             compute_dtype = torch.get_autocast_dtype(x.device.type)
         elif x.dtype != compute_dtype and x.dtype.itemsize < compute_dtype.itemsize:
             compute_dtype = x.dtype  # factors in float32 for the optimizer, in a model of 16 bits
-        if not torch.is_grad_enabled() or not any(form.part(part).requires_grad for part in update.trained):
+        trains = any(form.part(part).requires_grad for part in update.trained)
+        if name in self._fresh and trains and self.training and not torch.compiler.is_exporting():
+            # without gradients too: a block that runs again in backward meets its input before, for factors stay then
+            self._meet(name, x)
+        if not torch.is_grad_enabled() or not trains:
             return form.forward(x if x.dtype == compute_dtype else x.to(compute_dtype))
 
         if torch.compiler.is_exporting():
             return form.forward(x.to(compute_dtype))  # ordinary operations, whatever trains
         compiling = torch.compiler.is_compiling()
         rows = x.to(compute_dtype) if compiling else self.inputs.cast(x, compute_dtype)
-        if name in self._fresh:
-            self._meet(name, rows)
         state = self.wasi_input[name]
         compressed: Any = None
         if update.reads_input is not None and form.part(update.reads_input).requires_grad:

@@ -83,7 +83,10 @@ def check_convergence(parameters: Iterable[Tensor], moved: Mapping[int, float]) 
         FloatingPointError: If so; it names the learning rate.
     """
     for parameter in parameters:
-        if id(parameter) in moved and not bool(torch.isfinite(getattr(parameter, "_local_tensor", parameter)).all()):
+        if id(parameter) not in moved:
+            continue
+        local = getattr(parameter, "_local_tensor", parameter)
+        if local.numel() and not bool(torch.linalg.vector_norm(local, torch.inf).isfinite()):  # no temporary tensor
             raise FloatingPointError(
                 f"training diverged: a step at learning rate {moved[id(parameter)]:g} left NaN or Inf in what trains. "
                 "Start again from before it with a lower learning rate, a warm-up, or gradients that are clipped."

@@ -83,8 +83,9 @@ def whiten_image(form: ResidualLinear, rows: Tensor) -> None:
     **Shape**
         - rows: (rows, in)
     """
-    R = form.R
-    if bool(form.L.any()):
+    # detached: a view of a parameter claims to need a gradient even here, and a recomputed block would ask for it
+    L, R = form.L.detach(), form.R.detach()
+    if bool(L.any()):
         return
     with torch.autocast(device_type=rows.device.type, enabled=False):
         h = (rows.to(R.dtype) @ R.t()).to(torch.promote_types(R.dtype, torch.float32))
