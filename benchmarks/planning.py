@@ -1,13 +1,19 @@
 """Times plan_wasi on a model of 210 layers, and checks "fit this fine-tune into N MiB" against what training takes.
 
+Then compares plans that choose a form for every layer with plans of factors alone at the same peak: error of the plan,
+measured peak, and accuracy after the same training.
+
 The 210 layers are those of SmolLM2-135M, built from its configuration with random weights and made-up spectra, since
 planning only reads numbers. The fit is that of the DINOv2-small ViT at 56 px, batch 32, AdamW, with a head that
 trains; its peak is the tracked peak of whole steps on real images. Results: docs/benchmarks/planning.json.
 """
 
 import argparse
+import statistics
+import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -23,16 +29,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import wasi_peft
 from common import RESULTS_FOLDER, adamw, environment, step_peak_bytes, write_json
-from finetuning import unlabelled
+from finetuning import accuracy, predict, train, unlabelled
 from images import load_images
 from vit import load_vit
 from wasi_peft.cost.estimate import PlannedPeaks
 from wasi_peft.planner import planner
+from wasi_peft.ranks.choosing import plan_error
 from wasi_peft.ranks.spectrum import LayerSpectrum
 from wasi_peft.updates import DEFAULT_UPDATE, Update, make_update
 
 RESULTS = RESULTS_FOLDER / "planning.json"
 MIB = 2**20
+PARTS = ("many_layers", "fit", "forms")
 SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
@@ -178,6 +186,72 @@ def fits(budgets: Iterable[int], images: int, batch_size: int) -> dict[str, Any]
     return results
 
 
+def compare_forms(args: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tunes the model of both kinds of plan for each budget in MiB; a row for each budget, kind and seed."""
+    train_set, test_set = load_images(train=args.images, test=args.test_images)
+    dense = load_vit()
+    data = list(DataLoader(train_set, batch_size=args.batch, collate_fn=unlabelled))
+    calibration = wasi_peft.calibrate_wasi(dense, data)
+    batch = {"pixel_values": data[0]["pixel_values"], "labels": train_set.labels[: len(data[0]["pixel_values"])]}
+    options = {"modules_to_save": ["classifier"]}
+    rows: dict[str, Any] = {}
+    for budget in args.budgets:
+        for kind, forms in (("forms", None), ("factors", ("factors",))):
+            config = wasi_peft.WasiConfig(**options)
+            try:
+                plan, timing = timed_plan(
+                    dense, calibration, peak_bytes=budget * MIB, batch=batch, config=config, forms=forms
+                )
+            except ValueError as infeasible:
+                rows[f"{budget} MiB, {kind}"] = {"infeasible": str(infeasible)}
+                continue
+            spectra = calibration.spectra([layer.name for layer in plan.layers])
+            row: dict[str, Any] = {
+                "forms": dict(Counter(layer.form for layer in plan.layers)),
+                "memory_mode": plan.memory_mode,
+                "error": plan_error(spectra, plan),
+                "weights_kept": round(plan.kept_share, 4),
+                "planning": timing,
+                "accuracy": {},
+            }
+            for seed in args.seeds:
+                torch.manual_seed(seed)
+                model, config = load_vit(seed=seed), wasi_peft.WasiConfig(plan=plan, **options)
+                wasi_peft.preprocess_wasi(model, config, data, calibration=calibration, repair_steps=args.repair_steps)
+                model = peft.get_peft_model(model, config)
+                row["measured_mib"] = round(step_peak_bytes(model, adamw, batch) / MIB, 2)
+                optimizer = wasi_peft.create_wasi_optimizer(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0)
+                with tempfile.TemporaryDirectory() as folder:
+                    train(
+                        model, optimizer, train_set, Path(folder),
+                        steps=args.steps, epochs=args.epochs, batch_size=args.batch, seed=seed,
+                    )  # fmt: skip
+                row["accuracy"][str(seed)] = round(accuracy(predict(model, test_set), test_set.labels), 4)
+            row["mean_accuracy"] = round(statistics.mean(row["accuracy"].values()), 4)
+            rows[f"{budget} MiB, {kind}"] = row
+            print(f"{budget} MiB, {kind}: {row}")
+    print(_forms_table(rows))
+    return rows
+
+
+def _forms_table(rows: dict[str, Any]) -> str:
+    """The rows as a table of Markdown."""
+    lines = [
+        "| budget, plan | forms | mode | error | measured MiB | accuracy |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in rows.items():
+        if "infeasible" in row:
+            lines.append(f"| {name} | infeasible | | | | |")
+            continue
+        forms = ", ".join(f"{count} {form}" for form, count in row["forms"].items())
+        lines.append(
+            f"| {name} | {forms} | {row['memory_mode']} | {row['error']:.2e} | {row['measured_mib']} | "
+            f"{row['mean_accuracy']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Runs both and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -186,15 +260,24 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--budgets", type=int, nargs="+", default=[220, 260, 320], help="MiB")
     parser.add_argument("--images", type=int, default=512, help="for calibration")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--repair-steps", type=int, default=None, help="None: the default of preprocess_wasi")
+    parser.add_argument("--steps", type=int, default=None, help="of training; None for --epochs")
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
 
     torch.manual_seed(0)
-    results = {
-        "many_layers": many_layers(args.blocks, args.tokens),
-        "fit": fits(args.budgets, args.images, args.batch),
+    parts = {
+        "many_layers": lambda: many_layers(args.blocks, args.tokens),
+        "fit": lambda: fits(args.budgets, args.images, args.batch),
+        "forms": lambda: compare_forms(args),
     }
+    results = {name: parts[name]() for name in args.parts}
     settings = {key: value for key, value in vars(args).items() if key != "results"}
     write_json(args.results, {"settings": settings, **results, "environment": environment()})
     return results

@@ -180,7 +180,7 @@ def test_the_product_of_a_residual_is_the_one_that_this_machine_will_use(
     assert estimate.peak_bytes < asked["int8"].peak_bytes
     # products in bfloat16 take a little inside them
     measured = measured_peak(with_adapter(model, WasiConfig(**options)), batch)
-    assert estimate.peak_bytes == pytest.approx(measured, rel=0.03)
+    assert estimate.peak_bytes == pytest.approx(measured, rel=0.002 if product == "restored" else 0.05)
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
@@ -201,6 +201,10 @@ def test_what_a_residual_takes(residual: str) -> None:
     assert estimate.weights_bytes == dense.weights_bytes - unrounded + stored + 4 * biases
     assert estimate.gradients_bytes == 4 * (factors + biases)
     frozen = estimate_wasi(model, replace(config, update="frozen_basis"), batch=batch)
+    assert estimate.inference_flops - dense.inference_flops == 2 * rows * factors
+    if residual == "exact":  # one thin product for R, and one that the first layers need for nothing else
+        thin = sum(K * in_features for _, in_features in sizes) + 3 * K * 16
+        assert estimate.training_flops - frozen.training_flops == 2 * rows * thin
     columns = {16: 16 // 8, 24: 24 // 8}
     inputs = 0
     for in_features, count in ((16, 2 * 3), (24, 2)):  # q, k, v share one input

@@ -38,6 +38,7 @@ from wasi_peft import Calibration, WasiConfig, calibrate_wasi
 from wasi_peft.factors import calibration, collecting, statistics
 from wasi_peft.factors.data import describe_data
 from wasi_peft.factors.statistics import InputStatistics, feature_gradient_energies, token_gradient_energies
+from wasi_peft.forms.residual import Int4Residual, Int8Residual
 from wasi_peft.linalg.spectra import truncate, weight_spectrum
 from wasi_peft.models.calls import evaluating
 from wasi_peft.ranks.spectrum import LayerSpectrum
@@ -368,11 +369,27 @@ def test_spectra_are_what_planning_needs() -> None:
     assert (calibrated.rows, calibrated.bytes_per_element) == (60, 4)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("residual", [Int8Residual, Int4Residual])
+def test_rounding_errors_are_in_the_unit_of_the_energies(residual: Any, bias: bool) -> None:
+    """The second moment weighs them, since nothing takes the mean of the input out of what rounding loses."""
+    net, data = reference.tiny_net(1, bias=bias), batches()
+    recorded, gradients = inputs_of(net, data), output_gradients(net, data)
+    for spectrum in calibrate(net, data).spectra():
+        linear = net.get_submodule(spectrum.name)
+        lost = linear.weight.detach().double() - residual(linear).dense_weight().double()
+        S = reference.damped(summed(gradients[spectrum.name]))
+        expected = reference.two_sided_error(lost, second_moment(recorded[spectrum.name], centered=False), S)
+        assert spectrum.rounding_errors[residual.name] == pytest.approx(expected, rel=1e-3)
+        assert spectrum.rounding_errors[residual.name] < sum(spectrum.weight_energies)
+
+
 def test_without_gradients_every_layer_counts_as_shares() -> None:
     calibrated = calibrate(reference.tiny_net(3), batches(), gradients=None)
     for spectrum in calibrated.spectra():
         assert sum(spectrum.weight_energies) == pytest.approx(1)
         assert spectrum.gradient_energies == {}
+        assert 0 < spectrum.rounding_errors["int8"] < spectrum.rounding_errors["int4"] < 0.1
 
 
 def test_the_loss_of_the_model_as_the_source_of_gradients() -> None:
@@ -883,9 +900,9 @@ def test_another_format(tmp_path: Path) -> None:
     calibrate(net, batches(), directory=tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "format": 99}))
-    with pytest.raises(ValueError, match="must have format 3, got 99"):
+    with pytest.raises(ValueError, match="must have format 4, got 99"):
         Calibration.load(tmp_path)
-    with pytest.raises(ValueError, match="must have format 3, got 99"):
+    with pytest.raises(ValueError, match="must have format 4, got 99"):
         calibrate(net, batches(), directory=tmp_path)
 
 

@@ -499,6 +499,22 @@ def test_allocation_stops_at_break_even_and_takes_nothing_without_energy() -> No
     assert allocate_ranks([empty], 1.0) == {"c": 2}
 
 
+class HalvedBasis(FrozenBasis):
+    """Stores R in 8 bits with one scale a row."""
+
+    def stored_bytes(self, out_features: int, in_features: int, rank: int, bytes_per_element: int) -> int:
+        return rank * (out_features * bytes_per_element + in_features + 4)
+
+
+def test_a_share_counts_bytes() -> None:
+    """What is stored in fewer bits leaves room for more directions."""
+    layer = spectrum("a", 64, 64, 0.95)
+    rounded = dataclasses.replace(layer, update=HalvedBasis())
+    assert allocate_ranks([layer], 0.5) == {"a": 16}
+    assert allocate_ranks([rounded], 0.5) == {"a": 24}  # a multiple of 2
+    assert 24 * (4 * 64 + 64 + 4) <= 0.5 * 4 * 64 * 64 < 26 * (4 * 64 + 64 + 4)
+
+
 def test_what_is_left_over_goes_to_cheaper_directions() -> None:
     large = spectrum("large", 100, 100, weight_energies=(100.0,) * 100)
     small = spectrum("small", 10, 10, weight_energies=(1.0,) * 10)

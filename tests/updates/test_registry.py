@@ -217,7 +217,7 @@ def test_resizing(rank: int) -> None:
 
 def test_layer_timer() -> None:
     timer = LayerTimer(torch.float32, torch.device("cpu"), Rows())
-    form = timer._form(6, 8, 3)
+    form = timer._form(6, 8, 3, timer._update)
     assert [name for name, parameter in form.named_parameters() if parameter.requires_grad] == ["wasi_R"]
 
 

@@ -23,12 +23,14 @@ from tqdm.auto import tqdm
 from ..cost.estimate import OPTIMIZERS, Estimate, estimate_wasi
 from ..cost.profile import ROUNDS, StepProfile, profile_wasi
 from ..factors.calibration import Calibration, calibrate_wasi
+from ..forms.residual import RESIDUALS
 from ..memory.modes import MEMORY_MODES
-from ..planner.planner import BUDGETS, plan_wasi
-from ..ranks.plan import WasiPlan
+from ..planner.planner import BUDGETS, DEFAULT_FORMS, plan_wasi
+from ..ranks.plan import FORMS, WasiPlan
+from ..ranks.spectrum import FACTORS
 from ..report import plots as report
 from ..report.profiles import GROUPINGS, costs_table, plot_profiles, profiles_table
-from ..tuner.config import WasiConfig
+from ..tuner.config import AUTO, RESIDUAL_RANK, WasiConfig
 from ..tuner.registration import NAME
 from ..tuner.summary import LayerSummary, WasiSummary
 from ..updates import DEFAULT_UPDATE, UPDATES
@@ -99,12 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_batch_options(command)
     _add_model_options(command)
 
-    command = commands.add_parser("plan", help="choose the ranks of all layers under a budget")
+    command = commands.add_parser("plan", help="choose forms and ranks of all layers under a budget")
     command.set_defaults(run=_plan)
     command.add_argument("model", metavar="MODEL", help="hub id or folder")
     budget = command.add_mutually_exclusive_group(required=True)
     for flag, dest, kind, text in (
-        ("--weight-share", "weight_share", _share, "factors over dense weights, in (0, 1]"),
+        ("--weight-share", "weight_share", _share, "bytes stored over those of the dense weights, in (0, 1]"),
         ("--peak-memory", "peak_bytes", _size, "peak of a training step, such as 1.5GiB"),
         ("--training-flops", "training_flops", _positive, "share of the dense FLOPs, or an absolute number above 1"),
         ("--inference-flops", "inference_flops", _positive, "the same for the forward pass"),
@@ -117,6 +119,13 @@ def _parser() -> argparse.ArgumentParser:
         "--memory-mode", nargs="+", choices=MEMORY_MODES, dest="memory_modes", metavar="MODE",
         help=f"with --peak-memory: modes to choose from, best first ({' '.join(MEMORY_MODES)})",
     )  # fmt: skip
+    command.add_argument(
+        "--forms", nargs="+", choices=FORMS, metavar="FORM",
+        help=f"what layers may become ({' '.join(DEFAULT_FORMS)}; with an update of factors alone {FACTORS})",
+    )  # fmt: skip
+    command.add_argument(
+        "--addition-rank", metavar="K", type=_count, help=f"rank of additions to residuals ({RESIDUAL_RANK})"
+    )
     command.add_argument("--data", metavar="PATH", help="folder of images, or text file (a sample a line) or .jsonl")
     command.add_argument("--text-key", default="text", help="key of the text in a .jsonl file (text)")
     command.add_argument("--samples", type=_count, default=SAMPLES, help=f"how many to calibrate on ({SAMPLES})")
@@ -134,6 +143,11 @@ def _add_variant_options(command: argparse.ArgumentParser) -> None:
     wasi.add_argument("--plan", metavar="JSON", help="add WASI with this plan")
     wasi.add_argument("--weight-rank", metavar="K", type=_count, help="add WASI with this rank in every layer")
     wasi.add_argument("--dense", action="store_true", help="full fine-tuning only")
+    command.add_argument(
+        "--residual",
+        choices=(*RESIDUALS, "none"),
+        help="with --weight-rank: the frozen weight beside the factors, none for factors alone (that of WasiConfig)",
+    )
     command.add_argument(
         "--activation-rank",
         metavar="R",
@@ -249,6 +263,7 @@ def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
             "layer": layer.name,
             "out_features": layer.out_features,
             "in_features": layer.in_features,
+            "form": layer.update.residual or FACTORS,
             "weight_rank": layer.rank,
             "input": inputs[layer.name],
         }
@@ -281,9 +296,14 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
             widths = {key: 2 if each.get_dtype() in ("F16", "BF16") else 4 for key, each in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from error
-    update = config.layer_update
-    prefix, parts = update.stored_cls.prefix, update.stored_cls.parts
-    for key in (key for key in shapes if key.endswith(f".wasi_form.{prefix}L")):
+    places = (key.partition(".wasi_form.")[0] for key in shapes if ".wasi_form." in key)
+    for place in dict.fromkeys(places):
+        name = place.removeprefix("base_model.model.")
+        update = config.update_of(name)
+        prefix, parts = update.stored_cls.prefix, update.stored_cls.parts
+        key = f"{place}.wasi_form.{prefix}L"
+        if key not in shapes:
+            continue
         L, R = shapes[key], shapes.get(key.removesuffix("L") + "R", [])
         if len(L) != 2 or len(R) != 2 or L[1] != R[0]:
             raise ValueError(f"{path}: {key} must have a matching {prefix}R, got the shapes {L} and {R}.")
@@ -292,7 +312,6 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
             raise ValueError(
                 f"{path}: {key} must stand with {prefix}{missing[0]} for update={update.name!r}, got none."
             )
-        name = key.removeprefix("base_model.model.").removesuffix(f".wasi_form.{prefix}L")
         layers.append(LayerSummary(name, L[0], R[1], L[1], update, widths[key]))
     if not layers:
         raise ValueError(f"{path}: must hold WASI factors, got none.")
@@ -300,9 +319,12 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
 
 
 def _input_rule(config: WasiConfig, name: str) -> str:
-    rule = config.compression_rule(name)
+    rule, update = config.compression_rule(name), config.update_of(name)
+    if rule is None and update.keeps_image:
+        return "image"
     if rule is None:
-        return "image" if config.layer_update.keeps_image else "exact"
+        rounds = update.residual is not None and RESIDUALS[update.residual].rounds_inputs
+        return "8 bits" if rounds else "exact"
     ranks = dict(rule.ranks)
     return ", ".join(f"{mode} {ranks[mode] if mode in ranks else f'{rule.threshold:.0%}'}" for mode in rule.modes)
 
@@ -343,6 +365,7 @@ def _variants(
     if arguments.weight_rank:
         configs[f"WASI K={arguments.weight_rank}"] = WasiConfig(
             weight_rank=arguments.weight_rank,
+            residual={None: AUTO, "none": None}.get(arguments.residual, arguments.residual),
             activation_ranks=arguments.activation_rank,
             activation_threshold=None,
             modules_to_save=heads,
@@ -354,6 +377,8 @@ def _variants(
 def _check_variants(arguments: argparse.Namespace) -> None:
     if arguments.activation_rank and not arguments.weight_rank:
         raise ValueError("--activation-rank goes with --weight-rank; a plan has its own.")
+    if arguments.residual and not arguments.weight_rank:
+        raise ValueError("--residual goes with --weight-rank; a plan has its own.")
     if arguments.dense and arguments.lora:
         raise ValueError("--dense leaves LoRA out; give --lora or --dense, not both.")
 
@@ -438,7 +463,10 @@ def _plan(arguments: argparse.Namespace) -> None:
         **{name: getattr(arguments, name) for name in BUDGETS},
         batch=batch,
         optimizer=arguments.optimizer,
-        config=WasiConfig(modules_to_save=task_heads(model, task), **_update(arguments)),
+        config=WasiConfig(
+            weight_rank=arguments.addition_rank, modules_to_save=task_heads(model, task), **_update(arguments)
+        ),
+        forms=arguments.forms,
         memory_modes=arguments.memory_modes or (MEMORY_MODES if arguments.peak_bytes else None),
     )
     if arguments.output:

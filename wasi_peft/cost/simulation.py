@@ -112,8 +112,9 @@ _CPU_WORKSPACES: dict[Any, Callable[..., int]] = {
 }
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    # torch's registry lacks products of integers and the attention kernel of the CPU
+    # torch's registry lacks products of integers and in place, and the attention kernel of the CPU
     aten._int_mm: flop_registry[aten.mm],
+    aten.addmm_: flop_registry[aten.addmm],
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         aten._scaled_dot_product_flash_attention_backward

@@ -65,14 +65,13 @@ def preprocess_wasi(
         ValueError: If neither data nor a calibration is given, or repair is asked for without batches; and whatever
             [`calibrate_wasi`] finds. Nothing is attached then.
     """
-    residuals = config.planned_residuals
-    adds_only = config.residual is not None or (bool(residuals) and set(residuals) == config.planned_names())
-    if adds_only and (repair is not None or repair_steps):
-        form = f"residual={config.residual!r}" if config.residual is not None else "a plan of residuals"
+    if config.residual is not None and (repair is not None or repair_steps):
         raise ValueError(
-            f"repair is for factors that replace a weight; leave it out with {form}, got "
+            f"repair is for factors that replace a weight; leave it out with residual={config.residual!r}, got "
             f"repair={repair!r}, repair_steps={repair_steps!r}."
         )
+    residuals = config.planned_residuals
+    adds_only = config.residual is not None or (bool(residuals) and set(residuals) == config.planned_names())
     batches = None if data is None or callable(data) else data
     if repair not in (*REPAIRS, None):
         raise ValueError(f"repair must be one of {', '.join(map(repr, REPAIRS))}, None, got {repair!r}.")
@@ -88,8 +87,8 @@ def preprocess_wasi(
     resolved = copy.copy(config)
     resolve_targets(model, resolved)
     targets = dense_targets(model, resolved)
-    if adds_only and (data is None or calibration is not None):
-        given = "a calibration" if calibration is not None else "no data"
+    if adds_only and (data is None or (calibration is not None and not residuals)):
+        given = "no data" if data is None else "a calibration"
         raise ValueError(f"additions to a residual are prepared from data, and nothing else; got {given}.")
     beside = {name: module for name, module in targets.items() if resolved.residual_of(name) is not None}
     additions: dict[str, PreparedLayer] = {}
@@ -103,7 +102,7 @@ def preprocess_wasi(
             max_memory_bytes=max_memory_bytes,
             progress_bar=progress_bar,
         )
-        if adds_only:
+        if adds_only:  # there is nothing to repair
             prepared.attach(model)
             return prepared
         additions = dict(prepared.layers)

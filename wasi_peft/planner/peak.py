@@ -24,6 +24,7 @@ from .fit import Problem, fit_budget
 logger = logging.getLogger(__name__)
 
 MODE_TOLERANCE = 0.1  # how much more the ranks of a better memory mode may lose
+NEGLIGIBLE_ERROR = 1e-3  # share of the energy: below it no memory mode is better than another
 PEAK_MARGIN = 0.02  # of a peak in bytes, left free for what the estimate may miss
 OPTIMIZER_STATES = {"sgd": 0, "sgd_momentum": 1}  # elements per parameter; 2 for the others
 
@@ -53,7 +54,7 @@ def plan_peak(
 ) -> WasiPlan:
     """The plan of the first mode that loses little more than the best one."""
     spectra = problem.spectra
-    good_enough = (1 + MODE_TOLERANCE) * least_error_of(spectra)
+    good_enough = _tolerated(least_error_of(spectra))
     plans: list[tuple[float, WasiPlan]] = []
     least = math.inf
     for mode in modes:
@@ -68,8 +69,13 @@ def plan_peak(
             break  # no mode after it can lose so much less that it would be chosen
     if not plans:
         raise InfeasibleError("peak_bytes", budget, least)
-    bound = (1 + MODE_TOLERANCE) * min(error for error, _ in plans)
+    bound = _tolerated(min(error for error, _ in plans))
     return next(plan for error, plan in plans if error <= bound)
+
+
+def _tolerated(error: float) -> float:
+    """What the ranks of a better memory mode may lose where those of another lose so much."""
+    return max((1 + MODE_TOLERANCE) * error, NEGLIGIBLE_ERROR)
 
 
 def _plan_in_mode(

@@ -85,8 +85,17 @@ def _shared_ranks(
         shares = energies / energies.sum().clamp_min(torch.finfo(torch.float64).tiny)
         out_features, in_features = weight.shape
         energies = tuple(shares.tolist())
-        sizes = out_features, in_features
-        spectra.append(LayerSpectrum(name, *sizes, name, energies, {}, config.layer_update))
+        spectra.append(
+            LayerSpectrum(
+                name,
+                out_features,
+                in_features,
+                name,
+                energies,
+                update=config.layer_update,
+                bytes_per_element=weight.element_size(),
+            )
+        )
     assert config.weight_share is not None
     return allocate_ranks(spectra, config.weight_share)
 
