@@ -248,7 +248,7 @@ def test_weight_share_is_a_share(value: Any) -> None:
     ("plan", "match"),
     [
         (5, "a plan must be a dict with the dict 'layers', got 5"),
-        ({**PLAN.to_dict(), "format": 2}, "a plan must have format 1, got 2"),
+        ({**PLAN.to_dict(), "format": 3}, "a plan must have format 2, got 3"),
         ({**PLAN.to_dict(), "other": 2}, "a plan must have the keys .*unknown key 'other'"),
     ],
 )
@@ -329,7 +329,7 @@ def test_the_form_that_is_asked_for(options: dict[str, Any], residual: str | Non
             "weight_share chooses ranks of factors alone; .*=0.5.",
         ),
         ({"residual": "exact", "explained_variance_threshold": 0.9}, "explained_variance_threshold chooses ranks of"),
-        ({"residual": "int8", "plan": PLAN}, "plan chooses ranks of factors alone; leave out residual='int8'"),
+        ({"residual": "int8", "plan": PLAN}, "plan decides the form of every layer; leave residual='int8' out"),
         ({"update": "addition", "weight_share": 0.5}, "update='addition' adds to a frozen weight, so it needs a"),
         ({"residual": "int8", "update": "core"}, "a residual needs update='addition' or 'frozen_basis', got"),
         (
