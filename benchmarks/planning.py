@@ -33,7 +33,7 @@ from finetuning import accuracy, predict, train, unlabelled
 from images import load_images
 from vit import load_vit
 from wasi_peft.cost.estimate import PlannedPeaks
-from wasi_peft.planner import planner
+from wasi_peft.planner import peak, planner
 from wasi_peft.ranks.choosing import plan_error
 from wasi_peft.ranks.spectrum import LayerSpectrum
 from wasi_peft.updates import DEFAULT_UPDATE, Update, make_update
@@ -104,7 +104,7 @@ def timed_plan(model: nn.Module, calibration: Any, **options: Any) -> tuple[wasi
     estimates = Estimates()
     start, processor_start = time.perf_counter(), time.process_time()
     with (
-        mock.patch.object(planner, "estimate_peak", estimates.counting(planner.estimate_peak)),
+        mock.patch.object(peak, "estimate_peak", estimates.counting(peak.estimate_peak)),
         mock.patch.object(PlannedPeaks, "__call__", estimates.counting(PlannedPeaks.__call__)),
     ):
         plan = planner.plan_wasi(model, calibration, **options)
@@ -141,7 +141,7 @@ def many_layers(blocks: int, tokens: int) -> dict[str, Any]:
     }
     peaks = [int(share * dense_bytes) for share in (0.32, 0.5, 0.7)]
     results: dict[str, Any] = {"layers": len(calibration.layers)}
-    for name, value in [*asked.items(), *(("peak_bytes", peak) for peak in peaks)]:
+    for name, value in [*asked.items(), *(("peak_bytes", asked_peak) for asked_peak in peaks)]:
         options = {name: value, "config": wasi_peft.WasiConfig(residual=None)}
         if name in ("training_flops", "step_seconds", "peak_bytes"):
             options["batch"] = batch
@@ -155,7 +155,7 @@ def many_layers(blocks: int, tokens: int) -> dict[str, Any]:
     return results
 
 
-def fits(budgets: Iterable[int], images: int, batch_size: int) -> dict[str, Any]:
+def fits(budgets: Iterable[float], images: int, batch_size: int) -> dict[str, Any]:
     """Plans for each budget in MiB, and measures training steps of the planned model."""
     dense = load_vit()
     train_set, _ = load_images(train=images, test=1)
@@ -167,14 +167,14 @@ def fits(budgets: Iterable[int], images: int, batch_size: int) -> dict[str, Any]
     results: dict[str, Any] = {"dense": {"measured_mib": round(step_peak_bytes(dense, adamw, batch) / MIB, 2)}}
     for budget in budgets:
         config = wasi_peft.WasiConfig(**options)
-        plan, timing = timed_plan(dense, calibration, peak_bytes=budget * MIB, batch=batch, config=config)
+        plan, timing = timed_plan(dense, calibration, peak_bytes=int(budget * MIB), batch=batch, config=config)
         config = wasi_peft.WasiConfig(plan=plan, **options)
         estimate = wasi_peft.estimate_wasi(dense, config, batch=batch).peak_bytes
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The initial factors come from a plain truncated SVD")
             model = peft.get_peft_model(load_vit(), config)
         measured = step_peak_bytes(model, adamw, batch)
-        results[f"{budget} MiB"] = {
+        results[f"{budget:g} MiB"] = {
             "estimate_mib": round(estimate / MIB, 2),
             "measured_mib": round(measured / MIB, 2),
             "share_used": round(measured / (budget * MIB), 4),
@@ -182,7 +182,7 @@ def fits(budgets: Iterable[int], images: int, batch_size: int) -> dict[str, Any]
             "exact_inputs": sum(layer.activation_ranks is None for layer in plan.layers),
             "planning": timing,
         }
-        print(plan.headline(), results[f"{budget} MiB"])
+        print(plan.headline(), results[f"{budget:g} MiB"])
     return results
 
 
@@ -200,10 +200,10 @@ def compare_forms(args: argparse.Namespace) -> dict[str, Any]:
             config = wasi_peft.WasiConfig(**options)
             try:
                 plan, timing = timed_plan(
-                    dense, calibration, peak_bytes=budget * MIB, batch=batch, config=config, forms=forms
+                    dense, calibration, peak_bytes=int(budget * MIB), batch=batch, config=config, forms=forms
                 )
             except ValueError as infeasible:
-                rows[f"{budget} MiB, {kind}"] = {"infeasible": str(infeasible)}
+                rows[f"{budget:g} MiB, {kind}"] = {"infeasible": str(infeasible)}
                 continue
             spectra = calibration.spectra([layer.name for layer in plan.layers])
             row: dict[str, Any] = {
@@ -228,8 +228,8 @@ def compare_forms(args: argparse.Namespace) -> dict[str, Any]:
                     )  # fmt: skip
                 row["accuracy"][str(seed)] = round(accuracy(predict(model, test_set), test_set.labels), 4)
             row["mean_accuracy"] = round(statistics.mean(row["accuracy"].values()), 4)
-            rows[f"{budget} MiB, {kind}"] = row
-            print(f"{budget} MiB, {kind}: {row}")
+            rows[f"{budget:g} MiB, {kind}"] = row
+            print(f"{budget:g} MiB, {kind}: {row}")
     print(_forms_table(rows))
     return rows
 
@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[220, 260, 320], help="MiB")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[220, 260, 320], help="MiB")
     parser.add_argument("--images", type=int, default=512, help="for calibration")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--test-images", type=int, default=2000)

@@ -304,3 +304,23 @@ def test_every_method_trains_in_every_precision(
     (found,) = json.loads(results.read_text()).values()
     assert {name: found["settings"][name] for name in options} == options
     assert found["losses"][-1] > 0 and 0 <= found["test_accuracy"] <= 1
+
+
+def test_plans_with_forms_against_factors(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module("planning")
+    monkeypatch.setattr(module, "load_vit", functools.partial(module.load_vit, str(model_folder)))
+    monkeypatch.setattr(module, "load_images", functools.partial(module.load_images, image_size=16))
+    results = tmp_path / "planning.json"
+    sizes = ("--images", "16", "--test-images", "20", "--batch", "8", "--steps", "2", "--repair-steps", "2")
+    module.main(["--parts", "forms", *sizes, "--budgets", "0.01", "2", "--seeds", "0", "--results", str(results)])
+    rows = json.loads(results.read_text())["forms"]
+    assert list(rows) == ["0.01 MiB, forms", "0.01 MiB, factors", "2 MiB, forms", "2 MiB, factors"]
+    assert "peak_bytes must be at least" in rows["0.01 MiB, forms"]["infeasible"]
+    forms, factors = rows["2 MiB, forms"], rows["2 MiB, factors"]
+    assert forms["error"] <= factors["error"]
+    assert set(factors["forms"]) == {"factors"}
+    assert max(forms["measured_mib"], factors["measured_mib"]) <= 2
+    assert 0 <= forms["mean_accuracy"] <= 1
+    assert "| 2 MiB, forms |" in capsys.readouterr().out
