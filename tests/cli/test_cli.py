@@ -231,6 +231,10 @@ def test_estimates_that_are_asked_for(run: Any, estimated: dict[str, Any], asset
     labels = json.loads(run("estimate", "vit", *ESTIMATED, "--json", "--weight-rank", "3"))["estimates"]
     assert list(labels) == ["dense", "LoRA r=16", "WASI K=3"]
     assert estimated["WASI"].compression_rule("fc1") is None
+    for options, residual in (((), "int8"), (("--residual", "none"), None), (("--residual", "int4"), "int4")):
+        run("estimate", "vit", "--batch-size", "4", "--weight-rank", "3", *options)
+        assert estimated["WASI"].residual == residual
+    assert "--residual goes with --weight-rank" in run("estimate", "vit", *ESTIMATED, "--residual", "int4", code=2)
     labels = json.loads(run("estimate", "vit", *ESTIMATED, "--json", "--dense"))["estimates"]
     assert list(labels) == ["dense"]
     run("estimate", "vit", *ESTIMATED, "--plan", "plan.json")
@@ -347,6 +351,35 @@ def test_plan_is_the_librarys(run: Any, assets: Path, tmp_path: Path) -> None:
         batch=batch,
         config=WasiConfig(update="factor"),
     )
+
+
+def test_a_plan_with_forms_from_start_to_end(run: Any, assets: Path, tmp_path: Path) -> None:
+    output, asked = tmp_path / "plan.json", ("--weight-share", "0.7", "--batch-size", "4", "--addition-rank", "2")
+    text = run("plan", "vit", "--calibration", "calibration", *asked, "--output", str(output))
+    plan = WasiPlan.load(output)
+    assert plan.headline() in text and {layer.form for layer in plan.layers} - {"factors"}
+    forms = {line.split()[0]: line.split()[3] for line in run("inspect", str(output)).splitlines()[1:-2]}
+    assert forms == {layer.name: layer.form for layer in plan.layers}
+    only = json.loads(run("plan", "vit", "--calibration", "calibration", *asked, "--forms", "int8", "int4", "--json"))
+    assert {layer["form"] for layer in only["layers"].values()} <= {"int8", "int4"}
+
+    peft_model = get_peft_model(ARCHITECTURES["vit"].model(), WasiConfig(plan=plan))
+    peft_model.save_pretrained(tmp_path / "adapter")
+    shown = json.loads(run("inspect", str(tmp_path / "adapter"), "--json"))["layers"]
+    assert {layer["layer"]: layer["form"] for layer in shown} == forms
+    inputs = {"factors": "image", "int8": "8 bits", "int4": "8 bits", "exact": "exact"}
+    assert all(layer["input"] == inputs[layer["form"]] for layer in shown)
+
+
+def test_inspect_an_adapter_beside_residuals(run: Any, tmp_path: Path) -> None:
+    peft_model = get_peft_model(ARCHITECTURES["vit"].model(), WasiConfig(weight_rank=2))
+    peft_model.save_pretrained(tmp_path / "adapter")
+    data = json.loads(run("inspect", str(tmp_path / "adapter"), "--json"))
+    assert data["kept_share"] == peft_model.wasi_summary().kept_share
+    assert {(layer["form"], layer["weight_rank"], layer["input"]) for layer in data["layers"]} == {
+        ("int8", 2, "8 bits")
+    }
+    assert "input kept for backward: 8 bits" in run("inspect", str(tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize(
