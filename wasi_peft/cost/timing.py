@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,25 +13,12 @@ from ..forms.factored import FactoredLinear
 from ..forms.products import OUTLIERS, ProductChoice
 from ..forms.residual import RESIDUALS, ResidualLinear
 from ..linalg.low_bit import quantize_rows
+from ..linalg.timing import timed
 from ..linalg.tucker import Tucker
 from ..updates import DEFAULT_UPDATE, Update, make_update
 
 SMALLEST_SAMPLE_RUNS = 5
 SMALLEST_SAMPLE_SECONDS = 0.05
-
-
-def timed(task: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one run, from when the device has done all before it until it has done this."""
-    _wait_for(device)
-    start = time.perf_counter()
-    task()
-    _wait_for(device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class LayerTimer:

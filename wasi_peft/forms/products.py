@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from ..linalg.low_bit import RoundedRows, quantize_rows
+from ..linalg.timing import timed
 
 TILE_ELEMENTS = 2**20  # of a weight that is restored a part at a time
 SAMPLE_SIDE, SAMPLE_RUNS = 1024, 8
 OUTLIERS = 8  # measured: with more, the error of the rows that are left hardly falls
 FEW_ROWS = 16  # torch._int_mm on CUDA needs more
-
 
 Thin = tuple[Tensor, Tensor]
 
@@ -89,7 +89,7 @@ class IntegerProduct(Int8Product):
             weight = (codes.index_select(1, columns) * scale).to(x.dtype)
             h, L = (values[:, :0], weight[:, :0]) if thin is None else thin
             thin = torch.cat([h, values], 1), torch.cat([L, weight], 1)
-        return _add_thin(y, thin)
+        return add_thin(y, thin)
 
     @staticmethod
     def transposed(dY: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -103,8 +103,38 @@ def _as_float(sums: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(sums.view(torch.float32).copy_(sums), sums.shape)
 
 
-def _add_thin(y: Tensor, thin: Thin | None) -> Tensor:
+def add_thin(y: Tensor, thin: Thin | None) -> Tensor:
+    """`y + h L^T`, in y."""
     return y if thin is None else y.addmm_(thin[0], thin[1].t())
+
+
+def by_tiles(x: Tensor, sizes: tuple[int, int], columns: Callable[[int, int], Tensor]) -> Tensor:
+    """A product (rows, out) in the dtype of x, put together from those with a tile of the weight each.
+
+    Args:
+        x: Rows, for their number and dtype.
+        sizes: Of the weight, (out, in).
+        columns: Given the range of a tile's rows, these columns of the product.
+    """
+    y = x.new_empty(len(x), sizes[0])
+    for start, stop in tiles(*sizes):
+        y[:, start:stop] = columns(start, stop)
+    return y
+
+
+def transposed_by_tiles(dY: Tensor, sizes: tuple[int, int], tile: Callable[[int, int], Tensor]) -> Tensor:
+    """`dY W`, (rows, in), of a weight (out, in) that is there a tile at a time, in the dtype of both.
+
+    Args:
+        dY: Rows, (rows, out).
+        sizes: Of the weight.
+        tile: Given the range of its rows, a tile.
+    """
+    first, *others = tiles(*sizes)
+    dX = dY[:, : first[1]] @ tile(*first)
+    for start, stop in others:
+        dX.addmm_(dY[:, start:stop], tile(start, stop))
+    return dX
 
 
 class RestoredWeight(Int8Product):
@@ -123,20 +153,17 @@ class RestoredWeight(Int8Product):
     ) -> Tensor:
         dtype = cls.compute or x.dtype
         rows = x.to(dtype)
-        y = x.new_empty(len(x), len(codes))
-        for start, stop in tiles(*codes.shape):
-            y[:, start:stop] = (rows @ codes[start:stop].t().to(dtype)).mul_(scale[start:stop].t())
-        return _add_thin(y, thin)
+
+        def columns(start: int, stop: int) -> Tensor:
+            return (rows @ codes[start:stop].t().to(dtype)).mul_(scale[start:stop].t())
+
+        return add_thin(by_tiles(x, (codes.shape[0], codes.shape[1]), columns), thin)
 
     @classmethod
     def transposed(cls, dY: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         dtype = cls.compute or dY.dtype
-        rows = (dY * scale.t()).to(dtype)
-        parts = tiles(*codes.shape)
-        dX = rows[:, : parts[0][1]] @ codes[: parts[0][1]].to(dtype)
-        for start, stop in parts[1:]:
-            dX.addmm_(rows[:, start:stop], codes[start:stop].to(dtype))
-        return dX.to(dY.dtype)
+        rows, sizes = (dY * scale.t()).to(dtype), (codes.shape[0], codes.shape[1])
+        return transposed_by_tiles(rows, sizes, lambda start, stop: codes[start:stop].to(dtype)).to(dY.dtype)
 
 
 class RestoredInBFloat16(RestoredWeight):
@@ -178,20 +205,9 @@ def measured_seconds(device: torch.device, dtype: torch.dtype, few: bool) -> dic
     with torch.no_grad():
         for _ in range(SAMPLE_RUNS):  # in rounds, so that a slow moment of the machine meets all of them
             for product in able:
-                seconds[product.name] = min(seconds[product.name], _seconds(product, x, codes, scale))
+                took = timed(functools.partial(product.forward, x, codes, scale), device)
+                seconds[product.name] = min(seconds[product.name], took)
     return seconds
-
-
-def _seconds(product: type[Int8Product], x: Tensor, codes: Tensor, scale: Tensor) -> float:
-    def wait() -> None:
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
-
-    wait()
-    start = time.perf_counter()
-    product.forward(x, codes, scale)
-    wait()
-    return time.perf_counter() - start
 
 
 class ProductChoice:

@@ -19,7 +19,7 @@ from typing_extensions import Self
 from ..linalg.low_bit import GROUP, LARGEST_CODE, Groups, RoundedRows, quantize_groups, restore_groups
 from .dense import FactoredWeight, build_dense, dense_bias, dense_weight, is_quantized, is_transposed
 from .factored import FactoredLinear, check_rank
-from .products import ProductChoice, Thin, tiles
+from .products import ProductChoice, Thin, add_thin, by_tiles, tiles, transposed_by_tiles
 
 
 class Residual(nn.Module, ABC):
@@ -194,8 +194,7 @@ class ExactResidual(Residual):
         return self.module
 
     def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
-        y = F.linear(x, self.dense_weight().to(x.dtype))
-        return y if thin is None else y.addmm_(thin[0], thin[1].t())
+        return add_thin(F.linear(x, self.dense_weight().to(x.dtype)), thin)
 
     def transposed_product(self, dY: Tensor) -> Tensor:
         return dY @ self.dense_weight().to(dY.dtype)
@@ -268,17 +267,12 @@ class Int4Residual(Residual):
         return torch.cat([self._tile(start, stop, dtype).to(self.dtype) for start, stop in parts])
 
     def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
-        y = x.new_empty(len(x), self.out_features)
-        for start, stop in tiles(self.out_features, self.in_features):
-            y[:, start:stop] = x @ self._tile(start, stop, x.dtype).t()
-        return y if thin is None else y.addmm_(thin[0], thin[1].t())
+        sizes = self.out_features, self.in_features
+        return add_thin(by_tiles(x, sizes, lambda start, stop: x @ self._tile(start, stop, x.dtype).t()), thin)
 
     def transposed_product(self, dY: Tensor) -> Tensor:
-        parts = tiles(self.out_features, self.in_features)
-        dX = dY[:, : parts[0][1]] @ self._tile(*parts[0], dY.dtype)
-        for start, stop in parts[1:]:
-            dX.addmm_(dY[:, start:stop], self._tile(start, stop, dY.dtype))
-        return dX
+        sizes = self.out_features, self.in_features
+        return transposed_by_tiles(dY, sizes, lambda start, stop: self._tile(start, stop, dY.dtype))
 
 
 RESIDUALS: dict[str, type[Residual]] = {cls.name: cls for cls in (Int8Residual, Int4Residual, ExactResidual)}

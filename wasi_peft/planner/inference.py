@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..cost.estimate import input_sizes
-from ..cost.timing import timed
+from ..linalg.timing import timed
 from ..tuner.layer import WasiLayer, wasi_layers
 
 TIMED_RUNS = 15
