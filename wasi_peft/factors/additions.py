@@ -9,12 +9,11 @@ from tqdm.auto import tqdm
 from ..forms.dense import dense_bias, dense_weight
 from ..forms.residual import RESIDUALS
 from ..linalg.coordinates import addition_basis, correction
-from ..models.calls import evaluating
 from ..tuner.config import WasiConfig
 from ..tuner.prepared import PreparedLayer, WasiFactors
 from ..tuner.targets import asked_rank
 from ..updates.base import InitialFactors
-from .collecting import Collector, run_model
+from .collecting import passes
 from .data import CalibrationData, check_repeatable
 from .statistics import InputStatistics
 
@@ -52,11 +51,7 @@ def prepare_additions(
     count = ADDITION_BATCHES if max_batches is None else max_batches
     pending, layers = dict(targets), dict[str, PreparedLayer]()
     with tqdm(total=len(targets), desc="WASI additions", disable=not progress_bar) as bar:
-        while pending:
-            collector = Collector(pending, max_memory_bytes, None, 0)
-            with evaluating(model, False), collector.attached(model):
-                run_model(model, data, count, None, collector, False)
-            collector.check(fresh=not layers)
+        for collector in passes(model, data, pending, max_batches=count, max_memory_bytes=max_memory_bytes):
             for statistics in collector.take():
                 for name in statistics.modules:
                     layers[name] = _prepared(name, pending.pop(name), config, statistics)

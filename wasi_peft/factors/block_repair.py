@@ -75,6 +75,7 @@ def repair_blocks(
     """
     if not 0 <= steps < math.inf:
         raise ValueError(f"steps must be at least 0 and finite, got {steps!r}.")
+    factors.require_factors("repair_blocks")
     check_arguments(data, rows=rows, rate=rate, ridge=ridge)
     with evaluating(model, gradients=False):
         student, layers = student_of(model, factors.initial)

@@ -24,13 +24,12 @@ from tqdm.auto import tqdm
 
 from ..forms.dense import dense_bias, dense_weight
 from ..linalg.spectra import WeightSpectrum, truncate
-from ..models.calls import evaluating
 from ..ranks.spectrum import LayerSpectrum
 from ..tuner.config import WasiConfig
 from ..tuner.layer import WasiLayer
 from ..tuner.targets import check_targets, resolve_targets, selected_modules
 from ..updates import DEFAULT_UPDATE, InitialFactors, Update, make_update
-from .collecting import Collector, Gradients, run_model
+from .collecting import Gradients, passes
 from .data import CalibrationData, check_repeatable, describe_data
 from .folder import open_index, read_index, read_tensor, weight_checksum, write_index
 from .statistics import InputStatistics
@@ -205,12 +204,17 @@ def calibrate_wasi(
     if directory is None:
         weakref.finalize(calibration, shutil.rmtree, folder, ignore_errors=True)
     pending = {name: module for name, module in targets.items() if name not in index["layers"]}
-    while pending:
-        collector = Collector(pending, max_memory_bytes, gradients, seed)
-        description = f"WASI calibration ({len(pending)} layers)" if progress_bar else None
-        with evaluating(model, bool(gradients)), collector.attached(model):
-            run_model(model, data, max_batches, description, collector, gradients == "loss")
-        collector.check(fresh=not index["layers"])
+    for collector in passes(
+        model,
+        data,
+        pending,
+        gradients=gradients,
+        seed=seed,
+        max_batches=max_batches,
+        max_memory_bytes=max_memory_bytes,
+        fresh=not index["layers"],
+        description="WASI calibration ({} layers)" if progress_bar else None,
+    ):
         with tqdm(total=len(collector.done), desc="WASI spectra", disable=not progress_bar) as bar:
             for statistics in collector.take():
                 for name in statistics.modules:

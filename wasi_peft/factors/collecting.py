@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forms.dense import dense_weight
-from ..models.calls import differentiable, features_of, layer_input, loss_of, model_output, token_mask
+from ..models.calls import differentiable, evaluating, features_of, layer_input, loss_of, model_output, token_mask
 from .data import CalibrationData, limited
 from .statistics import InputStatistics, add_gradient_energies, backpropagate_signs
 
@@ -157,6 +157,41 @@ class Collector:
         self._last_statistics = None
         while self.collected:
             yield self.collected.pop(0)
+
+
+def passes(
+    model: nn.Module,
+    data: CalibrationData,
+    pending: dict[str, nn.Module],
+    *,
+    gradients: Gradients | None = None,
+    seed: int = 0,
+    max_batches: int | None = None,
+    max_memory_bytes: int = 2**30,
+    fresh: bool = True,
+    description: str | None = None,
+) -> Iterator[Collector]:
+    """Run the data through the model as often as the memory for sums calls for; each pass hands out what it collected.
+
+    Args:
+        model: The dense model.
+        data: See :func:`calibration.calibrate_wasi`.
+        pending: The layers to collect; the caller takes out those that it has got, and when none is left it ends.
+        gradients: Where output gradients come from, None for no backward passes.
+        seed: Of random projections.
+        max_batches: Stop each pass after that many batches.
+        max_memory_bytes: Bound on the memory for sums.
+        fresh: Whether the first pass is the first of all, see :meth:`Collector.check`.
+        description: Of a progress bar a pass, with `{}` for the number of layers; None for no bar.
+    """
+    while pending:
+        collector = Collector(pending, max_memory_bytes, gradients, seed)
+        title = None if description is None else description.format(len(pending))
+        with evaluating(model, bool(gradients)), collector.attached(model):
+            run_model(model, data, max_batches, title, collector, gradients == "loss")
+        collector.check(fresh)
+        fresh = False
+        yield collector
 
 
 def run_model(

@@ -62,6 +62,7 @@ def repair_factors(
         ValueError: If a number is out of range; or if the data are empty, a function, can be iterated only once, or
             make the dense model answer NaN or Inf.
     """
+    factors.require_factors("repair_factors")
     check_arguments(data, steps=steps, lr=lr, every=every)
     with evaluating(model, gradients=True):
         student, layers = student_of(model, factors.initial)

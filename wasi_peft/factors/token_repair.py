@@ -91,6 +91,7 @@ def repair_tokens(
         ValueError: If a number is out of range; if the model has no such head; or if the data are empty, a function,
             can be iterated only once, or make the dense model answer NaN or Inf.
     """
+    factors.require_factors("repair_tokens")
     head = require_head(model)
     check_arguments(data, rows=rows, steps=steps, rate=rate)
     inside = {name: initial for name, initial in factors.initial.items() if model.get_submodule(name) is not head}
