@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..forms.dense import dense_weight
 from .config import WasiConfig
 from .layer import WasiLayer
 
@@ -36,6 +35,7 @@ def fresh_heads(model: nn.Module, config: WasiConfig) -> Iterator[str]:
             inner |= {id(child) for child in module.modules()}
         if id(module) in inner or not isinstance(module, nn.Linear) or module.bias is None:
             continue
-        if not any(part in saved for part in name.split(".")) and not bool(module.bias.detach().any()):
-            if not bool(dense_weight(module).is_meta):
-                yield name
+        if module.bias.is_meta or any(part in saved for part in name.split(".")):
+            continue
+        if not bool(module.bias.detach().any()):
+            yield name

@@ -139,7 +139,7 @@ class AdapterVectors:
         self._places: dict[str, Place] = {}
         # by adapter (None: the base model) and full name; those of the active one may be older than what is registered
         self._values: dict[str | None, dict[str, Any]] = {}
-        self._raised: set[str | None] = set()  # adapters whose vectors are held in float32, in a model of 16 bits
+        self._raised: set[str] = set()  # adapters whose vectors are held in float32, in a model of 16 bits
 
     @property
     def keeps_base(self) -> bool:
