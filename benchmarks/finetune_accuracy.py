@@ -53,7 +53,7 @@ from prepared import VARIANTS, attach_factors, build_config
 from runs import (
     Scores,
     Settings,
-    add_residual_arguments,
+    add_run_arguments,
     chosen_runs,
     comparison,
     group_of,
@@ -261,9 +261,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     full = fashion_mnist_folder() != SHIPPED_IMAGES
     add("--method", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--lr", nargs="+", help="learning rates, or best: that of the finished runs of seed 0 (default: GRID, best)")
     add("--head-lr", type=float, help="learning rate of the head (default: the same)")
-    add("--seed", type=int, nargs="+", help="seeds (default: 0 with --lr, else 0, 1 and 2; 0 must come first)")
     add(
         "--wasi",
         type=json.loads,
@@ -273,7 +271,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--update", nargs="+", choices=UPDATES, help="the same, one run an update")
     add("--memory-mode", nargs="+", choices=MEMORY_MODES, help="the same, one run a mode")
-    add_residual_arguments(parser)
+    add_run_arguments(parser, RESULTS, threads=1)
     add("--target-share", type=float, nargs="+", default=[None], help="WASI: shares of the weights to keep")
     add("--variant", nargs="+", choices=VARIANTS, default=[DEFAULT_VARIANT], help="WASI: initial factors")
     add("--calibration-images", type=int, default=512, help="WASI: unlabelled training images looked at first")
@@ -284,9 +282,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--test", type=int, default=10000 if full else 2000, help="test images")
     add("--epochs", type=float, default=2.0)
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
-    add("--threads", type=int, default=1)
-    add("--results", type=Path, default=RESULTS, help="the JSON file")
-    add("--summarise", action="store_true", help="run nothing, print mean and spread of the finished runs")
     add("--plot", type=Path, metavar="FILE", help="draw accuracy against the share kept, of the runs asked for")
     return parser.parse_args(arguments)
 

@@ -42,7 +42,7 @@ from prepared import digest, prepared_once
 from runs import (
     Scores,
     Settings,
-    add_residual_arguments,
+    add_run_arguments,
     comparison,
     key_of,
     mean_and_spread,
@@ -217,18 +217,13 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--method", nargs="+", choices=METHODS, default=["full", "lora", "residual"])
     add("--memory-mode", nargs="+", choices=MEMORY_MODES, default=["exact"])
-    add("--seed", type=int, nargs="+", help="seeds (default: 0 with --lr, else 0, 1 and 2; 0 must come first)")
-    add("--lr", nargs="+", help="learning rates, or best: that of the finished runs of seed 0 (default: GRID, best)")
-    add_residual_arguments(parser)
+    add_run_arguments(parser, RESULTS, torch.get_num_threads())
     add("--target-share", type=float, default=0.4, help="WASI: share of the weights to keep")
     add("--update", nargs="+", choices=UPDATES, help="WASI: what trains, where the form can")
     add("--activation-ranks", type=int, default=0, help="WASI: features of each input kept, 0: all")
     add("--repair-steps", type=int, default=TOKEN_STEPS, help="WASI: steps of the repair")
     add("--steps", type=int, default=40, help="optimizer steps")
     add("--batch-size", type=int, default=8, help="windows a step")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--results", type=Path, default=RESULTS, help="the JSON file")
-    add("--summarise", action="store_true", help="run nothing, print mean and spread of the finished runs")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 import wasi_peft
 from common import RESULTS_FOLDER, environment, read_json, write_json
 from initial_factors import TASKS
+from wasi_peft.forms import products
 from wasi_peft.forms.products import PRODUCTS, IntegerProduct, ProductChoice
 from wasi_peft.forms.residual import RESIDUALS, Residual
 from wasi_peft.linalg.coordinates import addition_basis
@@ -97,7 +98,7 @@ def layer_errors(layer: nn.Linear, x: Tensor, dY: Tensor) -> dict[str, dict[str,
         residual = RESIDUALS[kind](layer, ProductChoice(product))
         rounded = gradients(residual.dense_weight(), L, R, x, dY)
         x_leaf, L_leaf, R_leaf = (tensor.clone().requires_grad_() for tensor in (x, L, R))
-        y = addition_linear(x_leaf, residual, L_leaf, R_leaf, None, quantize_rows(x))
+        y = addition_linear(x_leaf, residual, L_leaf, R_leaf, None, quantize_rows(x, products.OUTLIERS))
         y.backward(dY)
         found = (residual.product(x), residual.transposed_product(dY), x_leaf.grad, L_leaf.grad, R_leaf.grad)
         kinds = ("product", "transposed product", "gradient of x", "gradient of L", "gradient of R")

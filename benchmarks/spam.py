@@ -31,7 +31,7 @@ from finetuning import HEAD, build_optimizer, train, with_residual
 from runs import (
     Scores,
     Settings,
-    add_residual_arguments,
+    add_run_arguments,
     comparison,
     plan_of,
     precision,
@@ -139,16 +139,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--method", nargs="+", choices=GRID, default=list(GRID))
-    add("--lr", nargs="+", help="learning rates, or best: that of the finished runs of seed 0 (default: GRID, best)")
-    add("--seed", type=int, nargs="+", help="seeds (default: 0 with --lr, else 0, 1 and 2; 0 must come first)")
-    add_residual_arguments(parser)
+    add_run_arguments(parser, RESULTS, torch.get_num_threads())
     add("--update", nargs="+", choices=("addition", "frozen_basis"), help="residual: what trains")
     add("--memory-mode", nargs="+", choices=MEMORY_MODES, default=["exact"], help="residual")
     add("--train", type=int, default=3200, help="mails trained on")
     add("--steps", type=int, default=100, help="optimizer steps")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--results", type=Path, default=RESULTS, help="the JSON file")
-    add("--summarise", action="store_true", help="run nothing, print mean and spread of the finished runs")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()

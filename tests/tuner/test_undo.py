@@ -156,9 +156,14 @@ def answers(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("point", FIRST, ids=str)
 @pytest.mark.parametrize("base_weight", ["release", "cpu", "keep"])
 def test_the_first_adapter(point: Point, error: type[BaseException], base_weight: str) -> None:
+    assert_first_is_undone(point, error, lambda: exact_config(**LOW, base_weight=base_weight))
+
+
+def assert_first_is_undone(point: Point, error: type[BaseException], make_config: Callable[[], WasiConfig]) -> None:
+    """A first injection that is broken off leaves the model as it was; another one does what it would have done."""
     model = vit()
     before, expected = Snapshot(model), answers(model)
-    config = exact_config(**LOW, base_weight=base_weight)
+    config = make_config()
     with point.breaks(error) as calls, pytest.raises(error, match="broken off"):
         get_peft_model(model, config)
     assert len(calls) == point.call
@@ -166,7 +171,7 @@ def test_the_first_adapter(point: Point, error: type[BaseException], base_weight
     assert torch.equal(answers(model), expected)
     assert not list(wasi_layers(model)) and not hasattr(model, "peft_config")
 
-    again, fresh = get_peft_model(model, config), get_peft_model(vit(), exact_config(**LOW, base_weight=base_weight))
+    again, fresh = get_peft_model(model, config), get_peft_model(vit(), make_config())
     assert torch.equal(answers(again), answers(fresh))
     assert train(again, VIT.batch()) == train(fresh, VIT.batch())
 
@@ -222,18 +227,7 @@ BESIDE += [point for point in FIRST[4:] if point.name != "release_base"]
 @pytest.mark.parametrize("point", BESIDE, ids=str)
 @pytest.mark.parametrize("residual", ["int8", "exact"])
 def test_beside_a_residual(point: Point, error: type[BaseException], residual: str) -> None:
-    model = vit()
-    before, expected = Snapshot(model), answers(model)
-    config = WasiConfig(**LOW, residual=residual)
-    with point.breaks(error) as calls, pytest.raises(error, match="broken off"):
-        get_peft_model(model, config)
-    assert len(calls) == point.call
-    assert_as_before(model, before)
-    assert torch.equal(answers(model), expected)
-    assert not list(wasi_layers(model)) and not hasattr(model, "peft_config")
-    again, fresh = get_peft_model(model, config), get_peft_model(vit(), WasiConfig(**LOW, residual=residual))
-    assert torch.equal(answers(again), answers(fresh))
-    assert train(again, VIT.batch()) == train(fresh, VIT.batch())
+    assert_first_is_undone(point, error, lambda: WasiConfig(**LOW, residual=residual))
 
 
 @pytest.mark.parametrize("error", ERRORS)
