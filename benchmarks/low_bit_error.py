@@ -5,8 +5,9 @@ WASI takes, the input x and the output gradient dY of a backward pass of the den
 gradients of the residual form are compared with float64 ones of the dense weight: relative errors (Frobenius norm) of
 y = x Q^T, dX = dY Q, and of the gradients of x, L and R, by how Q is kept and multiplied. The median of each kind of
 layer is shown, and the worst layers by name. "own error" is against the weight as it was rounded: that of the product
-alone. What makes rows hard to round is their largest entry over their root mean square, also shown. SmolLM2 was
-published in groups of 4 bits of the same kind, so int4 loses nothing of this copy of it: that row says nothing.
+alone. One table has the product with 0 to 16 columns of x that are multiplied as they are. What makes rows hard to
+round is their largest entry over their root mean square, also shown. SmolLM2 was published in groups of 4 bits of the
+same kind, so int4 loses nothing of this copy of it: that row says nothing.
 
 Rounding of dY is compared with stochastic rounding: the error of one product, that of the mean of 16 draws (which
 stochastic rounding lowers and nearest rounding cannot), that of the sum of all rows over the norm of dX (as large as
@@ -53,7 +54,8 @@ WAYS = {  # how the weight is kept, and by which product
     "int4": ("int4", None),
 }
 ROUNDING, OUTLIERS = "rounding of dY", "largest over root mean square"
-DRAWS, WORST = 16, 5
+COLUMNS = "rows rounded, but for the largest columns"
+DRAWS, WORST, KEPT = 16, 5, (0, 4, 8, 16)
 
 
 def batch_of(model: str) -> dict[str, Tensor]:
@@ -108,6 +110,10 @@ def layer_errors(layer: nn.Linear, x: Tensor, dY: Tensor) -> dict[str, dict[str,
         errors[name]["weight"] = relative(residual.dense_weight(), weight.double())
     errors[ROUNDING] = stochastic_errors(RESIDUALS["int8"](layer), dY)
     errors[OUTLIERS] = {"x": outliers(x), "dY": outliers(dY)}
+    residual = RESIDUALS["int8"](layer, ProductChoice("int8"))
+    errors[COLUMNS] = {
+        f"{count} columns": relative(residual.product(x, quantize_rows(x, count)), exact[0]) for count in KEPT
+    }
     return errors
 
 
@@ -197,7 +203,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         caught = list(catch(WORKLOADS[model].load(), batch_of(model)).items())[: args.layers]
         layers = {name: layer_errors(*found) for name, found in caught}
         entry: dict[str, Any] = {"layers": layers, "environment": environment()}
-        for way in (*WAYS, ROUNDING, OUTLIERS):
+        for way in (*WAYS, COLUMNS, ROUNDING, OUTLIERS):
             print(f"\n{model}\n\n{table(layers, way)}", flush=True)
         if not args.no_models:
             entry["quality"] = whole_models(model)

@@ -179,6 +179,17 @@ def test_integer_weights() -> None:
     refused(model, ValueError, "0: WASI needs a floating point weight matrix, got torch.int8", target_modules=["0"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_in_8_bit_floating_point(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.ones(4, 4).to(dtype), requires_grad=False)
+    for residual in (None, "int8"):
+        config = WasiConfig(target_modules=["0"], residual=residual)
+        with pytest.raises(ValueError, match=f"0: WASI needs a floating point weight matrix, got {dtype}"):
+            get_peft_model(model, config)
+    assert type(model[0]) is nn.Linear and model[0].weight.dtype == dtype
+
+
 def test_a_target_adapted_by_lora() -> None:
     model = get_peft_model(VIT.model(), LoraConfig(target_modules=["fc1"])).get_base_model()
     del model.peft_config

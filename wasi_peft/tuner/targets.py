@@ -155,7 +155,7 @@ def _check_target(
             raise ValueError(f"{name}: its weight is on the meta device or offloaded; load it into memory first.")
         if is_quantized(module):
             return _check_rank(name, module, config)
-        if not weight.is_floating_point() or weight.dim() != 2:
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.dim() != 2:  # not float8 either
             raise ValueError(f"{name}: WASI needs a floating point weight matrix, got {weight.dtype}.")
         tied = shared.get(id(weight))
         if tied is not None:
