@@ -96,13 +96,7 @@ class WasiLayer(BaseTunerLayer):
         return None
 
     def original_weight(self) -> tuple[Tensor, Tensor | None]:
-        """Weight, (out, in), and bias of before the injection, as far as they are still there.
-
-        Raises:
-            ValueError: If the dense weight was released.
-        """
-        if self.base_is_released:
-            raise ValueError(RELEASED.format(action="reading the dense weight"))
+        """Weight, (out, in), and bias of before the injection, where they are still there; rounded, if they were."""
         original = self.original
         if isinstance(original, Residual):
             return original.dense_weight(), dense_bias(original)
