@@ -20,6 +20,7 @@ LADDER = [
     "ranks",
     "tuner",
     "factors",
+    "hub",
     "cost",
     "training",
     "planner",

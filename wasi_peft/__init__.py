@@ -12,6 +12,7 @@ from .factors.calibration import Calibration, calibrate_wasi
 from .factors.model_repair import repair_factors
 from .factors.prepare import preprocess_wasi
 from .factors.token_repair import repair_tokens
+from .hub.compressed import compress
 from .planner.inference import fold_cores, merge_slow_layers
 from .planner.planner import plan_wasi
 from .ranks.plan import WasiPlan
@@ -44,6 +45,7 @@ __all__ = [
     "WasiPlan",
     "WasiSummary",
     "calibrate_wasi",
+    "compress",
     "create_wasi_optimizer",
     "estimate_wasi",
     "fold_cores",

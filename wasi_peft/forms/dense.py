@@ -25,16 +25,34 @@ class FactoredWeight:
         self.device = device
         self.ndim = 2
         self.is_meta = device.type == "meta"
+        self._is_hf_initialized = True  # transformers must not fill it with numbers
         self._dense = dense
+        self._made = True
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("_dense", "qweight", "ds_shape", "quant_state"):
             raise AttributeError(name)
         return getattr(self._dense(), name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_made" in self.__dict__:
+            raise AttributeError(
+                f"{name} cannot be set: this weight is multiplied out of what is stored for each use, so what is "
+                "written to it would be lost. Restore the dense layers first (model.dequantize())."
+            )
+        super().__setattr__(name, value)
+
+    def is_floating_point(self) -> bool:
+        """Whether the dense weight is of floating point numbers, as `Tensor.is_floating_point`."""
+        return self.dtype.is_floating_point
+
     def size(self, dim: int | None = None) -> Any:
         """Shape, or one size of it, as `Tensor.size`."""
         return self.shape if dim is None else self.shape[dim]
+
+    def multiplied_out(self) -> Tensor:
+        """The dense weight, a tensor of its own."""
+        return self._dense()
 
     def numel(self) -> int:
         """Elements of the dense weight."""
@@ -60,9 +78,13 @@ def is_transposed(dense_class: type[nn.Module]) -> bool:
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether a library keeps the layer's weight in few bits: bitsandbytes, torchao, HQQ."""
+    """Whether there is no dense weight: a library keeps it in few bits (bitsandbytes, torchao, HQQ), or a form."""
     weight = getattr(layer, "weight", None)
-    return hasattr(layer, "W_q") or type(weight).__module__.partition(".")[0] in ("bitsandbytes", "torchao")
+    return (
+        isinstance(weight, FactoredWeight)
+        or hasattr(layer, "W_q")
+        or type(weight).__module__.partition(".")[0] in ("bitsandbytes", "torchao")
+    )
 
 
 @torch.no_grad()
@@ -71,7 +93,10 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
     One in few bits is restored: a tensor of its own then.
     """
-    if type(layer.weight).__name__ == "Int8Params":
+    stored: Any = layer.weight
+    if isinstance(stored, FactoredWeight):
+        return stored.multiplied_out()
+    if type(stored).__name__ == "Int8Params":
         return _of_bitsandbytes(layer)
     if is_quantized(layer):
         weight = dequantize_module_weight(layer).detach()
@@ -88,6 +113,21 @@ def _of_bitsandbytes(layer: Any) -> Tensor:
     largest = next(part for part in (state.SCB, weight.SCB) if part is not None)
     restored: Tensor = codes.float() * (largest.view(-1, 1) / 127)
     return restored
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a layer's weight, which is not restored for that."""
+    if isinstance(layer.weight, FactoredWeight):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    out_features, in_features = dense_weight(layer).shape
+    return out_features, in_features
+
+
+def empty_like_weight(layer: nn.Module) -> Tensor:
+    """A tensor without elements, of the dtype and device of a layer's weight, which is not restored for that."""
+    if isinstance(layer.weight, FactoredWeight):
+        return torch.empty(0, dtype=layer.weight.dtype, device=layer.weight.device)
+    return dense_weight(layer).new_empty(0)
 
 
 def dense_bias(layer: nn.Module) -> Tensor | None:

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ..linalg.low_bit import RoundedRows
 from .dense import FactoredWeight, build_dense, is_transposed
+from .products import Thin, add_thin
 
 
 def check_rank(name: str, rank: Any, out_features: int, in_features: int) -> None:
@@ -167,6 +169,16 @@ class FactoredLinear(nn.Module):
         """The dense layer that computes the same, its parameters frozen copies."""
         bias = None if self.bias is None else self.bias.detach().clone()
         return build_dense(self.dense_class, self.multiply_out().contiguous(), bias)
+
+    def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
+        """`x W^T + h L^T` without gradients, as that of a frozen weight (:meth:`residual.Residual.product`)."""
+        outer, inner = (part.detach().to(x.dtype) for part in self.factors())
+        return add_thin((x @ inner.t()) @ outer.t(), thin)
+
+    def transposed_product(self, dY: Tensor) -> Tensor:
+        """`dY W`, (rows, in), without gradients, of dY (rows, out)."""
+        outer, inner = (part.detach().to(dY.dtype) for part in self.factors())
+        return (dY @ outer) @ inner
 
     def forward(self, x: Tensor) -> Tensor:
         """`(x R^T) L^T + b` in the dtype of x.

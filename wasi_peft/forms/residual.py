@@ -6,6 +6,7 @@ that a model knows is lost.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -20,6 +21,8 @@ from ..linalg.low_bit import GROUP, LARGEST_CODE, Groups, RoundedRows, quantize_
 from .dense import FactoredWeight, build_dense, dense_bias, dense_weight, is_quantized, is_transposed
 from .factored import FactoredLinear, check_rank
 from .products import ProductChoice, Thin, add_thin, by_tiles, tiles, transposed_by_tiles
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of tensors, by name
 
 
 class Residual(nn.Module, ABC):
@@ -57,8 +60,61 @@ class Residual(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def stored_bytes(out_features: int, in_features: int, bytes_per_element: int) -> int:
-        """Bytes of what is kept of a weight."""
+    def layout(out_features: int, in_features: int) -> Layout:
+        """Shapes and dtypes of the buffers that stand for a weight, by name."""
+
+    @classmethod
+    def stored_bytes(cls, out_features: int, in_features: int, bytes_per_element: int) -> int:
+        """Bytes of what is kept of a weight.
+
+        Args:
+            out_features: Of the layer.
+            in_features: Of the layer.
+            bytes_per_element: Of the dense weight.
+        """
+        return sum(
+            math.prod(shape) * dtype.itemsize for shape, dtype in cls.layout(out_features, in_features).values()
+        )
+
+    @classmethod
+    def from_buffers(
+        cls,
+        buffers: Mapping[str, Tensor],
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        dense_class: type[nn.Module] = nn.Linear,
+        dtype: torch.dtype = torch.float32,
+        products: ProductChoice | None = None,
+    ) -> Self:
+        """A frozen weight around existing tensors.
+
+        Args:
+            buffers: As :meth:`layout` says; taken over.
+            bias: (out,) or None; taken over.
+            shape: Of the weight, (out, in).
+            dense_class: Of the layer whose place it takes.
+            dtype: In which it answers.
+            products: As in the constructor.
+        """
+        residual = cls.__new__(cls)
+        nn.Module.__init__(residual)
+        residual.out_features, residual.in_features = shape
+        residual.dense_class = dense_class
+        residual.products = ProductChoice() if products is None else products
+        residual.register_parameter("bias", _frozen(bias))
+        for name in cls.layout(*shape):
+            residual.register_buffer(name, buffers[name])
+        first = next(iter(buffers.values()))
+        residual._like = torch.empty(0, dtype=dtype, device=first.device)
+        return residual
+
+    def copy(self, bias: Tensor | None) -> Self:
+        """The same frozen weight, its buffers shared, with a copy of another bias, in its dtype."""
+        bias = None if bias is None else bias.detach().to(self.dtype, copy=True)
+        shape = (self.out_features, self.in_features)
+        return self.from_buffers(
+            dict(self.named_buffers()), bias, shape, self.dense_class, self.dtype, self.products
+        ).train(self.training)
 
     @property
     def module(self) -> nn.Module:
@@ -170,7 +226,11 @@ class ExactResidual(Residual):
         return self.module.bias  # type: ignore[return-value]
 
     @staticmethod
-    def stored_bytes(out_features: int, in_features: int, bytes_per_element: int) -> int:
+    def layout(out_features: int, in_features: int) -> Layout:
+        return {}
+
+    @classmethod
+    def stored_bytes(cls, out_features: int, in_features: int, bytes_per_element: int) -> int:
         return out_features * in_features * bytes_per_element
 
     def _hold(self, weight: Tensor) -> None:
@@ -221,8 +281,8 @@ class Int8Residual(Residual):
         self.register_buffer("scale", scale)
 
     @staticmethod
-    def stored_bytes(out_features: int, in_features: int, bytes_per_element: int) -> int:
-        return out_features * (in_features + 4)
+    def layout(out_features: int, in_features: int) -> Layout:
+        return {"scale": ((out_features, 1), torch.float32), "codes": ((out_features, in_features), torch.int8)}
 
     def dense_weight(self) -> Tensor:
         return (self.codes * self.scale.to(_at_least_float32(self.dtype))).to(self.dtype)
@@ -254,9 +314,13 @@ class Int4Residual(Residual):
             self.register_buffer(name, torch.cat(values))
 
     @staticmethod
-    def stored_bytes(out_features: int, in_features: int, bytes_per_element: int) -> int:
-        groups = -(-in_features // GROUP)
-        return out_features * groups * (GROUP // 2 + 4)
+    def layout(out_features: int, in_features: int) -> Layout:
+        groups = (out_features, -(-in_features // GROUP))
+        return {
+            "scale": (groups, torch.float16),
+            "codes": ((out_features, groups[1] * GROUP // 2), torch.uint8),
+            "smallest": (groups, torch.float16),
+        }
 
     def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         groups = Groups(self.codes[start:stop], self.scale[start:stop], self.smallest[start:stop])
@@ -369,6 +433,17 @@ class ResidualLinear(FactoredLinear):
         outer, inner = self.factors()
         weight = self.residual.dense_weight().to(outer.dtype) + outer @ inner
         return weight.T if is_transposed(self.dense_class) else weight
+
+    def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
+        outer, inner = (part.detach().to(x.dtype) for part in self.factors())
+        h = x @ inner.t()
+        if thin is not None:
+            h, outer = torch.cat([h, thin[0]], 1), torch.cat([outer, thin[1]], 1)
+        return self.residual.product(x, rounded, (h, outer))
+
+    def transposed_product(self, dY: Tensor) -> Tensor:
+        outer, inner = (part.detach().to(dY.dtype) for part in self.factors())
+        return self.residual.transposed_product(dY).addmm_(dY @ outer, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x Q^T + (x R^T) L^T + b` in the dtype of x."""

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..forms.dense import FactoredWeight, ParkedLinear, dense_bias, dense_weight, is_quantized
+from ..forms.compressed import CompressedLinear, base_beside, compressed
+from ..forms.dense import (
+    FactoredWeight,
+    ParkedLinear,
+    dense_bias,
+    dense_weight,
+    empty_like_weight,
+    is_quantized,
+    weight_shape,
+)
 from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
 from ..forms.residual import RESIDUALS, ExactResidual, Residual, ResidualLinear
@@ -48,9 +57,9 @@ class WasiLayer(BaseTunerLayer):
         self, base_layer: nn.Module, inputs: SharedInputs | None = None, vectors: AdapterVectors | None = None
     ) -> None:
         self._modules["base_layer"] = base_layer
-        self.out_features, self.in_features = dense_weight(base_layer).shape
+        self.out_features, self.in_features = weight_shape(base_layer)
         self.dense_class: type[nn.Module] = type(base_layer)
-        self._like = dense_weight(base_layer).new_empty(0)  # has the device and dtype of the dense layer
+        self._like = empty_like_weight(base_layer)  # has the device and dtype of the dense layer
         self.wasi_form = nn.ModuleDict()
         self.wasi_update: dict[str, Update] = {}
         self.wasi_input: dict[str, InputCompression] = {}
@@ -309,7 +318,7 @@ class WasiLayer(BaseTunerLayer):
         base = self._modules["base_layer"]
         if isinstance(base, Residual):
             return base
-        return self.residual or ExactResidual(base)
+        return self.residual or base_beside(base)
 
     @property
     def _has_bias(self) -> bool:
@@ -353,12 +362,32 @@ class WasiLayer(BaseTunerLayer):
         """
         self._require_loaded(adapter_name)
         dense = self.form_of(adapter_name).to_dense().to(self._like.dtype)
-        if safe_merge and not torch.isfinite(dense_weight(dense)).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+        if safe_merge:
+            _check_finite(adapter_name, [dense_weight(dense)])
         return dense
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Multiply the factors out into a dense base layer; the factors stay, for :meth:`unmerge`."""
+    def get_compressed_layer(self, adapter_name: str, safe_merge: bool = False) -> nn.Module:
+        """A compressed layer that computes what the adapter computes; a dense one where that is not larger.
+
+        Raises:
+            ValueError: If `safe_merge` and the factors have NaN or Inf.
+        """
+        self._require_loaded(adapter_name)
+        form = self.form_of(adapter_name)
+        if safe_merge:
+            _check_finite(adapter_name, form.parameters())
+        return compressed(form, self._like.dtype) or self.get_dense_layer(adapter_name, safe_merge)
+
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, dense: bool | None = None
+    ) -> None:
+        """Put the adapter into the base layer; the factors stay, for :meth:`unmerge`.
+
+        Args:
+            safe_merge: Refuse NaN and Inf.
+            adapter_names: One adapter, by default the active one.
+            dense: Whether the factors are multiplied out into a dense layer; by default unless the base is compressed.
+        """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.wasi_form]
         if not names:
             return
@@ -367,7 +396,9 @@ class WasiLayer(BaseTunerLayer):
                 f"WASI factors replace the weight, so only one adapter can be merged at a time, got {names} with "
                 f"{self.merged_adapters} merged already."
             )
-        merged = self.get_dense_layer(names[0], safe_merge)
+        if dense is None:
+            dense = not isinstance(self._modules.get("base_layer"), CompressedLinear)
+        merged = (self.get_dense_layer if dense else self.get_compressed_layer)(names[0], safe_merge)
         self._unmerged_base = [self._modules["base_layer"]] if "base_layer" in self._modules else []
         self._modules["base_layer"] = merged
         self.merged_adapters.append(names[0])
@@ -565,6 +596,11 @@ class Linear(nn.Module, WasiLayer):
 
     def __repr__(self) -> str:
         return "wasi." + super().__repr__()
+
+
+def _check_finite(adapter_name: str, tensors: Iterable[Tensor]) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
 
 
 def _settle_after_load(layer: nn.Module, incompatible_keys: Any) -> None:

@@ -13,10 +13,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..forms.compressed import base_beside
 from ..forms.dense import dense_bias, dense_weight
 from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
-from ..forms.residual import ExactResidual
 from ..linalg.coordinates import addition_basis
 from ..linalg.spectra import factorize_weight, rank_for_threshold
 from ..memory.modes import check_memory_mode, enter_memory_mode, leave_memory_mode
@@ -261,7 +261,7 @@ class WasiModel(BaseTuner):
         weight, bias = _dense_parts(target)
         residual = None
         if config.residual_of(plain_name(name)) is not None:
-            residual = target.beside() if isinstance(target, WasiLayer) else ExactResidual(target)
+            residual = target.beside() if isinstance(target, WasiLayer) else base_beside(target)
         if prepared is not None:
             return replace(prepared.initial, residual=residual), prepared.rank
         asked = asked_rank(name, config)
@@ -430,6 +430,34 @@ class WasiModel(BaseTuner):
         self._require_base("unloading without merging")
         self._vectors.activate(None)
         return super().unload()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dense: bool | None = None,
+    ) -> nn.Module:
+        """The base model with an adapter in it, without PEFT.
+
+        Args:
+            progressbar: Whether to show one.
+            safe_merge: Refuse adapters with NaN or Inf.
+            adapter_names: One adapter, by default the active one.
+            dense: True multiplies forms out into dense layers, False keeps them ([`compress`] gives a model like
+                that); by default layers become what those of the base are.
+        """
+        layers = [] if dense is None else [layer for _, layer in wasi_layers(self.model)]
+        try:
+            for layer in layers:
+                if not layer.merged:
+                    layer.merge(safe_merge, adapter_names, dense)
+        except BaseException:
+            for layer in layers:
+                if layer.merged:
+                    layer.unmerge()
+            raise
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

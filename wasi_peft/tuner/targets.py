@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..forms.dense import dense_weight, is_quantized
+from ..forms.dense import is_quantized, weight_shape
 from ..forms.residual import Int4Residual
 from ..models.structure import Structure
 from .config import RESIDUAL_RANK, WasiConfig
@@ -122,8 +122,7 @@ def _check_side_rank(targets: Mapping[str, nn.Module], config: WasiConfig) -> No
 def _shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, WasiLayer):
         return module.out_features, module.in_features
-    out_features, in_features = dense_weight(module).shape
-    return out_features, in_features
+    return weight_shape(module)
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:

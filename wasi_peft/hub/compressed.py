@@ -1,0 +1,333 @@
+"""Compressed checkpoints: forms in a model without an adapter, saved and loaded by transformers itself.
+
+A compressed model is an ordinary transformers model some of whose Linear layers are
+:class:`forms.compressed.CompressedLinear`. What is which is in its config (:class:`WasiQuantizationConfig`), so
+`save_pretrained` and `from_pretrained` need nothing but the import of this package: transformers asks the quantizer
+registered here to put empty layers of the right sizes into the skeleton, and no dense weight is ever allocated.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..factors.data import CalibrationData
+from ..factors.prepare import preprocess_wasi
+from ..forms.compressed import CompressedLinear, from_stored, stored_layout, stored_tensors
+from ..forms.dense import weight_shape
+from ..forms.residual import Layout
+from ..tuner.config import WasiConfig
+from ..tuner.layer import wasi_layers
+from ..tuner.model import WasiModel
+
+METHOD = "wasi"
+FORMAT_VERSION = 1
+_ENTRY = {"form": str, "rank": int}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_INTEGERS = {torch.int8: "I8", torch.uint8: "U8"}
+
+
+class WasiQuantizationConfig(QuantizationConfigMixin):
+    """What a compressed model's `config.json` says of its layers.
+
+    Args:
+        layers: By module name, `{"form": "factors" | "int8" | "int4", "rank": directions of the factors}`.
+        format_version: Of the checkpoint, 1.
+
+    Raises:
+        ValueError: If there are no layers, an entry is no such dict, or the version is another one.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, Mapping[str, Any]], format_version: int = FORMAT_VERSION, **_: Any
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"this version of wasi_peft reads compressed checkpoints of format_version {FORMAT_VERSION}, got "
+                f"{format_version!r}. Install the version that wrote it."
+            )
+        if not isinstance(layers, Mapping) or not layers:
+            raise ValueError(f"layers of a compressed checkpoint must be a dict by module name, got {layers!r}.")
+        for name, entry in layers.items():
+            if (
+                not isinstance(entry, Mapping)
+                or set(entry) != set(_ENTRY)
+                or any(type(entry[key]) is not kind for key, kind in _ENTRY.items())
+                or entry["rank"] < 0
+            ):
+                raise ValueError(
+                    f"layers[{name!r}] must have the keys form (a string) and rank (an integer, at least 0), got "
+                    f"{entry!r}."
+                )
+        self.quant_method = METHOD
+        self.format_version = FORMAT_VERSION
+        self.layers = {name: dict(entry) for name, entry in layers.items()}
+
+
+class WasiQuantizer(HfQuantizer):
+    """How transformers loads and saves a compressed model; not called by hand."""
+
+    requires_calibration = True  # `from_pretrained(dense, quantization_config=...)` cannot compress: see compress
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse to leave compressed layers on disk."""
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise ValueError("a compressed model cannot be offloaded to disk: its layers are small; got device_map.")
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **_: Any
+    ) -> None:
+        dtype = dtype or model.dtype
+        loading: dict[str, _Loading] = {}
+        layouts: dict[str, Layout] = {}
+        for name, module_name in _names_in(model, self.quantization_config.layers).items():
+            module, entry = model.get_submodule(module_name), self.quantization_config.layers[name]
+            shape = weight_shape(module)
+            try:
+                layouts[name] = stored_layout(entry["form"], entry["rank"], shape, module.bias is not None, dtype)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            loading[module_name] = _Loading(entry["form"], shape, type(module), dtype)
+        _check_files(layouts, checkpoint_files)
+        for module_name, layout in zip(loading, layouts.values(), strict=True):
+            model.set_submodule(module_name, _Stored(layout))
+        self._loading = loading
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        for name, (form_name, shape, dense_class, dtype) in self._loading.items():
+            stored = model.get_submodule(name)
+            parts = {part: tensor.detach() for part, tensor in stored.named_parameters()}
+            layer = from_stored(form_name, parts, shape, dense_class, dtype).train(stored.training)
+            hook = getattr(stored, "_hf_hook", None)
+            if hook is not None:
+                remove_hook_from_module(stored)
+                add_hook_to_module(layer, hook)
+            model.set_submodule(name, layer)
+        del self._loading
+        _own_names(model)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state dict with the tensors of compressed layers under the names that they have in files."""
+        state = model.state_dict()
+        for name, layer in model.named_modules():
+            if isinstance(layer, CompressedLinear):
+                below = f"{name}."
+                own = {key for key in state if key.startswith(below)}
+                state = {key: tensor for key, tensor in state.items() if key not in own}
+                state |= {below + part: tensor.detach() for part, tensor in stored_tensors(layer).items()}
+        return state, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, CompressedLinear):
+                model.set_submodule(name, layer.to_dense().to(dtype))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _Loading(NamedTuple):
+    """What a layer becomes once its tensors are there: arguments of :func:`forms.compressed.from_stored`."""
+
+    form_name: str
+    shape: tuple[int, int]
+    dense_class: type[nn.Module]
+    dtype: torch.dtype
+
+
+class _Stored(nn.Module):
+    """The tensors of a layer under the names that they have in the file, while transformers loads them."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        for name, (shape, dtype) in layout.items():
+            tensor = torch.empty(shape, dtype=dtype, device="meta")
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _own_names(model: PreTrainedModel) -> None:
+    """Have the model saved under the names that its modules have: files of other names hold dense weights."""
+    model._weight_conversions = []
+
+
+def _candidates(model: PreTrainedModel, name: str) -> Iterator[str]:
+    """What a module of a checkpoint may be called in a model with or without the head."""
+    prefix = f"{model.base_model_prefix}."
+    yield name
+    yield prefix + name
+    if name.startswith(prefix):
+        yield name.removeprefix(prefix)
+
+
+def _names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Names of layers in the model by those in a checkpoint; a bare base model lacks those of the head.
+
+    Raises:
+        ValueError: If the model does not have one, or it is no linear layer.
+    """
+    modules, found = dict(model.named_modules()), {}
+    bare = model.base_model is model
+    for name in names:
+        known = next((other for other in _candidates(model, name) if other in modules), None)
+        if known is None and bare and not name.startswith(f"{model.base_model_prefix}."):
+            continue
+        if known is None or not isinstance(modules[known], (nn.Linear, Conv1D)):
+            kind = "no such module" if known is None else type(modules[known]).__name__
+            raise ValueError(
+                f"{name}: the compressed checkpoint is of another model; it must be a Linear, got {kind}."
+            )
+        found[name] = known
+    return found
+
+
+# ---------------------------------------------------------------- what the files claim
+
+
+def _check_files(layouts: Mapping[str, Layout], files: Iterable[str] | None) -> None:
+    """Refuse, by their headers alone, files that do not hold what the config says.
+
+    Raises:
+        ValueError: If a tensor of a compressed layer is missing, there is one that its form does not have, or one has
+            another shape or kind of dtype; or if a file is damaged or no safetensors file.
+    """
+    if files is None:
+        return
+    present: dict[str, tuple[tuple[int, ...], str]] = {}
+    for path in files:
+        if not str(path).endswith(".safetensors"):
+            raise ValueError(f"compressed checkpoints are safetensors files only, got {os.path.basename(path)}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    present[key] = (tuple(part.get_shape()), part.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{path}: the file is damaged or no safetensors file: {error}.") from error
+    for name, layout in layouts.items():
+        own = {key.rpartition(".")[2] for key in present if key.rpartition(".")[0] == name}
+        for part in sorted(own.symmetric_difference(layout)):
+            lacks = "lacks" if part in layout else "has, besides what its form stores,"
+            raise ValueError(f"{name}: the checkpoint {lacks} {part!r}; it is damaged or was put together wrongly.")
+        for part, (shape, dtype) in layout.items():
+            there = present[f"{name}.{part}"]
+            kinds = _FLOATS if dtype.is_floating_point else (_INTEGERS[dtype],)
+            if there[0] != shape or there[1] not in kinds:
+                raise ValueError(
+                    f"{name}.{part}: must be of shape {shape} and dtype {' or '.join(kinds)} as its form says, got "
+                    f"{there[0]} and {there[1]}."
+                )
+
+
+# ---------------------------------------------------------------- making one
+
+
+def compress(
+    model: nn.Module,
+    config: WasiConfig | None = None,
+    data: CalibrationData | None = None,
+    *,
+    adapter_name: str | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Put forms in place of the dense weights of a model, without an adapter: a small model of its own.
+
+    `save_pretrained` and `push_to_hub` write it, and after `import wasi_peft` anybody reads it by
+    `AutoModel....from_pretrained` in one line, without the dense weights. Adapters (WASI, LoRA) train on it, and
+    `dequantize()` is the dense model again. Layers that a form would not make smaller stay dense.
+
+    Args:
+        model: A dense transformers model, which is changed; or a PEFT model with a WASI adapter, whose layers become
+            compressed ones that compute what the adapter computes.
+        config: Which form, as for `get_peft_model`, and which layers; by default 8 bits. Not with a PEFT model.
+        data: Calibration batches, see [`preprocess_wasi`]: what factors need, and what improves weights in 4 bits.
+        adapter_name: Of a PEFT model; by default the active one.
+        **options: Of [`preprocess_wasi`].
+
+    Returns:
+        The compressed model: the same object for a dense one.
+
+    Raises:
+        ValueError: If a PEFT model comes with a configuration or data, the configuration keeps the dense weights
+            (`residual="exact"`), or no layer would be smaller (the model then has dense layers again); and whatever
+            the preparation or the injection finds, with the model as it was.
+        TypeError: If a PEFT model's adapter is no WASI adapter.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> vit = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        >>> model = compress(ViTForImageClassification(vit))
+        >>> sum(isinstance(module, CompressedLinear) for module in model.modules())
+        6
+    """
+    if isinstance(model, PeftModel):
+        if config is not None or data is not None or options:
+            raise ValueError("an adapter has its forms already: leave config, data and their options out, got some.")
+        if not isinstance(model.base_model, WasiModel):
+            raise TypeError(f"the adapter must be a WASI adapter, got {type(model.base_model).__name__}.")
+        tuner = model.base_model
+        adapter_name = adapter_name or model.active_adapter
+        if not any(adapter_name in layer.wasi_form for _, layer in wasi_layers(model)):
+            raise ValueError(f"adapter_name must be one of {sorted(tuner.peft_config)}, got {adapter_name!r}.")
+    else:
+        config = WasiConfig() if config is None else copy.copy(config)
+        if config.residual == "exact":
+            raise ValueError("residual='exact' keeps the dense weights; choose 'int8', 'int4' or factors.")
+        if data is not None:
+            preprocess_wasi(model, config, data, **options)
+        tuner = get_peft_model(model, config).base_model
+    names = None if adapter_name is None else [adapter_name]
+    return mark_compressed(tuner.merge_and_unload(adapter_names=names, dense=False))
+
+
+def mark_compressed(model: nn.Module) -> nn.Module:
+    """Have a transformers model with compressed layers saved as one.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    layers = {
+        name: {"form": layer.form_name, "rank": layer.rank}
+        for name, layer in model.named_modules()
+        if isinstance(layer, CompressedLinear)
+    }
+    if not layers:
+        raise ValueError("no layer became smaller, so there is nothing to save in another form; choose fewer ranks.")
+    if isinstance(model, PreTrainedModel):
+        config = WasiQuantizationConfig(layers)
+        quantizer = WasiQuantizer(config, pre_quantized=True)
+        model.hf_quantizer = quantizer
+        model.is_quantized, model.quantization_method = True, METHOD
+        model.config.quantization_config, model.config._is_quantized = config, True
+        _own_names(model)
+    return model
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = WasiQuantizationConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = WasiQuantizer
