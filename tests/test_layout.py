@@ -12,6 +12,7 @@ import wasi_peft
 
 # folders, bottom to top: one imports only from itself and those before it
 LADDER = [
+    "files",
     "linalg",
     "models",
     "forms",

@@ -12,6 +12,8 @@ from .factors.calibration import Calibration, calibrate_wasi
 from .factors.model_repair import repair_factors
 from .factors.prepare import preprocess_wasi
 from .factors.token_repair import repair_tokens
+from .hub import cards
+from .hub.cards import write_card
 from .hub.compressed import compress
 from .planner.inference import fold_cores, merge_slow_layers
 from .planner.planner import plan_wasi
@@ -61,6 +63,8 @@ __all__ = [
     "report",
     "resize_rank",
     "wasi_summary",
+    "write_card",
 ]
 
 register(WasiConfig, WasiModel)
+cards.install()

@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -678,7 +679,7 @@ def test_an_interrupted_calibration_goes_on(
         with pytest.raises(ValueError, match="this calibration was interrupted; run calibrate_wasi again"):
             Calibration.load(tmp_path)
     saved = []
-    monkeypatch.setattr(calibration, "save_file", lambda *args: saved.append(save_file(*args)))
+    monkeypatch.setattr(calibration, "save_file", lambda *args, **options: saved.append(save_file(*args, **options)))
     resumed = calibrate(net, data, directory=tmp_path, gradients=gradients)
     # the layers of one input are done together
     assert len(saved) == len(TARGETS) - {1: 0, 3: 0, 5: 4, 12: 11}[crash]
@@ -688,7 +689,7 @@ def test_an_interrupted_calibration_goes_on(
     assert_same(whole, resumed)
 
 
-@pytest.mark.parametrize("moment", ["data", "json.dump", "os.replace"])
+@pytest.mark.parametrize("moment", ["data", "json.dumps", "os.replace"])
 def test_other_interruptions(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, data = reference.tiny_net(11), batches()
     given: Any = data
@@ -900,9 +901,9 @@ def test_another_format(tmp_path: Path) -> None:
     calibrate(net, batches(), directory=tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "format": 99}))
-    with pytest.raises(ValueError, match="must have format 4, got 99"):
+    with pytest.raises(ValueError, match="must have format 5, got 99"):
         Calibration.load(tmp_path)
-    with pytest.raises(ValueError, match="must have format 4, got 99"):
+    with pytest.raises(ValueError, match="must have format 5, got 99"):
         calibrate(net, batches(), directory=tmp_path)
 
 
@@ -990,14 +991,16 @@ DAMAGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, "no JSON", "empty", "missing file"])
+@pytest.mark.parametrize("damage", [*DAMAGES, "no JSON", "empty", "outside", "no safetensors file"])
 def test_a_damaged_folder(damage: str, tmp_path: Path) -> None:
     net, path = reference.tiny_net(21), tmp_path / "index.json"
     calibrate(net, batches(), directory=tmp_path)
     index = json.loads(path.read_text())
-    if damage == "missing file":
-        (tmp_path / index["layers"]["blocks.1.o"]["file"]).unlink()
-        message = r"index\.json must name files that exist, got '\d+\.safetensors' for blocks\.1\.o"
+    if damage in ("outside", "no safetensors file"):
+        named = {"outside": "../00001.safetensors", "no safetensors file": "index.json"}[damage]
+        index["layers"]["blocks.1.o"]["file"] = named
+        path.write_text(json.dumps(index))
+        message = rf"index\.json must name safetensors files in the folder, got '{re.escape(named)}' for blocks\.1\.o"
     elif damage in DAMAGES:
         change, message = DAMAGES[damage]
         path.write_text(json.dumps(change(index)))
@@ -1010,16 +1013,59 @@ def test_a_damaged_folder(damage: str, tmp_path: Path) -> None:
         assert str(path) in str(refused.value)
 
 
-def test_a_damaged_file_of_a_layer(tmp_path: Path) -> None:
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def of_another_size(path: Path) -> None:
+    save_file({"energies": torch.zeros(3), "mean": torch.zeros(2)}, path, metadata={"layer": "blocks.1.o"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, r"file of blocks\.1\.o is missing\. Run calibrate_wasi again"),
+        (cut, r"file of blocks\.1\.o is damaged"),
+        (of_another_size, r"file of blocks\.1\.o must be of a \[8, 8\] weight"),
+    ],
+)
+def test_a_damaged_file_of_a_layer_is_measured_again(
+    damage: Callable[[Path], Any], message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     net = reference.tiny_net(21)
     calibrated = calibrate(net, batches(), directory=tmp_path)
-    first, second = (Path(calibrated._path(name)) for name in ("blocks.0.o", "blocks.1.o"))
-    first.write_bytes(first.read_bytes()[:50])
-    with pytest.raises(ValueError, match=rf"{first.name} must be a safetensors file of a calibration, got"):
-        calibrated.spectra()
-    save_file({"other": torch.zeros(1)}, second)
-    with pytest.raises(ValueError, match=rf"{second.name} must hold 'energies' of blocks\.1\.o, got a file without"):
-        calibrated.energies("blocks.1.o")
+    whole = {each.name: each for each in calibrated.spectra()}
+    damage(Path(calibrated._path("blocks.1.o")))
+    with pytest.raises(ValueError, match=message):
+        Calibration.load(tmp_path)
+    data = CountedData(batches())
+    calibrate(net, data, directory=tmp_path)
+    assert data.passes == 1 and "It is measured again" in caplog.text
+    assert {each.name: each for each in Calibration.load(tmp_path).spectra()} == whole
+
+
+def test_files_of_two_layers_swapped(tmp_path: Path) -> None:
+    net, path = reference.tiny_net(21), tmp_path / "index.json"
+    calibrate(net, batches(), directory=tmp_path)
+    index = json.loads(path.read_text())
+    first, second = (index["layers"][name] for name in ("blocks.0.o", "blocks.1.o"))
+    first["file"], second["file"] = second["file"], first["file"]
+    path.write_text(json.dumps(index))
+    for read in (Calibration.load, lambda folder: calibrate(net, batches(), directory=folder)):
+        with pytest.raises(ValueError, match=r"must be the file of blocks\.0\.o, as the index says, got that of 'bl"):
+            read(tmp_path)
+
+
+def test_an_entry_that_was_lost_takes_no_file_of_another_layer(tmp_path: Path) -> None:
+    net, path = reference.tiny_net(21), tmp_path / "index.json"
+    whole = calibrate(net, batches(), directory=tmp_path).spectra()
+    index = json.loads(path.read_text())
+    del index["layers"]["blocks.0.o"]
+    path.write_text(json.dumps({**index, "complete": False}))
+    again = calibrate(net, batches(), directory=tmp_path)
+    assert {spectrum.name: spectrum for spectrum in again.spectra()} == {each.name: each for each in whole}
+    files = [entry["file"] for entry in json.loads(path.read_text())["layers"].values()]
+    assert len(files) == len(set(files)) == len(TARGETS)
 
 
 def test_an_adapted_model_is_refused() -> None:

@@ -18,7 +18,7 @@ from peft.config import PeftConfig as BaseConfig
 from wasi_peft import WasiConfig
 from wasi_peft.linalg.tucker import CompressionRule
 from wasi_peft.ranks.plan import LayerPlan, WasiPlan
-from wasi_peft.tuner.registration import PEFT_TYPE, WASI_IMPORT_NOTE
+from wasi_peft.tuner.registration import PEFT_TYPE
 
 OWN_FIELDS = [
     field
@@ -257,32 +257,14 @@ def test_what_is_no_plan(plan: Any, match: str) -> None:
         WasiConfig(plan=plan)
 
 
-CARDS = {
-    "front matter": "---\nlibrary_name: peft\n---\n\n# Model\n",
-    "front matter with a rule further down": "---\nlibrary_name: peft\n---\n# Model\n\n---\nmore\n",
-    "no front matter": "# Model\n",
-    "rule first": "---\nnot closed\n",
-    "empty": "",
-}
-
-
-@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS.keys())
-def test_the_note_goes_behind_the_front_matter_once(tmp_path: Path, card: str) -> None:
-    path = tmp_path / "README.md"
-    path.write_text(card)
-    config = WasiConfig()
-    config.save_pretrained(str(tmp_path))
-    text = path.read_text()
-    assert text.count(WASI_IMPORT_NOTE) == 1
-    if "library_name" in card:
-        front = "---\nlibrary_name: peft\n---\n"
-        assert text.startswith(front)
-        assert text == front + "\n" + WASI_IMPORT_NOTE + "\n" + card.removeprefix(front)
-    else:
-        assert text.endswith(card)
-    config.save_pretrained(str(tmp_path))
-    assert path.read_text() == text
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json"]
+def test_a_saved_configuration_reads_no_other_file(tmp_path: Path) -> None:
+    WasiConfig(weight_rank=3).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    (tmp_path / "other.json").write_text('{"token": "secret"}')
+    path.write_text(json.dumps({**json.loads(path.read_text()), "plan": str(tmp_path / "other.json")}))
+    with pytest.raises(ValueError, match="holds its plan as an object, and never the path of another file") as error:
+        PeftConfig.from_pretrained(tmp_path)
+    assert "secret" not in str(error.value)
 
 
 def test_no_card_is_made_up(tmp_path: Path) -> None:

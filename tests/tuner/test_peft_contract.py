@@ -28,7 +28,6 @@ import wasi_peft.tuner.model
 from wasi_peft import WasiConfig, wasi_summary
 from wasi_peft.forms import FactoredLinear, FactoredWeight
 from wasi_peft.tuner.layer import WasiLayer, wasi_layers
-from wasi_peft.tuner.registration import WASI_IMPORT_NOTE
 
 LOW = {"weight_rank": 5}
 
@@ -308,19 +307,6 @@ def test_auto_model(architecture: Architecture, tmp_path: Path) -> None:
     loaded = getattr(peft, architecture.auto_class).from_pretrained(tmp_path / "adapter")
     assert type(loaded.get_base_model()) is type(base)
     close(logits(loaded, batch), logits(model, batch), 1e-6)
-
-
-@few
-def test_model_card_names_the_import_once(architecture: Architecture, tmp_path: Path) -> None:
-    model = wasi_model(architecture.model(), **LOW)
-    model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\n")
-    assert card.count(WASI_IMPORT_NOTE) == card.count("import wasi_peft") == 1
-    model.save_pretrained(tmp_path)
-    PeftModel.from_pretrained(architecture.model(), tmp_path).save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert card.count(WASI_IMPORT_NOTE) == card.count("import wasi_peft") == 1
 
 
 def test_a_loaded_configuration_alone_does_not_run(architecture: Architecture, tmp_path: Path) -> None:

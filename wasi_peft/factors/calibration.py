@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..files.whole import whole_file
 from ..forms.dense import dense_bias, dense_weight
 from ..linalg.spectra import WeightSpectrum, truncate
 from ..ranks.spectrum import LayerSpectrum
@@ -31,7 +32,15 @@ from ..tuner.targets import check_targets, resolve_targets, selected_modules
 from ..updates import DEFAULT_UPDATE, InitialFactors, Update, make_update
 from .collecting import Gradients, passes
 from .data import CalibrationData, check_repeatable, describe_data
-from .folder import open_index, read_index, read_tensor, weight_checksum, write_index
+from .folder import (
+    check_file,
+    free_file_name,
+    open_index,
+    read_index,
+    read_tensor,
+    weight_checksum,
+    write_index,
+)
 from .statistics import InputStatistics
 
 
@@ -73,6 +82,11 @@ class Calibration:
             raise ValueError(f"directory must hold a saved calibration, got {os.fspath(directory)!r}.")
         if not index["complete"]:
             raise ValueError(f"{os.fspath(directory)!r}: this calibration was interrupted; run calibrate_wasi again.")
+        for name, entry in index["layers"].items():
+            try:
+                check_file(os.fspath(directory), name, entry)
+            except FileNotFoundError as error:
+                raise ValueError(f"{error} Run calibrate_wasi again.") from error
         return cls(directory, index)
 
     def require(self, targets: Mapping[str, nn.Module]) -> None:
@@ -261,10 +275,10 @@ def _save_layer(
     for mode, energies in statistics.gradient_energies.get(name, {}).items():
         if mode == "feature" or len(statistics.tokens) == 1:
             tensors[f"gradient.{mode}"] = energies.double()
-    file_name = f"{len(index['layers']):05d}.safetensors"
-    path = os.path.join(directory, file_name)
-    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    file_name = free_file_name(index)
+    with whole_file(os.path.join(directory, file_name)) as temporary:
+        stored_tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+        save_file(stored_tensors, temporary, metadata={"layer": name})
     index["layers"][name] = {
         "file": file_name,
         "shape": list(weight.shape),

@@ -1,11 +1,14 @@
 """The folder of a calibration: its index, its files, and what is wrong with them.
 
-`index.json` names a safetensors file for every layer that is done. It is replaced as a whole or not at all.
+`index.json` names a safetensors file for every layer that is done; the file names its layer in turn. Both are replaced
+as a whole or not at all.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 import zlib
 from collections.abc import Mapping
@@ -15,9 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..files.whole import whole_file
 from ..forms.dense import dense_weight
 
-FORMAT = 4
+logger = logging.getLogger(__name__)
+
+FORMAT = 5
+SUFFIX = ".safetensors"
 _KEYS = {"format": int, "complete": bool, "settings": dict, "data": dict, "bytes_per_element": int, "layers": dict}
 _LAYER_KEYS = {
     "file": str,
@@ -35,7 +42,7 @@ def read_index(directory: str) -> dict[str, Any] | None:
     """The index of a folder, None where there is none.
 
     Raises:
-        ValueError: If it is damaged, has another format, or a file that it names is missing.
+        ValueError: If it is damaged, has another format, or names a file outside the folder.
     """
     path = os.path.join(directory, "index.json")
     if not os.path.isfile(path):
@@ -50,17 +57,49 @@ def read_index(directory: str) -> dict[str, Any] | None:
     _check_keys(path, "the index of a calibration", index, _KEYS)
     for name, entry in index["layers"].items():
         _check_keys(path, f"the entry of {name}", entry, _LAYER_KEYS)
-        if not os.path.isfile(os.path.join(directory, entry["file"])):
-            raise ValueError(f"{path} must name files that exist, got {entry['file']!r} for {name}.")
+        if os.path.basename(entry["file"]) != entry["file"] or not entry["file"].endswith(SUFFIX):
+            raise ValueError(f"{path} must name safetensors files in the folder, got {entry['file']!r} for {name}.")
     return index
+
+
+def check_file(directory: str, name: str, entry: Mapping[str, Any]) -> None:
+    """Refuse a layer's file that is missing, damaged or another layer's; its header is read, not its tensors.
+
+    Raises:
+        FileNotFoundError: If there is none, or no regular one.
+        DamagedFileError: If it is no complete safetensors file of a layer of this size.
+        ValueError: If it is another layer's.
+    """
+    path = os.path.join(directory, entry["file"])
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: the calibration's file of {name} is missing.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            owner = (file.metadata() or {}).get("layer")
+            sizes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    except SafetensorError as error:
+        raise DamagedFileError(f"{path}: the calibration's file of {name} is damaged: {error}.") from error
+    if owner != name:
+        raise ValueError(f"{path} must be the file of {name}, as the index says, got that of {owner!r}.")
+    out_features, in_features = entry["shape"]
+    if sizes.get("energies") != [min(out_features, in_features)] or sizes.get("mean") != [in_features]:
+        raise DamagedFileError(f"{path}: the calibration's file of {name} must be of a {entry['shape']} weight.")
+
+
+class DamagedFileError(ValueError):
+    """A file of a calibration that is not what was written."""
+
+
+def free_file_name(index: Mapping[str, Any]) -> str:
+    """A name that no entry of an index has; files without one are nobody's."""
+    taken = {entry["file"] for entry in index["layers"].values()}
+    return next(name for name in (f"{number:05d}{SUFFIX}" for number in itertools.count()) if name not in taken)
 
 
 def write_index(directory: str, index: dict[str, Any]) -> None:
     """Replace the index as a whole."""
-    temporary = os.path.join(directory, "index.json.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(index, file)
-    os.replace(temporary, os.path.join(directory, "index.json"))
+    with whole_file(os.path.join(directory, "index.json")) as temporary:
+        temporary.write_text(json.dumps(index), encoding="utf-8")
 
 
 def open_index(
@@ -106,7 +145,14 @@ def open_index(
             )
         index["data"][what] = known if value is None else value
     modules = dict(model.named_modules())
-    for name, entry in index["layers"].items():
+    for name, entry in list(index["layers"].items()):
+        try:
+            check_file(directory, name, entry)
+        except (FileNotFoundError, DamagedFileError) as error:
+            logger.warning("%s It is measured again.", error)
+            del index["layers"][name]
+            index["complete"] = False
+            continue
         module = modules.get(name)
         if module is None or not isinstance(getattr(module, "weight", None), Tensor):
             raise ValueError(f"{name}: {directory!r} holds the calibration of another model, which has this layer.")

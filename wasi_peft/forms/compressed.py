@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg.low_bit import RoundedRows
-from .dense import FactoredWeight, dense_bias
+from .dense import FactoredWeight
 from .factored import FactoredLinear, check_rank
 from .products import Thin
 from .residual import RESIDUALS, ExactResidual, Layout, Residual, ResidualLinear
@@ -43,6 +43,7 @@ class CompressedLinear(nn.Linear):
         self.form = form
         if isinstance(form, ResidualLinear):
             self.residual = form.residual  # a form refers to it and does not own it
+        self.register_load_state_dict_pre_hook(_take_stored_names)
 
     @property
     def dense_class(self) -> type[nn.Module]:
@@ -88,6 +89,21 @@ class CompressedLinear(nn.Linear):
         return form if isinstance(form, Residual) else form.residual if isinstance(form, ResidualLinear) else None
 
     @property
+    def stored_names(self) -> dict[str, str]:
+        """What the tensors are called in a file (:func:`stored_layout`), and in this layer's state dict."""
+        form, residual = self.form, self.frozen
+        if residual is None:
+            assert isinstance(form, FactoredLinear)
+            names = {"weight": f"form.{form.prefix}R", "wasi_L": f"form.{form.prefix}L"}
+        else:
+            first, *others = residual.layout(self.out_features, self.in_features)
+            place = "residual" if isinstance(form, ResidualLinear) else "form"
+            names = {"weight": f"{place}.{first}", **{f"wasi_{name}": f"{place}.{name}" for name in others}}
+        if isinstance(form, ResidualLinear):
+            names |= {form.prefix + name: f"form.{form.prefix}{name}" for name in form.parts}
+        return names if self.bias is None else {**names, "bias": "form.bias"}
+
+    @property
     def rank(self) -> int:
         """Directions of the factors, 0 where there are none."""
         return self.form.rank if isinstance(self.form, FactoredLinear) else 0
@@ -119,6 +135,14 @@ class CompressedLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, form={self.form_name}"
 
 
+def _take_stored_names(layer: CompressedLinear, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Have a layer load what a file holds, as well as what its own state dict does."""
+    if f"{prefix}weight" in state_dict:
+        for stored, own in layer.stored_names.items():
+            if prefix + stored in state_dict:
+                state_dict[prefix + own] = state_dict.pop(prefix + stored)
+
+
 class CompressedResidual(ExactResidual):
     """A compressed layer as the frozen weight beside the factors of adapters; it stays in place as it is."""
 
@@ -132,14 +156,19 @@ class CompressedResidual(ExactResidual):
         self._dtype = layer.dtype
 
     @property
+    def layer(self) -> CompressedLinear:
+        """The compressed layer."""
+        layer = self.module
+        assert isinstance(layer, CompressedLinear)
+        return layer
+
+    @property
     def form(self) -> Form:
-        """What the layer stores."""
-        form: Form = self.module.form  # type: ignore[assignment]
-        return form
+        """What it stores."""
+        return self.layer.form
 
     def dense_weight(self) -> Tensor:
-        weight: Tensor = self.module.dense_weight()  # type: ignore[operator]
-        return weight
+        return self.layer.dense_weight()
 
     def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
         return self.form.product(x, rounded, thin)
@@ -188,7 +217,7 @@ def compressed(form: FactoredLinear, dtype: torch.dtype) -> CompressedLinear | N
     frozen = base.copy(form.bias)
     if not bool(outer.any()):
         return CompressedLinear(frozen)
-    parts = {"L": outer.to(dtype), "R": inner.to(dtype)}
+    parts = {"L": outer.to(dtype, copy=True), "R": inner.to(dtype, copy=True)}
     bias = None if form.bias is None else form.bias.to(dtype)
     frozen.register_parameter("bias", None)
     return CompressedLinear(ResidualLinear.beside(frozen, parts, bias))
@@ -237,23 +266,6 @@ def stored_layout(form_name: str, rank: int, shape: tuple[int, int], bias: bool,
     return {**layout, "bias": ((out_features,), dtype)} if bias else layout
 
 
-def stored_tensors(layer: CompressedLinear) -> dict[str, Tensor]:
-    """The tensors of a compressed layer as in a file."""
-    form, residual = layer.form, layer.frozen
-    parts: dict[str, Tensor] = {}
-    if residual is not None:
-        first, *others = residual.layout(layer.out_features, layer.in_features)
-        buffers = dict(residual.named_buffers())
-        parts = {"weight": buffers[first], **{f"wasi_{name}": buffers[name] for name in others}}
-        if isinstance(form, ResidualLinear):
-            parts |= {form.prefix + name: form.part(name) for name in form.parts}
-    else:
-        assert isinstance(form, FactoredLinear)
-        parts = {"weight": form.R, "wasi_L": form.L}
-    bias = dense_bias(layer)
-    return parts if bias is None else {**parts, "bias": bias}
-
-
 def from_stored(
     form_name: str,
     parts: Mapping[str, Tensor],
@@ -261,11 +273,11 @@ def from_stored(
     dense_class: type[nn.Module],
     dtype: torch.dtype,
 ) -> CompressedLinear:
-    """The layer that :func:`stored_tensors` gave these tensors of.
+    """A layer from the tensors of a file.
 
     Args:
         form_name: As for :func:`stored_layout`.
-        parts: The tensors; taken over.
+        parts: The tensors, as that says; taken over.
         shape: (out, in).
         dense_class: Of the layer whose place it takes.
         dtype: In which the layer answers.

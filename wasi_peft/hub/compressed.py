@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..factors.data import CalibrationData
 from ..factors.prepare import preprocess_wasi
-from ..forms.compressed import CompressedLinear, from_stored, stored_layout, stored_tensors
+from ..forms.compressed import CompressedLinear, from_stored, stored_layout
 from ..forms.dense import weight_shape
 from ..forms.residual import Layout
 from ..tuner.config import WasiConfig
@@ -80,6 +80,7 @@ class WasiQuantizationConfig(QuantizationConfigMixin):
 class WasiQuantizer(HfQuantizer):
     """How transformers loads and saves a compressed model; not called by hand."""
 
+    quantization_config: WasiQuantizationConfig
     requires_calibration = True  # `from_pretrained(dense, quantization_config=...)` cannot compress: see compress
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -105,6 +106,9 @@ class WasiQuantizer(HfQuantizer):
         for module_name, layout in zip(loading, layouts.values(), strict=True):
             model.set_submodule(module_name, _Stored(layout))
         self._loading = loading
+        layers = self.quantization_config.layers
+        known = {module_name: layers[name] for module_name, name in zip(loading, layouts, strict=True)}
+        self.quantization_config = WasiQuantizationConfig(known)  # by their names in this model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, (form_name, shape, dense_class, dtype) in self._loading.items():
@@ -124,10 +128,8 @@ class WasiQuantizer(HfQuantizer):
         state = model.state_dict()
         for name, layer in model.named_modules():
             if isinstance(layer, CompressedLinear):
-                below = f"{name}."
-                own = {key for key in state if key.startswith(below)}
-                state = {key: tensor for key, tensor in state.items() if key not in own}
-                state |= {below + part: tensor.detach() for part, tensor in stored_tensors(layer).items()}
+                for stored, own in layer.stored_names.items():
+                    state[f"{name}.{stored}"] = state.pop(f"{name}.{own}")
         return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:

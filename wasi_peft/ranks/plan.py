@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from ..files.whole import whole_file
 from ..forms.residual import RESIDUALS
 from ..memory.modes import MEMORY_MODES
 from ..updates import DEFAULT_UPDATE, RESIDUAL_UPDATE, UPDATES, Update, make_update
@@ -260,10 +261,8 @@ class WasiPlan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON file; a previous one is replaced as a whole or not at all."""
         text = json.dumps(self.to_dict(), indent=2) + "\n"
-        temporary = f"{os.fspath(path)}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WasiPlan:

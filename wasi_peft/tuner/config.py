@@ -17,7 +17,7 @@ from ..memory.modes import MEMORY_MODES, recomputes
 from ..ranks.plan import LayerPlan, WasiPlan, layer_plan
 from ..ranks.spectrum import DENSE
 from ..updates import DEFAULT_UPDATE, RESIDUAL_UPDATE, UPDATES, Subspace, Update, make_update
-from .registration import PEFT_TYPE, WASI_IMPORT_NOTE
+from .registration import PEFT_TYPE
 
 BASE_WEIGHTS = ("release", "cpu", "keep")
 DEFAULT_RESIDUAL, AUTO = "int8", "auto"
@@ -235,12 +235,18 @@ class WasiConfig(PeftConfig):
         super().__post_init__()
         # ranks of every layer once injected; no field: a configuration that was used is still a fresh one
         self.resolved_ranks: dict[str, int] | None = None
+        from_file = getattr(self, "peft_type", None) is not None  # PEFT names the type of what it reads
         self.peft_type = PEFT_TYPE
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
         if isinstance(self.plan, (str, os.PathLike)):
+            if from_file:
+                raise ValueError(
+                    "a saved configuration holds its plan as an object, and never the path of another file, which "
+                    "would be read; got a string."
+                )
             self.plan = WasiPlan.load(self.plan)
         if self.plan is not None:
             plan = self.plan if isinstance(self.plan, WasiPlan) else WasiPlan.from_dict(self.plan)
@@ -480,30 +486,8 @@ class WasiConfig(PeftConfig):
         return CompressionRule.from_options(tuple(self.activation_modes), threshold, self._mode_ranks())
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration; loading it builds the factors' shapes from `ranks` and decomposes nothing.
-
-        Where the directory holds a model card, the card is told that loading needs `import wasi_peft`.
-        """
+        """Save the configuration; loading it builds the factors' shapes from `ranks` and decomposes nothing."""
         saved = copy.copy(self)
         if self.resolved_ranks is not None:
             saved.ranks = dict(self.resolved_ranks)
         PeftConfig.save_pretrained(saved, save_directory, **kwargs)
-        _note_import_in_card(os.path.join(save_directory, "README.md"))
-
-
-def _note_import_in_card(path: str) -> None:
-    """Insert the import that loading needs behind the front matter of a model card, once."""
-    if not os.path.isfile(path):
-        return
-    with open(path, encoding="utf-8") as file:
-        card = file.read()
-    if WASI_IMPORT_NOTE in card:
-        return
-    head, separator, body = "", "", card
-    if card.startswith("---\n") and "\n---\n" in card[4:]:
-        head, separator, body = card[4:].partition("\n---\n")
-        head = "---\n" + head
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(f"{head}{separator}\n{WASI_IMPORT_NOTE}\n{body}")
-    os.replace(temporary, path)

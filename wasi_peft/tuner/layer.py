@@ -198,7 +198,6 @@ class WasiLayer(BaseTunerLayer):
                 be loaded: until then the dense layer answers.
         """
         update, like = config.update_of(name), self._like
-        options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         form: FactoredLinear
         if isinstance(initial, ResidualLinear):
             form = initial.copy()
@@ -206,11 +205,7 @@ class WasiLayer(BaseTunerLayer):
             parts = {part: getattr(initial, part).clone() for part in initial.parts}
             form = type(initial).from_parts(parts, initial.bias, self.dense_class)
         elif initial is None:
-            if update.residual is not None:
-                form = ResidualLinear(self.beside(), rank, self._has_bias, **options)
-            else:
-                options["dense_class"] = self.dense_class
-                form = update.new_form(self.in_features, self.out_features, rank, self._has_bias, **options)
+            form = self._new_form(update, rank, like)
             if config.awaits_loading:
                 for parameter in form.parameters():
                     parameter.data.fill_(torch.nan)
@@ -227,6 +222,18 @@ class WasiLayer(BaseTunerLayer):
         self.wasi_form[adapter_name] = form
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._watch_steps()
+
+    def _new_form(self, update: Update, rank: int, like: Tensor) -> FactoredLinear:
+        """A form with random values, on the device and in the dtype of a tensor."""
+        options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        if update.residual is not None:
+            return ResidualLinear(self.beside(), rank, self._has_bias, **options)
+        options["dense_class"] = self.dense_class
+        return update.new_form(self.in_features, self.out_features, rank, self._has_bias, **options)
+
+    def new_form(self, adapter_name: str, rank: int) -> FactoredLinear:
+        """A form such as an adapter has, with another rank K and without values, on the meta device."""
+        return self._new_form(self.wasi_update[adapter_name], rank, self.form_of(adapter_name).L.to("meta"))
 
     def _watch_steps(self) -> None:
         """Ask to be called after an optimizer's steps, where an adapter has anything to do then."""
@@ -341,6 +348,8 @@ class WasiLayer(BaseTunerLayer):
         if base_form == "cpu":
             self._modules["base_layer"] = ParkedLinear(dense)
         elif base_form in RESIDUALS:
+            if isinstance(dense, CompressedLinear) and dense.frozen is not None and products is not None:
+                dense.frozen.products = products
             if is_quantized(dense):
                 return  # it is in few bits already, which the factors are beside as they are
             residual = RESIDUALS[base_form](dense, products)

@@ -28,7 +28,7 @@ from .heads import FRESH_HEAD, fresh_heads
 from .inputs import SharedInputs
 from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
 from .prepared import PreparedLayer, check_prepared, drop_prepared, prepared_for
-from .state import FORM, check_loadable, shared_vectors, vectors_by_key, with_model_keys
+from .state import FORM, check_loadable, shared_vectors, take_ranks, vectors_by_key, with_model_keys
 from .summary import WasiSummary, wasi_summary
 from .targets import asked_rank, check_targets, plain_name, resolve_targets, selected_modules
 from .undo import Structure
@@ -496,6 +496,7 @@ class WasiModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         remapped = with_model_keys(model, adapter_name, remapped)
         check_loadable(model, config, adapter_name, remapped)
+        take_ranks(model, config, adapter_name, remapped)
         if shared_vectors(model).active != adapter_name:  # those that wait are not where the model looks for them
             for key, vector in vectors_by_key(model, adapter_name):
                 vector.data.copy_(remapped.pop(key))

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files.whole import whole_file
 from ..forms.dense import dense_bias, dense_weight
 from ..linalg.coordinates import ImageMoments
 from ..updates.base import InitialFactors
@@ -146,13 +147,8 @@ class WasiFactors:
             entries[name] = {key: getattr(layer, key) for key in _KINDS}
             if layer.initial.moments is not None:
                 entries[name]["mean_square"] = layer.initial.moments.mean_square
-        temporary = f"{os.fspath(path)}.tmp"
-        try:
+        with whole_file(path) as temporary:
             save_file(tensors, temporary, metadata={"format": FORMAT, "layers": json.dumps(entries)})
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WasiFactors:

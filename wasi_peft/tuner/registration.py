@@ -12,18 +12,6 @@ from peft.utils.peft_types import PeftType, register_peft_method
 
 NAME = "WASI"
 
-WASI_IMPORT_NOTE = """## Loading
-
-This adapter was trained with `wasi_peft` (`pip install wasi_peft`). Import it before loading:
-
-```python
-import wasi_peft  # registers the PEFT type WASI
-from peft import AutoPeftModel
-
-model = AutoPeftModel.from_pretrained("path/to/this/folder")
-```
-"""
-
 
 def _enum_member() -> PeftType:
     """The member `PeftType.WASI`, created on the first call (a `str` enum, so members are strings)."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from ..forms.factored import FactoredLinear
 from .config import WasiConfig
 from .layer import wasi_layers
 from .targets import plain_name
 from .vectors import AdapterVectors
+
+logger = logging.getLogger(__name__)
 
 PEFT_PREFIX = "base_model.model."
 FORM = ".wasi_form."
@@ -56,6 +61,44 @@ def _whole_module_keys(model: nn.Module, adapter_name: str) -> Iterator[str]:
             yield from (f"{name}.{key}" for key in module.state_dict())
 
 
+def forms_in(
+    model: nn.Module, config: WasiConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, FactoredLinear]:
+    """An adapter's forms by layer name, with the ranks that they have in a state dict.
+
+    Those of other ranks are of no numbers, on the meta device: a run that goes on from a checkpoint may have been
+    calibrated anew, and so have other ranks. Where the configuration was saved with the state dict it knows better.
+    """
+    forms = {}
+    for name, layer in wasi_layers(model):
+        if adapter_name not in layer.wasi_form:
+            continue
+        form = layer.form_of(adapter_name)
+        forms[name] = form
+        saved = state_dict.get(f"{name}{FORM}{adapter_name}.{form.prefix}R")
+        if config.awaits_loading or saved is None or saved.dim() != 2 or isinstance(form.R, DTensor):
+            continue
+        rank = len(saved)
+        if rank != form.weight_rank and 1 <= rank <= min(form.out_features, form.in_features):
+            forms[name] = layer.new_form(adapter_name, rank)
+    return forms
+
+
+def take_ranks(model: nn.Module, config: WasiConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Give an adapter the ranks of a state dict that it can load; parameters stay the same objects, without values."""
+    layers = dict(wasi_layers(model))
+    for name, form in forms_in(model, config, adapter_name, state_dict).items():
+        there = layers[name].form_of(adapter_name)
+        if form is there:
+            continue
+        for part in form.parts:
+            data = there.part(part).data
+            there.part(part).data = data.new_empty(form.part(part).shape)
+        assert config.resolved_ranks is not None  # the adapter was injected
+        config.resolved_ranks[plain_name(name.removeprefix(PEFT_PREFIX))] = form.weight_rank
+        logger.info("%s: takes rank %d of what is loaded.", name, form.weight_rank)
+
+
 def check_loadable(model: nn.Module, config: WasiConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Refuse, before anything is copied, a state dict that is not this adapter's.
 
@@ -69,17 +112,16 @@ def check_loadable(model: nn.Module, config: WasiConfig, adapter_name: str, stat
         ValueError: If a tensor of a form, a vector or a whole module is missing, is one that the adapter does not
             have, has another shape or kind of dtype, or holds NaN or Inf.
     """
-    forms = [
-        (name, f"{name}{FORM}{adapter_name}.{part}", part)
-        for name, layer in wasi_layers(model)
-        if adapter_name in layer.wasi_form
-        for part, _ in layer.form_of(adapter_name).named_parameters()
-    ]
+    forms = {
+        f"{name}{FORM}{adapter_name}.{part}": (name, part, parameter)
+        for name, form in forms_in(model, config, adapter_name, state_dict).items()
+        for part, parameter in form.named_parameters()
+    }
     present = model.state_dict()
-    own = {key: present[key] for _, key, _ in forms}
+    own: dict[str, Tensor] = {key: parameter for key, (_, _, parameter) in forms.items()}
     own |= {key: present[key] for key in _whole_module_keys(model, adapter_name) if key in present}
     own.update(vectors_by_key(model, adapter_name))
-    for name, key, part in forms:
+    for key, (name, part, _) in forms.items():
         if key not in state_dict:
             raise ValueError(f"{name}: the adapter lacks {part}; it is incomplete or of another model.")
     for key, _ in vectors_by_key(model, adapter_name):

@@ -6,14 +6,20 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..forms.compressed import CompressedResidual
 from ..updates.base import Update
 from ..updates.costs import dense_elements
-from .layer import wasi_layers
+from .layer import WasiLayer, wasi_layers
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer: full module name, sizes, rank K, update, bytes of an element of the dense weight."""
+    """One layer: full module name, sizes, rank K, update, bytes of an element of the dense weight.
+
+    Attributes:
+        frozen: What the factors are beside: a residual, or the form of a compressed layer; None where they replace it.
+        frozen_bytes: Bytes of that.
+    """
 
     name: str
     out_features: int
@@ -21,6 +27,8 @@ class LayerSummary:
     weight_rank: int
     update: Update
     bytes_per_element: int
+    frozen: str | None = None
+    frozen_bytes: int = 0
 
     @property
     def rank(self) -> int:
@@ -46,7 +54,10 @@ class LayerSummary:
     def stored_bytes(self) -> int:
         """Bytes of what is stored in its place."""
         sizes = self.out_features, self.in_features, self.weight_rank
-        return self.update.stored_bytes(*sizes, self.bytes_per_element)
+        if self.frozen is None:
+            return self.update.stored_bytes(*sizes, self.bytes_per_element)
+        factors = self.stored_elements - self.dense_elements
+        return self.frozen_bytes + factors * self.bytes_per_element
 
     @property
     def past_break_even(self) -> bool:
@@ -76,7 +87,7 @@ class WasiSummary:
     def headline(self) -> str:
         """One line for a log."""
         ranks = sorted(layer.rank for layer in self.layers)
-        residuals = sorted({layer.update.residual or "" for layer in self.layers} - {""})
+        residuals = sorted({layer.frozen or "" for layer in self.layers} - {""})
         beside = f" beside weights in {' and '.join(residuals)}" if residuals else ""
         text = (
             f"WASI adapter {self.adapter_name!r}: {len(self.layers)} layers, rank {ranks[0]} to {ranks[-1]} "
@@ -110,6 +121,7 @@ def wasi_summary(model: nn.Module, adapter_name: str = "default") -> WasiSummary
             layer.form_of(adapter_name).weight_rank,
             layer.wasi_update[adapter_name],
             layer._like.dtype.itemsize,
+            *_frozen(layer),
         )
         for name, layer in wasi_layers(model)
         if adapter_name in layer.wasi_form
@@ -117,3 +129,15 @@ def wasi_summary(model: nn.Module, adapter_name: str = "default") -> WasiSummary
     if not layers:
         raise ValueError(f"The model has no WASI adapter named {adapter_name!r}.")
     return WasiSummary(adapter_name, layers)
+
+
+def _frozen(layer: WasiLayer) -> tuple[str | None, int]:
+    """What the factors of a layer are beside, and its bytes."""
+    residual = layer.residual
+    if residual is None:
+        return None, 0
+    if isinstance(residual, CompressedResidual):
+        compressed = residual.layer
+        return compressed.form_name, sum(tensor.nbytes for tensor in compressed.state_dict().values())
+    sizes = residual.out_features, residual.in_features, layer._like.dtype.itemsize
+    return residual.name, residual.stored_bytes(*sizes)

@@ -150,8 +150,10 @@ def _check_target(
         )
     else:
         weight = module.weight
-        if weight is None or weight.device.type == "meta" or getattr(getattr(module, "_hf_hook", None), "offload", 0):
-            raise ValueError(f"{name}: its weight is on the meta device or offloaded; load it into memory first.")
+        if weight is None or getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise ValueError(f"{name}: its weight is offloaded; load it into memory first.")
+        if weight.device.type == "meta":
+            return _check_absent(name, module, config)
         if is_quantized(module):
             return _check_rank(name, module, config)
         if not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.dim() != 2:  # not float8 either
@@ -168,6 +170,17 @@ def _check_target(
             torch.isfinite(weight.detach().to(torch.float16)).all()
         ):
             raise ValueError(f"{name}: residual='int4' needs a weight in the range of float16, got larger values.")
+    _check_rank(name, module, config)
+
+
+def _check_absent(name: str, module: nn.Module, config: WasiConfig) -> None:
+    """Refuse a layer without numbers, unless factors from a file are going to take its place."""
+    if not config.awaits_loading or config.base_form_of(plain_name(name)) != "release":
+        raise ValueError(
+            f"{name}: its weight is on the meta device; load it into memory first. Only saved factors that replace "
+            "weights, with base_weight='release', need none; a frozen weight that is small to load is a compressed "
+            "model's (wasi_peft.compress)."
+        )
     _check_rank(name, module, config)
 
 

@@ -1,0 +1,1 @@
+"""Plain files: written as a whole or not at all."""
