@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 
 import torch
@@ -56,6 +56,18 @@ def _whole_module_keys(model: nn.Module, adapter_name: str) -> Iterator[str]:
             yield from (f"{name}.{key}" for key in module.state_dict())
 
 
+def _check_storage(layer: str, config: WasiConfig, own: list[str], given: Iterable[str]) -> None:
+    """Refuse factors that a file stores in other bits: `wasi_R` where `wasi_R.codes` is called for, or the reverse."""
+    for part in own:
+        factor = part.partition(".")[0]
+        stored = sorted(name for name in given if name.partition(".")[0] == factor)
+        if stored and not set(stored) & set(own):
+            raise ValueError(
+                f"{layer}: the adapter must store {factor} as {part}, by frozen_dtype={config.frozen_dtype!r} of its "
+                f"configuration, got {' and '.join(stored)}: it was saved with another one."
+            )
+
+
 def check_loadable(model: nn.Module, config: WasiConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Refuse, before anything is copied, a state dict that is not this adapter's.
 
@@ -67,14 +79,19 @@ def check_loadable(model: nn.Module, config: WasiConfig, adapter_name: str, stat
 
     Raises:
         ValueError: If a tensor of a form, a vector or a whole module is missing, is one that the adapter does not
-            have, has another shape or kind of dtype, or holds NaN or Inf.
+            have, is stored in another way, has another shape or kind of dtype, or holds NaN or Inf.
     """
-    forms = [
-        (name, f"{name}{FORM}{adapter_name}.{part}", part)
-        for name, layer in wasi_layers(model)
-        if adapter_name in layer.wasi_form
-        for part, _ in layer.form_of(adapter_name).named_parameters()
-    ]
+    given: dict[str, list[str]] = {}  # parts in the file by layer; those that the model lacks have no adapter's name
+    for key in state_dict:
+        place, separator, part = plain_name(key).removeprefix(PEFT_PREFIX).partition(FORM)
+        if separator:
+            given.setdefault(place, []).append(part.removeprefix(f"{adapter_name}."))
+    forms = []
+    for name, layer in wasi_layers(model):
+        if adapter_name in layer.wasi_form:
+            parts = [part for part, _ in layer.form_of(adapter_name).tensors()]
+            _check_storage(name, config, parts, given.get(plain_name(name).removeprefix(PEFT_PREFIX), ()))
+            forms += [(name, f"{name}{FORM}{adapter_name}.{part}", part) for part in parts]
     present = model.state_dict()
     own = {key: present[key] for _, key, _ in forms}
     own |= {key: present[key] for key in _whole_module_keys(model, adapter_name) if key in present}
@@ -97,7 +114,8 @@ def check_loadable(model: nn.Module, config: WasiConfig, adapter_name: str, stat
                 f"{key}: must have shape {tuple(known.shape)}, got {tuple(value.shape)}. "
                 "The adapter belongs to another model or has other ranks."
             )
-        if value.is_floating_point() != known.is_floating_point() or value.is_complex():
+        alike = value.is_floating_point() if known.is_floating_point() else value.dtype == known.dtype
+        if not alike:
             raise ValueError(f"{key}: must be of a dtype like {known.dtype}, got {value.dtype}.")
         if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{key}: the adapter file holds NaN or Inf.")
