@@ -25,9 +25,11 @@ class ImageLinear(torch.autograd.Function):
         ctx.dtype, ctx.shape = h.dtype, h.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         needs_h, needs_P, _ = ctx.needs_input_grad
-        kept = roundable(h.reshape(-1, h.shape[-1])) if needs_P else None
-        ctx.save_for_backward(P if needs_h or needs_P else None, kept)
-        return F.linear(h, P.to(h.dtype), None if bias is None else bias.to(h.dtype))
+        rows = h.reshape(-1, h.shape[-1])
+        ctx.save_for_backward(P if needs_h or needs_P else None, roundable(rows) if needs_P else None)
+        y = F.linear(rows, P.to(h.dtype), None if bias is None else bias.to(h.dtype))
+        # no view of another tensor: models may add to what a layer answers, in place
+        return torch.ops.aten._unsafe_view(y, (*h.shape[:-1], len(P)))
 
     @staticmethod
     @once_differentiable
