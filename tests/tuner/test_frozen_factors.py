@@ -32,6 +32,7 @@ from wasi_peft import (
     resize_rank,
     wasi_summary,
 )
+from wasi_peft.forms import products
 from wasi_peft.forms.frozen import FROZEN
 from wasi_peft.memory.modes import MEMORY_MODES
 from wasi_peft.ranks.plan import WasiPlan
@@ -507,6 +508,16 @@ def test_the_estimate_is_the_measured_peak(update: str, stored: str) -> None:
     assert estimate.paper_inference_bytes == form_bytes(held[0])
     plain = estimate_wasi(VIT.model(), WasiConfig(**options(update=update, stored=None)), batch=batch)
     assert estimate.weights_bytes < plain.weights_bytes and estimate.inference_flops == plain.inference_flops
+
+
+def test_the_estimate_multiplies_as_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the product that is measured to be the fastest, though its own tensors have no memory."""
+    monkeypatch.setattr(products, "measured_seconds", lambda *_: {"restored": 1.0, "int8": 2.0})
+    peaks = {}
+    for product in (None, "restored", "int8"):
+        config = WasiConfig(**options(residual_product=product))
+        peaks[product] = estimate_wasi(VIT.model(), config, batch=VIT.batch(32)).peak_bytes
+    assert peaks[None] == peaks["restored"] != peaks["int8"]
 
 
 def test_factors_that_were_prepared_for_the_other_storage(tmp_path: Path) -> None:
