@@ -26,6 +26,10 @@ rates or the memory mode, so it is done once and kept in the cache folder for al
     python benchmarks/finetune_accuracy.py --method wasi --target-share 0.5 0.33 0.25 --lr 5e-4 --seed 0 1 2 \\
         --variant plain one-sided two-sided repaired --plot docs/benchmarks/finetune_accuracy.png
 
+Frozen factors in few bits against those in float32, at the same bytes, of which the former keep more directions::
+
+    python benchmarks/finetune_accuracy.py --method wasi --target-share 0.25 0.4 0.5 --frozen-dtype float32 int8
+
 The summary begins with a table of the runs asked for. The first also gives a table of what rounding costs: each run
 minus the one that differs from it in exact memory only.
 """
@@ -63,6 +67,7 @@ from runs import (
     precision,
     residual_options,
     run_missing,
+    unless_float32,
     updates_for,
 )
 from vit import load_vit
@@ -295,7 +300,11 @@ def every_settings(args: argparse.Namespace, methods: list[str] | tuple[str, ...
             for kind, rank, (update, mode) in itertools.product(args.residual, args.rank, fields):
                 yield settings_of(args, method, dtype, options=residual_options(kind, rank, update, mode))
         elif method == "wasi":
-            options = [{**args.wasi, **_given(update=update, memory_mode=mode)} for update, mode in fields]
+            stored = [unless_float32(kind) for kind in args.frozen_dtype]
+            options = [
+                {**args.wasi, **_given(update=update, memory_mode=mode, frozen_dtype=frozen)}
+                for (update, mode), frozen in itertools.product(fields, stored)
+            ]
             for variant, share, given in itertools.product(args.variant, args.target_share, options):
                 yield settings_of(args, method, dtype, variant, share, given)
         else:
@@ -343,7 +352,8 @@ def main(arguments: list[str] | None = None) -> None:
         plan = plan_of(args, GRID[settings["method"]])
         run_missing(settings, plan, args.results, JUDGED, run, args.head_lr)
     entries = read_json(args.results)
-    print(comparison(entries, every_settings(args, args.method), JUDGED), end="\n\n")
+    columns = ("kept_share",) if set(args.method) <= {"residual", "wasi"} else ()
+    print(comparison(entries, every_settings(args, args.method), JUDGED, columns), end="\n\n")
     print(summary(entries))
     if args.plot:
         plot(entries, args, args.plot)

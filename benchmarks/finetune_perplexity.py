@@ -13,6 +13,7 @@ method's learning rates of `GRID` are run with seed 0, then the best of them wit
     python benchmarks/finetune_perplexity.py --method full lora residual --steps 400 --seed 0
     python benchmarks/finetune_perplexity.py --method residual --residual int8 int4 --rank 32 96 --steps 40
     python benchmarks/finetune_perplexity.py --method wasi --memory-mode exact fast --lr 5e-3 --seed 0 1 2
+    python benchmarks/finetune_perplexity.py --method wasi --target-share 0.4 0.5 --frozen-dtype float32 int8
     python benchmarks/finetune_perplexity.py --method full lora residual --steps 40 --summarise
 
 The summary begins with a table of the runs asked for, each at its best rate. It ends with what rounding costs: each
@@ -50,6 +51,7 @@ from runs import (
     precision,
     residual_options,
     run_missing,
+    unless_float32,
     updates_for,
 )
 from texts import load_mails, smollm2_folder, token_windows
@@ -96,6 +98,7 @@ def build(settings: Settings, model: nn.Module, train_set: torch.Tensor) -> nn.M
         activation_ranks=settings["activation_ranks"],
         memory_mode=settings["memory_mode"],
         update=settings["update"],
+        frozen_dtype=settings["frozen_dtype"],
     )
     windows = train_set[:REPAIR_WINDOWS]
     batches = [{"input_ids": part} for part in windows.split(CALIBRATION_BATCH)]
@@ -180,8 +183,9 @@ def every_settings(args: argparse.Namespace) -> Iterator[Settings]:
             for kind, rank, (update, mode) in itertools.product(args.residual, args.rank, fields):
                 yield settings_of(args, method, dtype, mode, residual=residual_options(kind, rank, update))
         elif method == "wasi":
-            for update, mode in fields:
-                yield settings_of(args, method, dtype, mode, update or DEFAULT_UPDATE)
+            for share, frozen, (update, mode) in itertools.product(args.target_share, args.frozen_dtype, fields):
+                wasi = {"target_share": share, "frozen_dtype": unless_float32(frozen)}
+                yield settings_of(args, method, dtype, mode, update or DEFAULT_UPDATE, wasi=wasi)
         else:
             yield settings_of(args, method, dtype)
 
@@ -193,18 +197,20 @@ def settings_of(
     mode: str | None = None,
     update: str | None = None,
     residual: dict[str, Any] | None = None,
+    wasi: dict[str, Any] | None = None,
 ) -> Settings:
     """Returns the settings of a run, but for learning rates and seed; None is what a key leaves out."""
-    wasi = method == "wasi"
+    given = wasi or {}
     return {
         "method": method,
         "memory_mode": mode,
         "update": update,
         "residual": residual or {},
         "prepare": (args.prepare or None) if method == "residual" else None,
-        "target_share": args.target_share if wasi else None,
-        "activation_ranks": (args.activation_ranks or None) if wasi else None,
-        "repair_steps": args.repair_steps if wasi else None,
+        "target_share": given.get("target_share"),
+        "frozen_dtype": given.get("frozen_dtype"),
+        "activation_ranks": (args.activation_ranks or None) if method == "wasi" else None,
+        "repair_steps": args.repair_steps if method == "wasi" else None,
         **precision(dtype, args.base_dtype),
         "steps": args.steps,
         "batch_size": args.batch_size,
@@ -218,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--method", nargs="+", choices=METHODS, default=["full", "lora", "residual"])
     add("--memory-mode", nargs="+", choices=MEMORY_MODES, default=["exact"])
     add_run_arguments(parser, RESULTS, torch.get_num_threads())
-    add("--target-share", type=float, default=0.4, help="WASI: share of the weights to keep")
+    add("--target-share", type=float, nargs="+", default=[0.4], help="WASI: shares of the weights to keep")
     add("--update", nargs="+", choices=UPDATES, help="WASI: what trains, where the form can")
     add("--activation-ranks", type=int, default=0, help="WASI: features of each input kept, 0: all")
     add("--repair-steps", type=int, default=TOKEN_STEPS, help="WASI: steps of the repair")
@@ -230,7 +236,8 @@ def main(arguments: list[str] | None = None) -> None:
     for settings in [] if args.summarise else every_settings(args):
         run_missing(settings, plan_of(args, GRID[settings["method"]]), args.results, JUDGED, run)
     entries = read_json(args.results)
-    print(comparison(entries, every_settings(args), JUDGED, ("perplexity_before",)), end="\n\n")
+    shares = ("kept_share",) if set(args.method) <= {"residual", "wasi"} else ()
+    print(comparison(entries, every_settings(args), JUDGED, ("perplexity_before", *shares)), end="\n\n")
     print(summary(entries))
 
 

@@ -185,8 +185,8 @@ def uniform_ranks(model: nn.Module, share: float, update: Update) -> dict[str, i
     ranks = {}
     for name, module in dense_targets(model, None).items():
         out, size = dense_weight(module).shape
-        elements = [update.elements(out, size, rank) for rank in range(1, min(out, size) + 1)]
-        ranks[name] = max(1, sum(count <= share * out * size for count in elements))
+        stored = [update.stored_bytes(out, size, rank, 4) for rank in range(1, min(out, size) + 1)]
+        ranks[name] = max(1, sum(count <= share * 4 * out * size for count in stored))
     return ranks
 
 

@@ -112,6 +112,7 @@ def prepared_once(model: nn.Module, config: Any, key: Mapping[str, Any], prepare
         "rank_pattern": config.rank_pattern,
         "update": config.update,
         "update_rank": config.layer_update.side_rank,
+        "frozen_dtype": config.frozen_dtype,
         "versions": environment()["versions"],
         "code": code_digest(),
         "threads": torch.get_num_threads(),  # they decide in which order sums are taken

@@ -18,6 +18,7 @@ Settings = dict[str, Any]
 Entries = dict[str, Any]
 DTYPES = ("float32", "bfloat16")
 BEST = "best"
+PARAMETERS = "float32"  # of --frozen-dtype: WasiConfig(frozen_dtype=None)
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, results: Path, threads: i
         results: Its JSON file.
         threads: By default.
     """
+    from wasi_peft.forms.frozen import FROZEN
     from wasi_peft.forms.residual import RESIDUALS
 
     add = parser.add_argument
@@ -180,6 +182,13 @@ def add_run_arguments(parser: argparse.ArgumentParser, results: Path, threads: i
     add("--residual", nargs="+", choices=RESIDUALS, default=["int8"], help="residual: how the frozen weight is kept")
     add("--rank", type=int, nargs="+", default=[None], help="residual: K (default: that of WasiConfig)")
     add("--prepare", type=int, default=0, help="residual: calibration batches; 0: the adapter alone, no preparation")
+    add(
+        "--frozen-dtype",
+        nargs="+",
+        choices=(*FROZEN, PARAMETERS),
+        default=[PARAMETERS],
+        help="wasi: how factors that do not train are stored, at the same bytes (float32: as what trains)",
+    )
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="bfloat16: autocast, in training and testing")
     add("--base-dtype", choices=DTYPES, default="float32", help="bfloat16: the model is loaded in it (with autocast)")
 
@@ -210,8 +219,9 @@ def precision(dtype: str, base_dtype: str) -> Settings:
     """
     if base_dtype == "bfloat16" and dtype == "float32":
         raise ValueError("--base-dtype bfloat16 needs --dtype bfloat16, got --dtype float32")
-    return {"dtype": _unless_float32(dtype), "base_dtype": _unless_float32(base_dtype)}
+    return {"dtype": unless_float32(dtype), "base_dtype": unless_float32(base_dtype)}
 
 
-def _unless_float32(dtype: str) -> str | None:
+def unless_float32(dtype: str) -> str | None:
+    """Returns a dtype as settings name it: None is float32."""
     return None if dtype == "float32" else dtype

@@ -49,6 +49,20 @@ def test_entries_keep_their_names(accuracy_benchmark: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("script", ["finetune_accuracy", "finetune_perplexity"])
+def test_frozen_factors_in_few_bits_are_further_runs(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each storage at each share; those of parameters are called what they were without the option."""
+    module = importlib.import_module(script)
+    names: list[str] = []
+    monkeypatch.setattr(module, "run_missing", lambda settings, *_: names.append(module.key_of(settings)))
+    command = ["--method", "wasi", "--target-share", "0.25", "0.5", "--results", "none.json"]
+    module.main(command)
+    plain = names.copy()
+    names.clear()
+    module.main([*command, "--frozen-dtype", "float32", "int8"])
+    assert [name for name in names if "int8" not in name] == plain and len(plain) == 2 and len(set(names)) == 4
+
+
 def test_prepared_factors_depend_on_no_seed_and_no_mode(
     accuracy_benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,16 @@ def test_inspect_adapter_with_cores(run: Any, tmp_path: Path) -> None:
     assert data["kept_share"] == model.wasi_summary().kept_share
 
 
+@pytest.mark.parametrize("update", ["frozen_basis", "core"])
+@pytest.mark.parametrize("stored", ["int8", "bfloat16"])
+def test_inspect_adapter_with_factors_in_few_bits(run: Any, tmp_path: Path, update: str, stored: str) -> None:
+    model = wasi_model(ARCHITECTURES["vit"].model(), weight_rank=3, update=update, frozen_dtype=stored)
+    model.save_pretrained(tmp_path)
+    data = json.loads(run("inspect", str(tmp_path), "--json"))
+    assert data["kept_share"] == model.wasi_summary().kept_share
+    assert [layer["weight_rank"] for layer in data["layers"]] == [3] * 12
+
+
 @pytest.mark.parametrize("update", ["factor", "frozen_basis", "core", "low_rank"])
 def test_inspect_adapter_made_from_a_plan(run: Any, assets: Path, tmp_path: Path, update: str) -> None:
     plan = WasiPlan.load(assets / "plan.json")

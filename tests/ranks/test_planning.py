@@ -153,6 +153,7 @@ def test_plan_round_trip(tmp_path: Path) -> None:
         "update_rank": None,
         "residual_update": None,
         "bytes_per_element": 4,
+        "frozen_dtype": None,
         "layers": {
             "blocks.0.q": {
                 "out_features": 8,

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..cost.estimate import OPTIMIZERS, Estimate, estimate_wasi
 from ..cost.profile import ROUNDS, StepProfile, profile_wasi
 from ..factors.calibration import Calibration, calibrate_wasi
+from ..forms.frozen import FROZEN
 from ..forms.residual import RESIDUALS
 from ..memory.modes import MEMORY_MODES
 from ..planner.planner import BUDGETS, DEFAULT_FORMS, plan_wasi
@@ -171,10 +172,13 @@ def _add_batch_options(command: argparse.ArgumentParser) -> None:
         type=_count,
         help="directions that train beside the factors (what a plan says)",
     )
+    command.add_argument(
+        "--frozen-dtype", choices=tuple(FROZEN), help="how factors that do not train are stored (what a plan says)"
+    )
 
 
 def _update(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"update": arguments.update, "update_rank": arguments.update_rank}
+    return {name: getattr(arguments, name) for name in ("update", "update_rank", "frozen_dtype")}
 
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:
@@ -277,7 +281,8 @@ def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
 def _plan_as_injected(config: WasiConfig) -> WasiPlan:
     """The plan of an adapter, with the update and the memory mode that the adapter has, whatever it was made for."""
     plan = WasiPlan.from_dict(config.plan)
-    return replace(plan, memory_mode=config.memory_mode, update=config.update, update_rank=config.update_rank)
+    fields = ("memory_mode", "update", "update_rank", "frozen_dtype")
+    return replace(plan, **{name: getattr(config, name) for name in fields})
 
 
 def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
@@ -294,6 +299,10 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
             slices = {key: file.get_slice(key) for key in file.keys()}
             shapes = {key: each.get_shape() for key, each in slices.items()}
             widths = {key: 2 if each.get_dtype() in ("F16", "BF16") else 4 for key, each in slices.items()}
+            for key in list(shapes):  # a factor in few bits is as large as its codes or values
+                factor, _, stored = key.rpartition(".")
+                if stored in ("codes", "values"):
+                    shapes[factor] = shapes[key]
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from error
     places = (key.partition(".wasi_form.")[0] for key in shapes if ".wasi_form." in key)
@@ -312,7 +321,8 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
             raise ValueError(
                 f"{path}: {key} must stand with {prefix}{missing[0]} for update={update.name!r}, got none."
             )
-        layers.append(LayerSummary(name, L[0], R[1], L[1], update, widths[key]))
+        width = widths[f"{place}.wasi_form.{prefix}{update.trained[0]}"]
+        layers.append(LayerSummary(name, L[0], R[1], L[1], update, width))
     if not layers:
         raise ValueError(f"{path}: must hold WASI factors, got none.")
     return config, WasiSummary(folder.name, tuple(layers))

@@ -261,11 +261,10 @@ def _prepared(model: nn.Module, config: PeftConfig | None, arguments: Arguments,
 
 
 def _decide_products(twin: nn.Module, autocast: _Autocast) -> None:
-    """How layers multiply by a residual is measured on real tensors, as the model's own would be."""
-    for _, layer in wasi_layers(twin):
-        residual = layer.residual
-        if isinstance(residual, Int8Residual):
-            residual.products.decide(residual.device, autocast.dtype if autocast.enabled else residual.dtype)
+    """How layers multiply by int8 codes is measured on real tensors, as the model's own would be."""
+    for module in twin.modules():
+        if isinstance(module, Int8Residual):
+            module.products.decide(module.codes.device, autocast.dtype if autocast.enabled else module.dtype)
 
 
 @contextmanager

@@ -113,6 +113,7 @@ class LayerTimer:
             form = ResidualLinear(RESIDUALS[update.residual](dense, self._products), rank, bias=False)
         for part in form.parts:
             form.part(part).requires_grad_(part in update.trained)
+        update.store(form, self._products)
         return form
 
     def _layer(

@@ -130,7 +130,7 @@ def preprocess_wasi(
         directions = initial_rank(rank, update.side_rank, dense_weight(module).shape)
         initial = calibration.factors(name, module, directions)
         made_for = rank_or_threshold, resolved.weight_share, update.name, update.side_rank
-        layers[name] = PreparedLayer(initial, rank, *made_for)
+        layers[name] = PreparedLayer(initial, rank, *made_for, frozen_dtype=update.frozen_dtype)
     factors = WasiFactors(layers)
     if repair_steps and batches is not None:
         factors = chosen.run(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)

@@ -167,8 +167,8 @@ class CompressedResidual(ExactResidual):
         """What it stores."""
         return self.layer.form
 
-    def dense_weight(self) -> Tensor:
-        return self.layer.dense_weight()
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.layer.dense_weight().to(dtype or self.dtype)
 
     def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
         return self.form.product(x, rounded, thin)

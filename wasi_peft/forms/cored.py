@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .factored import FactoredLinear, check_rank
@@ -58,10 +57,9 @@ class CoredLinear(FactoredLinear):
         return self.L @ self.M, self.R
 
     def fold(self) -> FactoredLinear:
-        """The core multiplied into L: two factors that compute the same up to rounding."""
-        L = (self.L.detach().double() @ self.M.detach().double()).to(self.L.dtype)
+        """The core multiplied into L: two factors that compute the same up to rounding, both parameters."""
+        L = (self.L.detach().double() @ self.M.detach().double()).to(self.dtype)
         return FactoredLinear.from_parts({"L": L, "R": self.R}, self.bias, self.dense_class)
 
     def forward(self, x: Tensor) -> Tensor:
-        L, M, R, bias = self.cast(x.dtype, self.L, self.M, self.R, self.bias)
-        return F.linear(F.linear(F.linear(x, R), M), L, bias)
+        return self.multiply(self.multiply(self.multiply(x, "R"), "M"), "L", self.bias)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +14,7 @@ from typing_extensions import Self
 
 from ..linalg.low_bit import RoundedRows
 from .dense import FactoredWeight, build_dense, is_transposed
-from .products import Thin, add_thin
+from .products import ProductChoice, Thin, add_thin
 
 
 def check_rank(name: str, rank: Any, out_features: int, in_features: int) -> None:
@@ -37,7 +39,7 @@ class FactoredLinear(nn.Module):
 
     An ordinary module: `state_dict`, `to`, deepcopy, pickle, `torch.export` and FSDP see contiguous parameters, named
     wasi_L, wasi_R and bias: PEFT knows what belongs to an adapter by the prefix. `weight` answers what model code asks
-    of a dense weight (:class:`dense.FactoredWeight`).
+    of a dense weight (:class:`dense.FactoredWeight`). Parts that do not train can be in few bits (:meth:`store`).
 
     **Shape**
         - L: (out, K); R: (K, in); bias: (out,) or None
@@ -83,8 +85,16 @@ class FactoredLinear(nn.Module):
     bias: nn.Parameter | None
 
     def part(self, name: str) -> nn.Parameter:
-        """A parameter by its name in `parts`; in the tenth of the time that attribute access takes."""
-        return self._parameters[self.prefix + name]  # type: ignore[return-value]
+        """A parameter by its name in `parts`; in the tenth of the time that attribute access takes.
+
+        Of a part in few bits, its restored values, a tensor of its own.
+        """
+        part = self._parameters.get(self.prefix + name)
+        return self.frozen(name).dense_weight(self.dtype) if part is None else part
+
+    def frozen(self, name: str) -> Any:
+        """What a part in few bits is stored as (:data:`frozen.FROZEN`); None for a parameter."""
+        return self._modules.get(self.prefix + name)
 
     @property
     def L(self) -> nn.Parameter:
@@ -132,10 +142,73 @@ class FactoredLinear(nn.Module):
         form._hold(contiguous, None if bias is None else bias.detach().clone(), dense_class)
         return form
 
+    def copy(self) -> Self:
+        """Another form with copies of all tensors."""
+        return copy.deepcopy(self)
+
+    # ---------------------------------------------------------------- parts in few bits
+
+    def store(
+        self,
+        names: Iterable[str],
+        stored_cls: Callable[[nn.Module, ProductChoice], nn.Module],
+        products: ProductChoice,
+    ) -> None:
+        """Round parts that do not train, in place: they are submodules then, `wasi_R.codes` and the like in files.
+
+        Args:
+            names: Of the parts.
+            stored_cls: What they are stored as (:data:`frozen.FROZEN`).
+            products: How the layers of a model multiply by int8 codes.
+
+        Example:
+            >>> from wasi_peft.forms.frozen import FROZEN
+            >>> form = FactoredLinear(8, 6, rank=2)
+            >>> form.store(["R"], FROZEN["int8"], ProductChoice())
+            >>> list(form.state_dict()), form.R.shape
+            (['wasi_L', 'bias', 'wasi_R.codes', 'wasi_R.scale'], torch.Size([2, 8]))
+        """
+        for name in names:
+            value = self.part(name).detach()
+            del self._parameters[self.prefix + name]
+            self.add_module(self.prefix + name, stored_cls(build_dense(nn.Linear, value, None), products))
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, parts in few bits are frozen parameters with the values that they stand for; rounded again after."""
+        stored = {name: self.frozen(name) for name in self.parts if self.frozen(name) is not None}
+        for name in stored:
+            value = self.part(name)
+            del self._modules[self.prefix + name]
+            self.register_parameter(self.prefix + name, nn.Parameter(value, requires_grad=False))
+        try:
+            yield
+        finally:
+            for name, frozen in stored.items():
+                self.store([name], type(frozen), frozen.products)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of all that is stored, as in a state dict."""
+        yield from self.named_parameters()
+        yield from self.named_buffers()
+
+    # ---------------------------------------------------------------- what it is and computes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(iter(self._parameters.values())).dtype  # type: ignore[union-attr]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return next(iter(self._parameters.values())).device  # type: ignore[union-attr]
+
     @property
     def weight_rank(self) -> int:
         """K."""
-        return int(self.L.shape[1])
+        frozen = self.frozen("L")
+        return int(self.L.shape[1] if frozen is None else frozen.in_features)
 
     @property
     def rank(self) -> int:
@@ -155,8 +228,7 @@ class FactoredLinear(nn.Module):
         """Stand-in for the dense weight, in the layout of `dense_class`; multiplied out only on use."""
         shape = (self.out_features, self.in_features)
         transposed = is_transposed(self.dense_class)
-        L = self.L
-        return FactoredWeight(shape[::-1] if transposed else shape, L.dtype, L.device, self.multiply_out)
+        return FactoredWeight(shape[::-1] if transposed else shape, self.dtype, self.device, self.multiply_out)
 
     def multiply_out(self) -> Tensor:
         """The dense weight, in the layout of `dense_class`."""
@@ -186,8 +258,15 @@ class FactoredLinear(nn.Module):
         **Shape**
             - x: (..., in); returns (..., out)
         """
-        outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
-        return F.linear(F.linear(x, inner), outer, bias)
+        return self.multiply(self.multiply(x, "R"), "L", self.bias)
+
+    def multiply(self, x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
+        """`x P^T + b` with one part P, however it is stored, in the dtype of x."""
+        frozen = self.frozen(name)
+        if frozen is None:
+            return F.linear(x, self.part(name).to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y: Tensor = frozen.multiply(x)
+        return y if bias is None else y + bias.to(y.dtype)
 
     @staticmethod
     def cast(dtype: torch.dtype, *parts: Any) -> Any:

@@ -26,7 +26,7 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of te
 
 
 class Residual(nn.Module, ABC):
-    """A frozen linear layer of which factors can train an addition.
+    """A frozen linear layer of which factors can train an addition; also a factor that does not train (:mod:`frozen`).
 
     An ordinary module: what it holds are buffers, and a frozen bias. Its `weight` answers what model code asks of a
     dense weight.
@@ -132,8 +132,12 @@ class Residual(nn.Module, ABC):
         return self._like.device
 
     @abstractmethod
-    def dense_weight(self) -> Tensor:
-        """The weight that this stands for, (out, in), a tensor of its own or the dense weight itself."""
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight that this stands for, (out, in), a tensor of its own or the dense weight itself.
+
+        Args:
+            dtype: To restore it in; by default that of the dense layer.
+        """
 
     @abstractmethod
     def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
@@ -186,7 +190,10 @@ class Residual(nn.Module, ABC):
         kept = dict(self._buffers)
         super()._apply(fn, recurse)
         if "_like" in self.__dict__:
-            self._like = fn(self._like)
+            like = self._like
+            if like.is_meta:  # of a layer that was made there, and whose buffers have been loaded since
+                like = like.new_empty(0, device=next(self.buffers()).device)
+            self._like = fn(like)
         for name, buffer in self._buffers.items():
             before = kept[name]
             if buffer is not None and before is not None and buffer.dtype != before.dtype:
@@ -244,10 +251,10 @@ class ExactResidual(Residual):
     def device(self) -> torch.device:
         return self.module.weight.device  # type: ignore[return-value]
 
-    def dense_weight(self) -> Tensor:
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         if self._dtype is not None:
-            return dense_weight(self.module)
-        weight: Tensor = self.module.weight.detach()  # type: ignore[operator]
+            return dense_weight(self.module).to(dtype)
+        weight: Tensor = self.module.weight.detach().to(dtype)  # type: ignore[operator]
         return weight.T if is_transposed(self.dense_class) else weight
 
     def to_dense(self) -> nn.Module:
@@ -284,8 +291,9 @@ class Int8Residual(Residual):
     def layout(out_features: int, in_features: int) -> Layout:
         return {"scale": ((out_features, 1), torch.float32), "codes": ((out_features, in_features), torch.int8)}
 
-    def dense_weight(self) -> Tensor:
-        return (self.codes * self.scale.to(_at_least_float32(self.dtype))).to(self.dtype)
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        return (self.codes * self.scale.to(_at_least_float32(dtype))).to(dtype)
 
     def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
         return self.products.product(x, self.codes).forward(x, self.codes, self.scale, rounded, thin)
@@ -326,9 +334,10 @@ class Int4Residual(Residual):
         groups = Groups(self.codes[start:stop], self.scale[start:stop], self.smallest[start:stop])
         return restore_groups(groups, self.in_features, dtype)
 
-    def dense_weight(self) -> Tensor:
-        parts, dtype = tiles(self.out_features, self.in_features), _at_least_float32(self.dtype)
-        return torch.cat([self._tile(start, stop, dtype).to(self.dtype) for start, stop in parts])
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        parts, dtype = tiles(self.out_features, self.in_features), dtype or self.dtype
+        exact = _at_least_float32(dtype)
+        return torch.cat([self._tile(start, stop, exact).to(dtype) for start, stop in parts])
 
     def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
         sizes = self.out_features, self.in_features

@@ -73,10 +73,10 @@ class SplitLinear(FactoredLinear):
         return joined(self.L, self.R, self.B, self.A)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[:-1].numel() >= FEW_ROWS:
-            return super().forward(x)
-        L, R, B, A, bias = self.cast(x.dtype, self.L, self.R, self.B, self.A, self.bias)
-        return F.linear(F.linear(x, R), L, bias) + F.linear(F.linear(x, A), B)
+        if x.shape[:-1].numel() < FEW_ROWS or self.frozen("R") is not None:
+            return super().forward(x) + self.multiply(self.multiply(x, "A"), "B")
+        outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
+        return F.linear(F.linear(x, inner), outer, bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, side_rank={len(self.A)}"

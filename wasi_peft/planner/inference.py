@@ -50,6 +50,7 @@ def fold_cores(model: Any) -> None:
         layer.fold(layer.active_name)
         config = model.peft_config[layer.active_name]
         config.update, config.update_rank = layer.update.name, layer.update.side_rank or None
+        config.frozen_dtype = layer.update.frozen_dtype
 
 
 def merge_slow_layers(model: nn.Module, batch: Any, *, least_gain: float = 0.05) -> dict[str, float]:
@@ -110,8 +111,8 @@ def merge_slow_layers(model: nn.Module, batch: Any, *, least_gain: float = 0.05)
 
 def _kind(layer: WasiLayer) -> tuple[Any, ...]:
     assert layer.active_name is not None
-    L = layer.form.L
-    return layer.out_features, layer.in_features, layer.rank(layer.active_name), L.dtype, L.device
+    form = layer.form
+    return layer.out_features, layer.in_features, layer.rank(layer.active_name), form.dtype, form.device
 
 
 @torch.no_grad()
@@ -125,13 +126,13 @@ def dense_over_factored(layer: WasiLayer, rows: int, evicted_bytes: int) -> floa
             other layers run in between.
     """
     assert layer.active_name is not None
-    L = layer.form.L
-    x = torch.randn(rows, layer.in_features, dtype=L.dtype, device=L.device)
+    options: dict[str, Any] = {"device": layer.form.device}
+    x = torch.randn(rows, layer.in_features, dtype=layer.form.dtype, **options)
     forms: tuple[Any, ...] = layer, layer.get_dense_layer(layer.active_name)
-    scratch = torch.zeros(evicted_bytes, dtype=torch.uint8, device=L.device)
+    scratch = torch.zeros(evicted_bytes, dtype=torch.uint8, **options)
     best = [math.inf, math.inf]
     for _ in range(TIMED_RUNS):
         for index, form in enumerate(forms):
             scratch.add_(1)
-            best[index] = min(best[index], timed(functools.partial(form, x), L.device))
+            best[index] = min(best[index], timed(functools.partial(form, x), layer.form.device))
     return best[1] / best[0]

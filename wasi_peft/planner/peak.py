@@ -36,6 +36,7 @@ _KEPT_FIELDS = (
     "activation_interval",
     "update",
     "update_rank",
+    "frozen_dtype",
     "memory_mode",
     "base_weight",
     "residual_product",

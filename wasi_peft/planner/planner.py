@@ -142,7 +142,7 @@ def plan_wasi(
     beside = asked.update if asked.residual is not None else None
     offered = with_forms(spectra, chosen_forms, asked.weight_rank or RESIDUAL_RANK, beside or RESIDUAL_UPDATE)
 
-    def plan_for(problem: Problem) -> WasiPlan:
+    def ranks_for(problem: Problem) -> WasiPlan:
         if name == "weight_share":
             if not any(spectrum.forms for spectrum in problem.spectra):
                 ranks = allocate_ranks(problem.spectra, value)
@@ -158,6 +158,10 @@ def plan_wasi(
             work = Seconds(problem, measure)
         return plan_work(problem, work, value, training=name in ("training_flops", "step_seconds"))
 
+    def plan_for(problem: Problem) -> WasiPlan:
+        made_for = {field: getattr(config, field) for field in ("update", "update_rank", "frozen_dtype")}
+        return replace(ranks_for(problem), **made_for)
+
     weight = dense_weight(next(iter(targets.values())))
     measure = timer or LayerTimer(weight.dtype, weight.device, config.layer_update, config.residual_product)
     try:
@@ -169,7 +173,7 @@ def plan_wasi(
         ) from infeasible
     if FACTORS in chosen_forms and len(chosen_forms) > 1:
         plan = _never_worse(plan, plan_for, Problem(spectra, shapes, {name: value}))
-    return replace(plan, update=config.update, update_rank=config.update_rank)
+    return plan
 
 
 def _never_worse(plan: WasiPlan, plan_for: Callable[[Problem], WasiPlan], factors: Problem) -> WasiPlan:

@@ -98,6 +98,7 @@ class WasiPlan:
         update_rank: Directions that the update trains beside the factors, None for an update without any.
         residual_update: The update of additions to residuals; "addition" for None.
         bytes_per_element: Of dense weights, and of factors.
+        frozen_dtype: In what factors that do not train are stored, None for parameters; of the update.
 
     Raises:
         ValueError: If no layer is to be replaced, a name appears twice, `budget` is not a dict of JSON values, the
@@ -118,6 +119,7 @@ class WasiPlan:
     update_rank: int | None = None
     residual_update: str | None = None
     bytes_per_element: int = 4
+    frozen_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.memory_mode not in (None, *MEMORY_MODES):
@@ -126,7 +128,8 @@ class WasiPlan:
             raise ValueError(f"a plan's update must be one of {list(UPDATES)}, got {self.update!r}.")
         if self.update_rank is not None:
             _check_whole("a plan's update_rank", self.update_rank)
-        if (self.update_rank or 0) != (0 if self.update is None else self.layer_update.side_rank):
+        update = self.layer_update  # raises where it does not go together with frozen_dtype
+        if (self.update_rank or 0) != (0 if self.update is None else update.side_rank):
             raise ValueError(
                 f"a plan's update_rank must be the number of directions that its update trains beside the factors, or "
                 f"None where it trains none, got {self.update_rank!r} with {self.update!r}."
@@ -159,7 +162,7 @@ class WasiPlan:
     @property
     def layer_update(self) -> Update:
         """The update of factors that the plan was made for; the default one where it names none."""
-        return make_update(self.update or DEFAULT_UPDATE, self.update_rank)
+        return make_update(self.update or DEFAULT_UPDATE, self.update_rank, None, self.frozen_dtype)
 
     def update_of(self, layer: LayerPlan) -> Update:
         """What of a layer trains, and how."""
@@ -191,7 +194,7 @@ class WasiPlan:
         exact = [self.input_kept(layer) for layer in self.layers].count("exact")
         asked = ", ".join(f"{key}={value}" for key, value in self.budget.items())
         text = f"WASI plan for {asked}" if asked else "WASI plan"
-        for name in ("memory_mode", "update", "update_rank", "residual_update"):
+        for name in ("memory_mode", "update", "update_rank", "frozen_dtype", "residual_update"):
             text += f", {name}={value!r}" if (value := getattr(self, name)) is not None else ""
         mixed = ", ".join(f"{forms[form]} {form}" for form in FORMS if forms[form])
         return (
@@ -239,6 +242,7 @@ class WasiPlan:
             "update_rank": self.update_rank,
             "residual_update": self.residual_update,
             "bytes_per_element": self.bytes_per_element,
+            "frozen_dtype": self.frozen_dtype,
             "layers": {entry.pop("name"): entry for entry in entries},
         }
 
@@ -254,6 +258,7 @@ class WasiPlan:
         if type(data.get("format")) is not int or data["format"] != FORMAT:
             raise ValueError(f"a plan must have format {FORMAT}, got {data.get('format')!r}.")
         names = [each.name for each in fields(cls)]
+        data = {"frozen_dtype": None, **data}  # which a file may leave out
         _check_keys("a plan", data, ("format", *names))
         layers = tuple(layer_plan(name, entry) for name, entry in data["layers"].items())
         return cls(layers, **{name: data[name] for name in names if name != "layers"})

@@ -93,7 +93,8 @@ def _split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
             for name, update in module.wasi_update.items():
                 form = module.form_of(name)
                 for part in form.parts:
-                    kinds[id(form.part(part))] = "basis" if part == update.basis else "factors"
+                    if form.frozen(part) is None:
+                        kinds[id(form.part(part))] = "basis" if part == update.basis else "factors"
         elif isinstance(module, AuxiliaryTrainingWrapper):
             kinds.update({id(parameter): "head" for parameter in module.parameters()})
     for parameter in model.parameters():

@@ -50,7 +50,8 @@ def resize_rank(model: Any, name: str, rank: int, optimizer: torch.optim.Optimiz
     A smaller rank keeps the directions that matter most to the update: the best approximation of `L R` where factors
     train as they are, the largest singular values of what trains where its coordinates are white
     (:meth:`updates.base.Update.shrink`). With a larger one the layer computes the same: of each new direction one side
-    is random, the other zero (:meth:`updates.base.Update.grow`).
+    is random, the other zero (:meth:`updates.base.Update.grow`). Factors in few bits are restored, resized and rounded
+    again, which where they turned costs what rounding does.
 
     Parameters stay the same objects, so they keep their places in the optimizer. Its state follows: averages of
     gradients are rotated into the new basis, those of squares by the squared rotation, new directions start at zero.
@@ -79,9 +80,10 @@ def resize_rank(model: Any, name: str, rank: int, optimizer: torch.optim.Optimiz
         raise ValueError(f"{name}: rank must be an integer from 1 to {largest}, got {rank!r}.")
     adapter = layer.active_name
     layer._require_loaded(adapter)
-    present, carry = layer.form.weight_rank, Carry(optimizer)
-    if rank != present:
-        (layer.update.shrink if rank < present else layer.update.grow)(layer.form, rank, carry)
+    form, update, carry = layer.form, layer.update, Carry(optimizer)
+    if rank != form.weight_rank:
+        with form.restored():
+            (update.shrink if rank < form.weight_rank else update.grow)(form, rank, carry)
     config = copy.copy(model.peft_config[adapter])  # another adapter may have the same object
     if config.resolved_ranks is not None:
         config.resolved_ranks = {**config.resolved_ranks, name: rank}

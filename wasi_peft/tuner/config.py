@@ -67,11 +67,17 @@ class WasiConfig(PeftConfig):
         residual (`Optional[str]`, default 'auto'):
             The frozen weight beside the factors: 'int8', one scale an output channel; 'int4', groups of 32; 'exact',
             the dense weight as it is; None for factors alone. 'auto' is 'int8', unless factors alone are asked for, by
-            `weight_share`, `explained_variance_threshold`, `plan` or an update that cannot train beside a residual.
+            `weight_share`, `explained_variance_threshold`, `plan`, `frozen_dtype` or an update that cannot train
+            beside a residual.
         residual_product (`Optional[str]`):
-            How products with an int8 weight are computed: 'int8' (rows are rounded on the way), 'restored' (the weight
-            is restored in the dtype of the rows, a tile at a time: exact) or 'bfloat16'; by default what is fastest on
-            this machine, measured.
+            How products with an int8 weight or factor are computed: 'int8' (rows are rounded on the way), 'restored'
+            (it is restored in the dtype of the rows, a tile at a time: exact) or 'bfloat16'; by default what is
+            fastest on this machine, measured.
+        frozen_dtype (`Optional[str]`):
+            For factors: in what those that do not train are stored, R with 'frozen_basis', L and R with 'low_rank' and
+            'core': 'int8', codes with one float32 scale a row, or 'bfloat16'; by default what `plan` says, else in the
+            dtype of the model. What they are rounded to counts in bytes, so a `weight_share` keeps more directions.
+            Not with 'subspace' and 'factor', which train both.
         explained_variance_threshold (`Optional[float]`):
             For factors: share of energy that each layer keeps, in (0, 1], by default 0.95; the rank is the smallest
             one that reaches it. After [`preprocess_wasi`] the energy is what dropping a direction costs the model,
@@ -83,7 +89,7 @@ class WasiConfig(PeftConfig):
             Ranks by layer name or regular expression (matched as in LoRA, against the end of the name); they override
             `weight_rank` and the threshold.
         weight_share (`Optional[float]`):
-            Budget for all targeted layers together instead of the threshold: elements of all factors over those of all
+            Budget for all targeted layers together instead of the threshold: bytes of all factors over those of all
             dense weights, in (0, 1]. Ranks are allocated across layers by kept energy per parameter, from the energies
             of [`preprocess_wasi`], else from those of the weights, each relative to its layer's total, in steps that
             suit matrix products. Not together with `weight_rank` or `rank_pattern`.
@@ -159,6 +165,10 @@ class WasiConfig(PeftConfig):
     residual_product: str | None = field(
         default=None,
         metadata={"help": "How int8 products are computed: 'int8', 'restored', 'bfloat16'; None: fastest."},
+    )
+    frozen_dtype: str | None = field(
+        default=None,
+        metadata={"help": "How factors that do not train are stored: 'int8', 'bfloat16'; None: as the model."},
     )
     explained_variance_threshold: float | None = field(
         default=None, metadata={"help": "Factors: share of energy that each layer keeps, in (0, 1]; decides its rank."}
@@ -254,6 +264,8 @@ class WasiConfig(PeftConfig):
             for name in ("memory_mode", "update", "update_rank"):
                 if getattr(self, name) is None:
                     setattr(self, name, getattr(plan, name))
+            if self.frozen_dtype is None and self.update == plan.update:
+                self.frozen_dtype = plan.frozen_dtype
         if self.memory_mode is None:
             self.memory_mode = "exact"
         self._resolve_residual()
@@ -269,10 +281,11 @@ class WasiConfig(PeftConfig):
         takes_residual = self.update is None or UPDATES[self.update].takes_residual
         asks = [name for name in _OF_FACTORS if getattr(self, name) is not None]
         if self.residual == AUTO:
-            self.residual = None if asks or not takes_residual else DEFAULT_RESIDUAL
+            of_factors = asks or self.frozen_dtype is not None or not takes_residual
+            self.residual = None if of_factors else DEFAULT_RESIDUAL
         if self.update is None:
             self.update = DEFAULT_UPDATE if self.residual is None else RESIDUAL_UPDATE
-        make_update(self.update, None, self.residual)  # raises where they do not go together
+        make_update(self.update, None, self.residual, self.frozen_dtype)  # raises where they do not go together
         if self.residual is None:
             if self.explained_variance_threshold is None:
                 self.explained_variance_threshold = KEPT_ENERGY
@@ -394,7 +407,7 @@ class WasiConfig(PeftConfig):
     @property
     def layer_update(self) -> Update:
         """What of each layer trains, and how; of factors where a plan chooses a form for each layer."""
-        return make_update(self.update or DEFAULT_UPDATE, self.update_rank, self.residual)
+        return make_update(self.update or DEFAULT_UPDATE, self.update_rank, self.residual, self.frozen_dtype)
 
     def update_of(self, name: str) -> Update:
         """The same of one layer, by its full name."""

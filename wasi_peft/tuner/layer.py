@@ -199,19 +199,17 @@ class WasiLayer(BaseTunerLayer):
         """
         update, like = config.update_of(name), self._like
         form: FactoredLinear
-        if isinstance(initial, ResidualLinear):
+        if isinstance(initial, FactoredLinear):
             form = initial.copy()
-        elif isinstance(initial, FactoredLinear):
-            parts = {part: getattr(initial, part).clone() for part in initial.parts}
-            form = type(initial).from_parts(parts, initial.bias, self.dense_class)
         elif initial is None:
-            form = self._new_form(update, rank, like)
-            if config.awaits_loading:
-                for parameter in form.parameters():
-                    parameter.data.fill_(torch.nan)
+            form = self._new_form(update, rank, like, ProductChoice(config.residual_product))
         else:
             form = update.form_of(initial, rank, self.dense_class, like)
+            update.store(form, ProductChoice(config.residual_product))
         if initial is None and config.awaits_loading:
+            for _, tensor in form.tensors():
+                if tensor.is_floating_point():  # codes have no NaN, but their scales do
+                    tensor.data.fill_(torch.nan)
             self._awaiting.add(adapter_name)
         fresh = isinstance(initial, InitialFactors) and initial.residual is not None and not initial.met_data
         (self._fresh.add if fresh else self._fresh.discard)(adapter_name)
@@ -223,17 +221,23 @@ class WasiLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._watch_steps()
 
-    def _new_form(self, update: Update, rank: int, like: Tensor) -> FactoredLinear:
+    def _new_form(self, update: Update, rank: int, like: Tensor, products: ProductChoice) -> FactoredLinear:
         """A form with random values, on the device and in the dtype of a tensor."""
         options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         if update.residual is not None:
             return ResidualLinear(self.beside(), rank, self._has_bias, **options)
         options["dense_class"] = self.dense_class
-        return update.new_form(self.in_features, self.out_features, rank, self._has_bias, **options)
+        form = update.new_form(self.in_features, self.out_features, rank, self._has_bias, **options)
+        update.store(form, products)
+        return form
 
     def new_form(self, adapter_name: str, rank: int) -> FactoredLinear:
         """A form such as an adapter has, with another rank K and without values, on the meta device."""
-        return self._new_form(self.wasi_update[adapter_name], rank, self.form_of(adapter_name).L.to("meta"))
+        form = self.form_of(adapter_name)
+        like = torch.empty(0, dtype=form.dtype, device="meta")
+        stored = [form.frozen(part) for part in form.parts if form.frozen(part) is not None]
+        products = stored[0].products if stored else ProductChoice()
+        return self._new_form(self.wasi_update[adapter_name], rank, like, products)
 
     def _watch_steps(self) -> None:
         """Ask to be called after an optimizer's steps, where an adapter has anything to do then."""
@@ -451,9 +455,9 @@ class WasiLayer(BaseTunerLayer):
     def _settle(self) -> None:
         """Check whether awaited factors have arrived; once all layers have theirs, the dense weights may go."""
         for name in list(self._awaiting):
-            parameters = list(self.form_of(name).parameters())
-            if not any(part.is_meta for part in parameters) and all(
-                bool(part.isfinite().all()) for part in parameters
+            tensors = [tensor for _, tensor in self.form_of(name).tensors()]
+            if not any(tensor.is_meta for tensor in tensors) and all(
+                bool(tensor.isfinite().all()) for tensor in tensors
             ):
                 self._awaiting.discard(name)
                 self._freeze_non_trainable_peft_weights(name)  # a loader may have replaced the parameters
@@ -540,7 +544,7 @@ class Linear(nn.Module, WasiLayer):
 
         form: Any = self._forms[name]
         update = self.wasi_update[name]
-        compute_dtype: torch.dtype = form.part("L").dtype
+        compute_dtype: torch.dtype = form.dtype
         if torch.is_autocast_enabled(x.device.type):
             compute_dtype = torch.get_autocast_dtype(x.device.type)
         elif x.dtype != compute_dtype and x.dtype.itemsize < compute_dtype.itemsize:

@@ -41,6 +41,7 @@ class PreparedLayer:
         update: What is going to train.
         update_rank: Directions of that on top of K.
         residual: The frozen weight beside the factors, None for none.
+        frozen_dtype: In what factors that do not train will be stored, which decides ranks under a `weight_share`.
     """
 
     initial: InitialFactors
@@ -50,6 +51,7 @@ class PreparedLayer:
     update: str
     update_rank: int = 0
     residual: str | None = None
+    frozen_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "update": (str,),
     "update_rank": (int,),
     "residual": (str, type(None)),
+    "frozen_dtype": (str, type(None)),
 }
 assert set(_KINDS) == {field.name for field in fields(PreparedLayer)} - {"initial"}
 
@@ -199,6 +202,8 @@ def _parts(initial: InitialFactors) -> dict[str, Tensor]:
 
 def _read_layer(name: str, entry: Any, tensors: dict[str, Tensor]) -> PreparedLayer:
     """One layer from its entry and from its tensors, which are taken out of those of the file."""
+    if isinstance(entry, dict):
+        entry = {"frozen_dtype": None, **entry}  # which a file may leave out
     if not isinstance(entry, dict) or not set(_KINDS) <= set(entry) <= {*_KINDS, "mean_square"}:
         raise ValueError(f"the entry of {name} must have the keys {list(_KINDS)}, got {entry!r}.")
     for key, kinds in _KINDS.items():
@@ -278,6 +283,7 @@ def check_prepared(targets: Mapping[str, nn.Module], config: WasiConfig) -> dict
         ]
         if config.weight_share is not None:
             made_for.append(("weight_share", layer.weight_share, config.weight_share))
+            made_for.append(("frozen_dtype", layer.frozen_dtype, config.frozen_dtype))
         else:
             made_for.append(("rank or threshold", layer.rank_or_threshold, asked_rank(name, config)))
         for what, given, now in made_for:

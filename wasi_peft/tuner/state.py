@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 
 import torch
@@ -75,8 +75,9 @@ def forms_in(
             continue
         form = layer.form_of(adapter_name)
         forms[name] = form
-        saved = state_dict.get(f"{name}{FORM}{adapter_name}.{form.prefix}R")
-        if config.awaits_loading or saved is None or saved.dim() != 2 or isinstance(form.R, DTensor):
+        stored = next(part for part, _ in form.tensors() if part.partition(".")[0] == f"{form.prefix}R")
+        saved = state_dict.get(f"{name}{FORM}{adapter_name}.{stored}")
+        if config.awaits_loading or saved is None or saved.dim() != 2 or isinstance(form.part("L"), DTensor):
             continue
         rank = len(saved)
         if rank != form.weight_rank and 1 <= rank <= min(form.out_features, form.in_features):
@@ -92,11 +93,26 @@ def take_ranks(model: nn.Module, config: WasiConfig, adapter_name: str, state_di
         if form is there:
             continue
         for part in form.parts:
-            data = there.part(part).data
-            there.part(part).data = data.new_empty(form.part(part).shape)
+            frozen, parameter = form.frozen(part), there.part(part)
+            if frozen is not None:
+                there.add_module(form.prefix + part, frozen.to_empty(device=there.device))
+            else:
+                parameter.data = parameter.data.new_empty(form.part(part).shape)
         assert config.resolved_ranks is not None  # the adapter was injected
         config.resolved_ranks[plain_name(name.removeprefix(PEFT_PREFIX))] = form.weight_rank
         logger.info("%s: takes rank %d of what is loaded.", name, form.weight_rank)
+
+
+def _check_storage(layer: str, config: WasiConfig, own: list[str], given: Iterable[str]) -> None:
+    """Refuse factors that a file stores in other bits: `wasi_R` where `wasi_R.codes` is called for, or the reverse."""
+    for part in own:
+        factor = part.partition(".")[0]
+        stored = sorted(name for name in given if name.partition(".")[0] == factor)
+        if stored and not set(stored) & set(own):
+            raise ValueError(
+                f"{layer}: the adapter must store {factor} as {part}, by frozen_dtype={config.frozen_dtype!r} of its "
+                f"configuration, got {' and '.join(stored)}: it was saved with another one."
+            )
 
 
 def check_loadable(model: nn.Module, config: WasiConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
@@ -110,15 +126,20 @@ def check_loadable(model: nn.Module, config: WasiConfig, adapter_name: str, stat
 
     Raises:
         ValueError: If a tensor of a form, a vector or a whole module is missing, is one that the adapter does not
-            have, has another shape or kind of dtype, or holds NaN or Inf.
+            have, is stored in another way, has another shape or kind of dtype, or holds NaN or Inf.
     """
-    forms = {
-        f"{name}{FORM}{adapter_name}.{part}": (name, part, parameter)
-        for name, form in forms_in(model, config, adapter_name, state_dict).items()
-        for part, parameter in form.named_parameters()
-    }
+    given: dict[str, list[str]] = {}  # parts in the file by layer; those that the model lacks have no adapter's name
+    for key in state_dict:
+        place, separator, part = plain_name(key).removeprefix(PEFT_PREFIX).partition(FORM)
+        if separator:
+            given.setdefault(place, []).append(part.removeprefix(f"{adapter_name}."))
+    forms: dict[str, tuple[str, str, Tensor]] = {}
+    for name, form in forms_in(model, config, adapter_name, state_dict).items():
+        parts = dict(form.tensors())
+        _check_storage(name, config, list(parts), given.get(plain_name(name).removeprefix(PEFT_PREFIX), ()))
+        forms |= {f"{name}{FORM}{adapter_name}.{part}": (name, part, tensor) for part, tensor in parts.items()}
     present = model.state_dict()
-    own: dict[str, Tensor] = {key: parameter for key, (_, _, parameter) in forms.items()}
+    own: dict[str, Tensor] = {key: tensor for key, (_, _, tensor) in forms.items()}
     own |= {key: present[key] for key in _whole_module_keys(model, adapter_name) if key in present}
     own.update(vectors_by_key(model, adapter_name))
     for key, (name, part, _) in forms.items():
@@ -139,7 +160,8 @@ def check_loadable(model: nn.Module, config: WasiConfig, adapter_name: str, stat
                 f"{key}: must have shape {tuple(known.shape)}, got {tuple(value.shape)}. "
                 "The adapter belongs to another model or has other ranks."
             )
-        if value.is_floating_point() != known.is_floating_point() or value.is_complex():
+        alike = value.is_floating_point() if known.is_floating_point() else value.dtype == known.dtype
+        if not alike:
             raise ValueError(f"{key}: must be of a dtype like {known.dtype}, got {value.dtype}.")
         if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{key}: the adapter file holds NaN or Inf.")

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..forms.factored import FactoredLinear
+from ..forms.frozen import FROZEN
+from ..forms.products import ProductChoice
 from ..forms.residual import RESIDUALS, Residual, ResidualLinear
 from ..linalg.coordinates import ImageMoments
 from ..linalg.subspaces import orthonormalize
@@ -61,9 +63,11 @@ class Update(ABC):
         takes_residual: Whether the factors can be an addition to a frozen weight.
         needs_residual: Whether they can be nothing else.
         residual: Name of the frozen weight beside the factors (:data:`forms.residual.RESIDUALS`), None for none.
+        frozen_dtype: In what factors that do not train are stored (:data:`forms.frozen.FROZEN`), None for parameters.
     """
 
     residual: str | None = field(default=None, kw_only=True)
+    frozen_dtype: str | None = field(default=None, kw_only=True)
 
     name: ClassVar[str]
     form_cls: ClassVar[type[FactoredLinear]] = FactoredLinear
@@ -89,6 +93,21 @@ class Update(ABC):
     def stored_cls(self) -> type[FactoredLinear]:
         """What a layer stores, beside a residual if there is one."""
         return self.form_cls if self.residual is None else ResidualLinear
+
+    @classmethod
+    def frozen_factors(cls) -> tuple[str, ...]:
+        """Factors of the weight that do not train, so that they can be stored in few bits."""
+        return tuple(part for part in ("L", "R") if part not in cls.trained)
+
+    def store(self, form: FactoredLinear, products: ProductChoice) -> None:
+        """Round the frozen factors of a form, in place, where they are to be stored in few bits.
+
+        Args:
+            form: Of :attr:`form_cls`, with all parts as parameters.
+            products: How layers multiply by int8 codes.
+        """
+        if self.frozen_dtype is not None:
+            form.store(self.frozen_factors(), FROZEN[self.frozen_dtype], products)
 
     @property
     def keeps_image(self) -> bool:
@@ -173,7 +192,7 @@ class Update(ABC):
         return int(form.weight_rank) if self.keeps_image and getattr(form, self.trained[0]).requires_grad else 0
 
     def fold(self, form: Any) -> tuple[FactoredLinear, Update] | None:
-        """A smaller form that computes the same when training is over, and its update; None where there is none."""
+        """A form of fewer parts that computes the same after training, and its update; None where there is none."""
         return None
 
     def column_space(self, form: Any) -> Tensor | None:
@@ -214,11 +233,16 @@ class Update(ABC):
             rank: K.
             bytes_per_element: Of the dense weight, and of factors.
         """
-        elements = self.elements(out_features, in_features, rank)
-        if self.residual is None:
-            return elements * bytes_per_element
-        factors = (elements - out_features * in_features) * bytes_per_element
-        return factors + RESIDUALS[self.residual].stored_bytes(out_features, in_features, bytes_per_element)
+        sizes: list[tuple[int, int]] = []
+        stored_cls = Residual
+        if self.residual is not None:
+            stored_cls, sizes = RESIDUALS[self.residual], [(out_features, in_features)]
+        elif self.frozen_dtype is not None:
+            of_factors = {"L": (out_features, rank), "R": (rank, in_features)}
+            stored_cls, sizes = FROZEN[self.frozen_dtype], [of_factors[part] for part in self.frozen_factors()]
+        parameters = self.elements(out_features, in_features, rank) - sum(rows * columns for rows, columns in sizes)
+        frozen = sum(stored_cls.stored_bytes(rows, columns, bytes_per_element) for rows, columns in sizes)
+        return parameters * bytes_per_element + frozen
 
     def trained_elements(self, out_features: int, in_features: int, rank: int) -> int:
         """Those of them that train: gradients and optimizer states are as large."""

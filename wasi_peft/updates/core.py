@@ -24,6 +24,7 @@ from . import costs
 from .base import InitialFactors, ProductGradientSink, Update
 from .factor import Factor
 from .factored import outside_autocast
+from .image import image_linear
 from .resizing import Carry, orthonormal_to, random_rows, set_part
 
 
@@ -41,6 +42,8 @@ class Core(Update):
     def forward(
         self, form: CoredLinear, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None
     ) -> Tensor:
+        if self.frozen_dtype is not None:
+            return form.multiply(image_linear(form.multiply(x, "R"), form.M), "L", form.bias)
         return core_linear(x, form.L, form.M, form.R, form.bias)
 
     def fold(self, form: CoredLinear) -> tuple[FactoredLinear, Update]:

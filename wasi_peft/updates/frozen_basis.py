@@ -22,6 +22,7 @@ from ..linalg.tucker import Tucker
 from .addition import addition_linear, whiten_image
 from .base import InitialFactors, ProductGradientSink, Update
 from .factored import factored_linear
+from .image import image_linear
 from .resizing import Carry, random_rows, set_part
 
 
@@ -43,6 +44,8 @@ class FrozenBasis(Update):
     ) -> Tensor:
         if isinstance(form, ResidualLinear):
             return addition_linear(x, form.residual, form.L, form.R, form.bias)
+        if self.frozen_dtype is not None:
+            return image_linear(form.multiply(x, "R"), form.L, form.bias)
         return factored_linear(x, form.L, form.R, form.bias, None, tangent=False)
 
     def meet(self, form: FactoredLinear, rows: Tensor) -> None:

@@ -63,7 +63,11 @@ class LowRank(Update):
     def forward(
         self, form: SplitLinear, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None
     ) -> Tensor:
-        return low_rank_linear(x, form.L, form.R, form.B, form.A, form.bias, compressed)
+        if self.frozen_dtype is None:
+            return low_rank_linear(x, form.L, form.R, form.B, form.A, form.bias, compressed)
+        nothing = form.B.detach()[:, :0], form.A.detach()[:0]  # L and R multiply by themselves
+        kept = form.multiply(form.multiply(x, "R"), "L")
+        return kept + low_rank_linear(x, *nothing, form.B, form.A, form.bias, compressed)
 
     def image_width(self, form: SplitLinear) -> int:
         return form.B.shape[1] if form.B.requires_grad else 0
