@@ -13,6 +13,8 @@ from .factors.model_repair import repair_factors
 from .factors.prepare import preprocess_wasi
 from .factors.token_repair import repair_tokens
 from .hub.compressed import compress
+from .hub.export import export
+from .hub.plain import to_plain
 from .planner.inference import fold_cores, merge_slow_layers
 from .planner.planner import plan_wasi
 from .ranks.plan import WasiPlan
@@ -48,6 +50,7 @@ __all__ = [
     "compress",
     "create_wasi_optimizer",
     "estimate_wasi",
+    "export",
     "fold_cores",
     "measure_peak_memory",
     "memory",
@@ -60,6 +63,7 @@ __all__ = [
     "repair_tokens",
     "report",
     "resize_rank",
+    "to_plain",
     "wasi_summary",
 ]
 
