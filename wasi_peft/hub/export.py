@@ -12,9 +12,26 @@ from .lora import LoraFormat
 from .onnx import OnnxFormat
 from .plain import PlainFormat
 from .programs import TorchFormat
-from .writing import Location, check_target, new_folder
+from .writing import Location, new_folder
 
 FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (PlainFormat, OnnxFormat, TorchFormat, LoraFormat)}
+
+
+def ready_format(format: str, **options: Any) -> Format:
+    """A format with its options, whose packages are there.
+
+    Raises:
+        ValueError: If there is no such format or option.
+        ImportError: If it needs a package that is not installed.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
+    known = [field.name for field in dataclasses.fields(FORMATS[format])]  # type: ignore[arg-type]
+    if not set(options) <= set(known):
+        raise ValueError(f"format {format!r} has the options {known}, got {sorted(options)}.")
+    writer = FORMATS[format](**options)
+    writer.require_packages()
+    return writer
 
 
 def export(
@@ -66,13 +83,6 @@ def export(
         >>> difference < 1e-5
         True
     """
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
-    known = [field.name for field in dataclasses.fields(FORMATS[format])]  # type: ignore[arg-type]
-    if not set(options) <= set(known):
-        raise ValueError(f"format {format!r} has the options {known}, got {sorted(options)}.")
-    writer = FORMATS[format](**options)
-    writer.require_packages()
-    check_target(folder, overwrite)
+    writer = ready_format(format, **options)
     with new_folder(folder, overwrite) as scratch:
         return writer.write(Source(model, batch, adapter_name, tolerance), scratch)
