@@ -17,6 +17,7 @@ from .plain import PlainForm, plain_form
 from .programs import trace
 
 MODEL_FILE = "model.onnx"
+IN_8_BITS = ("MatMul", "Gather")  # linear layers and tables; not all releases have a convolution for it
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class OnnxFormat(Format):
     and values. Weights beyond 2 GiB lie in a file beside it.
 
     Args:
-        int8: Have onnxruntime keep weights in 8 bits, a scale an output channel, and round inputs as they come
-            (dynamic quantisation). The difference is then that of rounding, without a bound unless one is asked for.
+        int8: Have onnxruntime keep the weights of linear layers and tables in 8 bits, a scale an output channel, and
+            round inputs as they come (dynamic quantisation). The difference is then that of rounding, without a bound
+            unless one is asked for.
     """
 
     name: ClassVar[str] = "onnx"
@@ -91,13 +93,21 @@ def _convert(form: PlainForm, path: Path) -> None:
 
 
 def _quantize(path: Path) -> None:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     dense = path.with_name("float32.onnx")
     beside = path.with_name(f"{path.name}.data")
-    path.rename(dense)
+    model = onnx.load(path, load_external_data=False)
+    del model.graph.value_info[:]  # shapes of weights that quantisation transposes; older releases mind
+    onnx.save(model, dense)
     quantize_dynamic(
-        dense, path, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=beside.exists()
+        dense,
+        path,
+        op_types_to_quantize=list(IN_8_BITS),
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=beside.exists(),
     )
     dense.unlink()
 
