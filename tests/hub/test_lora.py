@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, frozen_model, logits
+from models import ARCHITECTURES, frozen_model, logits, train
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -59,6 +59,15 @@ def test_beside_a_rounded_weight_they_differ_by_what_rounding_loses(residual: st
     assert relative(logits(lora, batch_of("llama")), expected) < 1e-5, "nothing but the base differs"
     lora = PeftModel.from_pretrained(base.model(), tmp_path / "lora")
     assert relative(logits(lora, batch_of("llama")), expected) > 1e-3
+
+
+def test_in_16_bits_factors_stay_in_float32(tmp_path: Path) -> None:
+    dense = ARCHITECTURES["llama"].model().to(torch.bfloat16)
+    model = get_peft_model(dense, WasiConfig(weight_rank=3, train_vectors=False, residual="exact"))
+    train(model, ARCHITECTURES["llama"].batch())
+    assert export(model, tmp_path / "lora", "lora") < 0.05
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
 def test_what_peft_reads(tmp_path: Path) -> None:

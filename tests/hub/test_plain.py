@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES
+from models import ARCHITECTURES, train
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageClassification, ViTForImageClassification
@@ -70,6 +70,21 @@ def test_ordinary_modules_answer_the_same(name: str, form: str) -> None:
     assert all([type(part) for part in pair] == [nn.Linear] * 2 and pair[0].bias is None for pair in pairs)
     assert not vars(plain).get("hf_quantizer") and not hasattr(plain.config, "quantization_config")
     assert any(True for _ in wasi_layers(model)) and torch.equal(logits(model, name), before), "it is a copy"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"memory_mode": "small"}, {"memory_mode": "fast", "residual": "int8"}, {"update": "low_rank", "update_rank": 2}],
+    ids=str,
+)
+def test_whatever_trained_the_model(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    settings = {"residual": None, "weight_rank": 3, "residual_product": "restored", **options}
+    model = get_peft_model(ARCHITECTURES["llama"].model(), WasiConfig(**settings))
+    train(model, ARCHITECTURES["llama"].batch())
+    plain = to_plain(model)
+    assert_same(logits(plain, "llama"), logits(model.eval(), "llama"))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
 
 
 def test_nothing_is_shared() -> None:
