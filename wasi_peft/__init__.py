@@ -15,6 +15,8 @@ from .factors.token_repair import repair_tokens
 from .hub import cards
 from .hub.cards import write_card
 from .hub.compressed import compress
+from .hub.export import export
+from .hub.plain import to_plain
 from .planner.inference import fold_cores, merge_slow_layers
 from .planner.planner import plan_wasi
 from .ranks.plan import WasiPlan
@@ -50,6 +52,7 @@ __all__ = [
     "compress",
     "create_wasi_optimizer",
     "estimate_wasi",
+    "export",
     "fold_cores",
     "measure_peak_memory",
     "memory",
@@ -62,6 +65,7 @@ __all__ = [
     "repair_tokens",
     "report",
     "resize_rank",
+    "to_plain",
     "wasi_summary",
     "write_card",
 ]

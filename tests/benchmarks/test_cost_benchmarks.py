@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import ARCHITECTURES
 from scripts import BENCHMARKS, ROOT, run_script
 
 
@@ -162,3 +164,23 @@ def test_inference_time(tiny_workload: str, tmp_path: Path, monkeypatch: pytest.
         assert list(entries) == [*module.MODELS, "wasi, slow layers dense", *half]
         assert all(len(entry["seconds"]) == 1 and entry["faster_than_dense"] > 0 for entry in entries.values())
         assert all(0 < ratio < 1 for ratio in entries["wasi, slow layers dense"]["merged"].values())
+
+
+@pytest.mark.slow
+def test_export_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    module, results = importlib.import_module("export_inference"), tmp_path / "export.json"
+    workload = module.WORKLOADS[module.WORKLOAD]
+    tiny = dataclasses.replace(workload, load=ARCHITECTURES["vit"].model)
+    monkeypatch.setattr(module, "WORKLOADS", {module.WORKLOAD: tiny})
+    command = ["--image-size", "8", "--images", "1", "3", "--rounds", "2", "--threads", "1", "--results", str(results)]
+    content = module.main(command)
+    assert content == json.loads(results.read_text()) and list(content) == [f"{n} x 8 px, 1 threads" for n in (1, 3)]
+    for case in content.values():
+        entries = case["results"]
+        assert list(entries) == ["dense, fp32", "dense, int8", "factors, fp32", "factors, int8"]
+        assert all(len(entry["seconds"]) == 2 and entry["faster_than_dense"] > 0 for entry in entries.values())
+        assert entries["dense, int8"]["faster_than_dense_of_its_precision"] == 1
+        exact, rounded = (entries[f"factors, {name}"]["difference"] for name in ("fp32", "int8"))
+        assert exact < 1e-4 < rounded

@@ -265,7 +265,7 @@ def test_the_batch_suits_the_model(name: str, options: tuple[str, ...], shapes: 
     model = ARCHITECTURES[name].model()
     model.config.architectures = [type(model).__name__]
     arguments = cli._parser().parse_args(["estimate", name, *ESTIMATED, *options])
-    batch = loading.dummy_batch(arguments, model, loading.task_of(model.config))
+    batch = loading.dummy_batch(arguments, model, loading.task_of(model.config.architectures[0]))
     assert {key: batch[key].shape for key in shapes} == shapes
     assert model(**batch).loss.isfinite()
     assert "labels" not in loading.dummy_batch(arguments, model, "features")
@@ -473,7 +473,6 @@ def test_sizes() -> None:
 
 
 BAD = {
-    "no command": ((), "arguments are required: COMMAND"),
     "unknown command": (("train",), "invalid choice: 'train'"),
     "unknown option": (("inspect", "vit", "--fast"), "unrecognized arguments: --fast"),
     "no such file": (("inspect", "missing.json"), "missing.json: no such file or folder."),
@@ -484,6 +483,11 @@ BAD = {
     "plot of a model": (("inspect", "vit", "--plot", "x.png"), "--plot needs a plan, an adapter or a calibration"),
     "no folder for the plot": (("inspect", "plan.json", "--plot", "none/x.png"), "none/x.png: the folder must exist."),
     "no batch size": (("estimate", "vit"), "arguments are required: --batch-size"),
+    "batch beyond numbers": (("estimate", "vit", "--batch-size", "9" * 5000), "must be at most 2,147,483,647"),
+    "batch beyond memory": (
+        ("profile", "vit", "--batch-size", "2000000000"),
+        "--batch-size 2000000000: there is no memory for such a batch",
+    ),
     "batch of zero": (("estimate", "vit", "--batch-size", "0"), "a whole number of at least 1, got '0'"),
     "unknown optimizer": (("estimate", "vit", *ESTIMATED, "--optimizer", "lion"), "invalid choice: 'lion'"),
     "two methods": (("estimate", "vit", *ESTIMATED, "--plan", "plan.json", "--weight-rank", "2"), "not allowed with"),
@@ -530,6 +534,13 @@ BAD = {
     "empty text": (("plan", "bert", *PLANNED, "--data", "empty.txt"), "must hold at least one line of text"),
     "wrong key": (("plan", "bert", *PLANNED, "--data", "texts.jsonl"), "line 1: must be an object with the text"),
     "no JSON": (("plan", "bert", *PLANNED, "--data", "bad.jsonl"), "bad.jsonl, line 2: Expecting property name"),
+    "deep JSON": (("inspect", "deep.json"), "maximum recursion depth exceeded"),
+    "damaged configuration": (("inspect", "worded"), "worded: cannot be read: "),
+    "damaged weights": (("plan", "cut", "--data", "images", *PLANNED), "cut: cannot be read: SafetensorError"),
+    "image like a bomb": (
+        ("plan", "vit", "--data", "bomb", *PLANNED),
+        "bomb/image.png: Image size (400000000 pixels)",
+    ),
     "another adapter": (("inspect", "lora"), "lora: must be an adapter of type WASI, got LORA."),
     "not an adapter": (("inspect", "listed"), "must be an adapter of type WASI, got None."),
     "adapter without weights": (("inspect", "empty"), "No such file"),
@@ -542,8 +553,19 @@ BAD = {
 @pytest.fixture(scope="module")
 def bad_assets(assets: Path) -> None:
     """Files that are no good, next to the others."""
+    import shutil
+
+    from PIL import Image
     from safetensors.torch import save_file
 
+    (assets / "deep.json").write_text("[" * 100_000)
+    (assets / "worded").mkdir()
+    words = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": "big"}
+    (assets / "worded" / "config.json").write_text(json.dumps(words))
+    shutil.copytree(assets / "vit", assets / "cut")
+    (assets / "cut" / "model.safetensors").write_bytes(b"x" * 50)
+    (assets / "bomb").mkdir()
+    Image.new("1", (20_000, 20_000)).save(assets / "bomb" / "image.png")
     (assets / "broken").mkdir()
     (assets / "broken" / "image.png").write_text("no image")
     (assets / "empty.txt").write_text("\n \n")

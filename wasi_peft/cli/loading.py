@@ -1,4 +1,4 @@
-"""What the command line loads: models with or without weights, batches without content, calibration data."""
+"""What the command line loads: models with or without weights, adapters, empty batches, calibration data."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import argparse
 import inspect
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from peft import PeftModel
 from torch.utils.data import DataLoader
 
 from ..forms.dense import dense_weight
 from ..tuner.config import WasiConfig
+from ..tuner.registration import NAME
 from ..tuner.targets import default_target_names
 
 SEQUENCE_LENGTH = 128
@@ -50,24 +53,66 @@ def load_model(arguments: argparse.Namespace, weights: bool) -> tuple[transforme
     options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     if not os.path.isdir(source) and (source.endswith(".json") or source.startswith((".", os.sep))):
         raise ValueError(f"{source}: no such file or folder.")
-    config = transformers.AutoConfig.from_pretrained(source, **options)
-    task = arguments.task or task_of(config)
+    with reading(source):
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+    task = arguments.task or task_of((config.architectures or ["nothing"])[0])
     auto_class = getattr(transformers, TASKS[task].auto_class)
     if arguments.dtype:
         options["dtype"] = getattr(torch, arguments.dtype)
-    if weights:
-        return auto_class.from_pretrained(source, **options), task
-    with torch.device("meta"):
-        return auto_class.from_config(config, **options), task
+    with reading(source):
+        if weights:
+            labels = {"num_labels": arguments.num_labels} if getattr(arguments, "num_labels", None) else {}
+            return auto_class.from_pretrained(source, **options, **labels), task
+        with torch.device("meta"):
+            return auto_class.from_config(config, **options), task
 
 
-def task_of(config: transformers.PretrainedConfig) -> str:
-    """The task that a model's configuration tells."""
-    architectures = config.architectures or ["nothing"]
+def load_with_adapter(arguments: argparse.Namespace) -> Any:
+    """A model; where a WASI adapter's folder is named, its base model with the adapter."""
+    folder = Path(arguments.model)
+    if not (folder / "adapter_config.json").is_file():
+        if arguments.base:
+            raise ValueError(f"--base goes with an adapter's folder; {folder} is none.")
+        return load_model(arguments, weights=True)[0]
+    settings = adapter_settings(folder)
+    base = arguments.base or settings.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder}: the adapter does not name its base model; give it with --base.")
+    of_base = argparse.Namespace(**{**vars(arguments), "model": base})
+    known = settings.get("auto_mapping") or {}
+    if arguments.task is None and known.get("base_model_class"):
+        of_base.task = task_of(known["base_model_class"])
+    model, _ = load_model(of_base, weights=True)
+    with reading(str(folder)):
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """The configuration of a WASI adapter's folder."""
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != NAME:
+        raise ValueError(f"{folder}: must be an adapter of type {NAME}, got {kind}.")
+    return dict(settings)
+
+
+@contextmanager
+def reading(source: str) -> Iterator[None]:
+    """What is wrong with a model's own files is for the user to set right, whatever kind of error it ends in."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{source}: cannot be read: {type(error).__name__}: {error}") from error
+
+
+def task_of(architecture: str) -> str:
+    """The task that the name of a model's class tells."""
     for name, task in TASKS.items():
-        if architectures[0].endswith(task.architectures):
+        if architecture.endswith(task.architectures):
             return name
-    raise ValueError(f"the model's configuration says {architectures[0]}; name one of {list(TASKS)} with --task.")
+    raise ValueError(f"the model's configuration says {architecture}; name one of {list(TASKS)} with --task.")
 
 
 def target_sizes(model: transformers.PreTrainedModel) -> dict[str, tuple[int, int]]:
@@ -93,6 +138,15 @@ def _reads_images(model: transformers.PreTrainedModel) -> bool:
 
 def dummy_batch(arguments: argparse.Namespace, model: transformers.PreTrainedModel, task: str) -> dict[str, Any]:
     """A batch of the asked shape without content, on the model's device where it holds floating point numbers."""
+    try:
+        return _dummy_batch(arguments, model, task)
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(
+            f"--batch-size {arguments.batch_size}: there is no memory for such a batch: {error}"
+        ) from error
+
+
+def _dummy_batch(arguments: argparse.Namespace, model: transformers.PreTrainedModel, task: str) -> dict[str, Any]:
     samples, config = arguments.batch_size, model.config
     if _reads_images(model):
         shape = (samples, getattr(config, "num_channels", 3), *_image_size(arguments, model))
@@ -197,8 +251,11 @@ def _image_collator(arguments: argparse.Namespace, model: transformers.PreTraine
 
         images = []
         for path in paths:
-            with Image.open(path) as image:
-                images.append(image.convert("RGB"))
+            try:
+                with Image.open(path) as image:
+                    images.append(image.convert("RGB"))
+            except Image.DecompressionBombError as error:
+                raise ValueError(f"{path}: {error}") from error
         pixels = processor(images, return_tensors="pt", **options)["pixel_values"]
         return {"pixel_values": pixels.to(model.dtype), **extra}
 

@@ -1,8 +1,9 @@
-"""Command line: `wasi-peft inspect | estimate | profile | plan`. Parses, calls the library, prints."""
+"""Command line: `wasi-peft inspect`, `estimate`, `profile`, `plan`, `merge`, `export`: parses, calls, prints."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import os
@@ -23,8 +24,14 @@ from tqdm.auto import tqdm
 from ..cost.estimate import OPTIMIZERS, Estimate, estimate_wasi
 from ..cost.profile import ROUNDS, StepProfile, profile_wasi
 from ..factors.calibration import Calibration, calibrate_wasi
+from ..files.folders import check_target, new_folder
 from ..forms.frozen import FROZEN
 from ..forms.residual import RESIDUALS
+from ..hub.cases import example_batch
+from ..hub.compressed import compress
+from ..hub.export import FORMATS, export, ready_format
+from ..hub.headers import is_compressed, read_headers
+from ..hub.plain import PlainFormat
 from ..memory.modes import MEMORY_MODES
 from ..planner.planner import BUDGETS, DEFAULT_FORMS, plan_wasi
 from ..ranks.plan import FORMS, WasiPlan
@@ -32,15 +39,16 @@ from ..ranks.spectrum import FACTORS
 from ..report import plots as report
 from ..report.profiles import GROUPINGS, costs_table, plot_profiles, profiles_table
 from ..tuner.config import AUTO, RESIDUAL_RANK, WasiConfig
-from ..tuner.registration import NAME
 from ..tuner.summary import LayerSummary, WasiSummary
 from ..updates import DEFAULT_UPDATE, UPDATES
 from .loading import (
     SEQUENCE_LENGTH,
     TASKS,
+    adapter_settings,
     calibration_batches,
     dummy_batch,
     load_model,
+    load_with_adapter,
     random_content,
     target_sizes,
     task_heads,
@@ -49,18 +57,27 @@ from .loading import (
 LORA_RANK = 16
 SAMPLES = 256
 DTYPES = ("float32", "bfloat16", "float16")
+LARGEST_COUNT = 2**31 - 1
+# what comes of files and sizes that the user names; anything else is a fault of this package
+USER_ERRORS = (
+    ValueError, OSError, ImportError, SafetensorError, RecursionError, MemoryError, torch.OutOfMemoryError
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for what the user can set right."""
     try:
-        arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
+        parser = _parser()
+        arguments = parser.parse_args(argv)
+        if arguments.run is None:
+            parser.print_help()
+        else:
+            arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ImportError) as error:
-        print(f"wasi-peft: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except USER_ERRORS as error:
+        print(f"wasi-peft: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
     return 0
 
@@ -74,12 +91,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="wasi-peft", description="Look at, estimate, profile and plan WASI fine-tuning.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser = _Parser(
+        prog="wasi-peft",
+        description="Look at, estimate, profile and plan WASI fine-tuning; merge and export what comes of it.",
+    )
+    version = f"%(prog)s {importlib.metadata.version('wasi_peft')}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
 
-    command = commands.add_parser("inspect", help="what a model, adapter, plan or calibration holds")
+    command = commands.add_parser("inspect", help="what a model, checkpoint, adapter, plan or calibration holds")
     command.set_defaults(run=_inspect)
-    command.add_argument("model", metavar="WHAT", help="model (hub id or folder), adapter folder, plan, calibration")
+    command.add_argument(
+        "model", metavar="WHAT", help="model (hub id or folder), compressed checkpoint, adapter, plan, calibration"
+    )
     _add_model_options(command)
 
     command = commands.add_parser("estimate", help="memory and FLOPs of a training step, without running one")
@@ -136,7 +161,33 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", metavar="JSON", help="where to write the plan")
     _add_batch_options(command)
     _add_model_options(command)
+
+    command = commands.add_parser("merge", help="a model of its own from an adapter and its base model")
+    command.set_defaults(run=_merge)
+    command.add_argument("model", metavar="ADAPTER", help="folder of a WASI adapter")
+    command.add_argument("--dense", action="store_true", help="dense layers instead of compressed ones")
+    _add_output_options(command)
+
+    command = commands.add_parser("export", help="a folder for programs that know no wasi_peft")
+    command.set_defaults(run=_export)
+    command.add_argument("model", metavar="MODEL_OR_ADAPTER", help="hub id, folder, or folder of a WASI adapter")
+    command.add_argument("--format", choices=list(FORMATS), default=PlainFormat.name, help="(plain)")
+    command.add_argument("--int8", action="store_true", help="with --format onnx: weights in 8 bits")
+    command.add_argument("--image-size", metavar="P", type=_count, help="pixels of an image's side (the model's)")
+    command.add_argument(
+        "--tolerance", metavar="SHARE", type=_positive,
+        help="largest difference of answers, relative to the largest one (what the dtype explains)",
+    )  # fmt: skip
+    _add_output_options(command)
     return parser
+
+
+def _add_output_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", metavar="FOLDER", required=True, help="the folder to make")
+    command.add_argument("--overwrite", action="store_true", help="replace a folder that is there, as a whole")
+    command.add_argument("--base", metavar="MODEL", help="base model of an adapter (the one that it names)")
+    command.add_argument("--num-labels", metavar="N", type=_count, help="classes of the head (the base model's)")
+    _add_model_options(command, plot=False)
 
 
 def _add_variant_options(command: argparse.ArgumentParser) -> None:
@@ -181,17 +232,20 @@ def _update(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("update", "update_rank", "frozen_dtype")}
 
 
-def _add_model_options(command: argparse.ArgumentParser) -> None:
+def _add_model_options(command: argparse.ArgumentParser, plot: bool = True) -> None:
     command.add_argument("--task", choices=list(TASKS), help="what the model is for (told by its configuration)")
     command.add_argument("--dtype", choices=DTYPES, help="type of the weights (the checkpoint's)")
     command.add_argument("--trust-remote-code", action="store_true", help="allow code that comes with the model")
     command.add_argument("--json", action="store_true", help="print JSON only")
-    command.add_argument("--plot", metavar="PNG", help="write a figure (needs matplotlib)")
+    if plot:
+        command.add_argument("--plot", metavar="PNG", help="write a figure (needs matplotlib)")
 
 
 def _count(text: str) -> int:
     if not re.fullmatch(r"\d*[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    if len(text) > 18 or int(text) > LARGEST_COUNT:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST_COUNT:,}, got {text[:18]!r}")
     return int(text)
 
 
@@ -246,8 +300,31 @@ def _inspect(arguments: argparse.Namespace) -> None:
         _show(arguments, report.table(rows), {"layers": rows})
         if arguments.plot:
             report.plot_calibration(calibration, arguments.plot)
+    elif is_compressed(what):
+        _inspect_checkpoint(arguments, what)
     else:
         _inspect_model(arguments)
+
+
+def _inspect_checkpoint(arguments: argparse.Namespace, folder: Path) -> None:
+    if arguments.plot:
+        raise ValueError("--plot needs a plan, an adapter or a calibration, got a compressed checkpoint.")
+    checkpoint = read_headers(folder)
+    rows = [
+        {"layer": layer.name, "form": layer.form, "rank": layer.rank, "stored, KiB": layer.stored_bytes / 1024}
+        for layer in checkpoint.layers
+    ]
+    compressed = sum(layer.stored_bytes for layer in checkpoint.layers)
+    line = (
+        f"compressed checkpoint: {len(rows)} layers in {compressed / 1024:,.2f} KiB, "
+        f"all tensors {checkpoint.stored_bytes / 1024:,.2f} KiB"
+    )
+    data = {
+        "layers": [layer._asdict() for layer in checkpoint.layers],
+        "layers_bytes": compressed,
+        "stored_bytes": checkpoint.stored_bytes,
+    }
+    _show(arguments, f"{report.table(rows)}\n{line}", data)
 
 
 def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
@@ -287,10 +364,7 @@ def _plan_as_injected(config: WasiConfig) -> WasiPlan:
 
 def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
     """Configuration and layers of a saved adapter; the base model is not needed."""
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    kind = settings.get("peft_type") if isinstance(settings, dict) else None
-    if kind != NAME:
-        raise ValueError(f"{folder}: must be an adapter of type {NAME}, got {kind}.")
+    adapter_settings(folder)
     config = WasiConfig.from_pretrained(str(folder))
     path = folder / "adapter_model.safetensors"
     layers = []
@@ -484,6 +558,46 @@ def _plan(arguments: argparse.Namespace) -> None:
     _show(arguments, report.plan_table(plan), plan.to_dict())
     if arguments.plot:
         report.plot_plan(plan, calibration, arguments.plot)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    folder = Path(arguments.model)
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder}: must be the folder of a WASI adapter, got one without adapter_config.json.")
+    check_target(arguments.output, arguments.overwrite)
+    model = load_with_adapter(arguments)
+    merged: Any = model.base_model.merge_and_unload(dense=True) if arguments.dense else compress(model)
+    with new_folder(arguments.output, arguments.overwrite) as scratch:
+        merged.save_pretrained(scratch)
+    _show_folder(arguments, "a dense model" if arguments.dense else "a compressed model", {})
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    options: dict[str, Any] = {"int8": True} if arguments.int8 else {}
+    ready_format(arguments.format, **options)
+    check_target(arguments.output, arguments.overwrite)
+    model = load_with_adapter(arguments)
+    try:
+        difference = export(
+            model,
+            arguments.output,
+            arguments.format,
+            batch=example_batch(model, arguments.image_size),
+            tolerance=arguments.tolerance,
+            overwrite=arguments.overwrite,
+            **options,
+        )
+    except TypeError as error:  # the model that was named is of a kind that this format is not for
+        raise ValueError(str(error)) from error
+    text = f"format {arguments.format}, answers differ by {difference:.1e} of the largest one"
+    _show_folder(arguments, text, {"format": arguments.format, "difference": difference})
+
+
+def _show_folder(arguments: argparse.Namespace, text: str, data: dict[str, Any]) -> None:
+    """What was written, and how large it is."""
+    size = sum(path.stat().st_size for path in Path(arguments.output).rglob("*") if path.is_file())
+    data = {"output": arguments.output, **data, "bytes": size}
+    _show(arguments, f"{arguments.output}: {text}, {size / 2**20:,.2f} MiB", data)
 
 
 def _check_outputs(path: str | None, plot: bool = False) -> None:

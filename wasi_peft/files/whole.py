@@ -41,12 +41,13 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
-    if os.name == "posix":  # elsewhere folders cannot be opened
-        flush(target.parent)
+    flush(target.parent)
 
 
 def flush(path: str | os.PathLike[str]) -> None:
     """Have a file's contents, or a folder's names, on disk before anything that comes after."""
+    if os.path.isdir(path) and not hasattr(os, "O_DIRECTORY"):
+        return  # where folders cannot be opened, the system keeps their names by itself
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

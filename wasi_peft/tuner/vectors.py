@@ -259,6 +259,11 @@ class AdapterVectors:
         values = self._values.get(adapter, {})
         yield from self._registered(values) if adapter == self.active else values.items()
 
+    def base_items(self) -> Iterator[tuple[str, Tensor]]:
+        """Full names and vectors of the base model, where they were kept."""
+        values = self._values.get(None, {})
+        yield from self._registered(values) if self.active is None else values.items()
+
     def tensors(self) -> Iterator[Tensor]:
         """All that are held: those of every adapter, and the base model's own where they are kept."""
         for values in self._values.values():

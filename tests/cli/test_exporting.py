@@ -1,0 +1,179 @@
+"""What the command line writes: merged models and exports; what it says of them without loading anything."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import ARCHITECTURES, logits, wasi_model
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from wasi_peft import WasiConfig, compress
+from wasi_peft.cli import loading
+from wasi_peft.cli import main as cli
+from wasi_peft.forms.compressed import CompressedLinear
+
+FACTORS = {"residual": None, "weight_rank": 3, "update": "frozen_basis", "activation_threshold": None}
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model, an adapter of factors and one beside a weight, a compressed checkpoint."""
+    folder = tmp_path_factory.mktemp("assets")
+    ARCHITECTURES["vit"].model().save_pretrained(folder / "vit")
+    for name, options in {
+        "factors": FACTORS,
+        "beside": {"residual": "int8", "train_vectors": False, "weight_rank": 3},
+    }.items():
+        adapter = wasi_model(ARCHITECTURES["vit"].model(), **{"update": None, **options})
+        adapter.peft_config["default"].base_model_name_or_path = str(folder / "vit")
+        generator = torch.Generator().manual_seed(0)
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        adapter.save_pretrained(folder / name)
+        torch.save(answers(adapter), folder / f"{name}.pt")
+    compress(ARCHITECTURES["vit"].model(), WasiConfig(**FACTORS)).save_pretrained(folder / "small")
+    return folder
+
+
+def answers(model: Any) -> torch.Tensor:
+    batch = ARCHITECTURES["vit"].batch()
+    return logits(model, {"pixel_values": batch["pixel_values"]})
+
+
+@pytest.fixture
+def run(assets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command line in the folder of the assets; returns standard output, or the line of the error."""
+    monkeypatch.chdir(assets)
+
+    def run(*arguments: Any, code: int = 0) -> str:
+        capsys.readouterr()
+        returned = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert returned == code, err
+        lines = [line for line in err.splitlines() if line.startswith("wasi-peft: error: ")]
+        assert len(lines) == bool(code) and (not code or out == "")
+        return lines[0] if code else out
+
+    return run
+
+
+@pytest.mark.parametrize("adapter", ["factors", "beside"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_merge(run: Any, assets: Path, adapter: str, dense: bool, tmp_path: Path) -> None:
+    options = ["--dense"] if dense else []
+    data = json.loads(run("merge", adapter, "--output", tmp_path / "merged", *options, "--json"))
+    assert data["bytes"] == sum(path.stat().st_size for path in (tmp_path / "merged").iterdir())
+    merged = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
+    assert any(isinstance(module, CompressedLinear) for module in merged.modules()) is not dense
+    expected = torch.load(assets / f"{adapter}.pt")
+    rounding = 0.05 if adapter == "beside" else 1e-5  # products round
+    assert float((answers(merged) - expected).abs().max() / expected.abs().max()) < rounding
+
+
+@pytest.mark.parametrize("source", ["factors", "small", "vit"])
+def test_export_plain(run: Any, assets: Path, source: str, tmp_path: Path) -> None:
+    text = run("export", source, "--output", tmp_path / "plain")
+    assert f"{tmp_path}/plain: format plain, answers differ by " in text
+    weights = "model.safetensors" if source == "vit" else "factored.safetensors"
+    keys = load_file(tmp_path / "plain" / weights)
+    assert ("vit.layers.0.mlp.fc1.1.weight" in keys) is (source != "vit")
+
+
+def test_export_lora(run: Any, tmp_path: Path) -> None:
+    data = json.loads(run("export", "beside", "--format", "lora", "--output", tmp_path / "lora", "--json"))
+    assert data["difference"] < 1e-5 and data["format"] == "lora"
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_inspect_a_compressed_checkpoint(run: Any, assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "load_model", None)
+    data = json.loads(run("inspect", "small", "--json"))
+    tensors = load_file(assets / "small" / "model.safetensors")
+    assert data["stored_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert len(data["layers"]) == 12
+    assert {(layer["form"], layer["rank"]) for layer in data["layers"]} == {("factors", 3)}
+    fc1 = next(layer for layer in data["layers"] if layer["name"] == "vit.layers.0.mlp.fc1")
+    assert fc1["stored_bytes"] == 4 * (3 * (16 + 24) + 24)
+    text = run("inspect", "small")
+    assert "vit.layers.0.mlp.fc1" in text and "compressed checkpoint: 12 layers in" in text
+
+
+def test_the_base_of_an_adapter_may_be_elsewhere(run: Any, assets: Path, tmp_path: Path) -> None:
+    settings = json.loads((assets / "beside" / "adapter_config.json").read_text())
+    (tmp_path / "moved").mkdir()
+    for path in (assets / "beside").iterdir():
+        (tmp_path / "moved" / path.name).write_bytes(path.read_bytes())
+    lost = {**settings, "base_model_name_or_path": None}
+    (tmp_path / "moved" / "adapter_config.json").write_text(json.dumps(lost))
+    command = ["merge", tmp_path / "moved", "--output", tmp_path / "merged"]
+    assert "the adapter does not name its base model; give it with --base" in run(*command, code=2)
+    run(*command, "--base", "vit")
+    assert (tmp_path / "merged" / "config.json").is_file()
+
+
+def test_a_head_of_another_size(run: Any, tmp_path: Path) -> None:
+    line = run("export", "vit", "--output", tmp_path / "x", "--num-labels", "5", code=2)
+    assert "cannot be read" in line or "size" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bare_call_helps(run: Any) -> None:
+    text = run()
+    assert text.startswith("usage: wasi-peft") and all(
+        command in text for command in ("inspect", "estimate", "profile", "plan", "merge", "export")
+    )
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"wasi-peft {importlib.metadata.version('wasi_peft')}\n"
+
+
+BAD = {
+    "no output": (("export", "vit"), "arguments are required: --output"),
+    "unknown format": (("export", "vit", "--output", "x", "--format", "gguf"), "invalid choice: 'gguf'"),
+    "8 bits elsewhere": (("export", "vit", "--output", "x", "--int8"), "format 'plain' has the options [], got"),
+    "there": (("export", "vit", "--output", "small"), "small: there is something already"),
+    "merge into what is there": (("merge", "factors", "--output", "small"), "small: there is something already"),
+    "merge of a model": (("merge", "vit", "--output", "x"), "vit: must be the folder of a WASI adapter"),
+    "base of a model": (("export", "vit", "--base", "vit", "--output", "x"), "--base goes with an adapter's folder"),
+    "LoRA of a model": (("export", "vit", "--format", "lora", "--output", "x"), "a PEFT model with a WASI adapter"),
+    "LoRA of factors": (("export", "factors", "--format", "lora", "--output", "x"), "its factors replace the weight"),
+    "plot of a checkpoint": (("inspect", "small", "--plot", "x.png"), "got a compressed checkpoint"),
+    "incomplete checkpoint": (("inspect", "incomplete"), "is in config.json and in no file"),
+    "damaged checkpoint": (("inspect", "damaged"), "the file is damaged or no safetensors file"),
+    "checkpoint of a later version": (("inspect", "later"), "format_version 1, got 2"),
+}
+EARLY = ("no output", "unknown format", "8 bits elsewhere", "there", "merge into what is there", "merge of a model")
+
+
+@pytest.fixture(scope="module")
+def bad_assets(assets: Path) -> None:
+    text = (assets / "small" / "config.json").read_text()
+    for name in ("incomplete", "damaged", "later"):
+        (assets / name).mkdir()
+        (assets / name / "config.json").write_text(text)
+    (assets / "damaged" / "model.safetensors").write_bytes(b"x" * 50)
+    (assets / "later" / "config.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
+
+
+@pytest.mark.usefixtures("bad_assets")
+@pytest.mark.parametrize("case", BAD)
+def test_errors_are_one_line_and_code_2(run: Any, assets: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case.startswith("plot"):
+        pytest.importorskip("matplotlib")
+    if case in EARLY:  # before a model is loaded
+        monkeypatch.setattr(cli, "load_with_adapter", None)
+    arguments, message = BAD[case]
+    before = sorted(path.name for path in assets.iterdir())
+    assert message in run(*arguments, code=2)
+    assert sorted(path.name for path in assets.iterdir()) == before

@@ -1,0 +1,81 @@
+"""What a compressed checkpoint holds, from its configuration and the headers of its files: nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from .compressed import METHOD, WasiQuantizationConfig
+
+
+class StoredLayer(NamedTuple):
+    """A compressed layer: its name, what is stored, directions of its factors, bytes of its tensors."""
+
+    name: str
+    form: str
+    rank: int
+    stored_bytes: int
+
+
+class Checkpoint(NamedTuple):
+    """A compressed checkpoint: its layers, and bytes of all tensors, those of other modules too."""
+
+    layers: tuple[StoredLayer, ...]
+    stored_bytes: int
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder holds a compressed checkpoint, by its configuration."""
+    return _settings(folder).get("quant_method") == METHOD
+
+
+def read_headers(folder: Path) -> Checkpoint:
+    """What a compressed checkpoint holds.
+
+    Raises:
+        ValueError: If the configuration is not that of one, a file is damaged, or a layer is not in the files.
+    """
+    config = WasiQuantizationConfig(
+        **{key: value for key, value in _settings(folder).items() if key != "quant_method"}
+    )
+    sizes: dict[str, int] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    sizes[key] = math.prod(part.get_shape()) * _width(part.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{path}: the file is damaged or no safetensors file: {error}.") from error
+    layers = []
+    for name, entry in config.layers.items():
+        own = [size for key, size in sizes.items() if key.rpartition(".")[0] == name]
+        if not own:
+            raise ValueError(f"{folder}: {name} is in config.json and in no file; the checkpoint is not complete.")
+        layers.append(StoredLayer(name, entry["form"], entry["rank"], sum(own)))
+    return Checkpoint(tuple(layers), sum(sizes.values()))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    return settings if isinstance(settings, dict) else {}
+
+
+def _width(dtype: str) -> int:
+    """Bytes of an element of a dtype as safetensors names it.
+
+    Example:
+        >>> [_width(name) for name in ("F32", "BF16", "I8", "F8_E4M3", "BOOL")]
+        [4, 2, 1, 1, 1]
+    """
+    bits = re.search(r"\d+", dtype)
+    return 1 if bits is None else max(1, int(bits[0]) // 8)
