@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -543,3 +544,25 @@ def test_mixed_batches_of_loaded_adapters(tmp_path: Path) -> None:
         torch.testing.assert_close(mixed[index], expected[name][index], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"released .* so '__base__' in adapter_names is not possible"):
         model(**batch, adapter_names=["__base__", *names[1:]])
+
+
+# ---------------------------------------------------------------- the model inside
+
+
+def test_the_model_inside_is_not_saved_as_if_it_were_dense(tmp_path: Path) -> None:
+    base = vit()
+    model = get_peft_model(base, WasiConfig(weight_share=0.6))
+    for each in (base, copy.deepcopy(model).get_base_model()):
+        with pytest.raises(ValueError, match=r"this model has WASI layers, .* wasi_peft\.compress\(peft_model\)"):
+            each.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert (tmp_path / "merged/model.safetensors").exists()
+
+
+def test_adapters_of_transformers_itself_are_saved_by_it(tmp_path: Path) -> None:
+    base = vit()
+    base.add_adapter(WasiConfig(weight_share=0.6))
+    base.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()

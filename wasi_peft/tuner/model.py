@@ -28,6 +28,7 @@ from .heads import FRESH_HEAD, fresh_heads
 from .inputs import SharedInputs
 from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
 from .prepared import PreparedLayer, check_prepared, drop_prepared, prepared_for
+from .saving import allow_saving, guard_saving
 from .state import FORM, check_loadable, shared_vectors, take_ranks, vectors_by_key, with_model_keys
 from .summary import WasiSummary, wasi_summary
 from .targets import asked_rank, check_targets, plain_name, resolve_targets, selected_modules
@@ -175,6 +176,7 @@ class WasiModel(BaseTuner):
             loading.update(loading_before)
             self.peft_config.pop(adapter_name, None)  # PEFT does so too, but not after an interrupt
             raise
+        guard_saving(model)
         if config.uses_residuals and self._alone:
             del before  # which holds the dense weights
             self._round(model, config, trained)
@@ -461,6 +463,7 @@ class WasiModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
+        allow_saving(model)
         self._vectors.lower()
         for mode in {config.resolved_memory_mode for config in self.peft_config.values()}:
             leave_memory_mode(model, mode)
