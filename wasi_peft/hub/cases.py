@@ -158,7 +158,7 @@ def check_difference(difference: float, tolerance: float) -> float:
     if not difference <= tolerance:
         raise ValueError(
             f"the exported model must answer as the model does, to {tolerance:.2g} of the largest element "
-            f"(tolerance=), got a difference of {difference:.2g}. Nothing was written."
+            f"(tolerance=), got a difference of {difference:.2g}."
         )
     return difference
 

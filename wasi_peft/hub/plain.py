@@ -59,6 +59,7 @@ def to_plain(
         TypeError: If the adapter is no WASI adapter, or a layer is kept in few bits by another library.
 
     Example:
+        >>> import torch
         >>> from wasi_peft import WasiConfig, compress
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
         >>> small = compress(net, WasiConfig(target_modules=["0"], weight_rank=2, residual=None, train_vectors=False))
