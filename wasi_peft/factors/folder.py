@@ -60,7 +60,14 @@ def write_index(directory: str, index: dict[str, Any]) -> None:
     temporary = os.path.join(directory, "index.json.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(index, file)
-    os.replace(temporary, os.path.join(directory, "index.json"))
+    replace_file(temporary, os.path.join(directory, "index.json"))
+
+
+def replace_file(temporary: str, path: str) -> None:
+    """Move a finished file to its place, once its content is on the disk: after a power cut there is all or nothing."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def open_index(
@@ -85,15 +92,7 @@ def open_index(
     os.makedirs(directory, exist_ok=True)
     index = read_index(directory)
     if index is None:
-        size = dense_weight(next(iter(targets.values()))).element_size()
-        return {
-            "format": FORMAT,
-            "complete": False,
-            "settings": settings,
-            "data": data,
-            "bytes_per_element": size,
-            "layers": {},
-        }
+        return new_index(targets, settings, data)
     if index["settings"] != settings:
         raise ValueError(
             f"{directory!r} holds a calibration with {index['settings']}, got {settings}. Use another folder."
@@ -113,6 +112,20 @@ def open_index(
         if list(dense_weight(module).shape) != entry["shape"] or weight_checksum(module) != entry["checksum"]:
             raise ValueError(f"{name}: {directory!r} holds the calibration of another model. Use another folder.")
     return index
+
+
+def new_index(
+    targets: Mapping[str, nn.Module], settings: dict[str, Any], data: dict[str, int | None]
+) -> dict[str, Any]:
+    """The index of a calibration that begins; arguments as for :func:`open_index`."""
+    return {
+        "format": FORMAT,
+        "complete": False,
+        "settings": settings,
+        "data": data,
+        "bytes_per_element": dense_weight(next(iter(targets.values()))).element_size(),
+        "layers": {},
+    }
 
 
 def weight_checksum(module: nn.Module) -> int:
