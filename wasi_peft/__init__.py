@@ -13,6 +13,7 @@ from .factors.model_repair import repair_factors
 from .factors.prepare import preprocess_wasi
 from .factors.token_repair import repair_tokens
 from .hub.compressed import compress
+from .hub.prepare import prepare_checkpoint
 from .planner.inference import fold_cores, merge_slow_layers
 from .planner.planner import plan_wasi
 from .ranks.plan import WasiPlan
@@ -53,6 +54,7 @@ __all__ = [
     "memory",
     "merge_slow_layers",
     "plan_wasi",
+    "prepare_checkpoint",
     "preprocess_wasi",
     "profile_wasi",
     "repair_blocks",

@@ -61,9 +61,7 @@ def prepare_additions(
 
 
 @torch.no_grad()
-def prepared_addition(
-    name: str, module: nn.Module, config: WasiConfig, statistics: InputStatistics
-) -> PreparedLayer:
+def prepared_addition(name: str, module: nn.Module, config: WasiConfig, statistics: InputStatistics) -> PreparedLayer:
     """The addition of one layer, of the sums over its input.
 
     Args:

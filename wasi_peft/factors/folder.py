@@ -64,7 +64,7 @@ def write_index(directory: str, index: dict[str, Any]) -> None:
 
 
 def replace_file(temporary: str, path: str) -> None:
-    """Move a finished file to its place, once its content is on the disk: after a power cut there is all or nothing."""
+    """Move a finished file to its place, once its content is on the disk: a power cut leaves all of it or nothing."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
