@@ -160,6 +160,7 @@ class DenseCheckpoint:
         renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
         expected, prefix = model.state_dict(), model.base_model_prefix
+        made = {name for name, _ in model.named_buffers()} - set(expected)  # by the model itself; old files hold them
         ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq"]
         matched: dict[str, StoredTensor] = {}
         for tensor in stored:
@@ -172,7 +173,7 @@ class DenseCheckpoint:
                     "it by from_pretrained and use compress."
                 )
             if name not in expected:
-                if any(re.search(pattern, tensor.key) for pattern in ignored):
+                if name in made or any(re.search(pattern, tensor.key) for pattern in ignored):
                     continue
                 raise ValueError(
                     f"{tensor.key}: the checkpoint must hold the tensors of a {type(model).__name__} and no others; "
@@ -197,9 +198,7 @@ class DenseCheckpoint:
     def _check_tied(self, name: str, other: str) -> None:
         """One dense tensor at a time where both are stored."""
         if name != other and checksum(self.read(name)) != checksum(self.read(other)):
-            raise ValueError(
-                f"{other}: is tied to {name} in this model, so they must be equal; the checkpoint has others."
-            )
+            raise ValueError(f"{other}: is tied to {name}, so they must be equal; the checkpoint holds others.")
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor once it is read."""

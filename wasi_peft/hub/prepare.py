@@ -27,7 +27,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from ..factors.additions import ADDITION_BATCHES, prepared_addition
 from ..factors.calibration import Calibration, save_layer
 from ..factors.collecting import Gradients
-from ..factors.data import batch_checksum, check_repeatable, limited
+from ..factors.data import batch_checksum, check_repeatable, describe_data, limited
 from ..factors.folder import new_index, read_index, write_index
 from ..factors.prepare import prepared_factors, resolve_ranks
 from ..factors.statistics import InputStatistics
@@ -44,6 +44,7 @@ from .sweeps import BlockSweeps, Keep
 from .working import WorkingFolder, check_output, flush_folder, write_json, write_tensors
 
 PART_BYTES = 2**26  # of tensors outside of blocks that are written together
+SUMS_WORK = 16  # how many times as long as writing a block it takes about to find out what the data say of it
 _COPIED = (".json", ".txt", ".model", ".jinja", ".spm", ".vocab", ".tiktoken")  # tokenizers and processors
 _LICENCES = ("license", "licence", "notice")
 Prepare = Callable[[str, nn.Module], PreparedLayer]
@@ -139,7 +140,7 @@ def prepare_checkpoint(
         batches = list(limited(data, count, None))
     fingerprint = {
         "checkpoint": skeleton.checkpoint.identity,
-        "model": loaded.to_dict(),
+        "model": {key: value for key, value in loaded.to_dict().items() if key != "_name_or_path"},
         "config": _plain(config),
         "data": [batch_checksum(batch) for batch in batches],
         "gradients": gradients if makes_factors else None,
@@ -182,19 +183,20 @@ class _Preparation:
     ) -> None:
         self.skeleton, self.config, self.targets, self.work = skeleton, config, targets, work
         self.parts = [skeleton.inside(block) for block in skeleton.blocks] + list(_packed(skeleton))
-        self.bar = tqdm(desc="WASI preparation", unit="B", unit_scale=True, disable=not progress_bar)
+        self.progress_bar = progress_bar
+        self._work: dict[str, int] = {}  # of each step, for the progress bar
 
     # ---------------------------------------------------------------- the ways
 
     def write_rounded(self) -> None:
         """Weights in few bits, without data."""
-        self._begin(sweeps=0)
+        self._begin(part=1)
         for part in range(len(self.parts)):
-            self._step(f"part {part}", part, self._write_part, part)
+            self._step(f"part {part}", self._write_part, part)
 
     def write_additions(self, sweeps: BlockSweeps) -> None:
         """Weights in few bits, and additions that make good for what rounding loses."""
-        self._begin(sweeps=1)
+        self._begin(part=1 + SUMS_WORK)
         count = len(sweeps.blocks)
 
         def write(part: int) -> dict[str, Any]:
@@ -209,19 +211,18 @@ class _Preparation:
             return self._write_part(part, lambda name, module: additions[name])
 
         for part in range(len(self.parts)):
-            self._step(f"part {part}", part, write, part, sweeps=2 if part < count else 1)
+            self._step(f"part {part}", write, part)
             sweeps.forget("hidden", part)
 
     def write_factors(self, sweeps: BlockSweeps, gradients: Gradients | None) -> None:
         """Factors in place of the weights: spectra of all layers, then their ranks, then the factors."""
-        self._begin(sweeps=1 if gradients is None else 2)
+        if gradients is None:
+            self._begin(forward=SUMS_WORK, part=1)
+        else:
+            self._begin(forward=1, backward=SUMS_WORK, part=1)
         folder, settings = self.work.at("calibration"), {"gradients": gradients, "seed": sweeps.seed}
         os.makedirs(folder, exist_ok=True)
-        data: dict[str, int | None] = {
-            "batches": len(sweeps.batches),
-            "first_batch": batch_checksum(sweeps.batches[0]),
-        }
-        index = read_index(folder) or new_index(self.targets, settings, data)
+        index = read_index(folder) or new_index(self.targets, settings, describe_data(sweeps.batches, None))
 
         def collect(block: int, run: Callable[[int, Keep], None]) -> None:
             for name in [name for name in index["layers"] if name.startswith(f"{sweeps.blocks[block]}.")]:
@@ -237,14 +238,14 @@ class _Preparation:
         order = range(len(sweeps.blocks))
         for block in order:
             if gradients is None:
-                self._step(f"forward {block}", block, collect, block, sweeps.forward)
+                self._step(f"forward {block}", collect, block, sweeps.forward)
                 sweeps.forget("hidden", block)
             else:
-                self._step(f"forward {block}", block, sweeps.forward, block)
+                self._step(f"forward {block}", sweeps.forward, block)
         if gradients is not None:
-            self._step("features", None, sweeps.features)
+            self._step("features", sweeps.features)
             for block in reversed(order):
-                self._step(f"backward {block}", block, collect, block, sweeps.backward)
+                self._step(f"backward {block}", collect, block, sweeps.backward)
                 sweeps.forget("hidden", block + 1)
                 sweeps.forget("gradient", block + 1)
         calibration = Calibration(folder, index)
@@ -254,27 +255,32 @@ class _Preparation:
             return prepared_factors(name, module, self.config, calibration)
 
         for part in range(len(self.parts)):
-            self._step(f"part {part}", part, self._write_part, part, prepare)
+            self._step(f"part {part}", self._write_part, part, prepare)
 
     # ---------------------------------------------------------------- steps
 
-    def _begin(self, sweeps: int) -> None:
-        """The whole of the work, in bytes of dense weights that are gone through."""
-        blocks = sum(map(self._bytes, range(len(self.skeleton.blocks))))
-        self.bar.reset(total=sum(map(self._bytes, range(len(self.parts)))) + sweeps * blocks)
+    def _begin(self, **work: int) -> None:
+        """Show how much is to be done, and how much was done before.
 
-    def _bytes(self, part: int) -> int:
-        return self.skeleton.checkpoint.total_bytes(self.parts[part])
+        Args:
+            **work: By kind of step, how many times as long as writing a block it takes for each.
+        """
+        blocks, sizes = len(self.skeleton.blocks), map(self.skeleton.checkpoint.total_bytes, self.parts)
+        for part, size in enumerate(sizes):
+            for kind, times in work.items():
+                if part < blocks or kind == "part":
+                    self._work[f"{kind} {part}"] = size * (times if part < blocks else 1)
+        done = sum(size for step, size in self._work.items() if step in self.work.steps)
+        total, form = sum(self._work.values()), "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        self.bar = tqdm(
+            desc="WASI preparation", total=total, initial=done, bar_format=form, disable=not self.progress_bar
+        )
 
-    def _step(self, step: str, part: int | None, run: Callable[..., Any], *arguments: Any, sweeps: int = 1) -> None:
+    def _step(self, step: str, run: Callable[..., Any], *arguments: Any) -> None:
         """A step, unless it was done before."""
-        size = 0 if part is None else sweeps * self._bytes(part)
-        if step in self.work.steps:
-            self.bar.initial += size  # says nothing of how long the rest takes
-            self.bar.n += size
-            return
-        self.work.finish(step, run(*arguments))
-        self.bar.update(size)
+        if step not in self.work.steps:
+            self.work.finish(step, run(*arguments))
+            self.bar.update(self._work.get(step, 0))
 
     def _write_part(self, part: int, prepare: Prepare | None = None) -> dict[str, Any]:
         """A shard of the result; returns what the config says of its layers, and its bytes."""

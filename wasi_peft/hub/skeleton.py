@@ -26,7 +26,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, buffers: bool = Fa
         buffers: Whether buffers are there, which no file holds (frequencies of rotary embeddings).
 
     Raises:
-        ValueError: If it is no single architecture of transformers.
+        ValueError: If it is no single architecture of transformers, or has sizes that are impossible.
     """
     names = list(config.architectures or [])
     model_class: Any = getattr(transformers, names[0], None) if len(names) == 1 else None
@@ -34,7 +34,13 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, buffers: bool = Fa
     if not known:
         raise ValueError(f"the model's configuration must name one architecture of transformers, got {names or None}.")
     with init_empty_weights(include_buffers=not buffers):
-        model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), dtype=dtype)
+        try:
+            model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), dtype=dtype)
+        except (RuntimeError, ArithmeticError) as error:  # sizes that no tensor has
+            what = " ".join(str(error).split())
+            raise ValueError(
+                f"the model's configuration must be one of which a model can be made, got {what}."
+            ) from error
     model.tie_weights()  # which making the parameters empty undid
     return model.eval()
 
