@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(command)
 
     command = commands.add_parser("prepare", help="write a compressed checkpoint, one transformer block at a time")
-    command.set_defaults(run=_prepare, task=None, trust_remote_code=False)
+    command.set_defaults(run=_prepare, trust_remote_code=False)
     command.add_argument("model", metavar="MODEL", help="hub id or folder, in safetensors files")
     command.add_argument("--output", metavar="FOLDER", required=True, help="where to write the checkpoint")
     command.add_argument("--overwrite", action="store_true", help="replace the output when the new one is complete")
@@ -162,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", metavar="B", type=_count, default=8, help="samples of a batch of data (8)")
     command.add_argument("--sequence-length", metavar="N", type=_count, help=f"tokens of a text ({SEQUENCE_LENGTH})")
     command.add_argument("--image-size", metavar="P", type=_count, help="pixels of an image's side (the model's)")
+    command.add_argument("--task", choices=list(TASKS), help="with --data: what the model is for (its configuration)")
     command.add_argument("--dtype", choices=DTYPES, help="type of the weights (the checkpoint's)")
     command.add_argument("--json", action="store_true", help="print JSON only")
     return parser

@@ -41,7 +41,7 @@ from .checkpoint import checkpoint_dtype, checkpoint_folder, stored_tensors_of
 from .compressed import entry_of, quantization_config
 from .skeleton import Skeleton
 from .sweeps import BlockSweeps, Keep
-from .working import WorkingFolder, check_output, flush_folder, write_json, write_tensors
+from .working import WorkingFolder, check_output, write_json, write_tensors
 
 PART_BYTES = 2**26  # of tensors outside of blocks that are written together
 SUMS_WORK = 16  # how many times as long as writing a block it takes about to find out what the data say of it
@@ -108,8 +108,8 @@ def prepare_checkpoint(
         >>> vit = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
         >>> ViTModel(vit).save_pretrained(folder / "dense")
         >>> small = prepare_checkpoint(folder / "dense", folder / "small", progress_bar=False)
-        >>> AutoModel.from_pretrained(small).layers[0].mlp.fc1
-        CompressedLinear(in_features=32, out_features=64, form=int8)
+        >>> AutoModel.from_pretrained(small).layers[0].mlp.fc1.form_name
+        'int8'
     """
     config = WasiConfig() if config is None else copy.copy(config)
     if config.residual == "exact":
@@ -344,7 +344,6 @@ class _Preparation:
                 weight_map |= dict.fromkeys(file.keys(), self._file(part))
         index = {"metadata": {"total_size": sum(part["bytes"] for part in parts)}, "weight_map": weight_map}
         write_json(os.path.join(result, SAFE_WEIGHTS_INDEX_NAME), index)
-        flush_folder(result)
         self.bar.close()
 
 

@@ -90,6 +90,9 @@ class WorkingFolder:
     def publish(self) -> None:
         """The result becomes the output; one that was there is whole until then, and again if this fails."""
         check_output(self.output, self.overwrite)
+        for name in os.listdir(self.result):
+            flush(os.path.join(self.result, name))
+        flush(self.result)
         parent = os.path.dirname(self.output)
         aside = tempfile.mkdtemp(prefix=".wasi-", dir=parent)
         former = os.path.join(aside, "former")
@@ -102,7 +105,7 @@ class WorkingFolder:
                 os.rename(former, self.output)
             os.rmdir(aside)
             raise
-        flush_folder(parent)
+        flush(parent)
         shutil.rmtree(aside)
         shutil.rmtree(self.path)
 
@@ -174,12 +177,12 @@ def write_json(path: str, content: Any) -> None:
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
     replace_file(f"{path}.tmp", path)
-    flush_folder(os.path.dirname(path))
+    flush(os.path.dirname(path))
 
 
-def flush_folder(folder: str) -> None:
-    """Have the names of its files on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: str) -> None:
+    """Have a file on the disk, or the names of a folder's files."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
