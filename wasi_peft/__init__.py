@@ -17,6 +17,7 @@ from .hub.cards import write_card
 from .hub.compressed import compress
 from .hub.export import export
 from .hub.plain import to_plain
+from .hub.prepare import prepare_checkpoint
 from .planner.inference import fold_cores, merge_slow_layers
 from .planner.planner import plan_wasi
 from .ranks.plan import WasiPlan
@@ -58,6 +59,7 @@ __all__ = [
     "memory",
     "merge_slow_layers",
     "plan_wasi",
+    "prepare_checkpoint",
     "preprocess_wasi",
     "profile_wasi",
     "repair_blocks",

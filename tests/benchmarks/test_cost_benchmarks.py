@@ -184,3 +184,18 @@ def test_export_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert entries["dense, int8"]["faster_than_dense_of_its_precision"] == 1
         exact, rounded = (entries[f"factors, {name}"]["difference"] for name in ("fp32", "int8"))
         assert exact < 1e-4 < rounded
+
+
+@pytest.mark.slow
+def test_prepare_checkpoint(tmp_path: Path) -> None:
+    """A tiny shape: every run is there once, in a process of its own, and what it wrote is smaller."""
+    results, arguments = tmp_path / "prepare.json", ("--shape", "tiny", "--folder", tmp_path / "checkpoints")
+    run_script(BENCHMARKS / "prepare_checkpoint.py", *arguments, "--results", results, folder=tmp_path)
+    entries = json.loads(results.read_text())
+    runs = ["prepare int8", "prepare int8 with data", "prepare factors with data", "train int8", "train dense LoRA"]
+    assert list(entries) == [f"tiny {run}" for run in runs]
+    for entry in entries.values():
+        assert entry["peak_above_idle_mib"] > 0 and entry["seconds"] > 0 and "versions" in entry["environment"]
+    dense = 2 * entries["tiny prepare int8"]["shape"]["parameters"] / 2**20
+    assert 0 < entries["tiny prepare int8"]["written_mib"] < dense
+    assert len(entries["tiny train int8"]["step_seconds"]) == len(entries["tiny train dense LoRA"]["losses"]) == 3

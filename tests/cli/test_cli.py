@@ -15,7 +15,7 @@ import torch
 from models import ARCHITECTURES, wasi_model
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from wasi_peft import Calibration, WasiConfig, WasiPlan
 from wasi_peft.cli import loading
@@ -85,6 +85,31 @@ def run(assets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         return out
 
     return run
+
+
+# ------------------------------------------------------------------------------------------------ prepare
+
+
+def test_prepare(run: Any, tmp_path: Path) -> None:
+    text = run("prepare", "vit", "--output", str(tmp_path / "int8"))
+    assert "int8: 12 int8 layers, 9612.0 B in all" in text
+    assert (tmp_path / "int8" / "preprocessor_config.json").is_file()
+    options = ("--data", "texts.txt", "--residual", "int4", "--weight-rank", "2", "--dtype", "bfloat16", "--json")
+    data = json.loads(run("prepare", "llama", "--output", str(tmp_path / "int4"), *options))
+    assert set(map(str, data["layers"].values())) == {"{'form': 'int4', 'rank': 2}"}
+    assert data["output"] == str(tmp_path / "int4") and len(data["layers"]) == 14
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "int4")
+    assert model.dtype == torch.bfloat16 and AutoTokenizer.from_pretrained(tmp_path / "int4")("a b")["input_ids"]
+    stored = sum(tensor.nbytes for name, tensor in model.hf_quantizer.get_state_dict_and_metadata(model)[0].items())
+    assert data["total_bytes"] == stored
+
+
+def test_prepare_factors(run: Any, tmp_path: Path) -> None:
+    options = ("--data", "images", "--batch-size", "4", "--weight-share", "0.6", "--output", str(tmp_path / "small"))
+    text = run("prepare", "vit", *options)
+    assert "small: 12 factors layers of rank " in text
+    assert "needs overwrite=True" in run("prepare", "vit", *options, code=2)
+    assert run("prepare", "vit", *options, "--overwrite") == text
 
 
 # ------------------------------------------------------------------------------------------------ inspect
@@ -541,6 +566,17 @@ BAD = {
         ("plan", "vit", "--data", "bomb", *PLANNED),
         "bomb/image.png: Image size (400000000 pixels)",
     ),
+    "no output": (("prepare", "vit"), "arguments are required: --output"),
+    "no folder for the output": (("prepare", "vit", "--output", "none/x"), "none/x: the folder in which it is to be"),
+    "output that is there": (("prepare", "none", "--output", "vit"), "vit: the output must not exist yet"),
+    "factors without data": (("prepare", "none", "--output", "x", "--weight-share", "0.5"), "--data is needed"),
+    "rank of factors": (("prepare", "none", "--output", "x", "--residual", "none"), "--data is needed"),
+    "share and residual": (
+        ("prepare", "vit", "--output", "x", "--residual", "int4", "--weight-share", "0.5"),
+        "leave out residual='int4'",
+    ),
+    "nothing to prepare": (("prepare", "images", "--output", "x"), "a checkpoint must have a config.json, got none"),
+    "data that is not there": (("prepare", "vit", "--output", "x", "--data", "none"), "none: no such file or folder."),
     "another adapter": (("inspect", "lora"), "lora: must be an adapter of type WASI, got LORA."),
     "not an adapter": (("inspect", "listed"), "must be an adapter of type WASI, got None."),
     "adapter without weights": (("inspect", "empty"), "No such file"),

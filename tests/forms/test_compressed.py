@@ -116,7 +116,7 @@ def test_under_autocast_and_in_another_dtype(name: str) -> None:
 def test_what_is_in_a_file_makes_the_same_layer(name: str, bias: bool, dense_class: type[nn.Module]) -> None:
     layer = CompressedLinear(forms(bias)[name])
     state = layer.state_dict()
-    stored = {file: state[own] for file, own in layer.stored_names.items()}
+    stored = layer.stored()
     assert set(layer.stored_names.values()) == set(state)
     layout = stored_layout(layer.form_name, layer.rank, (OUT, IN), bias, torch.float32)
     assert {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in stored.items()} == layout

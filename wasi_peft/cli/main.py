@@ -1,4 +1,4 @@
-"""Command line: `wasi-peft inspect`, `estimate`, `profile`, `plan`, `merge`, `export`: parses, calls, prints."""
+"""Command line: `wasi-peft inspect | estimate | profile | plan | prepare | merge | export`: parses, calls, prints."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..cost.estimate import OPTIMIZERS, Estimate, estimate_wasi
 from ..cost.profile import ROUNDS, StepProfile, profile_wasi
 from ..factors.calibration import Calibration, calibrate_wasi
 from ..files.folders import check_target, new_folder
+from ..forms.compressed import STORABLE
 from ..forms.frozen import FROZEN
 from ..forms.residual import RESIDUALS
 from ..hub.cases import example_batch
@@ -32,6 +34,8 @@ from ..hub.compressed import compress
 from ..hub.export import FORMATS, export, ready_format
 from ..hub.headers import is_compressed, read_headers
 from ..hub.plain import PlainFormat
+from ..hub.prepare import prepare_checkpoint
+from ..hub.working import check_output
 from ..memory.modes import MEMORY_MODES
 from ..planner.planner import BUDGETS, DEFAULT_FORMS, plan_wasi
 from ..ranks.plan import FORMS, WasiPlan
@@ -93,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="wasi-peft",
-        description="Look at, estimate, profile and plan WASI fine-tuning; merge and export what comes of it.",
+        description="Look at, estimate, profile and plan WASI fine-tuning; prepare models, merge and export them.",
     )
     version = f"%(prog)s {importlib.metadata.version('wasi_peft')}"
     parser.add_argument("--version", action="version", version=version)
@@ -161,6 +165,30 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", metavar="JSON", help="where to write the plan")
     _add_batch_options(command)
     _add_model_options(command)
+
+    command = commands.add_parser("prepare", help="write a compressed checkpoint, one transformer block at a time")
+    command.set_defaults(run=_prepare, trust_remote_code=False)
+    command.add_argument("model", metavar="MODEL", help="hub id or folder, in safetensors files")
+    command.add_argument("--output", metavar="FOLDER", required=True, help="where to write the checkpoint")
+    command.add_argument("--overwrite", action="store_true", help="replace the output when the new one is complete")
+    command.add_argument(
+        "--residual",
+        choices=(*STORABLE, "none"),
+        help="weights in few bits, or none for factors in their place (int8)",
+    )
+    command.add_argument("--weight-share", metavar="SHARE", type=_share, help="factors: share of the weights to keep")
+    command.add_argument(
+        "--weight-rank", metavar="K", type=_count, help="rank of factors, or of additions to weights in few bits"
+    )
+    command.add_argument("--data", metavar="PATH", help="folder of images, or text file (a sample a line) or .jsonl")
+    command.add_argument("--text-key", default="text", help="key of the text in a .jsonl file (text)")
+    command.add_argument("--samples", type=_count, default=SAMPLES, help=f"how many to calibrate on ({SAMPLES})")
+    command.add_argument("--batch-size", metavar="B", type=_count, default=8, help="samples of a batch of data (8)")
+    command.add_argument("--sequence-length", metavar="N", type=_count, help=f"tokens of a text ({SEQUENCE_LENGTH})")
+    command.add_argument("--image-size", metavar="P", type=_count, help="pixels of an image's side (the model's)")
+    command.add_argument("--task", choices=list(TASKS), help="with --data: what the model is for (its configuration)")
+    command.add_argument("--dtype", choices=DTYPES, help="type of the weights (the checkpoint's)")
+    command.add_argument("--json", action="store_true", help="print JSON only")
 
     command = commands.add_parser("merge", help="a model of its own from an adapter and its base model")
     command.set_defaults(run=_merge)
@@ -558,6 +586,39 @@ def _plan(arguments: argparse.Namespace) -> None:
     _show(arguments, report.plan_table(plan), plan.to_dict())
     if arguments.plot:
         report.plot_plan(plan, calibration, arguments.plot)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    check_output(arguments.output, arguments.overwrite)
+    config = WasiConfig(
+        residual={None: AUTO, "none": None}.get(arguments.residual, arguments.residual),
+        weight_share=arguments.weight_share,
+        weight_rank=arguments.weight_rank,
+    )
+    if arguments.data is None and config.residual is None:
+        raise ValueError("--data is needed for factors in the weights' place; got none.")
+    data = None
+    if arguments.data is not None:
+        model, task = load_model(arguments, weights=False)
+        data = calibration_batches(arguments, model, task)
+    folder = prepare_checkpoint(
+        arguments.model,
+        arguments.output,
+        config,
+        data,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        overwrite=arguments.overwrite,
+    )
+    layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["layers"]
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    size = index["metadata"]["total_size"]
+    forms = Counter(layer["form"] for layer in layers.values())
+    ranks = [layer["rank"] for layer in layers.values()]
+    unit, divisor = report.byte_unit(size)
+    counted = ", ".join(f"{count} {form}" for form, count in forms.items())
+    ranked = f" of rank {min(ranks)} to {max(ranks)}" if max(ranks) else ""
+    text = f"{arguments.output}: {counted} layers{ranked}, {size / divisor:.1f} {unit} in all"
+    _show(arguments, text, {"output": str(folder), "total_bytes": size, "layers": layers})
 
 
 def _merge(arguments: argparse.Namespace) -> None:

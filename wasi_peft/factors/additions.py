@@ -13,7 +13,7 @@ from ..tuner.config import WasiConfig
 from ..tuner.prepared import PreparedLayer, WasiFactors
 from ..tuner.targets import asked_rank
 from ..updates.base import InitialFactors
-from .collecting import passes
+from .collecting import passes, through_model
 from .data import CalibrationData, check_repeatable
 from .statistics import InputStatistics
 
@@ -51,16 +51,25 @@ def prepare_additions(
     count = ADDITION_BATCHES if max_batches is None else max_batches
     pending, layers = dict(targets), dict[str, PreparedLayer]()
     with tqdm(total=len(targets), desc="WASI additions", disable=not progress_bar) as bar:
-        for collector in passes(model, data, pending, max_batches=count, max_memory_bytes=max_memory_bytes):
+        run = through_model(model, data, count)
+        for collector in passes(model, run, pending, max_memory_bytes=max_memory_bytes):
             for statistics in collector.take():
                 for name in statistics.modules:
-                    layers[name] = _prepared(name, pending.pop(name), config, statistics)
+                    layers[name] = prepared_addition(name, pending.pop(name), config, statistics)
                     bar.update()
     return WasiFactors({name: layers[name] for name in targets})
 
 
 @torch.no_grad()
-def _prepared(name: str, module: nn.Module, config: WasiConfig, statistics: InputStatistics) -> PreparedLayer:
+def prepared_addition(name: str, module: nn.Module, config: WasiConfig, statistics: InputStatistics) -> PreparedLayer:
+    """The addition of one layer, of the sums over its input.
+
+    Args:
+        name: Of the layer.
+        module: The dense layer.
+        config: With a residual for it.
+        statistics: Of the input that it reads.
+    """
     weight, bias = dense_weight(module), dense_bias(module)
     asked = asked_rank(name, config)
     rank = min(int(asked), *weight.shape)

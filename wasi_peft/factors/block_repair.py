@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ..forms.factored import FactoredLinear
 from ..models.calls import evaluating, real_rows
 from ..tuner.prepared import WasiFactors
 from ..updates.base import InitialFactors
-from .block_states import BlockStates, segments
+from .block_states import BlockStates, Hidden, segments
 from .data import limited
 from .descent import Descent, check_arguments, shuffled
 from .model_repair import compared_blocks
@@ -114,7 +114,7 @@ def token_error(hidden: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
 
 def _train_block(
     block: str,
-    targets: Sequence[Tensor],
+    targets: Hidden,
     states: BlockStates,
     layers: Mapping[str, FactoredLinear],
     steps: int,
@@ -137,7 +137,7 @@ def _train_block(
     return before
 
 
-def _error(block: str, targets: Sequence[Tensor], states: BlockStates) -> float:
+def _error(block: str, targets: Hidden, states: BlockStates) -> float:
     errors = [token_error(states.run(block, i), targets[i], states.masks[i]) for i in range(len(targets))]
     return float(torch.stack(errors).mean())
 

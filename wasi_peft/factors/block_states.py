@@ -6,14 +6,24 @@ So a model can be worked on block by block, at the cost of a few passes over the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..models.calls import Reached, features_of, hooked, layer_input, model_output, real_rows, token_mask
+from ..models.calls import (
+    Reached,
+    features_of,
+    hooked,
+    layer_input,
+    model_output,
+    real_rows,
+    tensors_in,
+    token_mask,
+)
 from ..models.structure import hidden_states, without_cache
 
 
@@ -60,26 +70,111 @@ def segments(model: nn.Module, blocks: Sequence[str], batch: Any) -> tuple[list[
     return chains, rows
 
 
+Answer = Callable[[Tensor], Any]  # what a block returns, of its hidden states
+
+
+def answer_form(root: nn.Module, block: str, batch: Any) -> Answer:
+    """How a block returns its hidden states, as it did for one batch: alone, or in a tuple.
+
+    Raises:
+        ValueError: If it returns other tensors beside them, on which the next blocks could depend.
+    """
+    outputs: list[Any] = []
+
+    def after(_: str, output: Any) -> None:
+        outputs.append(output)
+        raise Reached
+
+    with hooked(root, [block], after=after):
+        try:
+            model_output(root, batch)
+        except Reached:
+            pass
+    output = outputs[0] if outputs else None
+    if len(tensors_in(output)) != 1 or not isinstance(output, (Tensor, tuple)):
+        raise ValueError(
+            f"{block}: a block that is run alone must return its hidden states and no other tensor, got "
+            f"{len(tensors_in(output))} tensors in a {type(output).__name__}."
+        )
+    if isinstance(output, Tensor):
+        return lambda hidden: hidden
+    return lambda hidden: tuple(hidden if isinstance(part, Tensor) else part for part in output)
+
+
+@contextmanager
+def passing_on(
+    root: nn.Module, blocks: Iterable[str], form: Answer, replaced: Callable[[str], Tensor | None] = lambda block: None
+) -> Iterator[None]:
+    """Blocks that do nothing: they return the hidden states that they are given, so none of their weights is needed.
+
+    What else they are called with (masks, position embeddings) is what the model gives them.
+
+    Args:
+        root: The model.
+        blocks: Names of all its blocks.
+        form: How they return hidden states, see :func:`answer_form`.
+        replaced: What a block is to return instead; None for what it is given.
+    """
+
+    def stand_in(block: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, other = hidden_states(args, kwargs), replaced(block)
+            assert hidden is not None
+            return form(hidden.view_as(hidden) if other is None else other)  # never the same tensor
+
+        return forward
+
+    modules = {block: root.get_submodule(block) for block in blocks}
+    try:
+        for block, module in modules.items():
+            module.__dict__["forward"] = stand_in(block)
+        yield
+    finally:
+        for module in modules.values():
+            module.__dict__.pop("forward", None)
+
+
+class Hidden(Protocol):
+    """Hidden states by batch: a list, or what keeps them elsewhere."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Tensor: ...
+    def __setitem__(self, index: int, value: Tensor, /) -> None: ...
+    def append(self, value: Tensor, /) -> None:
+        """Add those of the next batch."""
+
+
 @dataclass
 class BlockStates:
     """A model on its way through the blocks of a segment: the hidden states of every batch before the next block."""
 
     root: nn.Module
-    hidden: list[Tensor]
+    hidden: Hidden
     masks: list[Tensor | None]
     calls: dict[str, list[_Call]]
 
     @classmethod
-    def before(cls, blocks: Sequence[str], root: nn.Module, batches: Sequence[Any]) -> BlockStates:
-        """The states before the first of some blocks."""
-        states = cls(root, [], [token_mask(batch) for batch in batches], {name: [] for name in blocks})
+    def before(
+        cls, blocks: Sequence[str], root: nn.Module, batches: Sequence[Any], hidden: Hidden | None = None
+    ) -> BlockStates:
+        """The states before the first of some blocks.
+
+        Args:
+            blocks: In the order in which they run.
+            root: The model.
+            batches: What runs through it.
+            hidden: What keeps the states, empty; a list if None.
+        """
+        masks, calls = [token_mask(batch) for batch in batches], dict[str, list[_Call]]()
+        states = cls(root, [] if hidden is None else hidden, masks, calls)
+        calls.update((name, []) for name in blocks)
 
         def on_call(name: str, args: Any, kwargs: Any) -> None:
             named = "hidden_states" in kwargs
             if name == blocks[0]:
-                hidden = hidden_states(args, kwargs)
-                assert hidden is not None
-                states.hidden.append(hidden)
+                first = hidden_states(args, kwargs)
+                assert first is not None
+                states.hidden.append(first)
             rest = {key: without_cache(value) for key, value in kwargs.items() if key != "hidden_states"}
             rest |= {"hidden_states": None} if named else {}
             others = args if named else args[1:]
@@ -95,9 +190,10 @@ class BlockStates:
                     continue
         return states
 
-    def run(self, block: str, index: int) -> Tensor:
-        """What a block answers one batch."""
-        return self.calls[block][index](self.root.get_submodule(block), self.hidden[index])
+    def run(self, block: str, index: int, hidden: Tensor | None = None) -> Tensor:
+        """What a block answers one batch, of its hidden states or of others."""
+        hidden = self.hidden[index] if hidden is None else hidden
+        return self.calls[block][index](self.root.get_submodule(block), hidden)
 
     def rows_before(self, block: str, index: int, layer: str) -> Tensor | None:
         """The rows of one batch, without padding, that a layer of a block reads; None if they are not its tokens'."""

@@ -30,7 +30,7 @@ from ..tuner.config import WasiConfig
 from ..tuner.layer import WasiLayer
 from ..tuner.targets import check_targets, resolve_targets, selected_modules
 from ..updates import DEFAULT_UPDATE, InitialFactors, Update, make_update
-from .collecting import Gradients, passes
+from .collecting import Gradients, passes, through_model
 from .data import CalibrationData, check_repeatable, describe_data
 from .folder import (
     check_file,
@@ -220,19 +220,17 @@ def calibrate_wasi(
     pending = {name: module for name, module in targets.items() if name not in index["layers"]}
     for collector in passes(
         model,
-        data,
+        through_model(model, data, max_batches, "WASI calibration ({} layers)" if progress_bar else None),
         pending,
         gradients=gradients,
         seed=seed,
-        max_batches=max_batches,
         max_memory_bytes=max_memory_bytes,
         fresh=not index["layers"],
-        description="WASI calibration ({} layers)" if progress_bar else None,
     ):
         with tqdm(total=len(collector.done), desc="WASI spectra", disable=not progress_bar) as bar:
             for statistics in collector.take():
                 for name in statistics.modules:
-                    _save_layer(folder, index, name, pending.pop(name), statistics)
+                    save_layer(folder, index, name, pending.pop(name), statistics)
                     bar.update()
                 write_index(folder, index)
     index["complete"] = True
@@ -260,9 +258,18 @@ def dense_targets(model: nn.Module, config: WasiConfig | None) -> dict[str, nn.M
     return targets
 
 
-def _save_layer(
+def save_layer(
     directory: str, index: dict[str, Any], name: str, module: nn.Module, statistics: InputStatistics
 ) -> None:
+    """Write what the sums say of one layer, and enter it into the index, which the caller writes.
+
+    Args:
+        directory: The folder.
+        index: Its index; changed.
+        name: Of the layer, which is not in the index.
+        module: The dense layer.
+        statistics: Of the input that it reads.
+    """
     weight = dense_weight(module)
     spectrum = statistics.spectrum(name, weight, dense_bias(module))
     stored = torch.promote_types(weight.dtype, torch.float32)

@@ -19,19 +19,25 @@ from .statistics import InputStatistics, add_gradient_energies, backpropagate_si
 
 Gradients = Literal["features", "loss"]
 
-_COMPARED_CALLS = 2  # first calls of a layer whose compressed gradients are compared with exact ones
+COMPARED_CALLS = 2  # first calls of a layer whose compressed gradients are compared with exact ones
 
 
 class Collector:
     """Hooks of one pass over the data; decides at a module's first call whether its sums fit the bound."""
 
     def __init__(
-        self, pending: dict[str, nn.Module], max_memory_bytes: int, gradients: Gradients | None, seed: int
+        self,
+        pending: dict[str, nn.Module],
+        max_memory_bytes: int,
+        gradients: Gradients | None,
+        seed: int,
+        compared_calls: int = COMPARED_CALLS,
     ) -> None:
         self.pending = pending
         self.max_memory_bytes = max_memory_bytes
         self.gradients = gradients
         self.seed = seed
+        self.compared_calls = compared_calls
         self.signs = torch.Generator().manual_seed(seed)
         self.collected: list[InputStatistics] = []
         self.leaders: dict[str, InputStatistics] = {}  # module that feeds an accumulator
@@ -88,7 +94,7 @@ class Collector:
         y = differentiable(y)
         call, version = self.calls[name], x._version
         self.calls[name] += 1
-        compare = x.detach() if call < _COMPARED_CALLS and name in self.owners else None
+        compare = x.detach() if call < self.compared_calls and name in self.owners else None
 
         def on_gradient(gradient: Tensor) -> None:
             self.reached = True
@@ -159,59 +165,67 @@ class Collector:
             yield self.collected.pop(0)
 
 
+Run = Callable[[Collector], None]  # has the layers called as often as there are batches
+
+
 def passes(
     model: nn.Module,
-    data: CalibrationData,
+    run: Run,
     pending: dict[str, nn.Module],
     *,
     gradients: Gradients | None = None,
     seed: int = 0,
-    max_batches: int | None = None,
     max_memory_bytes: int = 2**30,
     fresh: bool = True,
-    description: str | None = None,
+    compared_calls: int = COMPARED_CALLS,
 ) -> Iterator[Collector]:
     """Run the data through the model as often as the memory for sums calls for; each pass hands out what it collected.
 
     Args:
         model: The dense model.
-        data: See :func:`calibration.calibrate_wasi`.
+        run: What a pass is, see :func:`through_model`.
         pending: The layers to collect; the caller takes out those that it has got, and when none is left it ends.
         gradients: Where output gradients come from, None for no backward passes.
         seed: Of random projections.
-        max_batches: Stop each pass after that many batches.
         max_memory_bytes: Bound on the memory for sums.
         fresh: Whether the first pass is the first of all, see :meth:`Collector.check`.
-        description: Of a progress bar a pass, with `{}` for the number of layers; None for no bar.
+        compared_calls: First calls of a layer whose compressed gradients are compared with exact ones.
     """
     while pending:
-        collector = Collector(pending, max_memory_bytes, gradients, seed)
-        title = None if description is None else description.format(len(pending))
+        collector = Collector(pending, max_memory_bytes, gradients, seed, compared_calls)
         with evaluating(model, bool(gradients)), collector.attached(model):
-            run_model(model, data, max_batches, title, collector, gradients == "loss")
+            run(collector)
         collector.check(fresh)
         fresh = False
         yield collector
 
 
-def run_model(
-    model: nn.Module,
-    data: CalibrationData,
-    max_batches: int | None,
-    description: str | None,
-    collector: Collector,
-    with_labels: bool,
-) -> None:
-    """One pass over the data, back from the loss where labels are used."""
-    if callable(data):
-        data()
-        return
-    for batch in limited(data, max_batches, description):
-        collector.mask = token_mask(batch)
-        output = model_output(model, batch, with_labels)
-        if with_labels:
-            loss = loss_of(output)
-            if loss is None:
-                raise ValueError("gradients='loss' needs batches with labels, for which the model returns a loss.")
-            if loss.requires_grad:
-                loss.backward()
+def through_model(
+    model: nn.Module, data: CalibrationData, max_batches: int | None = None, description: str | None = None
+) -> Run:
+    """A pass of the data through the whole model, back from the loss where labels are used.
+
+    Args:
+        model: The dense model.
+        data: See :func:`calibration.calibrate_wasi`.
+        max_batches: Stop after that many batches.
+        description: Of a progress bar, with `{}` for the number of layers; None for no bar.
+    """
+
+    def run(collector: Collector) -> None:
+        if callable(data):
+            data()
+            return
+        with_labels = collector.gradients == "loss"
+        title = None if description is None else description.format(len(collector.pending))
+        for batch in limited(data, max_batches, title):
+            collector.mask = token_mask(batch)
+            output = model_output(model, batch, with_labels)
+            if with_labels:
+                loss = loss_of(output)
+                if loss is None:
+                    raise ValueError("gradients='loss' needs batches with labels, for which the model returns a loss.")
+                if loss.requires_grad:
+                    loss.backward()
+
+    return run

@@ -63,10 +63,11 @@ def describe_data(data: Any, max_batches: int | None) -> dict[str, int | None]:
         return {"batches": count, "first_batch": None}
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed
         first = next(iter(data))
-    return {"batches": count, "first_batch": _batch_checksum(first)}
+    return {"batches": count, "first_batch": batch_checksum(first)}
 
 
-def _batch_checksum(batch: Any) -> int:
+def batch_checksum(batch: Any) -> int:
+    """CRC-32 of all tensors and numbers of a batch."""
     total = 0
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor):

@@ -124,15 +124,7 @@ def open_index(
     os.makedirs(directory, exist_ok=True)
     index = read_index(directory)
     if index is None:
-        size = dense_weight(next(iter(targets.values()))).element_size()
-        return {
-            "format": FORMAT,
-            "complete": False,
-            "settings": settings,
-            "data": data,
-            "bytes_per_element": size,
-            "layers": {},
-        }
+        return new_index(targets, settings, data)
     if index["settings"] != settings:
         raise ValueError(
             f"{directory!r} holds a calibration with {index['settings']}, got {settings}. Use another folder."
@@ -159,6 +151,20 @@ def open_index(
         if list(dense_weight(module).shape) != entry["shape"] or weight_checksum(module) != entry["checksum"]:
             raise ValueError(f"{name}: {directory!r} holds the calibration of another model. Use another folder.")
     return index
+
+
+def new_index(
+    targets: Mapping[str, nn.Module], settings: dict[str, Any], data: dict[str, int | None]
+) -> dict[str, Any]:
+    """The index of a calibration that begins; arguments as for :func:`open_index`."""
+    return {
+        "format": FORMAT,
+        "complete": False,
+        "settings": settings,
+        "data": data,
+        "bytes_per_element": dense_weight(next(iter(targets.values()))).element_size(),
+        "layers": {},
+    }
 
 
 def weight_checksum(module: nn.Module) -> int:

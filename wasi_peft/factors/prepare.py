@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -119,19 +120,11 @@ def preprocess_wasi(
             progress_bar=progress_bar,
         )
     calibration.require(targets)
-    update = resolved.layer_update
-    if resolved.weight_share is not None:
-        spectra = calibration.spectra(targets, update)
-        resolved.resolved_ranks = allocate_ranks(spectra, resolved.weight_share)
+    resolve_ranks(resolved, calibration, targets)
     layers: dict[str, PreparedLayer] = {}
     for name, module in tqdm(targets.items(), desc="WASI initial factors", disable=not progress_bar):
-        rank_or_threshold = asked_rank(name, resolved)
-        rank = rank_for(rank_or_threshold, calibration.energies(name))
-        directions = initial_rank(rank, update.side_rank, dense_weight(module).shape)
-        initial = calibration.factors(name, module, directions)
-        made_for = rank_or_threshold, resolved.weight_share, update.name, update.side_rank
-        layers[name] = PreparedLayer(initial, rank, *made_for, frozen_dtype=update.frozen_dtype)
-    factors = WasiFactors(layers)
+        layers[name] = prepared_factors(name, module, resolved, calibration)
+    factors, update = WasiFactors(layers), resolved.layer_update
     if repair_steps and batches is not None:
         factors = chosen.run(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
     if update.keeps_image and batches is not None:
@@ -140,3 +133,34 @@ def preprocess_wasi(
     factors = WasiFactors({**factors.layers, **additions})
     factors.attach(model)
     return factors
+
+
+def resolve_ranks(config: WasiConfig, calibration: Calibration, names: Iterable[str]) -> None:
+    """Allocate ranks over all layers where one budget is to decide them.
+
+    Args:
+        config: Gets them in `resolved_ranks`.
+        calibration: Of these layers.
+        names: All targets whose weights factors replace.
+    """
+    if config.weight_share is not None:
+        spectra = calibration.spectra(names, config.layer_update)
+        config.resolved_ranks = allocate_ranks(spectra, config.weight_share)
+
+
+def prepared_factors(name: str, module: nn.Module, config: WasiConfig, calibration: Calibration) -> PreparedLayer:
+    """The factors of one layer, cut from its spectrum.
+
+    Args:
+        name: Of the layer.
+        module: The dense layer.
+        config: With the ranks of a budget resolved (:func:`resolve_ranks`).
+        calibration: Of this layer.
+    """
+    update = config.layer_update
+    rank_or_threshold = asked_rank(name, config)
+    rank = rank_for(rank_or_threshold, calibration.energies(name))
+    directions = initial_rank(rank, update.side_rank, dense_weight(module).shape)
+    initial = calibration.factors(name, module, directions)
+    made_for = rank_or_threshold, config.weight_share, update.name, update.side_rank
+    return PreparedLayer(initial, rank, *made_for, frozen_dtype=update.frozen_dtype)

@@ -103,6 +103,11 @@ class CompressedLinear(nn.Linear):
             names |= {form.prefix + name: f"form.{form.prefix}{name}" for name in form.parts}
         return names if self.bias is None else {**names, "bias": "form.bias"}
 
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors as they are in a file (:func:`stored_layout`)."""
+        state = self.state_dict()
+        return {name: state[own] for name, own in self.stored_names.items()}
+
     @property
     def rank(self) -> int:
         """Directions of the factors, 0 where there are none."""

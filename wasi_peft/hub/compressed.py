@@ -314,21 +314,31 @@ def mark_compressed(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If it has none.
     """
-    layers = {
-        name: {"form": layer.form_name, "rank": layer.rank}
-        for name, layer in model.named_modules()
-        if isinstance(layer, CompressedLinear)
-    }
-    if not layers:
-        raise ValueError("no layer became smaller, so there is nothing to save in another form; choose fewer ranks.")
+    layers = {name: entry_of(layer) for name, layer in model.named_modules() if isinstance(layer, CompressedLinear)}
+    config = quantization_config(layers)
     if isinstance(model, PreTrainedModel):
-        config = WasiQuantizationConfig(layers)
         quantizer = WasiQuantizer(config, pre_quantized=True)
         model.hf_quantizer = quantizer
         model.is_quantized, model.quantization_method = True, METHOD
         model.config.quantization_config, model.config._is_quantized = config, True
         _own_names(model)
     return model
+
+
+def entry_of(layer: CompressedLinear) -> dict[str, Any]:
+    """What a config says of a layer."""
+    return {"form": layer.form_name, "rank": layer.rank}
+
+
+def quantization_config(layers: Mapping[str, Mapping[str, Any]]) -> WasiQuantizationConfig:
+    """What a config says of all compressed layers, by name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not layers:
+        raise ValueError("no layer became smaller, so there is nothing to save in another form; choose fewer ranks.")
+    return WasiQuantizationConfig(layers)
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = WasiQuantizationConfig

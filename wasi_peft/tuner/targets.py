@@ -77,13 +77,14 @@ def selected_modules(model: nn.Module, config: WasiConfig) -> Iterator[tuple[str
             yield name, module
 
 
-def check_targets(model: nn.Module, config: WasiConfig, copied: bool = False) -> None:
+def check_targets(model: nn.Module, config: WasiConfig, copied: bool = False, skeleton: bool = False) -> None:
     """Check every selected module before anything is changed.
 
     Args:
         model: The base model.
         config: With `target_modules` resolved.
         copied: Whether the layers start as copies of another adapter's, so that no dense weight is needed.
+        skeleton: Whether weights come later, on which :func:`check_weight` is then called.
 
     Raises:
         TypeError: If one is neither a Linear nor a Conv1D.
@@ -98,7 +99,7 @@ def check_targets(model: nn.Module, config: WasiConfig, copied: bool = False) ->
     if config.plan is not None:
         _check_planned_names({plain_name(name) for name in targets}, config)
     for name, module in targets.items():
-        _check_target(name, module, config, shared, copied)
+        _check_target(name, module, config, shared, copied, skeleton)
     _check_side_rank(targets, config)
     for name, module in model.named_modules():
         if isinstance(module, WasiLayer) and module.base_is_released and name not in targets:
@@ -134,7 +135,7 @@ def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _check_target(
-    name: str, module: nn.Module, config: WasiConfig, shared: dict[int, list[str]], copied: bool
+    name: str, module: nn.Module, config: WasiConfig, shared: dict[int, list[str]], copied: bool, skeleton: bool
 ) -> None:
     if isinstance(module, WasiLayer):
         if not (config.awaits_loading or copied) and module.base_is_released:
@@ -152,7 +153,7 @@ def _check_target(
         weight = module.weight
         if weight is None or getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise ValueError(f"{name}: its weight is offloaded; load it into memory first.")
-        if weight.device.type == "meta":
+        if weight.device.type == "meta" and not skeleton:
             return _check_absent(name, module, config)
         if is_quantized(module):
             return _check_rank(name, module, config)
@@ -164,12 +165,8 @@ def _check_target(
                 f"{name}: its weight is tied ({', '.join(sorted(tied))}); factoring one would untie them. "
                 "Leave it out with exclude_modules, or untie the weights first."
             )
-        if not bool(torch.isfinite(weight.detach()).all()):
-            raise ValueError(f"{name}: its weight holds NaN or Inf.")
-        if config.residual_of(plain_name(name)) == Int4Residual.name and not bool(
-            torch.isfinite(weight.detach().to(torch.float16)).all()
-        ):
-            raise ValueError(f"{name}: residual='int4' needs a weight in the range of float16, got larger values.")
+        if not skeleton:
+            check_weight(name, weight, config)
     _check_rank(name, module, config)
 
 
@@ -182,6 +179,20 @@ def _check_absent(name: str, module: nn.Module, config: WasiConfig) -> None:
             "model's (wasi_peft.compress)."
         )
     _check_rank(name, module, config)
+
+
+def check_weight(name: str, weight: torch.Tensor, config: WasiConfig) -> None:
+    """Check the values of a target's weight.
+
+    Raises:
+        ValueError: If it is not finite, or not in the range of what it is to be rounded to.
+    """
+    if not bool(torch.isfinite(weight.detach()).all()):
+        raise ValueError(f"{name}: its weight holds NaN or Inf.")
+    if config.residual_of(plain_name(name)) == Int4Residual.name and not bool(
+        torch.isfinite(weight.detach().to(torch.float16)).all()
+    ):
+        raise ValueError(f"{name}: residual='int4' needs a weight in the range of float16, got larger values.")
 
 
 def _check_rank(name: str, module: nn.Module, config: WasiConfig) -> None:
