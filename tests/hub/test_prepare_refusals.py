@@ -15,8 +15,9 @@ from models import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wasi_peft import WasiConfig, prepare_checkpoint
+from wasi_peft import WasiConfig, WasiPlan, prepare_checkpoint
 from wasi_peft.hub.checkpoint import DenseCheckpoint
+from wasi_peft.ranks.plan import LayerPlan
 
 FACTORS = {"config": WasiConfig(weight_share=0.6)}
 
@@ -239,6 +240,22 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_arguments(case: str, tmp_path: Path) -> None:
     options, message = ARGUMENTS[case]
     refused(saved("llama", tmp_path / "dense"), tmp_path / "small", message, **options)
+
+
+def planned(*forms: str) -> WasiConfig:
+    names = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up")]
+    layers = (LayerPlan(name, 24, 16, 2, None, 0.9, form) for name, form in zip(names, forms, strict=True))
+    return WasiConfig(plan=WasiPlan(tuple(layers), update="factor"))
+
+
+def test_plans(tmp_path: Path) -> None:
+    dense = saved("llama", tmp_path / "dense")
+    message = "a plan must make all its layers factors, or none, to be prepared block by block"
+    refused(dense, tmp_path / "small", message, config=planned("int8", "factors"), data=[batch()])
+    for forms in (("int8", "int4"), ("factors", "factors"), ("int4", "exact")):
+        output = prepare_checkpoint(dense, tmp_path / "-".join(forms), planned(*forms), [batch()], progress_bar=False)
+        layers = json.loads((output / "config.json").read_text())["quantization_config"]["layers"]
+        assert [entry["form"] for entry in layers.values()] == [form for form in forms if form != "exact"]
 
 
 def test_a_tied_target(tmp_path: Path) -> None:
