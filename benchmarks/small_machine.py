@@ -51,6 +51,8 @@ RATES = {
     "smollm2": {"full": 1e-4, "lora": 3e-3, "compressed": 3e-3},
 }
 MIB = 2**20
+# one arena, since each further one takes 64 MiB of addresses; large blocks go back to the system when they are freed
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**22), "MALLOC_TRIM_THRESHOLD_": str(2**22)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ def predict(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         images = load_images(train=1, test=32)[1]
         batch = {"pixel_values": torch.stack([item["pixel_values"] for item in images.__getitems__(range(32))])}
     else:
-        batch = {"input_ids": windows(8)[2][:8]}
+        batch = {"input_ids": windows(8)[2][:8], "logits_to_keep": 1}  # the next token
     stages = Stages()
     if job["limit_mib"]:
         limit_memory(job["limit_mib"])
@@ -184,7 +186,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         for name in PROCESSES:
             content = json.dumps({**job, "process": name, "folder": scratch})
             command = [sys.executable, str(Path(__file__).resolve()), "--job", content]
-            quiet = {**os.environ, "MALLOC_ARENA_MAX": "1"}  # each further arena of malloc takes 64 MiB of addresses
+            quiet = {**os.environ, **MALLOC}
             done = subprocess.run(command, capture_output=True, text=True, env=quiet)
             if done.returncode:
                 entry["failed"] = {name: (done.stderr.strip().splitlines() or ["killed"])[-1][:200]}
