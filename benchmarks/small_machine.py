@@ -52,7 +52,7 @@ RATES = {
 }
 MIB = 2**20
 # one arena, since each further one takes 64 MiB of addresses; large blocks go back to the system when they are freed
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**22), "MALLOC_TRIM_THRESHOLD_": str(2**22)}
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
