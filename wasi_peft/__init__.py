@@ -13,6 +13,7 @@ from .factors.model_repair import repair_factors
 from .factors.prepare import preprocess_wasi
 from .factors.token_repair import repair_tokens
 from .hub import cards
+from .hub.adapters import load_adapter
 from .hub.cards import write_card
 from .hub.compressed import compress
 from .hub.export import export
@@ -55,6 +56,7 @@ __all__ = [
     "estimate_wasi",
     "export",
     "fold_cores",
+    "load_adapter",
     "measure_peak_memory",
     "memory",
     "merge_slow_layers",
