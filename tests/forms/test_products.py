@@ -11,6 +11,7 @@ from strategies import normal, relative_error
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from wasi_peft import measure_peak_memory
 from wasi_peft.forms import products
 from wasi_peft.forms.products import (
     OUTLIERS,
@@ -21,6 +22,7 @@ from wasi_peft.forms.products import (
     measured_seconds,
     tiles,
 )
+from wasi_peft.linalg import low_bit
 from wasi_peft.linalg.low_bit import quantize_rows
 
 # roundings of a product, by dtype of the rows
@@ -70,6 +72,34 @@ def test_products_that_round_say_by_how_much(name: str, dtype: torch.dtype, size
     for result, expected, width in ((y, x.double() @ dense.T, sizes[1]), (dX, dY.double() @ dense, sizes[0])):
         # a row of one entry is its own largest, so it has no error
         assert (0 if width == 1 else 1e-4) <= relative_error(result, expected) < 0.02
+
+
+@pytest.mark.parametrize("tile", [1, 100, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_integer_product_is_that_of_the_codes_with_the_scales_in_float32(
+    dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(low_bit, "TILE", tile)
+    codes, scale, _ = weight(24, 40)
+    x, dY = operands((24, 40), dtype, rows=11)
+    rows, row_scale, *_ = rounded = quantize_rows(x)
+    sums = (rows.long() @ codes.long().t()).float()
+    expected = (sums * row_scale * scale.t()).to(dtype)
+    assert torch.equal(IntegerProduct.forward(x, codes, scale, rounded), expected)
+    rows, row_scale, *_ = quantize_rows(dY.float() * scale.t())
+    expected = ((rows.long() @ codes.long()).float() * row_scale).to(dtype)
+    assert torch.equal(IntegerProduct.transposed(dY, codes, scale), expected)
+
+
+def test_an_integer_product_holds_no_second_one_in_32_bits() -> None:
+    """Next to the rows that it multiplies and its result; where both have 16 bits, a tile of it."""
+    codes, scale, _ = weight(512, 64)
+    rows = 4 * low_bit.TILE // 512
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(rows, 64, dtype=dtype)
+        rounded = quantize_rows(x)
+        peak = measure_peak_memory(lambda x=x, rounded=rounded: IntegerProduct.forward(x, codes, scale, rounded))
+        assert peak.peak_bytes <= 4 * low_bit.TILE * (dtype.itemsize + (dtype.itemsize == 2)) + 2**16
 
 
 def test_a_product_takes_rows_that_are_rounded_already() -> None:

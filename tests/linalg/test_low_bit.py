@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import QUICK, SEEDS, normal
 
 from wasi_peft.linalg import low_bit
-from wasi_peft.linalg.low_bit import GROUP, LARGEST_CODE, quantize_groups, quantize_rows, restore_groups
+from wasi_peft.linalg.low_bit import GROUP, LARGEST_CODE, quantize_groups, quantize_rows, restore_groups, row_tiles
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 70))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -70,6 +70,29 @@ def test_tiles_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         for tile in (1, 40, 100, 439):
             monkeypatch.setattr(low_bit, "TILE", tile)
             assert all(map(torch.equal, quantize_rows(x, outliers), whole))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_columns_are_multiplied_in_at_least_float32_before_they_are_rounded(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = normal(11, 40, seed=4).to(dtype)
+    factor = normal(1, 40, seed=5).to(torch.promote_types(dtype, torch.float32)).exp()
+    expected = quantize_rows(x * factor)[:2]
+    assert x.dtype == torch.float64 or not torch.equal(expected[0], quantize_rows(x)[0])
+    for tile in (2**20, 100):
+        monkeypatch.setattr(low_bit, "TILE", tile)
+        assert all(map(torch.equal, quantize_rows(x, factor=factor)[:2], expected))
+
+
+@given(rows=st.integers(0, 5000), width=st.integers(1, 5000))
+def test_tiles_cover_all_rows_and_the_first_is_the_longest(rows: int, width: int) -> None:
+    tiles = row_tiles(rows, width, torch.device("cpu"))
+    assert [row for tile in tiles for row in range(rows)[tile]] == list(range(rows))
+    lengths = [tile.stop - tile.start for tile in tiles]
+    assert lengths == sorted(lengths, reverse=True)
+    assert all((length - 1) * width < low_bit.TILE for length in lengths)
+    assert len(row_tiles(rows, width, torch.device("meta"))) == min(rows, 1)  # more would be more kernels
 
 
 def test_columns_with_the_largest_entries_are_kept_as_they_are() -> None:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from wasi_peft import measure_peak_memory
+from wasi_peft.linalg import low_bit
 from wasi_peft.memory import ChunkedLoss, chunked_cross_entropy
 from wasi_peft.memory.loss import DeferredLogits, default_chunk_rows
 
@@ -76,6 +77,28 @@ def test_loss_and_gradients_are_those_of_all_logits(
     pairs = zip(gradients(3 * loss, hidden, weight, b), gradients(3 * expected, hidden, weight, b), strict=True)
     for own, other in pairs:
         torch.testing.assert_close(own, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("tile", [1, 2 * V, 3 * V - 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_tiles_of_a_chunk_change_nothing(dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    *inputs, labels = problem(dtype=dtype)
+    whole = chunked_cross_entropy(*inputs, labels, chunk_rows=5)
+    expected = gradients(whole, *inputs)
+    monkeypatch.setattr(low_bit, "TILE", tile)
+    loss = chunked_cross_entropy(*inputs, labels, chunk_rows=5)
+    torch.testing.assert_close(loss, whole)
+    for own, other in zip(gradients(loss, *inputs), expected, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_logits_in_16_bits_are_widened_a_tile_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, vocabulary = 64, 4096
+    monkeypatch.setattr(low_bit, "TILE", vocabulary)
+    hidden, weight = torch.randn(1, rows, 4).bfloat16().requires_grad_(), torch.randn(vocabulary, 4).bfloat16()
+    labels = torch.zeros(1, rows, dtype=torch.int64)
+    peak = measure_peak_memory(lambda: chunked_cross_entropy(hidden, weight, None, labels).backward())
+    assert peak.peak_bytes < 1.5 * 2 * rows * vocabulary  # the logits in 16 bits; those in 32 would come on top
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:])
@@ -189,7 +212,7 @@ def test_peak_is_that_of_a_chunk() -> None:
 
 def test_default_chunk() -> None:
     assert default_chunk_rows(1000) == 16 * 2**20 // 4000
-    assert default_chunk_rows(49152) == 256
+    assert default_chunk_rows(49152) == 128
 
 
 @pytest.mark.parametrize(

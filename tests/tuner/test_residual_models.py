@@ -275,9 +275,9 @@ def counted(owner: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor
     """The inputs of `quantize_rows` where a module calls it."""
     calls: list[Tensor] = []
 
-    def counting(x: Tensor, outliers: int = 0) -> RoundedRows:
+    def counting(x: Tensor, outliers: int = 0, factor: Tensor | None = None) -> RoundedRows:
         calls.append(x)
-        return quantize_rows(x, outliers)
+        return quantize_rows(x, outliers, factor)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, "quantize_rows", counting)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from ..linalg.low_bit import RoundedRows, quantize_rows
+from ..linalg.low_bit import RoundedRows, quantize_rows, row_tiles
 from ..linalg.timing import timed
 
 TILE_ELEMENTS = 2**20  # of a weight that is restored a part at a time
@@ -83,7 +83,7 @@ class IntegerProduct(Int8Product):
         x: Tensor, codes: Tensor, scale: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None
     ) -> Tensor:
         rows, row_scale, columns, values = quantize_rows(x, OUTLIERS) if rounded is None else rounded
-        y = _as_float(torch._int_mm(rows, codes.t())).mul_(row_scale).mul_(scale.t()).to(x.dtype)
+        y = _scaled_product(rows, codes.t(), row_scale, scale.t(), x.dtype)
         if columns is not None:  # at once with the thin product: it is the pass over y that costs
             assert values is not None
             weight = (codes.index_select(1, columns) * scale).to(x.dtype)
@@ -93,14 +93,34 @@ class IntegerProduct(Int8Product):
 
     @staticmethod
     def transposed(dY: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        rows, row_scale, *_ = quantize_rows(dY * scale.t())
-        return _as_float(torch._int_mm(rows, codes)).mul_(row_scale).to(dY.dtype)
+        rows, row_scale, *_ = quantize_rows(dY, factor=scale.t())
+        return _scaled_product(rows, codes, row_scale, None, dY.dtype)
 
 
-def _as_float(sums: Tensor) -> Tensor:
-    """int32 to float32 in the same memory: a new tensor would take longer to get than the numbers to convert."""
-    # no view in the eyes of autograd, which forbids gradients to be added to one that was made without it
-    return torch.ops.aten._unsafe_view(sums.view(torch.float32).copy_(sums), sums.shape)
+def _scaled_product(
+    rows: Tensor, other: Tensor, row_scale: Tensor, column_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`diag(row_scale) (rows other) diag(column_scale)`, the product in integers, the rest in float32.
+
+    **Shape**
+        - rows: (rows, n), int8; other: (n, m), int8; row_scale: (rows, 1); column_scale: (1, m); returns (rows, m)
+    """
+    y = row_scale.new_empty(len(rows), other.shape[1], dtype=dtype)
+    if dtype == torch.float32:
+        return _into(y, rows, other, row_scale, column_scale)
+    tiles = row_tiles(len(y), y.shape[1], y.device)
+    work = y.new_empty(tiles[0].stop if tiles else 0, y.shape[1], dtype=torch.float32)
+    for part in tiles:
+        y[part] = _into(work[: part.stop - part.start], rows[part], other, row_scale[part], column_scale)
+    return y
+
+
+def _into(y: Tensor, rows: Tensor, other: Tensor, row_scale: Tensor, column_scale: Tensor | None) -> Tensor:
+    """The same in y, whose memory also holds the integers: new one would take longer to get than they to convert."""
+    sums = y.view(torch.int32)
+    torch._int_mm(rows, other, out=sums)
+    y.copy_(sums).mul_(row_scale)
+    return y if column_scale is None else y.mul_(column_scale)
 
 
 def add_thin(y: Tensor, thin: Thin | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 LARGEST_CODE = 127
 GROUP = 32
-TILE = 2**19  # elements that are rounded at a time: larger temporary tensors cost more to get than to compute
+TILE = 2**19  # elements of a CPU's temporary tensors: larger ones cost more to get than to compute
 
 
 class RoundedRows(NamedTuple):
@@ -32,7 +32,18 @@ class RoundedRows(NamedTuple):
     values: Tensor | None = None
 
 
-def quantize_rows(x: Tensor, outliers: int = 0) -> RoundedRows:
+def row_tiles(rows: int, width: int, device: torch.device) -> list[slice]:
+    """Ranges of rows, alike but for the last, of about :data:`TILE` elements each on a CPU; else all rows in one.
+
+    The first one is the longest.
+    """
+    whole = device.type != "cpu" or torch.compiler.is_compiling()
+    count = 1 if whole else max(1, -(-rows * width // TILE))
+    step = max(1, -(-rows // count))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def quantize_rows(x: Tensor, outliers: int = 0, factor: Tensor | None = None) -> RoundedRows:
     """Each row to int8 by its largest entry: `x ~ codes * scale`, no entry off by more than half a scale.
 
     The inputs of a transformer's layers have a few columns that are many times as large as the others, always the same
@@ -42,11 +53,12 @@ def quantize_rows(x: Tensor, outliers: int = 0) -> RoundedRows:
     scales is not finite either.
 
     **Shape**
-        - x: (rows, n)
+        - x: (rows, n); factor: (1, n)
 
     Args:
         x: Rows.
         outliers: Columns that are kept as they are, those with the largest entries; an eighth of all at most.
+        factor: What the columns are multiplied by before they are rounded, in at least float32; not with outliers.
 
     Example:
         >>> codes, scale, *_ = quantize_rows(torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]]))
@@ -56,19 +68,23 @@ def quantize_rows(x: Tensor, outliers: int = 0) -> RoundedRows:
     dtype = torch.promote_types(x.dtype, torch.float32)  # 16 bits hold no more digits than the code
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty(len(x), 1, dtype=dtype)
-    step = max(1, TILE // x.shape[1])
     columns = values = None
     outliers = min(outliers, x.shape[1] // 8)
     if outliers and len(x):
         columns = x.abs().amax(0).topk(outliers).indices
         values = x.index_select(1, columns)
-    for rows in range(0, len(x), step):
-        part = x[rows : rows + step].to(dtype)
+    tiles = row_tiles(len(x), x.shape[1], x.device)
+    work = x.new_empty(2, tiles[0].stop if tiles else 0, x.shape[1], dtype=dtype)
+    for rows in tiles:
+        part, magnitude = work[:, : rows.stop - rows.start]
+        part.copy_(x[rows])
+        if factor is not None:
+            part.mul_(factor)
         if columns is not None:
-            part = part.index_fill(1, columns, 0)
-        largest = part.abs().amax(-1, keepdim=True).div_(LARGEST_CODE)
-        scale[rows : rows + step] = largest
-        codes[rows : rows + step] = (part / largest.clamp_min(torch.finfo(dtype).tiny)).round_()
+            part.index_fill_(1, columns, 0)
+        largest = torch.abs(part, out=magnitude).amax(-1, keepdim=True).div_(LARGEST_CODE)
+        scale[rows] = largest
+        codes[rows] = part.div_(largest.clamp_min_(torch.finfo(dtype).tiny)).round_()
     return RoundedRows(codes, scale, columns, values)
 
 

@@ -27,8 +27,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from ..linalg.low_bit import row_tiles
+
 CHUNK_BYTES = 16 * 2**20  # of one chunk of float32 logits, while that makes enough rows
-LEAST_CHUNK_ROWS = 256  # each chunk reads the head's whole weight, so fewer cost time
+LEAST_CHUNK_ROWS = 128  # each chunk reads the head's whole weight, so fewer cost time
 
 
 def default_chunk_rows(vocabulary: int) -> int:
@@ -73,29 +75,35 @@ class LinearCrossEntropy(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         precise = torch.promote_types(hidden.dtype, torch.float32)
         product = hidden.new_empty(min(chunk_rows, len(kept)), len(weight))
-        work = product if precise == product.dtype else torch.empty_like(product, dtype=precise)
+        tiles = row_tiles(
+            len(product), len(weight), product.device
+        )  # of a chunk: the passes of its softmax find them in a cache
+        widened = None
+        if precise != product.dtype:
+            widened = hidden.new_empty(tiles[0].stop if tiles else 0, len(weight), dtype=precise)
         grad_hidden = torch.zeros_like(hidden) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=precise) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and needs[2] else None
 
         loss = hidden.new_zeros((), dtype=precise)
         for rows in kept.split(chunk_rows) if len(kept) else ():
-            x, logits, gradient = hidden[rows], work[: len(rows)], product[: len(rows)]
+            x, gradient = hidden[rows], product[: len(rows)]
             if bias is None:
                 torch.mm(x, weight.T, out=gradient)
             else:
                 torch.addmm(bias, x, weight.T, out=gradient)
-            if logits.dtype != gradient.dtype:
-                logits.copy_(gradient)
-            loss += _to_loss_and_gradient(logits, labels[rows], needs_gradient=any(needs))
-            if grad_bias is not None:
-                grad_bias += logits.sum(0)
-            if logits.dtype != gradient.dtype:
-                gradient.copy_(logits)
+            for tile in tiles:
+                part, targets = gradient[tile], labels[rows[tile]]
+                logits = part if widened is None else widened[: len(part)].copy_(part)
+                loss += _to_loss_and_gradient(logits, targets, needs_gradient=any(needs))
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0)
+                if widened is not None:
+                    part.copy_(logits)
             if grad_hidden is not None:
                 grad_hidden[rows] = gradient @ weight
             if grad_weight is not None:
-                if logits.dtype == gradient.dtype:
+                if widened is None:
                     grad_weight.addmm_(gradient.T, x)
                 else:
                     grad_weight += gradient.T @ x
@@ -192,7 +200,7 @@ def chunked_cross_entropy(
         labels: Token ids in [0, V) or `ignore_index`, not shifted.
         ignore_index: The label that is left out.
         num_items_in_batch: Divisor of the summed loss, for gradient accumulation; None takes the mean.
-        chunk_rows: Tokens in a chunk; by default as many as make 16 MiB of float32 logits, at least 256.
+        chunk_rows: Tokens in a chunk; by default as many as make 16 MiB of float32 logits, at least 128.
 
     Returns:
         The loss in float32 (float64 for float64 inputs). Not differentiable twice.
@@ -436,7 +444,7 @@ class ChunkedLoss:
     model before or after; after `resize_token_embeddings`, which makes a new head, install this again.
 
     Args:
-        rows: Tokens in a chunk; by default as many as make 16 MiB of float32 logits, at least 256.
+        rows: Tokens in a chunk; by default as many as make 16 MiB of float32 logits, at least 128.
 
     Raises:
         ValueError: If `rows` is not positive.
