@@ -28,7 +28,7 @@ MODES: Mapping[str, tuple[Technique, ...]] = MappingProxyType(
         ),
         "small": (
             RecomputedBlocks("int8"),
-            SlicedBlocks(SLICE_ROWS, drop_caches=True),
+            SlicedBlocks(SLICE_ROWS // 2, drop_caches=True),
             ChunkedMLPs(SLICE_ROWS),  # where one sample alone is longer than a slice
             ChunkedLoss(),
         ),
