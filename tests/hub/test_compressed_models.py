@@ -222,6 +222,37 @@ def test_an_adapter_trains_on_it(name: str, update: str, kind: str, tmp_path: Pa
     close(logits(dense, batch), after, 1e-3)
 
 
+@pytest.mark.parametrize("base", ["dense", "int8", "factors"])
+@pytest.mark.parametrize("dense", [None, True, False])
+def test_what_is_merged_is_saved_as_what_it_is(base: str, dense: bool | None, tmp_path: Path) -> None:
+    model, batch = LLAMA.model() if base == "dense" else made(LLAMA, **CONFIGS[base]), LLAMA.batch()
+    adapted = peft.get_peft_model(model, WasiConfig(weight_rank=2))
+    train(adapted, batch, steps=2)
+    expected = logits(adapted.eval(), batch)
+    merged = adapted.merge_and_unload(dense=dense)
+    close(logits(merged, batch), expected, 1e-4)
+    merged.save_pretrained(tmp_path)
+    loaded = load(merged, tmp_path)
+    close(logits(loaded, batch), expected, 1e-4)
+    assert bool(layers(loaded)) == (dense is False or (dense is None and base != "dense"))
+    assert hasattr(merged.config, "quantization_config") == bool(layers(merged))
+
+
+def test_other_adapters_inside_are_not_saved_as_if_there_were_none(tmp_path: Path) -> None:
+    model = peft.get_peft_model(made(LLAMA), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(ValueError, match=r"q_proj: there is an adapter on this layer\. Save the PEFT model"):
+        model.get_base_model().save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_head_that_was_compressed_too(tmp_path: Path) -> None:
+    model = made(LLAMA, target_modules=["lm_head", "q_proj"], weight_rank=2)
+    model.save_pretrained(tmp_path)
+    assert len(layers(load(model, tmp_path))) == len(layers(model)) == 3
+    other = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    assert len(layers(other)) == len(layers(transformers.AutoModel.from_pretrained(tmp_path))) == 2
+
+
 def test_its_adapter_is_as_large_as_that_of_lora(tmp_path: Path) -> None:
     def size(config: Any) -> int:
         model = peft.get_peft_model(made(LLAMA, weight_share=0.6), config)
@@ -296,6 +327,20 @@ def test_what_cannot_be_compressed() -> None:
         compress(adapter, adapter_name="other")
     with pytest.raises(ValueError, match="no layer became smaller"):
         mark_compressed(VIT.model())
+    with pytest.raises(ValueError, match=r"compressed already; restore its dense layers first, by model\.dequantize"):
+        compress(made(VIT), WasiConfig(residual="int4"))
+    with pytest.raises(ValueError, match="adapter_name is for a PEFT model"):
+        compress(VIT.model(), adapter_name="default")
+    for model, config in ((VIT.model(), "int8"), (VIT.model(), peft.LoraConfig()), ("folder", None)):
+        with pytest.raises(TypeError, match="compress takes a model and a WasiConfig, got"):
+            compress(model, config)
+
+
+def test_a_head_is_not_said_to_be_untrained(caplog: pytest.LogCaptureFixture) -> None:
+    compress(VIT.build())
+    assert "newly initialised" not in caplog.text
+    peft.get_peft_model(VIT.build(), WasiConfig())
+    assert "newly initialised" in caplog.text
 
 
 def test_a_failed_injection_leaves_the_dense_model() -> None:
@@ -366,6 +411,17 @@ DAMAGES: dict[str, tuple[str, Edit, str]] = {
         rf"{Q}: the checkpoint lacks 'wasi_codes'",
     ),
     "missing bias": ("int8", without("bias"), rf"{Q}: the checkpoint lacks 'bias'"),
+    "no dense tensor": (
+        "int8",
+        lambda _, tensors: tensors.pop("vit.layers.0.layernorm_before.weight").zero_(),
+        r"vit\.layers\.0\.layernorm_before\.weight: the checkpoint lacks this tensor",
+    ),
+    "part of a layer that is not named": (
+        "int8",
+        lambda _, tensors: tensors.update({"vit.layers.7.wasi_codes": torch.zeros(2)}),
+        r"vit\.layers\.7\.wasi_codes: the checkpoint holds a part of a layer that its configuration does not name",
+    ),
+    "no layers at all": ("int8", lambda config, _: config.pop("layers"), "must be a dict by module name, got None"),
     "a tensor too many": (
         "int8",
         lambda _, tensors: tensors.update({f"{Q}.wasi_L": torch.zeros(2)}),

@@ -82,7 +82,12 @@ def load_with_adapter(arguments: argparse.Namespace) -> Any:
     known = settings.get("auto_mapping") or {}
     if arguments.task is None and known.get("base_model_class"):
         of_base.task = task_of(known["base_model_class"])
-    model, _ = load_model(of_base, weights=True)
+    try:
+        model, _ = load_model(of_base, weights=True)
+    except OSError as error:
+        raise OSError(
+            f"{folder}: its base model {base!r} cannot be read; give another place with --base: {error}"
+        ) from error
     with reading(str(folder)):
         return PeftModel.from_pretrained(model, str(folder)).eval()
 

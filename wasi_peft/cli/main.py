@@ -625,6 +625,8 @@ def _merge(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.model)
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder}: must be the folder of a WASI adapter, got one without adapter_config.json.")
+    if Path(arguments.output).resolve() == folder.resolve():
+        raise ValueError(f"{arguments.output}: the output must be another folder than the adapter's.")
     check_target(arguments.output, arguments.overwrite)
     model = load_with_adapter(arguments)
     merged: Any = model.base_model.merge_and_unload(dense=True) if arguments.dense else compress(model)

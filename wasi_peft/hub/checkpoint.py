@@ -177,7 +177,7 @@ class DenseCheckpoint:
                     continue
                 raise ValueError(
                     f"{tensor.key}: the checkpoint must hold the tensors of a {type(model).__name__} and no others; "
-                    "this one is none of them."
+                    "this one is none of them. A model that fits into memory can be loaded and given to compress."
                 )
             if name in matched:
                 raise ValueError(

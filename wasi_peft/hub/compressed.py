@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class WasiQuantizationConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, layers: Mapping[str, Mapping[str, Any]], format_version: int = FORMAT_VERSION, **_: Any
+        self, layers: Mapping[str, Mapping[str, Any]] | None = None, format_version: int = FORMAT_VERSION, **_: Any
     ) -> None:
         if format_version != FORMAT_VERSION:
             raise ValueError(
@@ -102,7 +103,7 @@ class WasiQuantizer(HfQuantizer):
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             loading[module_name] = _Loading(entry["form"], shape, type(module), dtype)
-        _check_files(layouts, checkpoint_files)
+        _check_files(model, layouts, checkpoint_files)
         for module_name, layout in zip(loading, layouts.values(), strict=True):
             model.set_submodule(module_name, _Stored(layout))
         self._loading = loading
@@ -125,11 +126,19 @@ class WasiQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with the tensors of compressed layers under the names that they have in files."""
+        found = {name: layer for name, layer in model.named_modules() if isinstance(layer, CompressedLinear)}
+        if not getattr(model, "_hf_peft_config_loaded", False):  # of transformers' own adapters no base is saved
+            adapted = next((name for name in found if name.endswith(".base_layer")), None)
+            if adapted is not None:
+                raise ValueError(
+                    f"{adapted.removesuffix('.base_layer')}: there is an adapter on this layer. Save the PEFT model, "
+                    "or merge the adapter first."
+                )
+            _renew_mark(model)  # layers may have changed
         state = model.state_dict()
-        for name, layer in model.named_modules():
-            if isinstance(layer, CompressedLinear):
-                for stored, own in layer.stored_names.items():
-                    state[f"{name}.{stored}"] = state.pop(f"{name}.{own}")
+        for name, layer in found.items():
+            for stored, own in layer.stored_names.items():
+                state[f"{name}.{stored}"] = state.pop(f"{name}.{own}")
         return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -189,16 +198,16 @@ def _candidates(model: PreTrainedModel, name: str) -> Iterator[str]:
 
 
 def _names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Names of layers in the model by those in a checkpoint; a bare base model lacks those of the head.
+    """Names of layers in the model by those in a checkpoint; models with another head or none lack those of the head.
 
     Raises:
         ValueError: If the model does not have one, or it is no linear layer.
     """
     modules, found = dict(model.named_modules()), {}
-    bare = model.base_model is model
+    same = type(model).__name__ in (model.config.architectures or ())
     for name in names:
         known = next((other for other in _candidates(model, name) if other in modules), None)
-        if known is None and bare and not name.startswith(f"{model.base_model_prefix}."):
+        if known is None and not same and not name.startswith(f"{model.base_model_prefix}."):
             continue
         if known is None or not isinstance(modules[known], (nn.Linear, Conv1D)):
             kind = "no such module" if known is None else type(modules[known]).__name__
@@ -212,12 +221,13 @@ def _names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 # ---------------------------------------------------------------- what the files claim
 
 
-def _check_files(layouts: Mapping[str, Layout], files: Iterable[str] | None) -> None:
+def _check_files(model: PreTrainedModel, layouts: Mapping[str, Layout], files: Iterable[str] | None) -> None:
     """Refuse, by their headers alone, files that do not hold what the config says.
 
     Raises:
         ValueError: If a tensor of a compressed layer is missing, there is one that its form does not have, or one has
-            another shape or kind of dtype; or if a file is damaged or no safetensors file.
+            another shape or kind of dtype; if another tensor of the architecture that was saved is missing; or if a
+            file is damaged or no safetensors file.
     """
     if files is None:
         return
@@ -245,6 +255,24 @@ def _check_files(layouts: Mapping[str, Layout], files: Iterable[str] | None) -> 
                     f"{name}.{part}: must be of shape {shape} and dtype {' or '.join(kinds)} as its form says, got "
                     f"{there[0]} and {there[1]}."
                 )
+    _check_rest(model, layouts, present)
+
+
+def _check_rest(model: PreTrainedModel, layouts: Mapping[str, Layout], present: Iterable[str]) -> None:
+    """Refuse tensors of forms without a layer, and an architecture that was saved and is not complete."""
+    others = [key for key in present if key.rpartition(".")[0] not in layouts]
+    stray = next((key for key in others if key.rpartition(".")[2].startswith("wasi_")), None)
+    if type(model).__name__ not in (model.config.architectures or ()):
+        return  # with another head or none; transformers says what is missing and what is left
+    if stray is not None:
+        raise ValueError(f"{stray}: the checkpoint holds a part of a layer that its configuration does not name.")
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    known = set(others)
+    for key in model.state_dict():
+        skipped = key in tied or key.rpartition(".")[0] in layouts or any(each.search(key) for each in optional)
+        if not skipped and key not in known:
+            raise ValueError(f"{key}: the checkpoint lacks this tensor; it is damaged or was put together wrongly.")
 
 
 # ---------------------------------------------------------------- making one
@@ -279,7 +307,7 @@ def compress(
         ValueError: If a PEFT model comes with a configuration or data, the configuration keeps the dense weights
             (`residual="exact"`), or no layer would be smaller (the model then has dense layers again); and whatever
             the preparation or the injection finds, with the model as it was.
-        TypeError: If a PEFT model's adapter is no WASI adapter.
+        TypeError: If a PEFT model's adapter is no WASI adapter, or an argument has another type.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -288,6 +316,10 @@ def compress(
         >>> sum(isinstance(module, CompressedLinear) for module in model.modules())
         6
     """
+    if not isinstance(model, nn.Module) or not isinstance(config, (WasiConfig, type(None))):
+        raise TypeError(
+            f"compress takes a model and a WasiConfig, got {type(model).__name__} and {type(config).__name__}."
+        )
     if isinstance(model, PeftModel):
         if config is not None or data is not None or options:
             raise ValueError("an adapter has its forms already: leave config, data and their options out, got some.")
@@ -298,7 +330,12 @@ def compress(
         if not any(adapter_name in layer.wasi_form for _, layer in wasi_layers(model)):
             raise ValueError(f"adapter_name must be one of {sorted(tuner.peft_config)}, got {adapter_name!r}.")
     else:
+        if adapter_name is not None:
+            raise ValueError(f"adapter_name is for a PEFT model; leave it out for a dense one, got {adapter_name!r}.")
+        if any(isinstance(layer, CompressedLinear) for layer in model.modules()):
+            raise ValueError("the model is compressed already; restore its dense layers first, by model.dequantize().")
         config = WasiConfig() if config is None else copy.copy(config)
+        config.inference_mode = True  # nothing is going to train
         if config.residual == "exact":
             raise ValueError("residual='exact' keeps the dense weights; choose 'int8', 'int4' or factors.")
         if data is not None:
@@ -341,5 +378,16 @@ def quantization_config(layers: Mapping[str, Mapping[str, Any]]) -> WasiQuantiza
     return WasiQuantizationConfig(layers)
 
 
+def _renew_mark(model: nn.Module) -> None:
+    """Have a model whose layers have changed saved as what it is now: compressed, in these forms, or dense."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if any(isinstance(layer, CompressedLinear) for layer in model.modules()):
+        mark_compressed(model)
+    elif isinstance(model, PreTrainedModel) and isinstance(quantizer, WasiQuantizer):
+        quantizer.remove_quantization_config(model)
+        model.config._is_quantized = False
+
+
+WasiModel.after_unloading.append(_renew_mark)
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = WasiQuantizationConfig
 AUTO_QUANTIZER_MAPPING[METHOD] = WasiQuantizer

@@ -111,6 +111,8 @@ def prepare_checkpoint(
         >>> AutoModel.from_pretrained(small).layers[0].mlp.fc1.form_name
         'int8'
     """
+    if not isinstance(config, (WasiConfig, type(None))):
+        raise TypeError(f"config must be a WasiConfig, got {type(config).__name__}.")
     config = WasiConfig() if config is None else copy.copy(config)
     if config.residual == "exact":
         raise ValueError("residual='exact' keeps the dense weights; choose 'int8', 'int4' or factors.")
@@ -124,6 +126,8 @@ def prepare_checkpoint(
         check_repeatable(data)
     check_output(os.fspath(output), overwrite)
     folder = checkpoint_folder(model, revision)
+    if os.path.exists(output) and os.path.samefile(folder, output):
+        raise ValueError(f"{os.fspath(output)}: the output must be another folder than the dense checkpoint.")
     loaded = _read_config(folder)
     stored = stored_tensors_of(folder)
     dtype = dtype or loaded.dtype or checkpoint_dtype(stored)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -127,6 +127,9 @@ class WasiModel(BaseTuner):
 
     prefix: str = "wasi_"
     tuner_layer_cls = WasiLayer
+    after_unloading: ClassVar[
+        list[Callable[[nn.Module], Any]]
+    ] = []  # what rooms above do with a model without adapters
     target_module_mapping: dict[str, list[str]] = {}
 
     def wasi_summary(self, adapter_name: str | None = None) -> WasiSummary:
@@ -464,6 +467,8 @@ class WasiModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         allow_saving(model)
+        for finish in self.after_unloading:
+            finish(model)
         self._vectors.lower()
         for mode in {config.resolved_memory_mode for config in self.peft_config.values()}:
             leave_memory_mode(model, mode)
