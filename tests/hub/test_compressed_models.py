@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import peft
 import pytest
 import torch
 import transformers
+import transformers.core_model_loading
 from models import ARCHITECTURES, Architecture, logits, train, wasi_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -119,6 +121,20 @@ def test_with_another_head_and_without_one(name: str, kind: str, tmp_path: Path)
     bare.save_pretrained(tmp_path / "bare")
     headed = load(model, tmp_path / "bare")
     close(headed.base_model(**batch)[0], expected)
+
+
+def test_a_head_of_another_size(tmp_path: Path) -> None:
+    """A new one, or a refusal by versions of transformers that would take that of the checkpoint."""
+    model = made(VIT)
+    model.save_pretrained(tmp_path)
+    options = {"num_labels": 7, "ignore_mismatched_sizes": True}
+    source = inspect.getsource(transformers.core_model_loading.set_param_for_module)
+    if "param_needs_quantization" not in source:
+        with pytest.raises(ValueError, match=r"classifier\.weight: must have shape \(7, 16\), got \(3, 16\)"):
+            load(model, tmp_path, **options)
+        return
+    headed = load(model, tmp_path, **options)
+    assert headed.classifier.weight.shape == (7, 16) and len(layers(headed)) == len(layers(model))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..tuner.config import WasiConfig
+from .compressed import check_shapes, shapes_of
 
 METHOD = "wasi_absent"  # of transformers' quantizers, for the time of loading
 
@@ -125,11 +126,13 @@ class _AbsentQuantizer(HfQuantizer):
             for key, parameter in self._hidden[name].items():  # seen by those who ask, not by the loader
                 layer.__dict__[key] = None if parameter is None else torch.empty_like(parameter, device="meta")
         ignored = [rf"(^|\.){name.replace('.', chr(92) + '.')}\.(weight|bias)$" for name in self._hidden]
+        self._shapes = shapes_of(model)
         self._ignored = model._keys_to_ignore_on_load_unexpected
         kind = set if self._ignored is None else type(self._ignored)
         model._keys_to_ignore_on_load_unexpected = kind([*(self._ignored or ()), *ignored])
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        check_shapes(model, self._shapes)
         for name, parameters in self._hidden.items():
             layer = model.get_submodule(name)
             for key, parameter in parameters.items():

@@ -107,11 +107,13 @@ class WasiQuantizer(HfQuantizer):
         for module_name, layout in zip(loading, layouts.values(), strict=True):
             model.set_submodule(module_name, _Stored(layout))
         self._loading = loading
+        self._shapes = shapes_of(model)
         layers = self.quantization_config.layers
         known = {module_name: layers[name] for module_name, name in zip(loading, layouts, strict=True)}
         self.quantization_config = WasiQuantizationConfig(known)  # by their names in this model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        check_shapes(model, self._shapes)
         for name, (form_name, shape, dense_class, dtype) in self._loading.items():
             stored = model.get_submodule(name)
             parts = {part: tensor.detach() for part, tensor in stored.named_parameters()}
@@ -121,7 +123,7 @@ class WasiQuantizer(HfQuantizer):
                 remove_hook_from_module(stored)
                 add_hook_to_module(layer, hook)
             model.set_submodule(name, layer)
-        del self._loading
+        del self._loading, self._shapes
         _own_names(model)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -181,6 +183,29 @@ class _Stored(nn.Module):
         for name, (shape, dtype) in layout.items():
             tensor = torch.empty(shape, dtype=dtype, device="meta")
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of all parameters, by name."""
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def check_shapes(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse parameters that do not have the shapes of the model that they were loaded into.
+
+    Before it asked quantizers, transformers took all shapes where there was one, and so the head of a checkpoint for a
+    new one.
+
+    Raises:
+        ValueError: If one has another shape.
+    """
+    for name, shape in shapes_of(model).items():
+        if shapes.get(name, shape) != shape:
+            raise ValueError(
+                f"{name}: must have shape {tuple(shapes[name])}, got {tuple(shape)} from the checkpoint, which this "
+                "version of transformers cannot leave out here. Load the model as it was saved and replace the head, "
+                "or install a newer transformers."
+            )
 
 
 def _own_names(model: PreTrainedModel) -> None:
