@@ -52,6 +52,7 @@ ALONE: list[dict[str, Any]] = [  # what cannot be combined with all of the above
     {"weight_rank": 6, "rank_pattern": {"fc1": 3}},
     {"plan": PLAN.to_dict()},
     {"residual": "int4", "residual_product": "restored"},
+    {"frozen_dtype": "int8"},
 ]
 
 
