@@ -98,7 +98,7 @@ def test_lists_of_names_become_sets(sequence: type) -> None:
 
 
 @pytest.mark.parametrize("loader", [PeftConfig, WasiConfig], ids=["PeftConfig", "WasiConfig"])
-@pytest.mark.parametrize("options", [VARIED, *ALONE], ids=["most", "ranks", "plan", "residual"])
+@pytest.mark.parametrize("options", [VARIED, *ALONE], ids=["most", "ranks", "plan", "residual", "few bits"])
 def test_round_trip(tmp_path: Path, loader: type[PeftConfig], options: dict[str, Any]) -> None:
     config = WasiConfig(**options)
     config.save_pretrained(str(tmp_path))
