@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from wasi_peft.files import whole
 from wasi_peft.files.whole import whole_file
 
 
@@ -57,3 +63,30 @@ def test_a_move_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(OSError, match="No space left"), whole_file(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "former" and [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+
+
+WRITER = """
+import importlib.util, itertools, sys
+spec = importlib.util.spec_from_file_location("whole", sys.argv[1])
+whole = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(whole)
+for number in itertools.count():
+    with whole.whole_file(sys.argv[2]) as temporary:
+        temporary.write_bytes(bytes([65 + number % 26]) * 200_000)
+    print(number, flush=True)
+"""
+
+
+def test_a_process_that_is_killed_leaves_one_whole_version(tmp_path: Path) -> None:
+    path, moments = tmp_path / "a", random.Random(0)
+    path.write_bytes(b"A" * 200_000)
+    command = [sys.executable, "-S", "-c", WRITER, whole.__file__, str(path)]
+    for _ in range(12):
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()  # it is writing now
+            time.sleep(moments.uniform(0, 0.02))
+            process.send_signal(signal.SIGKILL)
+        content = path.read_bytes()
+        assert len(content) == 200_000 and len(set(content)) == 1
+        assert all(each.name == "a" or each.name.startswith(".a.") for each in tmp_path.iterdir())
