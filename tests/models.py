@@ -211,6 +211,10 @@ class Architecture:
         batch = self.make_batch(samples, seed)
         return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
 
+    def inputs(self, samples: int = 4) -> Batch:
+        """A batch without labels."""
+        return {key: value for key, value in self.batch(samples).items() if key != "labels"}
+
     def targets(self, model: nn.Module) -> set[str]:
         """Full names of the layers that are targets by default, told by their type and the list of exceptions."""
         kinds = (nn.Linear, Conv1D)
@@ -354,6 +358,16 @@ def frozen_model(model: nn.Module, form: str, names: Iterable[str]) -> nn.Module
 def wasi_model(model: nn.Module, **options: Any) -> Any:
     """PEFT model at full rank and with the exact input for backward, unless the options say otherwise."""
     return get_peft_model(model, exact_config(**options))
+
+
+def moved(model: Any, size: float) -> Any:
+    """A model all whose trainable parameters are off by noise of a size, always the same."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def exact_config(**options: Any) -> WasiConfig:

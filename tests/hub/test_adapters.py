@@ -16,15 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import core_model_loading
 
 from wasi_peft import WasiConfig, load_adapter
-from wasi_peft.forms import products
 from wasi_peft.tuner.layer import wasi_layers
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 VIT, LLAMA = ARCHITECTURES["vit"], ARCHITECTURES["llama"]
-
-
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "measured_seconds", lambda *_: {"restored": 0.0})
 
 
 def takes_new_heads() -> bool:

@@ -17,15 +17,11 @@ from torch import nn
 
 import wasi_peft
 from wasi_peft import WasiConfig, compress, write_card
-from wasi_peft.forms import products
 from wasi_peft.hub import cards
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 VIT, BERT, LLAMA = (ARCHITECTURES[name] for name in ("vit", "bert", "llama"))
-
-
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "measured_seconds", lambda *_: {"restored": 0.0})
 
 
 def snippet(folder: Path) -> str:

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, compress
-from wasi_peft.forms import products
 from wasi_peft.forms.compressed import CompressedLinear
 from wasi_peft.hub.compressed import WasiQuantizationConfig, mark_compressed
+
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "int8": {},
@@ -33,12 +34,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "factors": {"weight_share": 0.6},
 }
 LLAMA, VIT = ARCHITECTURES["llama"], ARCHITECTURES["vit"]
-
-
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which product is the fastest depends on the machine, and rows are rounded by some."""
-    monkeypatch.setattr(products, "measured_seconds", lambda *_: {"restored": 0.0})
 
 
 def made(architecture: Architecture, **options: Any) -> Any:

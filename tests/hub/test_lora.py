@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, frozen_model, logits, train
+from models import ARCHITECTURES, frozen_model, logits, moved, train
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -21,16 +21,11 @@ def trained(name: str, **options: Any) -> Any:
     """A model with an adapter, all that trains of which has moved."""
     settings = {"weight_rank": 3, "train_vectors": False, "residual": "exact", **options}
     model = get_peft_model(ARCHITECTURES[name].model(), WasiConfig(**settings)).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return moved(model, 0.3)
 
 
 def batch_of(name: str) -> Any:
-    return {key: value for key, value in ARCHITECTURES[name].batch(3).items() if key != "labels"}
+    return ARCHITECTURES[name].inputs(3)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, train
+from models import ARCHITECTURES, moved, train
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageClassification, ViTForImageClassification
@@ -35,16 +35,11 @@ FORMS: dict[str, dict[str, Any]] = {
 def adapted(name: str, form: str, **options: Any) -> Any:
     """A model with an adapter whose factors and vectors are not those of the start."""
     model = get_peft_model(ARCHITECTURES[name].model(), WasiConfig(weight_rank=3, **FORMS[form], **options)).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return moved(model, 0.1)
 
 
 def batch_of(name: str) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in ARCHITECTURES[name].batch(3).items() if key != "labels"}
+    return ARCHITECTURES[name].inputs(3)
 
 
 @torch.no_grad()

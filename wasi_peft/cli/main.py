@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,6 +26,7 @@ from ..cost.estimate import OPTIMIZERS, Estimate, estimate_wasi
 from ..cost.profile import ROUNDS, StepProfile, profile_wasi
 from ..factors.calibration import Calibration, calibrate_wasi
 from ..files.folders import check_target, new_folder
+from ..files.headers import read_header
 from ..forms.compressed import STORABLE
 from ..forms.frozen import FROZEN
 from ..forms.residual import RESIDUALS
@@ -396,17 +397,13 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
     config = WasiConfig.from_pretrained(str(folder))
     path = folder / "adapter_model.safetensors"
     layers = []
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
-            shapes = {key: each.get_shape() for key, each in slices.items()}
-            widths = {key: 2 if each.get_dtype() in ("F16", "BF16") else 4 for key, each in slices.items()}
-            for key in list(shapes):  # a factor in few bits is as large as its codes or values
-                factor, _, stored = key.rpartition(".")
-                if stored in ("codes", "values"):
-                    shapes[factor] = shapes[key]
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from error
+    headers = read_header(path)
+    shapes = {key: list(header.shape) for key, header in headers.items()}
+    widths = {key: 2 if header.dtype in ("F16", "BF16") else 4 for key, header in headers.items()}
+    for key in headers:  # a factor in few bits is as large as its codes or values
+        factor, _, stored = key.rpartition(".")
+        if stored in ("codes", "values"):
+            shapes[factor] = shapes[key]
     places = (key.partition(".wasi_form.")[0] for key in shapes if ".wasi_form." in key)
     for place in dict.fromkeys(places):
         name = place.removeprefix("base_model.model.")

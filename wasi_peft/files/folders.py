@@ -51,23 +51,38 @@ def new_folder(folder: Location, overwrite: bool = False) -> Iterator[Path]:
     """
     target = check_target(folder, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    name = f".{target.name}.{secrets.token_hex(8)}"
-    scratch, former = target.with_name(f"{name}.tmp"), target.with_name(f"{name}.former")
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     scratch.mkdir()
     try:
         yield scratch
-        for path in (*scratch.rglob("*"), scratch):
-            flush(path)
+        flush_all(scratch)
         check_target(folder, overwrite)  # somebody may have been quicker
-        try:
-            if target.exists():
-                target.rename(former)
-            scratch.rename(target)
-        except BaseException:
-            if former.exists() and not target.exists():
-                former.rename(target)
-            raise
-        flush(target.parent)
-        shutil.rmtree(former, ignore_errors=True)
+        move_into_place(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def flush_all(folder: Path) -> None:
+    """Have a folder on the disk, with all that is in it."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+
+
+def move_into_place(scratch: Path, target: Path) -> None:
+    """Give a folder a name beside it; a former folder of that name is deleted after, and put back if this fails.
+
+    Args:
+        scratch: The folder, on the disk.
+        target: Its new name; what is there is the caller's to give up.
+    """
+    former = target.with_name(f".{target.name}.{secrets.token_hex(8)}.former")
+    try:
+        if target.exists():
+            target.rename(former)
+        scratch.rename(target)
+    except BaseException:
+        if former.exists() and not target.exists():
+            former.rename(target)
+        raise
+    flush(target.parent)
+    shutil.rmtree(former, ignore_errors=True)

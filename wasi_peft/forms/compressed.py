@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg.low_bit import RoundedRows
-from .dense import FactoredWeight
+from .dense import FactoredWeight, is_transposed
 from .factored import FactoredLinear, check_rank
 from .products import Thin
 from .residual import RESIDUALS, ExactResidual, Layout, Residual, ResidualLinear
@@ -118,9 +118,8 @@ class CompressedLinear(nn.Linear):
         """The weight that this stands for, (out, in), a tensor of its own."""
         if isinstance(self.form, Residual):
             return self.form.dense_weight()
-        outer, inner = self.form.factors()
-        residual = self.frozen
-        return outer @ inner if residual is None else residual.dense_weight().to(outer.dtype) + outer @ inner
+        weight = self.form.multiply_out()
+        return weight.T if is_transposed(self.dense_class) else weight
 
     def to_dense(self) -> nn.Module:
         """The dense layer that computes the same."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..factors.folder import checksum
+from ..files.headers import read_header
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHERS = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL"}
@@ -76,10 +77,11 @@ def stored_tensors_of(folder: str) -> list[StoredTensor]:
         files = sorted(set(weight_map.values()))
     stored: dict[str, StoredTensor] = {}
     for file in files:
-        for tensor in _read_header(os.path.join(folder, file)):
-            if tensor.key in stored:
-                raise ValueError(f"{tensor.key}: a checkpoint must hold a tensor once, got it in {file} too.")
-            stored[tensor.key] = tensor
+        path = os.path.join(folder, file)
+        for key, header in read_header(path).items():
+            if key in stored:
+                raise ValueError(f"{key}: a checkpoint must hold a tensor once, got it in {file} too.")
+            stored[key] = StoredTensor(path, key, *header)
     for key, file in (weight_map or {}).items():
         if key not in stored or os.path.basename(stored[key].path) != file:
             raise ValueError(f"{key}: must be in {file} as {SAFE_WEIGHTS_INDEX_NAME} says; it is not there.")
@@ -105,15 +107,6 @@ def _read_weight_map(folder: str) -> dict[str, str]:
         if not os.path.isfile(os.path.join(folder, file)):
             raise ValueError(f"{path}: names {file!r}, which does not exist.")
     return weight_map
-
-
-def _read_header(path: str) -> list[StoredTensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
-            return [StoredTensor(path, key, tuple(each.get_shape()), each.get_dtype()) for key, each in slices.items()]
-    except SafetensorError as error:
-        raise ValueError(f"{path}: the file is damaged or no safetensors file: {error}.") from error
 
 
 class DenseCheckpoint:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..factors.data import CalibrationData
 from ..factors.prepare import preprocess_wasi
+from ..files.headers import Header, read_header
 from ..forms.compressed import CompressedLinear, from_stored, stored_layout
 from ..forms.dense import weight_shape
 from ..forms.residual import Layout
@@ -256,17 +256,11 @@ def _check_files(model: PreTrainedModel, layouts: Mapping[str, Layout], files: I
     """
     if files is None:
         return
-    present: dict[str, tuple[tuple[int, ...], str]] = {}
+    present: dict[str, Header] = {}
     for path in files:
         if not str(path).endswith(".safetensors"):
             raise ValueError(f"compressed checkpoints are safetensors files only, got {os.path.basename(path)}.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    present[key] = (tuple(part.get_shape()), part.get_dtype())
-        except SafetensorError as error:
-            raise ValueError(f"{path}: the file is damaged or no safetensors file: {error}.") from error
+        present |= read_header(path)
     for name, layout in layouts.items():
         own = {key.rpartition(".")[2] for key in present if key.rpartition(".")[0] == name}
         for part in sorted(own.symmetric_difference(layout)):
@@ -275,10 +269,10 @@ def _check_files(model: PreTrainedModel, layouts: Mapping[str, Layout], files: I
         for part, (shape, dtype) in layout.items():
             there = present[f"{name}.{part}"]
             kinds = _FLOATS if dtype.is_floating_point else (_INTEGERS[dtype],)
-            if there[0] != shape or there[1] not in kinds:
+            if there.shape != shape or there.dtype not in kinds:
                 raise ValueError(
                     f"{name}.{part}: must be of shape {shape} and dtype {' or '.join(kinds)} as its form says, got "
-                    f"{there[0]} and {there[1]}."
+                    f"{there.shape} and {there.dtype}."
                 )
     _check_rest(model, layouts, present)
 

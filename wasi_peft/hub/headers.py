@@ -8,8 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
+from ..files.headers import read_header
 from .compressed import METHOD, WasiQuantizationConfig
 
 
@@ -45,13 +44,7 @@ def read_headers(folder: Path) -> Checkpoint:
     )
     sizes: dict[str, int] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    sizes[key] = math.prod(part.get_shape()) * _width(part.get_dtype())
-        except SafetensorError as error:
-            raise ValueError(f"{path}: the file is damaged or no safetensors file: {error}.") from error
+        sizes |= {key: math.prod(header.shape) * _width(header.dtype) for key, header in read_header(path).items()}
     layers = []
     for name, entry in config.layers.items():
         own = [size for key, size in sizes.items() if key.rpartition(".")[0] == name]

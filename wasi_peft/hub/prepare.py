@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PretrainedConfig
@@ -31,6 +30,7 @@ from ..factors.data import batch_checksum, check_repeatable, describe_data, limi
 from ..factors.folder import new_index, read_index, write_index
 from ..factors.prepare import prepared_factors, resolve_ranks
 from ..factors.statistics import InputStatistics
+from ..files.headers import read_header
 from ..forms.compressed import STORABLE, CompressedLinear, compressed
 from ..forms.dense import dense_weight
 from ..forms.residual import RESIDUALS
@@ -344,8 +344,7 @@ class _Preparation:
                 shutil.copyfile(os.path.join(folder, name), os.path.join(result, name))
         weight_map: dict[str, str] = {}
         for part in range(len(self.parts)):
-            with safe_open(os.path.join(result, self._file(part)), framework="pt") as file:
-                weight_map |= dict.fromkeys(file.keys(), self._file(part))
+            weight_map |= dict.fromkeys(read_header(os.path.join(result, self._file(part))), self._file(part))
         index = {"metadata": {"total_size": sum(part["bytes"] for part in parts)}, "weight_map": weight_map}
         write_json(os.path.join(result, SAFE_WEIGHTS_INDEX_NAME), index)
         self.bar.close()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files.whole import flush, whole_file
+from ..files.folders import flush_all, move_into_place
+from ..files.whole import whole_file
 
 STATE_FORMAT = 1
 _STATE = "state.json"
@@ -94,23 +95,8 @@ class WorkingFolder:
     def publish(self) -> None:
         """The result becomes the output; one that was there is whole until then, and again if this fails."""
         check_output(self.output, self.overwrite)
-        for name in os.listdir(self.result):
-            flush(os.path.join(self.result, name))
-        flush(self.result)
-        parent = os.path.dirname(self.output)
-        aside = tempfile.mkdtemp(prefix=".wasi-", dir=parent)
-        former = os.path.join(aside, "former")
-        try:
-            if os.path.lexists(self.output):
-                os.rename(self.output, former)
-            os.rename(self.result, self.output)
-        except BaseException:
-            if os.path.lexists(former) and not os.path.lexists(self.output):
-                os.rename(former, self.output)
-            os.rmdir(aside)
-            raise
-        flush(parent)
-        shutil.rmtree(aside)
+        flush_all(Path(self.result))
+        move_into_place(Path(self.result), Path(self.output))
         shutil.rmtree(self.path)
 
 
