@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,21 @@ def test_errors_are_one_line_and_code_2(run: Any, assets: Path, case: str, monke
     before = sorted(path.name for path in assets.iterdir())
     assert message in run(*arguments, code=2)
     assert sorted(path.name for path in assets.iterdir()) == before
+
+
+def test_a_base_that_is_gone_is_named(run: Any, assets: Path, tmp_path: Path) -> None:
+    shutil.copytree(assets / "factors", tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    gone = "gone/base"  # a folder then, a hub id now
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": gone}))
+    error = run("merge", tmp_path / "adapter", "--output", tmp_path / "merged", code=2)
+    assert f"its base model {gone!r} cannot be read; give another place with --base" in error
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merging_does_not_replace_the_adapter(run: Any, assets: Path, tmp_path: Path) -> None:
+    shutil.copytree(assets / "factors", tmp_path / "adapter")
+    before = {each.name for each in (tmp_path / "adapter").iterdir()}
+    error = run("merge", tmp_path / "adapter", "--output", tmp_path / "adapter", "--overwrite", code=2)
+    assert "the output must be another folder than the adapter's" in error
+    assert {each.name for each in (tmp_path / "adapter").iterdir()} == before

@@ -124,6 +124,9 @@ def test_misuse(tmp_path: Path) -> None:
     changed(ranks={"vit.layers.9.q": 3})
     with pytest.raises(ValueError, match=r"vit\.layers\.9\.q: the adapter belongs to another model"):
         load_adapter(tmp_path / "adapter")
+    changed(ranks={"vit.layernorm": 3})
+    with pytest.raises(ValueError, match=r"vit\.layernorm: must be a Linear, got LayerNorm"):
+        load_adapter(tmp_path / "adapter")
     get_peft_model(LLAMA.model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match="must be an adapter of type WASI, got"):
         load_adapter(tmp_path / "lora")

@@ -290,3 +290,13 @@ def test_hidden_states_that_are_not_finite(tmp_path: Path) -> None:
     rewrite(dense, lambda t: t["model.embed_tokens.weight"].fill_(float("nan")))
     with pytest.raises(ValueError, match=r"q_proj: its input holds NaN or Inf on the calibration data"):
         prepare_checkpoint(dense, tmp_path / "small", data=[batch()], progress_bar=False)
+
+
+def test_the_dense_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+    ARCHITECTURES["llama"].model().save_pretrained(tmp_path / "dense")
+    before = {each.name: each.read_bytes() for each in (tmp_path / "dense").iterdir()}
+    with pytest.raises(ValueError, match="the output must be another folder than the dense checkpoint"):
+        prepare_checkpoint(tmp_path / "dense", tmp_path / "dense", overwrite=True)
+    assert {each.name: each.read_bytes() for each in (tmp_path / "dense").iterdir()} == before
+    with pytest.raises(TypeError, match="config must be a WasiConfig, got str"):
+        prepare_checkpoint(tmp_path / "dense", tmp_path / "small", "int8")
