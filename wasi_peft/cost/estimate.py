@@ -538,7 +538,7 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
 def _weight_bytes(layer: nn.Module) -> int:
     if isinstance(layer, WasiLayer):
         sizes = layer.out_features, layer.in_features, layer.form.weight_rank
-        return layer.update.stored_bytes(*sizes, PAPER_ELEMENT_BYTES)
+        return layer.experts * layer.update.stored_bytes(*sizes, PAPER_ELEMENT_BYTES)
     assert isinstance(layer.weight, Tensor)
     return PAPER_ELEMENT_BYTES * layer.weight.numel()
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg.low_bit import RoundedRows
+from ..models.experts import ExpertStack
 from .dense import FactoredWeight, is_transposed
 from .factored import FactoredLinear, check_rank
 from .products import Thin
 from .residual import RESIDUALS, ExactResidual, Layout, Residual, ResidualLinear
+from .stacked import ExactStack
 
 FACTORS = "factors"
 Form = FactoredLinear | Residual
@@ -183,6 +185,8 @@ class CompressedResidual(ExactResidual):
 
 def base_beside(base: nn.Module) -> Residual:
     """What factors of adapters are beside where a dense or compressed layer stays in place as it is."""
+    if isinstance(base, ExpertStack):
+        return ExactStack(base)
     return CompressedResidual(base) if isinstance(base, CompressedLinear) else ExactResidual(base)
 
 

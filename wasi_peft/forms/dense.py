@@ -10,6 +10,8 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..models.experts import ExpertStack
+
 
 class FactoredWeight:
     """Stand-in for a dense weight: knows shape, dtype and device at no cost, and is multiplied out only on use.
@@ -116,7 +118,9 @@ def _of_bitsandbytes(layer: Any) -> Tensor:
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a layer's weight, which is not restored for that."""
+    """(out, in) of a layer's weight, which is not restored for that; of packed experts, those of one."""
+    if isinstance(layer, ExpertStack):
+        return layer.out_features, layer.in_features
     if isinstance(layer.weight, FactoredWeight):
         return layer.weight.shape[0], layer.weight.shape[1]
     out_features, in_features = dense_weight(layer).shape

@@ -6,6 +6,7 @@ that a model knows is lost.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -115,6 +116,15 @@ class Residual(nn.Module, ABC):
         return self.from_buffers(
             dict(self.named_buffers()), bias, shape, self.dense_class, self.dtype, self.products
         ).train(self.training)
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Some outputs of the weight, from start to stop, without bias, in the memory of all of them."""
+        part = copy.copy(self)
+        part._buffers = {
+            name: None if buffer is None else buffer[start:stop] for name, buffer in self._buffers.items()
+        }
+        part._parameters, part.out_features = {"bias": None}, stop - start
+        return part
 
     @property
     def module(self) -> nn.Module:

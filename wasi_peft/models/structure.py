@@ -24,7 +24,10 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-LINEAR_LAYERS = (nn.Linear, Conv1D, BaseTunerLayer)  # one with an adapter counts as the layer that it adapts
+from .experts import ExpertStack
+
+# one with an adapter counts as the layer that it adapts
+LINEAR_LAYERS = (nn.Linear, Conv1D, ExpertStack, BaseTunerLayer)
 
 
 def linear_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -55,6 +55,7 @@ class LayerSpectrum:
         bytes_per_element: Of the dense weight, and of factors.
         forms: What the layer may become instead of factors.
         takes_factors: Whether factors may take its place.
+        experts: How many weights of this size it has, which get one rank: packed experts have one each.
 
     **Shape**
         - weight_energies: (min(out, in),); gradient_energies: (in,) for "feature", (N,) for "token"
@@ -78,6 +79,7 @@ class LayerSpectrum:
     bytes_per_element: int = 4
     forms: tuple[Form, ...] = ()
     takes_factors: bool = True
+    experts: int = 1
 
     def __post_init__(self) -> None:
         _check_layer(self.name, self.out_features, self.in_features)
@@ -115,12 +117,13 @@ class LayerSpectrum:
 
     def stored_bytes(self, rank: int) -> int:
         """Bytes that the layer stores at rank K."""
-        return self.update.stored_bytes(self.out_features, self.in_features, rank, self.bytes_per_element)
+        each = self.update.stored_bytes(self.out_features, self.in_features, rank, self.bytes_per_element)
+        return self.experts * each
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of the dense weight."""
-        return dense_elements(self.out_features, self.in_features) * self.bytes_per_element
+        return self.experts * dense_elements(self.out_features, self.in_features) * self.bytes_per_element
 
     def as_form(self, form: Form) -> LayerSpectrum:
         """The same layer in another form, for what asks what a rank costs."""

@@ -47,11 +47,13 @@ class WasiLayer(BaseTunerLayer):
         residual: The frozen weight that the factors of adapters are beside; None where they replace it.
         inputs: What the layers of the model share of their inputs.
         vectors: The vectors of the model that train with each adapter.
+        experts: How many weights it stands for, each (out_features, in_features).
         tells_divergence: Whether this layer raises an error when a step leaves NaN or Inf in it; one of a model does.
     """
 
     adapter_layer_names: tuple[str, ...] = ("wasi_form",)
     other_param_names: tuple[str, ...] = ("wasi_update", "wasi_input")
+    experts = 1
 
     def __init__(
         self, base_layer: nn.Module, inputs: SharedInputs | None = None, vectors: AdapterVectors | None = None
@@ -197,15 +199,14 @@ class WasiLayer(BaseTunerLayer):
             initial: Factors to start from, or another adapter's form, to start as a copy of. None leaves the form to
                 be loaded: until then the dense layer answers.
         """
-        update, like = config.update_of(name), self._like
+        update, like, products = config.update_of(name), self._like, ProductChoice(config.residual_product)
         form: FactoredLinear
         if isinstance(initial, FactoredLinear):
             form = initial.copy()
         elif initial is None:
-            form = self._new_form(update, rank, like, ProductChoice(config.residual_product))
+            form = self._new_form(update, rank, like, products)
         else:
-            form = update.form_of(initial, rank, self.dense_class, like)
-            update.store(form, ProductChoice(config.residual_product))
+            form = self._form_of(update, initial, rank, products)
         if initial is None and config.awaits_loading:
             for _, tensor in form.tensors():
                 if tensor.is_floating_point():  # codes have no NaN, but their scales do
@@ -220,6 +221,12 @@ class WasiLayer(BaseTunerLayer):
         self.wasi_form[adapter_name] = form
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._watch_steps()
+
+    def _form_of(self, update: Update, initial: InitialFactors, rank: int, products: ProductChoice) -> FactoredLinear:
+        """The form that an adapter starts with."""
+        form = update.form_of(initial, rank, self.dense_class, self._like)
+        update.store(form, products)
+        return form
 
     def _new_form(self, update: Update, rank: int, like: Tensor, products: ProductChoice) -> FactoredLinear:
         """A form with random values, on the device and in the dtype of a tensor."""
@@ -350,13 +357,13 @@ class WasiLayer(BaseTunerLayer):
             return
         self._release_to = None
         if base_form == "cpu":
-            self._modules["base_layer"] = ParkedLinear(dense)
+            self._modules["base_layer"] = self._parked(dense)
         elif base_form in RESIDUALS:
             if isinstance(dense, CompressedLinear) and dense.frozen is not None and products is not None:
                 dense.frozen.products = products
             if is_quantized(dense):
                 return  # it is in few bits already, which the factors are beside as they are
-            residual = RESIDUALS[base_form](dense, products)
+            residual = self._rounded(dense, base_form, products)
             residual.train(dense.training)
             for form in self._forms.values():
                 if isinstance(form, ResidualLinear):
@@ -364,6 +371,14 @@ class WasiLayer(BaseTunerLayer):
             self._modules["base_layer"] = residual
         else:
             del self._modules["base_layer"]
+
+    def _parked(self, dense: nn.Module) -> ParkedLinear:
+        """The dense weight in main memory."""
+        return ParkedLinear(dense)
+
+    def _rounded(self, dense: nn.Module, name: str, products: ProductChoice | None) -> Residual:
+        """The dense weight in few bits."""
+        return RESIDUALS[name](dense, products)
 
     # ---------------------------------------------------------------- merging
 
@@ -443,7 +458,11 @@ class WasiLayer(BaseTunerLayer):
         base = self.base_layer
         if isinstance(base, ParkedLinear):
             return base.restore(self._like.device, self._like.dtype).train(base.training)
-        return base.to_dense().train(base.training) if isinstance(base, Residual) else base
+        return self._unrounded(base).train(base.training) if isinstance(base, Residual) else base
+
+    def _unrounded(self, residual: Residual) -> nn.Module:
+        """The dense layer that a residual stands for."""
+        return residual.to_dense()
 
     # ---------------------------------------------------------------- loading
 
@@ -544,11 +563,7 @@ class Linear(nn.Module, WasiLayer):
 
         form: Any = self._forms[name]
         update = self.wasi_update[name]
-        compute_dtype: torch.dtype = form.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            compute_dtype = torch.get_autocast_dtype(x.device.type)
-        elif x.dtype != compute_dtype and x.dtype.itemsize < compute_dtype.itemsize:
-            compute_dtype = x.dtype  # factors in float32 for the optimizer, in a model of 16 bits
+        compute_dtype = compute_dtype_of(x, form.dtype)
         trains = any(form.part(part).requires_grad for part in update.trained)
         if name in self._fresh and trains and self.training and not torch.compiler.is_exporting():
             # without gradients too: a block that runs again in backward meets its input before, for factors stay then
@@ -609,6 +624,14 @@ class Linear(nn.Module, WasiLayer):
 
     def __repr__(self) -> str:
         return "wasi." + super().__repr__()
+
+
+def compute_dtype_of(x: Tensor, held: torch.dtype) -> torch.dtype:
+    """The dtype to compute in, for an input and factors that are held in a dtype."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    # factors are in float32 for the optimizer in a model of 16 bits
+    return x.dtype if x.dtype != held and x.dtype.itemsize < held.itemsize else held
 
 
 def _check_finite(adapter_name: str, tensors: Iterable[Tensor]) -> None:

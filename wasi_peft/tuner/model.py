@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..forms.attention import conceal_projections, expose_projections, pack_projections
 from ..forms.compressed import base_beside
 from ..forms.dense import dense_bias, dense_weight
 from ..forms.factored import FactoredLinear
@@ -20,10 +21,12 @@ from ..forms.products import ProductChoice
 from ..linalg.coordinates import addition_basis
 from ..linalg.spectra import factorize_weight, rank_for_threshold
 from ..memory.modes import check_memory_mode, enter_memory_mode, leave_memory_mode
+from ..models.experts import ExpertStack, conceal_experts, expose_experts
 from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
 from .config import WasiConfig
+from .experts import Experts, stack_energies, stack_factors
 from .heads import FRESH_HEAD, fresh_heads
 from .inputs import SharedInputs
 from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
@@ -58,6 +61,8 @@ def _dense_parts(target: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense weight, in Linear layout, and bias of a target, which may be a layer with another adapter."""
     if isinstance(target, WasiLayer):
         return target.original_weight()
+    if isinstance(target, ExpertStack):
+        return target.matrices(), None
     return dense_weight(target), dense_bias(target)
 
 
@@ -66,39 +71,41 @@ def _shared_ranks(
 ) -> dict[str, int]:
     """Ranks of all targets under `weight_share`: those they were prepared at, else allocated from their weights.
 
-    Energies of plain weights are not comparable between layers, so each counts as a share of its layer's total.
+    Energies of plain weights are not comparable between layers, so each counts as a share of its layer's total. Packed
+    experts, which are not prepared, keep the share among themselves where the other layers were.
 
     Raises:
         ValueError: If only some of the targets were prepared.
     """
+    ranks = {name: layer.rank for name, layer in prepared.items()}
     if prepared:
-        missing = sorted(set(targets) - set(prepared))
+        stacks = {name: module for name, module in targets.items() if isinstance(module, (ExpertStack, Experts))}
+        missing = sorted(set(targets) - set(prepared) - set(stacks))
         if missing:
             raise ValueError(
                 f"{missing[0]}: preprocess_wasi did not prepare this layer ({len(missing)} in all), so the share of "
                 "all layers is unknown. Run preprocess_wasi again with this configuration."
             )
-        return {name: layer.rank for name, layer in prepared.items()}
+        targets = stacks
     spectra = []
     for name, module in targets.items():
         weight, _ = _dense_parts(module)
-        energies = torch.linalg.svdvals(weight.double()).square()
-        shares = energies / energies.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        out_features, in_features = weight.shape
-        energies = tuple(shares.tolist())
+        stack = weight if weight.dim() == 3 else weight[None]
+        experts, out_features, in_features = stack.shape
         spectra.append(
             LayerSpectrum(
                 name,
                 out_features,
                 in_features,
                 name,
-                energies,
+                tuple(stack_energies(stack).tolist()),
                 update=config.layer_update,
                 bytes_per_element=weight.element_size(),
+                experts=experts,
             )
         )
     assert config.weight_share is not None
-    return allocate_ranks(spectra, config.weight_share)
+    return {**ranks, **(allocate_ranks(spectra, config.weight_share) if spectra else {})}
 
 
 class WasiModel(BaseTuner):
@@ -160,7 +167,11 @@ class WasiModel(BaseTuner):
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         before = Structure(model)
         try:
+            expose_experts(model)
+            attentions = expose_projections(model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            conceal_experts(model)
+            conceal_projections(model, attentions)
             self._add_vectors(model, adapter_name)
             enter_memory_mode(model, config.resolved_memory_mode)
             if self._used_plain_svd:
@@ -254,7 +265,8 @@ class WasiModel(BaseTuner):
             layer.update_layer(adapter_name, peft_config, name, rank, initial)
         else:
             assert not isinstance(initial, FactoredLinear)
-            layer = Linear(target, adapter_name, peft_config, name, rank, initial, self._inputs, self._vectors)
+            layer_cls = Experts if isinstance(target, ExpertStack) else Linear
+            layer = layer_cls(target, adapter_name, peft_config, name, rank, initial, self._inputs, self._vectors)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
@@ -263,10 +275,13 @@ class WasiModel(BaseTuner):
 
     def _initial_factors(self, config: WasiConfig, target: nn.Module, name: str) -> tuple[InitialFactors, int]:
         prepared = prepared_for(target)
-        weight, bias = _dense_parts(target)
         residual = None
         if config.residual_of(plain_name(name)) is not None:
             residual = target.beside() if isinstance(target, WasiLayer) else base_beside(target)
+        weight, bias = _dense_parts(target)
+        if weight.dim() == 3:
+            self._used_plain_svd |= residual is None
+            return stack_factors(weight, asked_rank(name, config), residual, config.init_weights)
         if prepared is not None:
             return replace(prepared.initial, residual=residual), prepared.rank
         asked = asked_rank(name, config)
@@ -402,6 +417,9 @@ class WasiModel(BaseTuner):
     def _check_mixed_batch(self, adapter_names: list[str]) -> None:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        stack = next((name for name, layer in wasi_layers(self.model) if isinstance(layer, Experts)), None)
+        if stack is not None:
+            raise ValueError(f"{stack}: adapter_names cannot tell whose rows packed experts get; call one at a time.")
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE})
         if unknown:
             raise ValueError(f"adapter_names must name adapters of the model, got {', '.join(unknown)}.")
@@ -466,6 +484,8 @@ class WasiModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
+        conceal_experts(model)
+        pack_projections(model)
         allow_saving(model)
         for finish in self.after_unloading:
             finish(model)

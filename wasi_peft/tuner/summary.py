@@ -19,6 +19,7 @@ class LayerSummary:
     Attributes:
         frozen: What the factors are beside: a residual, or the form of a compressed layer; None where they replace it.
         frozen_bytes: Bytes of that.
+        experts: How many weights of this size it has: packed experts have one each.
     """
 
     name: str
@@ -29,6 +30,7 @@ class LayerSummary:
     bytes_per_element: int
     frozen: str | None = None
     frozen_bytes: int = 0
+    experts: int = 1
 
     @property
     def rank(self) -> int:
@@ -38,12 +40,12 @@ class LayerSummary:
     @property
     def dense_elements(self) -> int:
         """Elements of the dense weight."""
-        return dense_elements(self.out_features, self.in_features)
+        return self.experts * dense_elements(self.out_features, self.in_features)
 
     @property
     def stored_elements(self) -> int:
         """Elements of what is stored in its place."""
-        return self.update.elements(self.out_features, self.in_features, self.weight_rank)
+        return self.experts * self.update.elements(self.out_features, self.in_features, self.weight_rank)
 
     @property
     def dense_bytes(self) -> int:
@@ -55,7 +57,7 @@ class LayerSummary:
         """Bytes of what is stored in its place."""
         sizes = self.out_features, self.in_features, self.weight_rank
         if self.frozen is None:
-            return self.update.stored_bytes(*sizes, self.bytes_per_element)
+            return self.experts * self.update.stored_bytes(*sizes, self.bytes_per_element)
         factors = self.stored_elements - self.dense_elements
         return self.frozen_bytes + factors * self.bytes_per_element
 
@@ -98,12 +100,14 @@ class WasiSummary:
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.layers)
-        lines = [f"{'layer':<{width}}  {'out x in':>13}  {'rank':>5}  {'kept':>6}"]
+        wide = 18 if any(layer.experts > 1 for layer in self.layers) else 13
+        lines = [f"{'layer':<{width}}  {'out x in':>{wide}}  {'rank':>5}  {'kept':>6}"]
         for layer in self.layers:
-            shape = f"{layer.out_features} x {layer.in_features}"
+            packed = f"{layer.experts} x " if layer.experts > 1 else ""
+            shape = f"{packed}{layer.out_features} x {layer.in_features}"
             kept = layer.stored_bytes / layer.dense_bytes
             note = "  costs more than dense" if layer.past_break_even else ""
-            lines.append(f"{layer.name:<{width}}  {shape:>13}  {layer.rank:>5}  {kept:>6.1%}{note}")
+            lines.append(f"{layer.name:<{width}}  {shape:>{wide}}  {layer.rank:>5}  {kept:>6.1%}{note}")
         return "\n".join([*lines, self.headline()])
 
 
@@ -122,6 +126,7 @@ def wasi_summary(model: nn.Module, adapter_name: str = "default") -> WasiSummary
             layer.wasi_update[adapter_name],
             layer._like.dtype.itemsize,
             *_frozen(layer),
+            layer.experts,
         )
         for name, layer in wasi_layers(model)
         if adapter_name in layer.wasi_form

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -12,9 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..forms.dense import is_quantized, weight_shape
 from ..forms.residual import Int4Residual
+from ..models.experts import ExpertStack
 from ..models.structure import Structure
+from ..updates import UPDATES
 from .config import RESIDUAL_RANK, WasiConfig
 from .layer import WasiLayer
+
+logger = logging.getLogger(__name__)
 
 
 def plain_name(name: str) -> str:
@@ -37,7 +42,9 @@ def resolve_targets(model: nn.Module, config: WasiConfig) -> None:
 
 
 def default_target_names(model: nn.Module, config: WasiConfig) -> set[str]:
-    """Names of all Linear and Conv1D layers inside the transformer blocks, never the head.
+    """Names of all Linear and Conv1D layers and packed experts inside the transformer blocks, never the head.
+
+    Packed experts stay dense, which one log line says, where the update cannot train them.
 
     Works without a table of architectures (:mod:`wasi_peft.models.structure`). Respects `layers_to_transform`, which
     PEFT would ignore for full names.
@@ -45,12 +52,17 @@ def default_target_names(model: nn.Module, config: WasiConfig) -> set[str]:
     Raises:
         ValueError: If the model has no such layer.
     """
-    names = {
-        plain_name(name)
+    layers = {
+        plain_name(name): layer
         for name, layer in Structure(model).layers.items()
-        if isinstance(layer, (nn.Linear, Conv1D, WasiLayer))
+        if isinstance(layer, (nn.Linear, Conv1D, ExpertStack, WasiLayer))
         and (config.layers_to_transform is None or _layer_selected(name, config))
     }
+    names = set(layers)
+    stacks = {name for name, layer in layers.items() if isinstance(layer, ExpertStack)}
+    if stacks and not config.layer_update.takes_stacks:
+        logger.info("%d packed expert weights stay dense: %s", len(stacks), _no_stack(config))
+        names -= stacks
     if not names:
         raise ValueError(
             "No Linear or Conv1D layers were found inside numbered blocks of this model. "
@@ -67,6 +79,11 @@ def _layer_selected(name: str, config: WasiConfig) -> bool:
         layers_pattern=config.layers_pattern,
     )
     return bool(check_target_module_exists(suffix_config, name))
+
+
+def _no_stack(config: WasiConfig) -> str:
+    able = ", ".join(repr(name) for name, update in UPDATES.items() if update.takes_stacks)
+    return f"packed experts train with update={able}, got {config.update!r}."
 
 
 def selected_modules(model: nn.Module, config: WasiConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -145,6 +162,8 @@ def _check_target(
             )
     elif isinstance(module, BaseTunerLayer):
         raise ValueError(f"{name}: already adapted by {type(module).__module__}; WASI needs the plain dense layer.")
+    elif isinstance(module, ExpertStack):
+        _check_stack(name, module, config, shared, skeleton)
     elif not isinstance(module, (nn.Linear, Conv1D)):
         raise TypeError(
             f"{name}: target modules must be torch.nn.Linear or transformers Conv1D, got {type(module).__name__}."
@@ -168,6 +187,22 @@ def _check_target(
         if not skeleton:
             check_weight(name, weight, config)
     _check_rank(name, module, config)
+
+
+def _check_stack(
+    name: str, module: ExpertStack, config: WasiConfig, shared: dict[int, list[str]], skeleton: bool
+) -> None:
+    if not config.update_of(plain_name(name)).takes_stacks:
+        raise ValueError(f"{name}: {_no_stack(config)}")
+    if id(module.weight) in shared:
+        raise ValueError(
+            f"{name}: its weight is tied ({', '.join(sorted(shared[id(module.weight)]))}); leave it out with "
+            "exclude_modules."
+        )
+    if module.weight.is_meta and not skeleton:
+        return _check_absent(name, module, config)
+    if not skeleton:
+        check_weight(name, module.weight, config)
 
 
 def _check_absent(name: str, module: nn.Module, config: WasiConfig) -> None:

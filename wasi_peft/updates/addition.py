@@ -36,6 +36,7 @@ class Addition(Update):
     reads_input: ClassVar[str | None] = "R"
     takes_residual: ClassVar[bool] = True
     needs_residual: ClassVar[bool] = True
+    takes_stacks: ClassVar[bool] = True
 
     def start(self, initial: InitialFactors, rank: int) -> Mapping[str, Tensor]:
         return {"L": initial.L, "R": initial.R}
@@ -74,7 +75,6 @@ class Addition(Update):
         return 2 * input_rank * rank * in_features
 
 
-@torch.no_grad()
 def whiten_image(form: ResidualLinear, rows: Tensor) -> None:
     """Put R of an addition into coordinates in which its image is white, as long as L is zero.
 
@@ -83,8 +83,18 @@ def whiten_image(form: ResidualLinear, rows: Tensor) -> None:
     **Shape**
         - rows: (rows, in)
     """
+    whiten(form.L, form.R, rows)
+
+
+@torch.no_grad()
+def whiten(L: Tensor, R: Tensor, rows: Tensor) -> None:
+    """The same of the factors themselves, R in place.
+
+    **Shape**
+        - L: (out, K); R: (K, in); rows: (rows, in)
+    """
     # detached: a view of a parameter claims to need a gradient even here, and a recomputed block would ask for it
-    L, R = form.L.detach(), form.R.detach()
+    L, R = L.detach(), R.detach()
     if bool(L.any()):
         return
     with torch.autocast(device_type=rows.device.type, enabled=False):

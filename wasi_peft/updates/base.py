@@ -63,6 +63,7 @@ class Update(ABC):
         takes_residual: Whether the factors can be an addition to a frozen weight.
         needs_residual: Whether they can be nothing else.
         residual: Name of the frozen weight beside the factors (:data:`forms.residual.RESIDUALS`), None for none.
+        takes_stacks: Whether packed experts can have it: plain gradients of L and R are all that it needs.
         frozen_dtype: In what factors that do not train are stored (:data:`forms.frozen.FROZEN`), None for parameters.
     """
 
@@ -77,6 +78,7 @@ class Update(ABC):
     hands_out_product: ClassVar[bool] = False
     takes_residual: ClassVar[bool] = False
     needs_residual: ClassVar[bool] = False
+    takes_stacks: ClassVar[bool] = False
 
     @classmethod
     def from_options(cls, update_rank: int | None) -> Update:

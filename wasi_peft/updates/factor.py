@@ -22,6 +22,7 @@ class Factor(Update):
     reads_input: ClassVar[str | None] = "R"
     trained: ClassVar[tuple[str, ...]] = ("L", "R")
     basis: ClassVar[str | None] = "L"
+    takes_stacks: ClassVar[bool] = True
 
     def forward(
         self, form: FactoredLinear, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None

@@ -33,6 +33,7 @@ class FrozenBasis(Update):
     name: ClassVar[str] = "frozen_basis"
     trained: ClassVar[tuple[str, ...]] = ("L",)
     takes_residual: ClassVar[bool] = True
+    takes_stacks: ClassVar[bool] = True
 
     def start(self, initial: InitialFactors, rank: int) -> Mapping[str, Tensor]:
         if initial.residual is not None:
