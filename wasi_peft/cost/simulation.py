@@ -105,6 +105,21 @@ def _convolution_workspace(grad: Tensor, x: Tensor, weight: Tensor, *_: Any, **_
     return weight.numel() * (16 * threads if weight.element_size() >= 4 else 25 * (threads + 1))
 
 
+def _grouped_shape(first: Tensor, second: Tensor, offs: Tensor | None, *_: Any, **__: Any) -> tuple[int, ...]:
+    """Shape of a grouped product: groups of rows with a matrix each, or a product over each group of columns."""
+    if first.dim() == second.dim() == 2:
+        assert offs is not None
+        return len(offs), first.shape[0], second.shape[1]
+    if first.dim() == second.dim():
+        return len(first), first.shape[1], second.shape[2]
+    return first.shape[-2], second.shape[-1]
+
+
+def _grouped_flops(first: Tensor, second: Tensor, *_: Any, **__: Any) -> int:
+    """Two for each element of the rows and column of a matrix, whichever group they are in."""
+    return 2 * first.numel() * second.shape[-1]
+
+
 aten = torch.ops.aten
 _CPU_WORKSPACES: dict[Any, Callable[..., int]] = {
     aten._linalg_eigh: _eigh_workspace,
@@ -114,6 +129,7 @@ _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     # torch's registry lacks products of integers and in place, and the attention kernel of the CPU
     aten._int_mm: flop_registry[aten.mm],
+    aten._grouped_mm: _grouped_flops,
     aten.addmm_: flop_registry[aten.addmm],
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
@@ -220,6 +236,9 @@ class Simulation(TorchDispatchMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[FakeTensor]
     ) -> Any:
         try:
+            if func is aten._grouped_mm.default:  # torch's shapes are for bfloat16 alone
+                with self._fake:
+                    return args[0].new_empty(_grouped_shape(*args, **kwargs))
             out = self._recipes.work_out(func, args, kwargs, tensors)
             if self._injecting:  # Module.to refuses parameters to which there is a weak reference
                 self._fake.fake_tensor_converter.tensor_memo.clear()
