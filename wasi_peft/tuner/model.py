@@ -172,6 +172,7 @@ class WasiModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             conceal_experts(model)
             conceal_projections(model, attentions)
+            del attentions  # which hold dense weights
             self._add_vectors(model, adapter_name)
             enter_memory_mode(model, config.resolved_memory_mode)
             if self._used_plain_svd:
