@@ -68,7 +68,7 @@ class ProjectedAttention(nn.Module):
 
     def to_attention(self) -> nn.MultiheadAttention:
         """An `nn.MultiheadAttention` around the weights of these layers, which must be dense."""
-        bias = self.q_proj.bias is not None
+        bias = getattr(self.q_proj, "bias", None) is not None
         with torch.device("meta"):
             attention = nn.MultiheadAttention(
                 self.embed_dim,
@@ -80,7 +80,7 @@ class ProjectedAttention(nn.Module):
                 vdim=self.vdim,
                 batch_first=self.batch_first,
             )
-        layers = [getattr(self, name) for name in PROJECTIONS]
+        layers: list[Any] = [getattr(self, name) for name in PROJECTIONS]
         trains = layers[0].weight.requires_grad
         weights = {f"{name}_weight": layer.weight for name, layer in zip(PROJECTIONS, layers, strict=True)}
         if self.packed:

@@ -253,21 +253,27 @@ class ExactStack(ExactResidual):
 
     _expert: int | None = None  # the only one of which this is the weight
 
+    @property
+    def _stack(self) -> ExpertStack:
+        stack = self._dense[0]
+        assert isinstance(stack, ExpertStack)
+        return stack
+
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        matrices = self._dense[0].matrices()
-        weight = matrices.reshape(-1, self.in_features) if self._expert is None else matrices[self._expert]
+        matrices = self._stack.matrices()
+        weight: Tensor = matrices.reshape(-1, self.in_features) if self._expert is None else matrices[self._expert]
         return weight.to(dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._dense[0].weight.dtype
+        return self._stack.weight.dtype
 
     def to_dense(self) -> nn.Module:
-        return self._dense[0]
+        return self._stack
 
     def rows(self, start: int, stop: int) -> Self:
         part = copy.copy(self)
-        part._expert, part.out_features = start // self._dense[0].out_features, stop - start
+        part._expert, part.out_features = start // self._stack.out_features, stop - start
         return part
 
 

@@ -33,6 +33,7 @@ from ..forms.residual import Layout
 from ..tuner.config import WasiConfig
 from ..tuner.layer import wasi_layers
 from ..tuner.model import WasiModel
+from ..tuner.targets import resolve_targets
 
 METHOD = "wasi"
 FORMAT_VERSION = 1
@@ -357,6 +358,7 @@ def compress(
         config.inference_mode = True  # nothing is going to train
         if config.residual == "exact":
             raise ValueError("residual='exact' keeps the dense weights; choose 'int8', 'int4' or factors.")
+        resolve_targets(model, config)  # packed experts, which an injection would find, have no compressed form
         if data is not None:
             preprocess_wasi(model, config, data, **options)
         tuner = get_peft_model(model, config).base_model

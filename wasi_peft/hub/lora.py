@@ -38,6 +38,10 @@ class LoraFormat(Format):
         name = twin.active_adapter
         layers = {key: layer for key, layer in wasi_layers(twin.base_model.model) if name in layer.wasi_form}
         for key, layer in layers.items():
+            if layer.experts > 1:
+                raise ValueError(
+                    f"{key}: packed experts have no place in a LoRA adapter of layers; use format 'plain'."
+                )
             if not isinstance(layer.form_of(name), ResidualLinear):
                 raise ValueError(f"{key}: its factors replace the weight; LoRA adds to one, so use format 'plain'.")
         _check_vectors(twin, name)

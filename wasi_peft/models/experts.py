@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
@@ -52,8 +53,8 @@ class ExpertStack(nn.Module):
 def packed_parameters(module: nn.Module) -> dict[str, bool]:
     """Names of the packed parameters that a module owns itself, and whether they are transposed.
 
-    transformers says the latter of most modules (`is_transposed`). Of others the shapes do: what goes up ends in
-    what goes down begins with.
+    transformers says the latter of most modules (`is_transposed`). Of others with gates the shapes do: what goes up
+    is twice as wide as what comes down; others are left alone.
     """
     parameters = module._parameters
     up = next((name for name in UP if parameters.get(name) is not None), None)
@@ -66,13 +67,10 @@ def packed_parameters(module: nn.Module) -> dict[str, bool]:
             return {}
     transposed = getattr(module, "is_transposed", None)
     if transposed is None:
-        gates = 2 if up == UP[0] else 1
-        above, below = tuple(first.shape), tuple(second.shape)
-        if above == (below[0], below[2], gates * below[1]):
-            transposed = True
-        elif above == (below[0], gates * below[2], below[1]):
-            transposed = False
-        else:
+        experts, rows, columns = second.shape
+        shapes = {torch.Size((experts, columns, 2 * rows)): True, torch.Size((experts, 2 * columns, rows)): False}
+        transposed = shapes.get(first.shape) if up == UP[0] else None
+        if transposed is None:
             return {}
     return {up: bool(transposed), DOWN: bool(transposed)}
 

@@ -169,6 +169,8 @@ class WasiCallback(TrainerCallback):
     def _current_subspaces(self, model: nn.Module) -> dict[str, Subspaces]:
         subspaces: dict[str, Subspaces] = {}
         for name, layer in active_layers(model).items() if self.drift else ():
+            if layer.experts > 1:
+                continue  # there are as many subspaces as experts
             feature = layer.wasi_input[layer.active_name].bases.feature  # replaced as a whole, never changed in place
             subspaces[name] = layer.update.column_space(layer.form), feature
         return subspaces

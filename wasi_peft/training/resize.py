@@ -24,7 +24,7 @@ def ranks_in_use(model: nn.Module, threshold: float) -> dict[str, int]:
     """Ranks K at which each layer would keep a share of the energy of its product `L R`, by layer name.
 
     Of the directions that this takes, those that train beside the K are subtracted: they stay whatever K is. Layers
-    whose factors are not finite keep their rank.
+    whose factors are not finite keep their rank. Packed experts, which cannot be resized, are left out.
 
     Args:
         model: A model with a WASI adapter.
@@ -32,6 +32,8 @@ def ranks_in_use(model: nn.Module, threshold: float) -> dict[str, int]:
     """
     ranks = {}
     for name, layer in active_layers(model).items():
+        if layer.experts > 1:
+            continue
         outer, inner = (factor.detach().double() for factor in layer.form.factors())
         if not bool(torch.isfinite(outer).all() and torch.isfinite(inner).all()):
             ranks[name] = layer.form.weight_rank
@@ -67,12 +69,14 @@ def resize_rank(model: Any, name: str, rank: int, optimizer: torch.optim.Optimiz
         optimizer: The optimizer that trains the factors.
 
     Raises:
-        ValueError: If there is no such WASI layer, it is merged, or the rank is not in 1 to
+        ValueError: If there is no such WASI layer, it is one of packed experts or merged, or the rank is not in 1 to
             min(out_features, in_features).
     """
     layer = active_layers(model).get(name)
     if layer is None:
         raise ValueError(f"name must be that of a WASI layer with an active adapter, got {name!r}.")
+    if layer.experts > 1:
+        raise ValueError(f"{name}: packed experts keep the rank that they were injected with, got rank={rank!r}.")
     if layer.merged:
         raise ValueError(f"{name}: the adapter is merged; unmerge it before its rank changes.")
     largest = min(layer.out_features, layer.in_features)

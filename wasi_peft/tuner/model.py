@@ -57,6 +57,10 @@ def initial_rank(rank: int, update_rank: int, shape: Sequence[int]) -> int:
     return min(rank + update_rank, *shape)
 
 
+def _is_packed(target: nn.Module) -> bool:
+    return isinstance(target, (ExpertStack, Experts))
+
+
 def _dense_parts(target: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense weight, in Linear layout, and bias of a target, which may be a layer with another adapter."""
     if isinstance(target, WasiLayer):
@@ -79,7 +83,7 @@ def _shared_ranks(
     """
     ranks = {name: layer.rank for name, layer in prepared.items()}
     if prepared:
-        stacks = {name: module for name, module in targets.items() if isinstance(module, (ExpertStack, Experts))}
+        stacks = {name: module for name, module in targets.items() if _is_packed(module)}
         missing = sorted(set(targets) - set(prepared) - set(stacks))
         if missing:
             raise ValueError(
@@ -266,7 +270,7 @@ class WasiModel(BaseTuner):
             layer.update_layer(adapter_name, peft_config, name, rank, initial)
         else:
             assert not isinstance(initial, FactoredLinear)
-            layer_cls = Experts if isinstance(target, ExpertStack) else Linear
+            layer_cls: Any = Experts if isinstance(target, ExpertStack) else Linear
             layer = layer_cls(target, adapter_name, peft_config, name, rank, initial, self._inputs, self._vectors)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -472,6 +476,9 @@ class WasiModel(BaseTuner):
                 that); by default layers become what those of the base are.
         """
         layers = [] if dense is None else [layer for _, layer in wasi_layers(self.model)]
+        stacks = sum(isinstance(layer, Experts) for layer in layers)
+        if dense is False and stacks:
+            logger.warning("%d packed expert weights are multiplied out: no compressed form holds them.", stacks)
         try:
             for layer in layers:
                 if not layer.merged:

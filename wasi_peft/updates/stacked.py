@@ -74,6 +74,8 @@ class StackedLinear(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         L, R, h, first, scale, columns, values = ctx.saved_tensors
+        hidden_grad: Any
+        inner: Any
         needs_x, _, needs_L, needs_R = ctx.needs_input_grad[:4]
         outer, inner = (None if part is None else part.to(ctx.dtype) for part in (L, R))
         grad_x = _rows_for(ctx.segments, dY, ctx.width) if needs_x else None

@@ -27,6 +27,7 @@ class Subspace(Factor):
 
     name: ClassVar[str] = "subspace"
     hands_out_product: ClassVar[bool] = True
+    takes_stacks: ClassVar[bool] = False
 
     def forward(
         self, form: FactoredLinear, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None
