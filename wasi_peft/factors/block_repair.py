@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..forms.attention import with_projections
 from ..forms.factored import FactoredLinear
 from ..models.calls import evaluating, real_rows
 from ..tuner.prepared import WasiFactors
@@ -36,6 +37,7 @@ BLOCK_ROWS = 2**15
 BLOCK_STEPS = 64
 
 
+@with_projections
 def repair_blocks(
     model: nn.Module,
     factors: WasiFactors,

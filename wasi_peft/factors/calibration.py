@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..files.whole import whole_file
+from ..forms.attention import with_projections
 from ..forms.dense import dense_bias, dense_weight
 from ..linalg.spectra import WeightSpectrum, truncate
 from ..ranks.spectrum import LayerSpectrum
@@ -164,6 +165,7 @@ class Calibration:
         return tensor
 
 
+@with_projections
 def calibrate_wasi(
     model: nn.Module,
     data: CalibrationData,

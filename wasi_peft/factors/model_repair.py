@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..forms.attention import with_projections
 from ..forms.factored import FactoredLinear
 from ..models.calls import evaluating, features_of, hooked, model_output, real_rows, token_mask
 from ..models.structure import Structure
@@ -26,6 +27,7 @@ from .student import orthonormal_factors, student_of
 REPAIR_STEPS = 400
 
 
+@with_projections
 def repair_factors(
     model: nn.Module,
     factors: WasiFactors,

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..forms.attention import with_projections
 from ..forms.dense import dense_weight
 from ..ranks.allocate import allocate_ranks
 from ..tuner.config import WasiConfig
@@ -21,6 +22,7 @@ from .moments import MOMENT_BATCHES, with_moments
 from .repairs import REPAIRS, RepairName, default_repair
 
 
+@with_projections
 def preprocess_wasi(
     model: nn.Module,
     config: WasiConfig,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..forms.attention import with_projections
 from ..forms.factored import FactoredLinear
 from ..memory.loss import default_chunk_rows
 from ..models.calls import Reached, evaluating, layer_input, model_output, real_rows, token_mask
@@ -56,6 +57,7 @@ class TokenDivergence(torch.autograd.Function):
         return (gradient * grad_loss).to(gradient.dtype), None, None, None, None
 
 
+@with_projections
 def repair_tokens(
     model: nn.Module,
     factors: WasiFactors,

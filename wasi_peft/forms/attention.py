@@ -25,7 +25,7 @@ class ProjectedAttention(nn.Module):
     """What an `nn.MultiheadAttention` computes, with its projections as layers: q_proj, k_proj, v_proj, out_proj.
 
     Three projections and not a fused one: in cross-attention they read different inputs. Arguments and results are
-    those of `nn.MultiheadAttention`. PyTorch's encoder layers never take their fast path around it, which reads weights.
+    those of `nn.MultiheadAttention`. PyTorch's encoder layers never take their fast path, which reads weights.
 
     Args:
         attention: The module whose place it takes; parameters are shared with it.
@@ -196,7 +196,7 @@ def expose_projections(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
 
 
 def conceal_projections(model: nn.Module, replaced: Mapping[str, nn.MultiheadAttention]) -> None:
-    """Put modules back that :func:`expose_projections` gave, but for those whose projections are no plain layers now."""
+    """Put modules back that :func:`expose_projections` gave, but for those whose projections are adapted now."""
     for name, attention in replaced.items():
         projected = model.get_submodule(name)
         if not isinstance(projected, ProjectedAttention) or not is_plain(projected):
@@ -226,7 +226,7 @@ def pack_projections(model: nn.Module) -> None:
 @contextmanager
 def projections_exposed(model: nn.Module) -> Iterator[None]:
     """Inside, the projections of PyTorch's attention modules are layers of the model."""
-    replaced = expose_projections(model)
+    replaced = expose_projections(model) if isinstance(model, nn.Module) else {}  # others are refused inside
     try:
         yield
     finally:

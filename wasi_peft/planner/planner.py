@@ -21,6 +21,7 @@ from torch import nn
 from ..cost.estimate import GIGA, MIB, OptimizerFactory, input_sizes
 from ..cost.timing import LayerTimer
 from ..factors.calibration import Calibration, dense_targets
+from ..forms.attention import with_projections
 from ..forms.dense import dense_weight
 from ..forms.residual import RESIDUALS
 from ..linalg.tucker import canonical
@@ -52,6 +53,7 @@ _DECIDED_FIELDS = ("weight_rank", "rank_pattern", "weight_share", "plan", "activ
 DEFAULT_FORMS = (FACTORS, *RESIDUALS)
 
 
+@with_projections
 def plan_wasi(
     model: nn.Module,
     calibration: Calibration,

@@ -222,6 +222,9 @@ class WasiModel(BaseTuner):
         peft_config.resolved_ranks = None
         targets = {plain_name(name): module for name, module in selected_modules(model, peft_config)}
         prepared = check_prepared(targets, peft_config)
+        stacks = sum(map(_is_packed, targets.values()))
+        if prepared and stacks:
+            logger.info("%d packed expert weights start from their weights alone: no data prepared them.", stacks)
         shared = peft_config.weight_share is not None
         peft_config.resolved_ranks = _shared_ranks(targets, prepared, peft_config) if shared else {}
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files.whole import whole_file
+from ..forms.attention import projections_exposed
 from ..forms.dense import dense_bias, dense_weight
 from ..linalg.coordinates import ImageMoments
 from ..updates.base import InitialFactors
@@ -126,13 +127,14 @@ class WasiFactors:
             ValueError: If it lacks a layer, or has one of another shape, with another bias, or adapted already.
                 Nothing is attached then.
         """
-        modules = dict(model.named_modules())
-        for name, layer in self.layers.items():
-            _check_module(name, layer.initial, modules.get(name))
-        for module in modules.values():
-            drop_prepared(module)
-        for name, layer in self.layers.items():
-            modules[name].__dict__[ATTACHED] = layer
+        with projections_exposed(model):
+            modules = dict(model.named_modules())
+            for name, layer in self.layers.items():
+                _check_module(name, layer.initial, modules.get(name))
+            for module in modules.values():
+                drop_prepared(module)
+            for name, layer in self.layers.items():
+                modules[name].__dict__[ATTACHED] = layer
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file whose metadata say what is for which layer; it replaces another one as a whole.
