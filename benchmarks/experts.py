@@ -19,6 +19,10 @@ from typing import Any
 
 import peft
 import torch
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import wasi_peft
 from common import (
     RESULTS_FOLDER,
     Batch,
@@ -31,10 +35,6 @@ from common import (
     training_step,
     write_json,
 )
-from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
-
-import wasi_peft
 from wasi_peft.models.experts import packed_experts
 
 RESULTS = RESULTS_FOLDER / "experts.json"

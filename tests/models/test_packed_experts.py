@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from experts import FAMILIES, experts_model, packed_names
+from expert_models import FAMILIES, experts_model, packed_names
 from torch import nn
 
 from wasi_peft.models.experts import ExpertStack, conceal_experts, expose_experts, packed_parameters

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from experts import FAMILIES, IMPLEMENTATIONS, experts_model, packed_names, run_by, tokens
+from expert_models import FAMILIES, IMPLEMENTATIONS, experts_model, packed_names, run_by, tokens
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from strategies import relative_error
