@@ -199,3 +199,17 @@ def test_prepare_checkpoint(tmp_path: Path) -> None:
     dense = 2 * entries["tiny prepare int8"]["shape"]["parameters"] / 2**20
     assert 0 < entries["tiny prepare int8"]["written_mib"] < dense
     assert len(entries["tiny train int8"]["step_seconds"]) == len(entries["tiny train dense LoRA"]["losses"]) == 3
+
+
+def test_experts(tmp_path: Path) -> None:
+    """A tiny width: packed experts are most of the weights, and both methods cover the same ones."""
+    results = tmp_path / "experts.json"
+    sizes = ["--hidden-size", "64", "--samples", "2", "--tokens", "16", "--rounds", "1"]
+    run_script(BENCHMARKS / "experts.py", *sizes, "--results", results, folder=tmp_path)
+    measured = json.loads(results.read_text())["results"]
+    shares = {name: entry["covered_share"] for name, entry in measured.items()}
+    assert shares["lora"] == pytest.approx(shares["residual"]) == pytest.approx(shares["factors"])
+    assert shares["lora, linear layers"] == pytest.approx(shares["residual, linear layers"]) < 0.1 * shares["lora"]
+    assert all(entry["peak_bytes"] > entry["stored_bytes"] for entry in measured.values())
+    assert measured["residual"]["stored_bytes"] < 0.6 * measured["full"]["stored_bytes"]
+    assert set(measured["residual"]["step_speedup"]) == {"full", "lora"}
