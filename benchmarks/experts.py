@@ -43,10 +43,10 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK = 16
 SIZES: dict[str, Any] = {
     "vocab_size": 4096,
-    "hidden_size": 512,
-    "intermediate_size": 1792,  # 3.5 times as wide, as Mixtral's
+    "hidden_size": 384,
+    "intermediate_size": 1344,  # 3.5 times as wide, as Mixtral's
     "num_hidden_layers": 4,
-    "num_attention_heads": 8,
+    "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
@@ -86,7 +86,10 @@ VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "residual, linear layers": functools.partial(wasi, weight_rank=RANK, target_modules=LINEAR),
     "residual": functools.partial(wasi, weight_rank=RANK),
     "residual small": functools.partial(wasi, weight_rank=RANK, memory_mode="small"),
-    "factors": lambda model: wasi(model, weight_rank=model.config.hidden_size * 3 // 16, residual=None),
+    # random factors: a step takes the same, and decompositions take longer than all steps
+    "factors": lambda model: wasi(
+        model, weight_rank=model.config.hidden_size * 3 // 16, residual=None, init_weights=False
+    ),
 }
 BASELINES = ("full", "lora")
 

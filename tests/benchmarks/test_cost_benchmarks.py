@@ -204,7 +204,7 @@ def test_prepare_checkpoint(tmp_path: Path) -> None:
 def test_experts(tmp_path: Path) -> None:
     """A tiny width: packed experts are most of the weights, and both methods cover the same ones."""
     results = tmp_path / "experts.json"
-    sizes = ["--hidden-size", "64", "--samples", "2", "--tokens", "16", "--rounds", "1"]
+    sizes = ["--hidden-size", "96", "--samples", "2", "--tokens", "16", "--rounds", "1"]
     run_script(BENCHMARKS / "experts.py", *sizes, "--results", results, folder=tmp_path)
     measured = json.loads(results.read_text())["results"]
     shares = {name: entry["covered_share"] for name, entry in measured.items()}
