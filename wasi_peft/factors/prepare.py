@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -18,6 +19,7 @@ from ..tuner.targets import asked_rank, resolve_targets
 from .additions import prepare_additions
 from .calibration import Calibration, calibrate_wasi, dense_targets
 from .data import CalibrationData
+from .expert_factors import prepare_experts
 from .moments import MOMENT_BATCHES, with_moments
 from .repairs import REPAIRS, RepairName, default_repair
 
@@ -42,7 +44,8 @@ def preprocess_wasi(
     Under a plan with both, each layer is prepared in its own way; without `data` additions start by themselves.
 
     Where the update leaves R as it is and there are batches, one more pass measures in which
-    coordinates the rest trains best.
+    coordinates the rest trains best. Packed experts get factors for the inputs that are routed to each; they are not
+    repaired, and wait on the model alone: what is returned does not have them.
 
     Args:
         model: The dense model. Its weights are not changed; the prepared factors are attached to the target modules
@@ -134,6 +137,9 @@ def preprocess_wasi(
         factors = with_moments(model, factors, batches, max_batches=count, progress_bar=progress_bar)
     factors = WasiFactors({**factors.layers, **additions})
     factors.attach(model)
+    if data is not None and config.plan is None:
+        limits: dict[str, Any] = {"max_batches": max_batches, "max_memory_bytes": max_memory_bytes}
+        prepare_experts(model, config, data, **limits, progress_bar=progress_bar)
     return factors
 
 

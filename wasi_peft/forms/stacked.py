@@ -217,6 +217,43 @@ class StackedWeight:
         return func(*dense(args), **{key: dense(value) for key, value in kwargs.items()})
 
 
+class PackedWeight:
+    """A module that model code may read as the packed weight that its `weight` gives."""
+
+    weight: Any
+
+    def __getitem__(self, chosen: Any) -> Any:
+        return self.weight[chosen]
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of a tensor, and no module has: `shape`, `dtype`, `transpose`."""
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name.startswith("_") or "weight" in name or not self.__dict__.get("_modules"):  # not made yet
+                raise
+            return getattr(self.weight, name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def read(value: Any) -> Any:
+            if isinstance(value, PackedWeight):
+                return value.weight
+            if isinstance(value, (tuple, list)):
+                return type(value)(read(item) for item in value)
+            return value
+
+        return func(*read(args), **{key: read(value) for key, value in (kwargs or {}).items()})
+
+
 _GROUPED = (getattr(F, "grouped_mm", None), torch._grouped_mm)
 _MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
+_NOTES = "_wasi_notes"  # attribute of a module: what waits on its packed parameters
+_PREFIX = "_wasi_"  # of attributes that wait there
 
 
 class ExpertStack(nn.Module):
@@ -90,7 +92,9 @@ def expose_experts(model: nn.Module) -> list[str]:
         for parameter_name, transposed in packed.items():
             parameter = module._parameters.pop(parameter_name)
             assert parameter is not None
-            module.add_module(parameter_name, ExpertStack(parameter, transposed))
+            stack = ExpertStack(parameter, transposed)
+            stack.__dict__.update(module.__dict__.get(_NOTES, {}).pop(parameter_name, {}))
+            module.add_module(parameter_name, stack)
             exposed.append(f"{name}.{parameter_name}" if name else parameter_name)
     return exposed
 
@@ -100,6 +104,9 @@ def conceal_experts(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, ExpertStack) and name != "base_layer":
+                notes = {key: value for key, value in child.__dict__.items() if key.startswith(_PREFIX)}
+                if notes:
+                    module.__dict__.setdefault(_NOTES, {})[name] = notes
                 del module._modules[name]
                 module.register_parameter(name, child.weight)
                 if f"{name}_bias" in module._parameters:  # which comes after its weight

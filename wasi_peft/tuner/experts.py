@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from ..forms.factored import FactoredLinear
 from ..forms.products import OUTLIERS, ProductChoice
 from ..forms.residual import Residual
-from ..forms.stacked import FactoredStack, ParkedStack, ResidualStack, Segment, StackedWeight, residual_of
+from ..forms.stacked import (
+    FactoredStack,
+    PackedWeight,
+    ParkedStack,
+    ResidualStack,
+    Segment,
+    StackedWeight,
+    residual_of,
+)
 from ..linalg.coordinates import addition_basis
 from ..linalg.low_bit import quantize_rows
 from ..linalg.spectra import factorize_weight, rank_for_threshold
@@ -24,7 +32,7 @@ from .config import WasiConfig
 from .layer import Linear, compute_dtype_of
 
 
-class Experts(Linear):
+class Experts(PackedWeight, Linear):
     """Factors in place of a packed weight, `W_e = L_e R_e` or `Q_e + L_e R_e` for every expert e.
 
     Model code never calls it: it reads what used to be a parameter, and what it multiplies by that goes through the
@@ -118,37 +126,6 @@ class Experts(Linear):
         sizes = self.out_features, self.in_features
         shape = (self.experts, *(sizes[::-1] if self.transposed else sizes))
         return StackedWeight(shape, self.transposed, self._like, multiply, dense)
-
-    def __getitem__(self, chosen: Any) -> Any:
-        return self.weight[chosen]
-
-    def __len__(self) -> int:
-        return self.experts
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __getattr__(self, name: str) -> Any:
-        """What is asked of a tensor, and no module has: `shape`, `dtype`, `transpose`."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "wasi_form" not in self.__dict__.get("_modules", ()):
-                raise
-            return getattr(self.weight, name)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        def read(value: Any) -> Any:
-            if isinstance(value, Experts):
-                return value.weight
-            if isinstance(value, (tuple, list)):
-                return type(value)(read(item) for item in value)
-            return value
-
-        return func(*read(args), **{key: read(value) for key, value in (kwargs or {}).items()})
 
     # ---------------------------------------------------------------- computation
 

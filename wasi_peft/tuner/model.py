@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -70,8 +70,8 @@ def _dense_parts(target: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     return dense_weight(target), dense_bias(target)
 
 
-def _shared_ranks(
-    targets: dict[str, nn.Module], prepared: dict[str, PreparedLayer], config: WasiConfig
+def shared_ranks(
+    targets: Mapping[str, nn.Module], prepared: Mapping[str, PreparedLayer], config: WasiConfig
 ) -> dict[str, int]:
     """Ranks of all targets under `weight_share`: those they were prepared at, else allocated from their weights.
 
@@ -85,6 +85,7 @@ def _shared_ranks(
     if prepared:
         stacks = {name: module for name, module in targets.items() if _is_packed(module)}
         missing = sorted(set(targets) - set(prepared) - set(stacks))
+        stacks = {name: module for name, module in stacks.items() if name not in prepared}
         if missing:
             raise ValueError(
                 f"{missing[0]}: preprocess_wasi did not prepare this layer ({len(missing)} in all), so the share of "
@@ -222,11 +223,12 @@ class WasiModel(BaseTuner):
         peft_config.resolved_ranks = None
         targets = {plain_name(name): module for name, module in selected_modules(model, peft_config)}
         prepared = check_prepared(targets, peft_config)
-        stacks = sum(map(_is_packed, targets.values()))
-        if prepared and stacks:
-            logger.info("%d packed expert weights start from their weights alone: no data prepared them.", stacks)
+        stacks = [name for name, module in targets.items() if _is_packed(module)]
+        if set(prepared) - set(stacks) and set(stacks) - set(prepared):
+            count = len(set(stacks) - set(prepared))
+            logger.info("%d packed expert weights start from their weights alone: no data prepared them.", count)
         shared = peft_config.weight_share is not None
-        peft_config.resolved_ranks = _shared_ranks(targets, prepared, peft_config) if shared else {}
+        peft_config.resolved_ranks = shared_ranks(targets, prepared, peft_config) if shared else {}
 
     def _check_new_adapter_config(self, config: WasiConfig) -> None:
         others = [other for other in self.peft_config.values() if other is not config]
@@ -286,12 +288,12 @@ class WasiModel(BaseTuner):
         residual = None
         if config.residual_of(plain_name(name)) is not None:
             residual = target.beside() if isinstance(target, WasiLayer) else base_beside(target)
+        if prepared is not None:
+            return replace(prepared.initial, residual=residual), prepared.rank
         weight, bias = _dense_parts(target)
         if weight.dim() == 3:
             self._used_plain_svd |= residual is None
             return stack_factors(weight, asked_rank(name, config), residual, config.init_weights)
-        if prepared is not None:
-            return replace(prepared.initial, residual=residual), prepared.rank
         asked = asked_rank(name, config)
         if residual is not None:
             assert isinstance(asked, int)

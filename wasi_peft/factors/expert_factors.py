@@ -1,0 +1,162 @@
+"""Initial factors of packed experts, each from the inputs that the router gives it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..forms.stacked import PackedWeight, Segment, StackedWeight
+from ..linalg.spectra import truncate, weight_spectrum
+from ..models.calls import evaluating, model_output
+from ..models.experts import ExpertStack, conceal_experts, expose_experts
+from ..tuner.config import WasiConfig
+from ..tuner.model import rank_for, shared_ranks
+from ..tuner.prepared import ATTACHED, PreparedLayer
+from ..tuner.targets import asked_rank, check_targets, plain_name, resolve_targets, selected_modules
+from ..updates.base import InitialFactors
+from .data import CalibrationData, limited
+
+
+class _Recorder(PackedWeight, nn.Module):
+    """A packed weight that computes what it did, and where it records sums up `x x^T` of the rows of each expert."""
+
+    def __init__(self, stack: ExpertStack, records: bool) -> None:
+        super().__init__()
+        self.stack, self.records = stack, records
+        if not records:
+            return
+        weight = stack.weight
+        sizes = stack.experts, stack.in_features, stack.in_features
+        self.sums: Any = weight.new_zeros(sizes, dtype=torch.float32)
+        self.rows = [0] * stack.experts
+
+    @property
+    def weight(self) -> StackedWeight | Tensor:
+        """What model code reads."""
+        stack = self.stack
+        if not self.records:
+            return stack.weight
+        return StackedWeight(
+            stack.weight.shape, stack.transposed, stack.weight.detach()[:0], self._multiply, stack.matrices
+        )
+
+    def _multiply(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
+        matrices = self.stack.matrices()
+        y = x.new_zeros(len(x), self.stack.out_features)
+        for expert, start, stop in segments:
+            rows = x[start:stop]
+            y[start:stop] = rows @ matrices[expert].t().to(x.dtype)
+            self.sums[expert].addmm_(rows.t().float(), rows.float())
+            self.rows[expert] += stop - start
+        return y
+
+    def moments(self) -> Tensor:
+        """E[x x^T] of each expert, (E, in, in); an expert that few rows reach is taken to see what all see, too.
+
+        Those of all experts count as many rows as the input has features.
+        """
+        pooled = self.sums.sum(0) / max(1, sum(self.rows))
+        prior = self.stack.in_features
+        counts = torch.tensor(self.rows, dtype=torch.float32, device=pooled.device)[:, None, None]
+        return (self.sums + prior * pooled) / (counts + prior)
+
+
+@contextmanager
+def _recording(model: nn.Module, group: Container[str]) -> Iterator[dict[str, _Recorder]]:
+    """Inside, all exposed weights can be read; those of a group record, and are what this gives, by name."""
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, ExpertStack)}
+    recorders = {name: _Recorder(stack, plain_name(name) in group) for name, stack in stacks.items()}
+    try:
+        for name, recorder in recorders.items():
+            model.set_submodule(name, recorder)
+        yield {plain_name(name): recorder for name, recorder in recorders.items() if recorder.records}
+    finally:
+        for name, stack in stacks.items():
+            model.set_submodule(name, stack)
+
+
+def _groups(stacks: Mapping[str, ExpertStack], max_memory_bytes: int) -> Iterator[dict[str, ExpertStack]]:
+    """As many at a time as have sums within the bound, one at least."""
+    group: dict[str, ExpertStack] = {}
+    left = max_memory_bytes
+    for name, stack in stacks.items():
+        size = 4 * stack.experts * stack.in_features**2
+        if group and size > left:
+            yield group
+            group, left = {}, max_memory_bytes
+        group[name] = stack
+        left -= size
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def prepare_experts(
+    model: nn.Module,
+    config: WasiConfig,
+    data: CalibrationData,
+    *,
+    max_batches: int | None = None,
+    max_memory_bytes: int = 2**30,
+    progress_bar: bool = True,
+) -> list[str]:
+    """Attach factors to the packed experts that a configuration targets; the next injection takes them.
+
+    Each expert's are the best for its own inputs: `W_e` is cut where `E |(W_e - L R) x|^2` grows least over the rows x
+    that are routed to it. Under a share they keep it among themselves. They are not repaired.
+
+    Args:
+        model: The dense model; its weights are not changed.
+        config: With factors in place of the weights.
+        data: Batches, or a function that runs them.
+        max_batches: Of each pass.
+        max_memory_bytes: Bound on the memory for sums: more passes run where it is too little for all.
+        progress_bar: Show progress bars.
+
+    Returns:
+        Names of what was prepared, those of the parameters.
+    """
+    if not config.layer_update.takes_stacks:
+        return []
+    expose_experts(model)
+    try:
+        resolved = copy.copy(config)
+        resolve_targets(model, resolved)
+        selected = {plain_name(name): module for name, module in selected_modules(model, resolved)}
+        stacks = {name: module for name, module in selected.items() if isinstance(module, ExpertStack)}
+        if not stacks:
+            return []
+        check_targets(model, resolved)
+        if resolved.weight_share is not None:
+            resolved.resolved_ranks = shared_ranks(stacks, {}, resolved)
+        for group in _groups(stacks, max_memory_bytes):
+            title = f"WASI inputs of {len(group)} expert weights" if progress_bar else None
+            with evaluating(model, gradients=False), _recording(model, group) as recorders:
+                if callable(data):
+                    data()
+                else:
+                    for batch in limited(data, max_batches, title):
+                        model_output(model, batch)
+            for name, recorder in recorders.items():
+                group[name].__dict__[ATTACHED] = _prepared(name, recorder, resolved)
+                recorder.sums = None
+        return list(stacks)
+    finally:
+        conceal_experts(model)
+
+
+def _prepared(name: str, recorder: _Recorder, config: WasiConfig) -> PreparedLayer:
+    """The factors of one packed weight, at one rank for all experts."""
+    weights, asked = recorder.stack.matrices(), asked_rank(name, config)
+    spectra = [weight_spectrum(one, moment) for one, moment in zip(weights, recorder.moments(), strict=True)]
+    shares = [one.energies / one.energies.sum().clamp_min(torch.finfo(torch.float64).tiny) for one in spectra]
+    rank = min(rank_for(asked, torch.stack(shares).sum(0)), *weights.shape[1:])
+    pairs = [truncate(one, spectrum, rank) for one, spectrum in zip(weights, spectra, strict=True)]
+    initial = InitialFactors(torch.stack([L for L, _ in pairs]), torch.stack([R for _, R in pairs]), None)
+    update = config.update_of(name).name
+    return PreparedLayer(initial, rank, asked, config.weight_share, update, frozen_dtype=config.frozen_dtype)
