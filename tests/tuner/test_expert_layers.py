@@ -149,8 +149,9 @@ def test_adapters_are_saved_loaded_switched_merged_and_deleted(
     prefix = f"base_model.model.{packed_names(base)[0]}.wasi_form.wasi_"
     assert f"{prefix}{'' if residual is None else 'added_'}L" in keys
     assert not any("default" in key for key in keys)
-    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    torch.testing.assert_close(answers(loaded), expected, rtol=1e-4, atol=1e-5)
+    for empty in (True, False):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=empty)
+        torch.testing.assert_close(answers(loaded), expected, rtol=1e-4, atol=1e-5)
 
     with model.disable_adapter():
         original = answers(model)
@@ -169,6 +170,15 @@ def test_adapters_are_saved_loaded_switched_merged_and_deleted(
     assert list(merged.state_dict()) == names and packed_names(merged) == packed_names(base)
     torch.testing.assert_close(answers(merged), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(answers(loaded.unload()), original, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_loads_with_its_base(tmp_path: Path) -> None:
+    base = experts_model("mixtral", torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    loaded = type(base).from_pretrained(tmp_path / "base")
+    model = wasi_model(loaded, weight_rank=4, residual=None)
+    model.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(answers(wasi_peft.load_adapter(tmp_path / "adapter")), answers(model))
 
 
 @pytest.mark.parametrize("base_weight", ["release", "cpu", "keep"])

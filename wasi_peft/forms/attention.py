@@ -36,6 +36,8 @@ class ProjectedAttention(nn.Module):
         >>> torch.testing.assert_close(ProjectedAttention(attention)(x, x, x), attention(x, x, x))
     """
 
+    bias_k: nn.Parameter | None
+    bias_v: nn.Parameter | None
     in_proj_bias: None = None  # PyTorch's fast path is for attention with a bias
     _qkv_same_embed_dim = False
 
@@ -45,12 +47,15 @@ class ProjectedAttention(nn.Module):
         self.num_heads, self.head_dim, self.dropout = attention.num_heads, attention.head_dim, attention.dropout
         self.batch_first, self.add_zero_attn = attention.batch_first, attention.add_zero_attn
         self.packed = attention.in_proj_weight is not None
+        # what is registered would lose its values where PEFT makes empty adapters
+        trains = attention.out_proj.weight.requires_grad
         for name, weight, bias in _projections(attention):
             layer = build_dense(nn.Linear, weight, bias)
-            layer.requires_grad_(attention.out_proj.weight.requires_grad)
+            layer._parameters["weight"] = nn.Parameter(weight, trains)
+            layer._parameters["bias"] = None if bias is None else nn.Parameter(bias, trains)
             setattr(self, name, layer)
         self.out_proj = attention.out_proj
-        self.bias_k, self.bias_v = attention.bias_k, attention.bias_v
+        self._parameters |= {name: attention._parameters.get(name) for name in ("bias_k", "bias_v")}
         self.training = attention.training
 
     @property

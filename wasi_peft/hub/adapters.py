@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import peft
@@ -17,6 +17,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..forms.attention import PROJECTIONS
+from ..models.experts import packed_experts
 from ..tuner.config import WasiConfig
 from .compressed import check_shapes, shapes_of
 
@@ -34,8 +36,9 @@ def load_adapter(
 ) -> PeftModel:
     """Load a saved adapter and its base model in one line, without the dense weights that its factors replace.
 
-    Everything else of the base model is read as ever. Beside a residual, and with `base_weight="keep"` or "cpu", the
-    dense weights are needed, and read too; a base that is small to load is a compressed model ([`compress`]).
+    Everything else of the base model is read as ever, packed experts and the projections of `nn.MultiheadAttention`
+    too. Beside a residual, and with `base_weight="keep"` or "cpu", the dense weights are needed, and read too; a base
+    that is small to load is a compressed model ([`compress`]).
 
     Args:
         folder: Of the adapter, or its hub id.
@@ -98,6 +101,15 @@ def _saved_class(folder: Any, config: WasiConfig) -> Any:
     return found
 
 
+def _unowned_weights(model: nn.Module) -> Iterator[str]:
+    """Names that an adapter gives to weights which no layer of a dense model owns; they are read."""
+    for name, _, packed in packed_experts(model):
+        yield from (f"{name}.{parameter}" for parameter in packed)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            yield from (f"{name}.{projection}" for projection in (*PROJECTIONS, "out_proj"))
+
+
 class _AbsentConfig(QuantizationConfigMixin):
     """Names the layers whose weights are not to be read."""
 
@@ -113,7 +125,10 @@ class _AbsentQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         self._hidden: dict[str, dict[str, nn.Parameter | None]] = {}
+        unowned = set(_unowned_weights(model))
         for name in self.quantization_config.layers:
+            if name in unowned:
+                continue
             try:
                 layer = model.get_submodule(name)
             except AttributeError as error:

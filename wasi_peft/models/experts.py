@@ -34,11 +34,12 @@ class ExpertStack(nn.Module):
         (4, 6, 8)
     """
 
+    weight: nn.Parameter
     bias: None = None  # biases of experts are vectors of the module that holds them
 
     def __init__(self, weight: nn.Parameter, transposed: bool) -> None:
         super().__init__()
-        self.weight = weight
+        self._parameters["weight"] = weight  # registered, it would lose its values where PEFT makes empty adapters
         self.transposed = transposed
         self.experts, rows, columns = weight.shape
         self.out_features, self.in_features = (columns, rows) if transposed else (rows, columns)
@@ -108,6 +109,6 @@ def conceal_experts(model: nn.Module) -> None:
                 if notes:
                     module.__dict__.setdefault(_NOTES, {})[name] = notes
                 del module._modules[name]
-                module.register_parameter(name, child.weight)
+                module._parameters[name] = child.weight
                 if f"{name}_bias" in module._parameters:  # which comes after its weight
                     module._parameters[f"{name}_bias"] = module._parameters.pop(f"{name}_bias")
