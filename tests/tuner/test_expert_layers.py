@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from strategies import relative_error
 from torch import Tensor, nn
 
 import wasi_peft
+from wasi_peft.cli.main import main
 from wasi_peft.cost.peak import measure_peak_memory
 from wasi_peft.tuner.experts import Experts
 from wasi_peft.tuner.layer import wasi_layers
@@ -330,3 +332,15 @@ def test_copies_and_pickles_compute_the_same(residual: str | None, tmp_path: Pat
     torch.save(model, tmp_path / "model.pt")
     for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
         torch.testing.assert_close(answers(other), answers(model))
+
+
+def test_inspect_reads_adapters_of_packed_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, model = adapted("mixtral", weight_rank=4, residual=None)
+    model.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["kept_share"] == pytest.approx(model.wasi_summary().kept_share)
+    assert {(layer["out_features"], layer["in_features"], layer["weight_rank"]) for layer in shown["layers"]} == {
+        (32, 16, 4),
+        (16, 16, 4),
+    }

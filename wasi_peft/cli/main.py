@@ -413,7 +413,7 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
         if key not in shapes:
             continue
         L, R = shapes[key], shapes.get(key.removesuffix("L") + "R", [])
-        if len(L) != 2 or len(R) != 2 or L[1] != R[0]:
+        if len(L) not in (2, 3) or len(R) != len(L) or L[-1] != R[-2] or L[:-2] != R[:-2]:  # 3: packed experts
             raise ValueError(f"{path}: {key} must have a matching {prefix}R, got the shapes {L} and {R}.")
         missing = [part for part in parts if key.removesuffix("L") + part not in shapes]
         if missing:
@@ -421,7 +421,8 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
                 f"{path}: {key} must stand with {prefix}{missing[0]} for update={update.name!r}, got none."
             )
         width = widths[f"{place}.wasi_form.{prefix}{update.trained[0]}"]
-        layers.append(LayerSummary(name, L[0], R[1], L[1], update, width))
+        experts = L[0] if len(L) == 3 else 1
+        layers.append(LayerSummary(name, L[-2], R[-1], L[-1], update, width, experts=experts))
     if not layers:
         raise ValueError(f"{path}: must hold WASI factors, got none.")
     return config, WasiSummary(folder.name, tuple(layers))
