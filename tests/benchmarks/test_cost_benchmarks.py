@@ -209,7 +209,8 @@ def test_experts(tmp_path: Path) -> None:
     measured = json.loads(results.read_text())["results"]
     shares = {name: entry["covered_share"] for name, entry in measured.items()}
     assert shares["lora"] == pytest.approx(shares["residual"]) == pytest.approx(shares["factors"])
-    assert shares["lora, linear layers"] == pytest.approx(shares["residual, linear layers"]) < 0.1 * shares["lora"]
+    assert shares["lora, linear layers"] == pytest.approx(shares["residual, linear layers"])
+    assert shares["residual, linear layers"] < 0.1 * shares["residual"]
     assert all(entry["peak_bytes"] > entry["stored_bytes"] for entry in measured.values())
     assert measured["residual"]["stored_bytes"] < 0.6 * measured["full"]["stored_bytes"]
     assert set(measured["residual"]["step_speedup"]) == {"full", "lora"}
