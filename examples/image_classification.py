@@ -29,7 +29,9 @@ parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--output", default="outputs/image_classification")
 args = parser.parse_args()
 
-images = datasets.load_dataset(args.dataset, split="train").class_encode_column(args.label_column)
+images = datasets.load_dataset(args.dataset, split="train")
+if not isinstance(images.features[args.label_column], datasets.ClassLabel):
+    images = images.class_encode_column(args.label_column)
 processor = transformers.AutoImageProcessor.from_pretrained(args.model)
 
 

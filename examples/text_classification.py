@@ -30,7 +30,9 @@ parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--output", default="outputs/text_classification")
 args = parser.parse_args()
 
-texts = datasets.load_dataset(args.dataset, split="train").class_encode_column(args.label_column)
+texts = datasets.load_dataset(args.dataset, split="train")
+if not isinstance(texts.features[args.label_column], datasets.ClassLabel):
+    texts = texts.class_encode_column(args.label_column)
 names = texts.features[args.label_column].names
 tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
 

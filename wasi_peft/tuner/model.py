@@ -20,6 +20,7 @@ from ..forms.products import ProductChoice
 from ..linalg.coordinates import addition_basis
 from ..linalg.spectra import factorize_weight, rank_for_threshold
 from ..memory.modes import check_memory_mode, enter_memory_mode, leave_memory_mode
+from ..models.tokens import drop_tokens, keep_tokens, token_places
 from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
@@ -158,11 +159,15 @@ class WasiModel(BaseTuner):
         self._inputs = SharedInputs() if shared is None else shared.inputs
         self._vectors = AdapterVectors() if shared is None else shared.vectors
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        drops = config.token_keep is not None and shared is None
+        places = token_places(model) if drops else None
         before = Structure(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._add_vectors(model, adapter_name)
             enter_memory_mode(model, config.resolved_memory_mode)
+            if places is not None:
+                drop_tokens(model, config.token_keep or 1.0, places)
             if self._used_plain_svd:
                 warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
             layers = [layer for _, layer in wasi_layers(model)]
@@ -216,9 +221,10 @@ class WasiModel(BaseTuner):
             raise ValueError(
                 f"All adapters of a model must have the same residual, which is their common base, got {forms}."
             )
-        modes = [other.memory_mode for other in [*others, config]]
-        if len(set(modes)) > 1:
-            raise ValueError(f"All adapters of a model must have the same memory_mode, got {modes}.")
+        for field in ("memory_mode", "token_keep"):
+            values = [getattr(other, field) for other in [*others, config]]
+            if len(set(values)) > 1:
+                raise ValueError(f"All adapters of a model must have the same {field}, got {values}.")
         trained = [(other.train_vectors, other.bias == "all") for other in [*others, config]]
         released = any(layer.base_is_released for _, layer in wasi_layers(self.model))
         if released and len(set(trained)) > 1:
@@ -472,6 +478,7 @@ class WasiModel(BaseTuner):
         self._vectors.lower()
         for mode in {config.resolved_memory_mode for config in self.peft_config.values()}:
             leave_memory_mode(model, mode)
+        keep_tokens(model)
         return model
 
     # ---------------------------------------------------------------- state dict
