@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from .summary import WasiSummary, wasi_summary
 from .targets import asked_rank, check_targets, plain_name, resolve_targets, selected_modules
 from .undo import Structure
 from .vectors import AdapterVectors, vector_places
+from .weighted import add_up, check_weighted
 
 logger = logging.getLogger(__name__)
 
@@ -417,6 +419,44 @@ class WasiModel(BaseTuner):
                 f"adapter_names cannot mix adapters of which one trains vectors of the model (train_vectors, or "
                 f"bias='all'): a batch has one norm. Got {different}."
             )
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter that is a weighted sum of others, in their factors, biases, vectors and whole modules.
+
+        Args:
+            adapters: Names of the adapters, whose factors are L and R, beside the same frozen weights or instead of
+                them.
+            weights: One for each. Beside a frozen weight they may be any; what replaces a weight can be averaged.
+            adapter_name: Name of the new one, which is not made active.
+            combination_type: 'cat' for the exact sum, whose rank is that of all together, unless they share R; 'svd'
+                for the best approximation of a rank.
+            svd_rank: That rank; by default the largest of the adapters' own, layer by layer.
+
+        Raises:
+            ValueError: As :func:`weighted.check_weighted`. Nothing has changed then.
+        """
+        configs = self.peft_config
+        check_weighted(self.model, configs, adapters, weights, adapter_name, combination_type, svd_rank)
+        config = configs[adapters[0]]
+        configs[adapter_name] = config  # the very object: the new adapter starts as a copy of that one
+        try:
+            self.inject_adapter(self.model, adapter_name)
+            ranks = add_up(self.model, adapters, weights, adapter_name, combination_type == "svd", svd_rank)
+        except BaseException:
+            if adapter_name in configs:
+                self.delete_adapter(adapter_name)
+            raise
+        configs[adapter_name] = copy.copy(config)
+        configs[adapter_name].resolved_ranks = {plain_name(name): rank for name, rank in ranks.items()}
+        if config.ranks is not None:
+            configs[adapter_name].ranks = configs[adapter_name].resolved_ranks
 
     # ---------------------------------------------------------------- base model
 
