@@ -199,6 +199,16 @@ def test_dpo(run: Callable[..., str], language_model: Path, preferences: Path, t
         assert number(r"margin at the last steps: (\S+)", text) > 0.05
 
 
+def test_federated(run: Callable[..., str], text_model: Path, mails: Path, tmp_path: Path) -> None:
+    text = run(
+        "federated", "--model", text_model, "--dataset", mails, "--rounds", "4", "--steps", "4", "--batch-size", "8",
+        "--lr", "3e-3",
+    )  # fmt: skip
+    accuracies = [float(value) for value in re.findall(r"round \d: accuracy (\S+),", text)]
+    assert len(accuracies) == 4 and accuracies[-1] > 0.8
+    assert (tmp_path / "outputs" / "federated" / "server" / "adapter_model.safetensors").is_file()
+
+
 def test_semantic_segmentation(run: Callable[..., str], segmentation_model: Path, maps: Path) -> None:
     text = run(
         "semantic_segmentation", "--model", segmentation_model, "--dataset", maps, "--classes", "2",
