@@ -215,6 +215,8 @@ def test_what_experts_cannot_do_is_said(tmp_path: Path) -> None:
     name = packed_names(base)[0]
     with pytest.raises(ValueError, match=f"{name}: packed experts keep the rank"):
         wasi_peft.resize_rank(model, name, 2)
+    with pytest.raises(ValueError, match=f"{name}: adapters of packed experts have no weighted sum"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
     with pytest.raises(ValueError, match=f"{name}: packed experts have no place in a LoRA adapter"):
         wasi_peft.export(model, tmp_path / "lora", "lora")
     assert answers(model).isfinite().all()
