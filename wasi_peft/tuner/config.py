@@ -147,6 +147,11 @@ class WasiConfig(PeftConfig):
             peak: blocks keep only their input, in 8 bits, and run again in backward (nothing is compressed then, since
             layer inputs exist for one block at a time), the same slices, the same loss, and MLPs that run some tokens
             at a time where one sample is longer than a slice. The forward pass is exact in every mode.
+        skip_padding (`bool`, default False):
+            Have transformer blocks neither compute nor keep padded tokens in training: samples run in groups of about
+            one length, each cut to its longest sample, in every memory mode. For losses that do not depend on padded
+            tokens (labels of -100, pooling by the attention mask), of which the gradients stay exact; backward raises
+            an error for others.
         base_weight (`str`, default 'release'):
             What happens to the dense weight that factors replace: 'release' frees it, 'cpu' parks it in main memory,
             'keep' leaves it in place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or
@@ -229,6 +234,9 @@ class WasiConfig(PeftConfig):
     )
     memory_mode: Literal["exact", "fast", "small"] | None = field(
         default=None, metadata={"help": "How far a step goes to need little memory: 'exact', 'fast' or 'small'."}
+    )
+    skip_padding: bool = field(
+        default=False, metadata={"help": "Neither compute nor keep padded tokens, on which the loss must not depend."}
     )
     base_weight: Literal["release", "cpu", "keep"] = field(
         default="release", metadata={"help": "What happens to the dense weight: 'release', 'cpu' or 'keep'."}
@@ -357,6 +365,8 @@ class WasiConfig(PeftConfig):
             _check_rank("update_rank", self.update_rank)
         _check_choice("bias", self.bias, BIASES)
         _check_choice("memory_mode", self.memory_mode, MEMORY_MODES)
+        if not isinstance(self.skip_padding, bool):
+            raise ValueError(f"skip_padding must be True or False, got {self.skip_padding!r}.")
         modes = self.activation_modes
         if isinstance(modes, str) or "feature" not in modes or not set(modes) <= set(MODES):
             raise ValueError(

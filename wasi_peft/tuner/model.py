@@ -162,7 +162,7 @@ class WasiModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._add_vectors(model, adapter_name)
-            enter_memory_mode(model, config.resolved_memory_mode)
+            enter_memory_mode(model, config.resolved_memory_mode, config.skip_padding)
             if self._used_plain_svd:
                 warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
             layers = [layer for _, layer in wasi_layers(model)]
@@ -197,7 +197,7 @@ class WasiModel(BaseTuner):
         """Everything that can be wrong is found here, before the first layer is replaced."""
         copied = self._source(peft_config) is not None
         check_targets(model, peft_config, copied)
-        check_memory_mode(model, peft_config.resolved_memory_mode)
+        check_memory_mode(model, peft_config.resolved_memory_mode, peft_config.skip_padding)
         if copied:
             return
         if peft_config.ranks is not None:
@@ -216,9 +216,10 @@ class WasiModel(BaseTuner):
             raise ValueError(
                 f"All adapters of a model must have the same residual, which is their common base, got {forms}."
             )
-        modes = [other.memory_mode for other in [*others, config]]
-        if len(set(modes)) > 1:
-            raise ValueError(f"All adapters of a model must have the same memory_mode, got {modes}.")
+        for setting in ("memory_mode", "skip_padding"):
+            values = [getattr(other, setting) for other in [*others, config]]
+            if len(set(values)) > 1:
+                raise ValueError(f"All adapters of a model must have the same {setting}, got {values}.")
         trained = [(other.train_vectors, other.bias == "all") for other in [*others, config]]
         released = any(layer.base_is_released for _, layer in wasi_layers(self.model))
         if released and len(set(trained)) > 1:
