@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..forms.compressed import base_beside
+from ..forms.convolution import CONVOLUTIONS, Patches
 from ..forms.dense import dense_bias, dense_weight
 from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
@@ -24,6 +25,7 @@ from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
 from .config import WasiConfig
+from .convolution import Convolution
 from .heads import FRESH_HEAD, fresh_heads
 from .inputs import SharedInputs
 from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
@@ -58,7 +60,8 @@ def _dense_parts(target: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense weight, in Linear layout, and bias of a target, which may be a layer with another adapter."""
     if isinstance(target, WasiLayer):
         return target.original_weight()
-    return dense_weight(target), dense_bias(target)
+    linear = Patches.linear(target) if isinstance(target, CONVOLUTIONS) else target
+    return dense_weight(linear), dense_bias(linear)
 
 
 def _shared_ranks(
@@ -196,7 +199,7 @@ class WasiModel(BaseTuner):
     def _prepare_model(self, peft_config: WasiConfig, model: nn.Module) -> None:
         """Everything that can be wrong is found here, before the first layer is replaced."""
         copied = self._source(peft_config) is not None
-        check_targets(model, peft_config, copied)
+        check_targets(model, peft_config, copied, convolutions=True)
         check_memory_mode(model, peft_config.resolved_memory_mode, peft_config.skip_padding)
         if copied:
             return
@@ -240,6 +243,9 @@ class WasiModel(BaseTuner):
     ) -> None:
         name = plain_name(current_key)
         assert peft_config.resolved_ranks is not None  # _prepare_model saw to it
+        replaced = target
+        if isinstance(target, CONVOLUTIONS):
+            target = Patches.linear(target)
         initial: InitialFactors | FactoredLinear | None = None
         source = self._source(peft_config)
         if source is not None and isinstance(target, WasiLayer) and source in target.wasi_form:
@@ -255,10 +261,14 @@ class WasiModel(BaseTuner):
             layer.update_layer(adapter_name, peft_config, name, rank, initial)
         else:
             assert not isinstance(initial, FactoredLinear)
-            layer = Linear(target, adapter_name, peft_config, name, rank, initial, self._inputs, self._vectors)
+            options = (adapter_name, peft_config, name, rank, initial, self._inputs, self._vectors)
+            if replaced is target:
+                layer = Linear(target, *options)
+            else:
+                layer = Convolution(target, Patches.of(replaced), *options)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+            self._replace_module(parent, target_name, layer, replaced)
         if peft_config.awaits_loading and initial is None:
             layer.await_loading(self._loading_group, current_key)
 
