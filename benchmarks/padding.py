@@ -3,10 +3,10 @@
 A BERT encoder of MiniLM's geometry with random weights classifies a batch of 32 texts, padded to the longest one of
 128 tokens; lengths are drawn evenly from 1 to 128, so about half of the tokens are padding. Peaks are tracked: two
 complete steps from a fresh copy. Times are interleaved rounds. Neither depends on the weights. Results:
-docs/benchmarks/padding.json. Run it on an idle machine::
+docs/benchmarks/padding.json::
 
     python benchmarks/padding.py
-    python benchmarks/padding.py --rounds 0     # peaks only
+    python benchmarks/padding.py --rounds 7     # on an idle machine
 """
 
 import argparse
@@ -33,7 +33,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import wasi_peft
 from wasi_peft.memory import MEMORY_MODES, UnpaddedBlocks
 
-MIB = 2**20
+MIB, GIGA = 2**20, 10**9
 RESULTS = RESULTS_FOLDER / "padding.json"
 SAMPLES, TOKENS, VOCABULARY = 32, 128, 30522
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -76,7 +76,8 @@ def measure(rounds: int, layers: int) -> dict[str, Any]:
         model = build(variant, layers)
         optimizer = adamw(model)
         training_step(model, optimizer, batch)  # blocks are judged, products chosen
-        rows[variant] = {"peak_bytes": step_peak_bytes(model, adamw, batch)}
+        flops = wasi_peft.estimate_wasi(model, batch=batch).training_flops
+        rows[variant] = {"peak_bytes": step_peak_bytes(model, adamw, batch), "training_flops": flops}
         steps[variant] = functools.partial(training_step, model, optimizer, batch)
     if rounds:
         seconds = interleaved_seconds(steps, rounds, warmup=1)
@@ -89,17 +90,18 @@ def measure(rounds: int, layers: int) -> dict[str, Any]:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Formats the rows as a Markdown table."""
-    lines = ["| | peak MiB | step s |", "| --- | --- | --- |"]
+    lines = ["| | peak MiB | GFLOP | step s |", "| --- | --- | --- | --- |"]
     for variant, row in rows.items():
         seconds = f"{statistics.median(row['step_seconds']):.3f}" if "step_seconds" in row else ""
-        lines.append(f"| {variant} | {row['peak_bytes'] / MIB:.0f} | {seconds} |")
+        sizes = f"{row['peak_bytes'] / MIB:.0f} | {row['training_flops'] / GIGA:.0f}"
+        lines.append(f"| {variant} | {sizes} | {seconds} |")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measures, prints a table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=0, help="of timing; 0: counts only")
     parser.add_argument("--layers", type=int, default=MINILM["num_hidden_layers"])
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)

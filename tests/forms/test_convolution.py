@@ -36,6 +36,12 @@ def test_the_linear_layer_over_patches_is_the_convolution(
     weight = torch.randn_like(y)
     (ours,), (theirs,) = (torch.autograd.grad((out * weight).sum(), x) for out in (y, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    if batched:
+        h = patches.multiply(x, linear.weight)
+        torch.testing.assert_close(h, patches.rows(x) @ linear.weight.T, rtol=1e-10, atol=1e-12)
+        (ours,) = torch.autograd.grad((patches.image(h) * weight).sum(), x)
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert patches.overlap == (size > stride)
     again = patches.convolution(linear)
     assert type(again) is kind and repr(again) == repr(layer)
     assert torch.equal(again(x), expected)

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import wasi_peft
+from wasi_peft.forms.convolution import Patches
 from wasi_peft.tuner.convolution import Convolution
 from wasi_peft.updates import UPDATES
 
@@ -77,6 +78,35 @@ def test_gradients_of_factors_are_those_of_the_convolution() -> None:
     torch.testing.assert_close(form.L.grad, dense @ form.R.detach().T, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(form.R.grad, form.L.detach().T @ dense, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(form.bias.grad, twin.middle.bias.grad)
+
+
+@pytest.mark.parametrize("update", ["frozen_basis", "core"])
+@pytest.mark.parametrize("frozen_dtype", [None, "int8"])
+def test_patches_that_overlap_are_not_unfolded(
+    update: str, frozen_dtype: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only the image is kept, it comes from a convolution; gradients are those of the rows."""
+    torch.manual_seed(1)
+    config = wasi_peft.WasiConfig(
+        residual=None, update=update, frozen_dtype=frozen_dtype, target_modules=["middle"], weight_rank=4
+    )
+    model = get_peft_model(Maps(), config).train()
+    results = []
+    for multiplies in (True, False):
+        if not multiplies:
+            monkeypatch.setattr(Convolution, "_can_multiply", lambda *_: False)
+        x = images().requires_grad_(True)
+        with monkeypatch.context() as patched:
+            if multiplies:
+                patched.setattr(Patches, "rows", None)
+            y = model(x)
+        model.zero_grad()
+        y.square().sum().backward()
+        trained = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results.append({"y": y.detach(), "x": x.grad, **trained})
+    bound = 1e-5 if frozen_dtype is None else 0.05  # rows are rounded on the way into a product of integers
+    for name, value in results[1].items():
+        assert (results[0][name] - value).norm() <= bound * value.norm() + 1e-6
 
 
 @pytest.mark.parametrize(

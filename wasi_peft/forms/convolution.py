@@ -8,10 +8,12 @@ and factors `L R` are a convolution to K channels, (K, in, k, k), and one of 1 x
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from typing_extensions import Self
 
 from .dense import build_dense
@@ -81,6 +83,22 @@ class Patches:
             x = x.unfold(first + dim, size, step)  # which adds a dimension at the end
         return x.movedim(first - 1, first + dims - 1).flatten(first + dims - 1)
 
+    @property
+    def overlap(self) -> bool:
+        """Whether an entry of the input can be part of several patches."""
+        return any(size > step for size, step in zip(self.kernel_size, self.stride, strict=True))
+
+    def multiply(self, x: Tensor, R: Tensor) -> Tensor:
+        """`rows(x) R^T` as a convolution, with a gradient for x alone, for which x is not kept.
+
+        **Shape**
+            - x: as for :meth:`rows`, with B; R: (K, in * k * k); returns (B, H', W', K)
+        """
+        x = F.pad(x, self.padding) if any(self.padding) else x
+        kernel = R.detach().reshape(len(R), self.in_channels, *self.kernel_size)
+        h: Tensor = _FrozenConvolution.apply(x, kernel, self.stride)
+        return h.movedim(1, -1)
+
     def image(self, y: Tensor) -> Tensor:
         """What a convolution answers, (B, out, H', W'), of its rows, (B, H', W', out): a view."""
         return y.movedim(-1, y.dim() - 1 - len(self.kernel_size))
@@ -107,3 +125,32 @@ class Patches:
             "bias", nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, Tensor) else None
         )
         return layer.train(linear.training)
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    """A convolution whose weight has no gradient, so that its input need not be kept; torch's own keeps it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, ...]) -> Tensor:
+        ctx.stride, ctx.shape = stride, x.shape
+        ctx.save_for_backward(weight)
+        return _convolution(x, weight, stride)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        x = grad.new_empty(()).expand(ctx.shape)  # of which only the shape counts
+        geometry = _geometry(ctx.stride)
+        grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, [True, False, False])
+        return grads[0], None, None
+
+
+def _convolution(x: Tensor, weight: Tensor, stride: tuple[int, ...]) -> Tensor:
+    return torch.ops.aten.convolution(x, weight, None, *_geometry(stride))  # type: ignore[no-any-return]
+
+
+def _geometry(stride: tuple[int, ...]) -> tuple[Any, ...]:
+    """Stride, padding, dilation, transposed, output padding and groups, as torch's operations take them."""
+    dims = len(stride)
+    return list(stride), [0] * dims, [1] * dims, False, [0] * dims, 1

@@ -121,7 +121,8 @@ class WasiConfig(PeftConfig):
             Fixed ranks instead, by mode ({'feature': 48, 'token': 12}); an integer is the rank of the feature mode.
         activation_modes (`list[str]`, default ['feature']):
             Modes of the input [batch, token, feature] that are compressed. 'feature' is always one of them; 'token'
-            pays while every batch has the same number of tokens.
+            pays while every batch has the same number of tokens. 'height' and 'width', which go together, are the
+            modes of maps, [batch, height, width, feature]; with 'token' too, whichever keeps less is taken.
         activation_interval (`int`, default 8):
             Optimizer steps from one subspace iteration of the activation bases to the next. 1 is the paper's choice;
             the bases move slowly, and an iteration costs twice as much as the compression itself.
@@ -220,7 +221,7 @@ class WasiConfig(PeftConfig):
     )
     activation_modes: list[str] = field(
         default_factory=lambda: ["feature"],
-        metadata={"help": "Modes of the input that are compressed: 'feature', 'token', 'batch'."},
+        metadata={"help": "Modes of the input that are compressed: 'feature', 'token', 'batch', 'height', 'width'."},
     )
     activation_interval: int = field(
         default=8, metadata={"help": "Optimizer steps between two iterations of the activation bases."}
@@ -372,6 +373,8 @@ class WasiConfig(PeftConfig):
             raise ValueError(
                 f"activation_modes must be a list with 'feature' and any of {list(MODES[1:])}, got {modes!r}."
             )
+        if ("height" in modes) != ("width" in modes):
+            raise ValueError(f"activation_modes must hold both 'height' and 'width' or neither, got {modes!r}.")
         for mode, rank in (self._mode_ranks() or {}).items():
             if mode not in modes:
                 raise ValueError(f"activation_ranks names the mode {mode!r}, not in activation_modes={modes!r}.")
