@@ -1,7 +1,7 @@
 """What factors bring to convolutions with larger kernels: a ResNet-18 of random weights, all of them targets.
 
-Peaks and FLOPs of whole training steps with AdamW, counted by `estimate_wasi`. Factors keep half of the weights of each
-convolution, (K, in, k, k) x (out, K). Results: docs/benchmarks/convolutions.json::
+Peaks and FLOPs of whole training steps with AdamW, counted by `estimate_wasi`. Factors keep half of the weights of
+each convolution, (K, in, k, k) x (out, K). Results: docs/benchmarks/convolutions.json::
 
     python benchmarks/convolutions.py
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS_FOLDER, environment, write_json
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import wasi_peft
+from common import RESULTS_FOLDER, environment, write_json
 from wasi_peft.updates import costs
 
 MIB, GIGA = 2**20, 10**9
@@ -27,7 +27,6 @@ OPTIONS: dict[str, dict[str, Any] | None] = {
     "factors": {"residual": None},
     "factors, both train": {"residual": None, "update": "factor", "activation_threshold": None},
     "residual": {},
-    "residual, memory_mode='small'": {"memory_mode": "small"},
 }
 
 
@@ -46,9 +45,7 @@ def measure(samples: int, image_size: int, share: float) -> dict[str, dict[str, 
         config = None
         if options is not None:
             pattern = {} if row.startswith("residual") else {"rank_pattern": ranks}
-            config = wasi_peft.WasiConfig(
-                target_modules=TARGETS, modules_to_save=["classifier"], **pattern, **options
-            )
+            config = wasi_peft.WasiConfig(target_modules=TARGETS, modules_to_save=["classifier"], **pattern, **options)
         estimate = wasi_peft.estimate_wasi(model, config, batch=batch)
         rows[row] = {
             name: getattr(estimate, name)

@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import wasi_peft
 from common import (
     RESULTS_FOLDER,
     adamw,
@@ -26,11 +31,6 @@ from common import (
     training_step,
     write_json,
 )
-from peft import get_peft_model
-from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
-
-import wasi_peft
 from wasi_peft.memory import MEMORY_MODES, UnpaddedBlocks
 
 MIB, GIGA = 2**20, 10**9

@@ -1,8 +1,8 @@
 """Swin-T: what inputs compressed as maps save beside flattened ones, and where the paper's 62x comes from.
 
 Swin-T from its configuration with random weights; the linear layers of its MLPs train, as in the paper (arXiv
-2510.09160). Their inputs are maps, [batch, height, width, features], which transformers flattens: hooks give them their
-places back. Activation ranks are the same numbers in every layer, cut to its size, so that the core of a flattened
+2510.09160). Their inputs are maps, [batch, height, width, features], which transformers flattens: hooks give them
+their places back. Activation ranks are the same numbers in every layer, cut to its size, so that the core of a flattened
 form (49 token directions) is as large as that of a map (7 of its height, 7 of its width).
 
 "step": bytes and FLOPs of whole training steps with AdamW, counted by `estimate_wasi`; with `--rounds` also tracked
@@ -22,6 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import SwinConfig, SwinForImageClassification
+
+import wasi_peft
 from common import (
     RESULTS_FOLDER,
     adamw,
@@ -32,11 +37,6 @@ from common import (
     training_step,
     write_json,
 )
-from peft import get_peft_model
-from torch import Tensor, nn
-from transformers import SwinConfig, SwinForImageClassification
-
-import wasi_peft
 from wasi_peft.cost.estimate import input_sizes
 from wasi_peft.updates import costs
 
@@ -94,7 +94,7 @@ def configuration(row: str, model: nn.Module) -> wasi_peft.WasiConfig | None:
     modes = COMPRESSED[row]
     return wasi_peft.WasiConfig(
         residual=None, update="factor", target_modules=TARGETS, rank_pattern=ranks, modules_to_save=["classifier"],
-        activation_threshold=None, activation_ranks=modes, activation_modes=["feature"] if modes is None else list(modes),
+        activation_threshold=None, activation_ranks=modes, activation_modes=list(modes or ["feature"]),
     )  # fmt: skip
 
 

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from strategies import QUICK, SEEDS, normal, orthonormal, orthonormality_error, relative_error
 from torch import Tensor
 
-from wasi_peft.linalg.tucker import Bases, CompressionRule, Tucker, arranged, compress, expand, expand_rows, placeholder
+from wasi_peft.linalg.tucker import (
+    Bases,
+    CompressionRule,
+    Tucker,
+    arranged,
+    compress,
+    expand,
+    expand_rows,
+    placeholder,
+)
 
 PLACES = ("feature", "height", "width")
 AXES = {"feature": 3, "height": 1, "width": 2, "batch": 0}  # in the order in which they are truncated
@@ -44,7 +53,9 @@ def sequential_hosvd(x: np.ndarray, ranks: dict[str, int]) -> np.ndarray:
 
 @QUICK
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.sampled_from([None, 1, 2]), SEEDS)
-def test_four_modes_are_the_sequential_hosvd(feature: int, height: int, width: int, batch: int | None, seed: int) -> None:
+def test_four_modes_are_the_sequential_hosvd(
+    feature: int, height: int, width: int, batch: int | None, seed: int
+) -> None:
     x = smooth(3, 5, 4, 16, seed)
     ranks = {"feature": feature, "height": height, "width": width} | ({} if batch is None else {"batch": batch})
     result = compress(x, rule(tuple(ranks), **ranks), Bases())
@@ -76,7 +87,9 @@ def test_with_tokens_too_what_keeps_less_is_taken_and_stays(separable: bool) -> 
     """A map of rank one in height and width; one whose two token directions are no products of such."""
     generator = torch.Generator().manual_seed(0)
     if separable:
-        places = torch.einsum("h,w->hw", *torch.randn(2, 6, generator=generator, dtype=torch.float64)).flatten()[:, None]
+        places = torch.einsum("h,w->hw", *torch.randn(2, 6, generator=generator, dtype=torch.float64)).flatten()[
+            :, None
+        ]
     else:
         places = torch.randn(36, 2, generator=generator, dtype=torch.float64)
     values = torch.randn(8, places.shape[1], 12, generator=generator, dtype=torch.float64)

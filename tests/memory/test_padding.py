@@ -66,7 +66,9 @@ def counted(model: nn.Module) -> Counts:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("name", "side"), [("bert", "right"), ("llama", "right"), ("llama", "left"), ("gpt2", "right")])
+@pytest.mark.parametrize(
+    ("name", "side"), [("bert", "right"), ("llama", "right"), ("llama", "left"), ("gpt2", "right")]
+)
 def test_loss_and_gradients_are_those_of_the_padded_batch(name: str, side: str, attention: str) -> None:
     model = ARCHITECTURES[name].build().train()
     model = model.double() if side == "right" else model  # a query that may look nowhere gives NaN in float64
@@ -173,7 +175,11 @@ def test_half_a_batch_of_padding_takes_about_half_the_memory() -> None:
     )  # fmt: skip
     peaks = []
     mask = torch.arange(128) < torch.tensor([128] * 8 + [4] * 24)[:, None]
-    batch = {"input_ids": torch.randint(30, (32, 128)), "attention_mask": mask.long(), "labels": torch.zeros(32).long()}
+    batch = {
+        "input_ids": torch.randint(30, (32, 128)),
+        "attention_mask": mask.long(),
+        "labels": torch.zeros(32).long(),
+    }
     for unpadded in (False, True):
         model = tf.BertForSequenceClassification(config).train()
         if unpadded:
@@ -238,5 +244,6 @@ def test_copies_judge_for_themselves() -> None:
 def test_a_model_without_blocks_is_refused_by_the_name_of_the_setting() -> None:
     with pytest.raises(ValueError, match=r"skip_padding=True: the model must have transformer blocks"):
         get_peft_model(
-            nn.Sequential(nn.Linear(8, 8)), wasi_peft.WasiConfig(target_modules=["0"], skip_padding=True, weight_rank=2)
+            nn.Sequential(nn.Linear(8, 8)),
+            wasi_peft.WasiConfig(target_modules=["0"], skip_padding=True, weight_rank=2),
         )

@@ -45,7 +45,6 @@ from .folder import (
 )
 from .statistics import InputStatistics
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -1,8 +1,8 @@
 """Convolutions as linear layers over patches: which ones are, what rows they read, and the way back.
 
-A convolution multiplies every patch of its input by one weight, (out, in * k * k). Where patches do not overlap (1 x 1,
-patch embeddings) they are the input itself in another order; with larger kernels an entry is part of several patches,
-and factors `L R` are a convolution to K channels, (K, in, k, k), and one of 1 x 1 after it.
+A convolution multiplies every patch of its input by one weight, (out, in * k * k). Where patches do not overlap (1 x
+1, patch embeddings) they are the input itself in another order; with larger kernels an entry is part of several
+patches, and factors `L R` are a convolution to K channels, (K, in, k, k), and one of 1 x 1 after it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from typing_extensions import Self
 
-from .dense import build_dense
+from .dense import build_dense, dense_bias
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -59,9 +59,9 @@ class Patches:
     def of(cls, layer: nn.Module) -> Self:
         """Those of a convolution that is not :func:`unsuited`."""
         kind = next(kind for kind in CONVOLUTIONS if isinstance(layer, kind))
-        geometry = (tuple(getattr(layer, name)) for name in ("kernel_size", "stride"))
-        padding: tuple[int, ...] = tuple(layer._reversed_padding_repeated_twice)  # type: ignore[arg-type]
-        return cls(kind, layer.in_channels, *geometry, padding, layer.padding)  # type: ignore[arg-type]
+        module: Any = layer
+        zeros = tuple(module._reversed_padding_repeated_twice)
+        return cls(kind, module.in_channels, tuple(module.kernel_size), tuple(module.stride), zeros, module.padding)
 
     def rows(self, x: Tensor) -> Tensor:
         """The patches of an input.
@@ -108,22 +108,21 @@ class Patches:
         """The linear layer over patches that a convolution is; it shares the tensors."""
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, Tensor)
-        linear = build_dense(nn.Linear, weight.detach().flatten(1), bias.detach() if isinstance(bias, Tensor) else None)
+        linear = build_dense(
+            nn.Linear, weight.detach().flatten(1), bias.detach() if isinstance(bias, Tensor) else None
+        )
         return linear.train(layer.training)
 
     def convolution(self, linear: nn.Module) -> nn.Module:
         """The convolution that a frozen linear layer over patches is; it shares the tensors."""
-        weight, bias = linear.weight, linear.bias
+        weight, bias = linear.weight, dense_bias(linear)
         assert isinstance(weight, Tensor)
+        sizes = (self.in_channels, len(weight), self.kernel_size, self.stride, self.padding_option)
         with torch.device("meta"):
-            layer = self.kind(
-                self.in_channels, len(weight), self.kernel_size, self.stride, self.padding_option, bias=bias is not None
-            )
-        weight = weight.detach().reshape(len(weight), self.in_channels, *self.kernel_size)
-        layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-        layer.register_parameter(
-            "bias", nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, Tensor) else None
-        )
+            layer = self.kind(*sizes, bias=bias is not None)
+        kernel = weight.detach().reshape(len(weight), self.in_channels, *self.kernel_size)
+        layer.register_parameter("weight", nn.Parameter(kernel, requires_grad=False))
+        layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         return layer.train(linear.training)
 
 
@@ -134,7 +133,8 @@ class _FrozenConvolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, ...]) -> Tensor:
         ctx.stride, ctx.shape = stride, x.shape
         ctx.save_for_backward(weight)
-        return _convolution(x, weight, stride)
+        y: Tensor = torch.ops.aten.convolution(x, weight, None, *_geometry(stride))
+        return y
 
     @staticmethod
     @once_differentiable
@@ -144,10 +144,6 @@ class _FrozenConvolution(torch.autograd.Function):
         geometry = _geometry(ctx.stride)
         grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, [True, False, False])
         return grads[0], None, None
-
-
-def _convolution(x: Tensor, weight: Tensor, stride: tuple[int, ...]) -> Tensor:
-    return torch.ops.aten.convolution(x, weight, None, *_geometry(stride))  # type: ignore[no-any-return]
 
 
 def _geometry(stride: tuple[int, ...]) -> tuple[Any, ...]:

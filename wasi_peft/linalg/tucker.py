@@ -212,7 +212,7 @@ def compress(x: Tensor, rule: CompressionRule, bases: Bases, advance: bool = Tru
 
 def _ways(x: Tensor, rule: CompressionRule, bases: Bases) -> list[tuple[str, ...]]:
     """What the places of an input may be compressed as; of a map in two ways, until one has been taken."""
-    flat = [("token",)] if "token" in rule.modes else []
+    flat: list[tuple[str, ...]] = [("token",)] if "token" in rule.modes else []
     if x.dim() == 3:
         return flat or [()]
     if bases.token is not None and bases.token.shape[0] == x.shape[1] * x.shape[2]:
