@@ -2,8 +2,8 @@
 
 Swin-T from its configuration with random weights; the linear layers of its MLPs train, as in the paper (arXiv
 2510.09160). Their inputs are maps, [batch, height, width, features], which transformers flattens: hooks give them
-their places back. Activation ranks are the same numbers in every layer, cut to its size, so that the core of a flattened
-form (49 token directions) is as large as that of a map (7 of its height, 7 of its width).
+their places back. Activation ranks are the same numbers in every layer, cut to its size, so that the core of a
+flattened form (49 token directions) is as large as that of a map (7 of its height, 7 of its width).
 
 "step": bytes and FLOPs of whole training steps with AdamW, counted by `estimate_wasi`; with `--rounds` also tracked
 peaks and seconds. "paper": the paper's accounting at batch 128, arithmetic: float32 weights of the MLPs and what is

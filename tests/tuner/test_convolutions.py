@@ -160,6 +160,25 @@ def test_unloading_and_disabling_give_the_convolutions_back() -> None:
     assert torch.equal(base(images()), expected)
 
 
+def test_compressed_models_keep_convolutions_dense(tmp_path: Path) -> None:
+    model = wasi_peft.compress(
+        ARCHITECTURES["vit"].build(), wasi_peft.WasiConfig(target_modules=["projection", "fc1"])
+    )
+    assert type(model.get_submodule("vit.embeddings.patch_embeddings.projection")) is nn.Conv2d
+    model.eval().save_pretrained(str(tmp_path))
+    loaded = type(model).from_pretrained(str(tmp_path)).eval()
+    batch = ARCHITECTURES["vit"].batch(2, 0)
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_a_share_cannot_span_what_was_prepared_and_convolutions() -> None:
+    model = Maps()
+    config = wasi_peft.WasiConfig(target_modules=TARGETS, weight_share=0.8)
+    wasi_peft.preprocess_wasi(model, config, [images(16)], repair_steps=0, progress_bar=False)
+    with pytest.raises(ValueError, match=r"middle: preprocess_wasi did not prepare .* take a weight_rank\."):
+        get_peft_model(model, config)
+
+
 def test_the_patch_embedding_of_a_transformer() -> None:
     model = ARCHITECTURES["vit"].build()
     batch = ARCHITECTURES["vit"].batch(4, 0)

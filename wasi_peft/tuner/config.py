@@ -101,6 +101,7 @@ class WasiConfig(PeftConfig):
         target_modules (`Optional[Union[list[str], str]]`):
             Names or a regular expression of the modules to replace. By default all Linear and Conv1D layers inside the
             transformer blocks of any architecture, never the head. 'all-linear' takes those outside the blocks too.
+            Convolutions (groups=1, dilation=1) may be named: they are linear layers over patches.
         exclude_modules (`Optional[Union[list[str], str]]`):
             Names or a regular expression of modules to leave dense.
         modules_to_save (`Optional[list[str]]`):

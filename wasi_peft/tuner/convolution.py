@@ -51,6 +51,10 @@ class Convolution(Linear):
             h = self.patches.multiply(x.to(dtype), form.R.to(dtype))
             return self.update.from_image(form, h)
 
+    def get_compressed_layer(self, adapter_name: str, safe_merge: bool = False) -> nn.Module:
+        """A dense layer: compressed models hold no convolutions in few bits."""
+        return self.get_dense_layer(adapter_name, safe_merge)
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:

@@ -79,7 +79,8 @@ def _shared_ranks(
         if missing:
             raise ValueError(
                 f"{missing[0]}: preprocess_wasi did not prepare this layer ({len(missing)} in all), so the share of "
-                "all layers is unknown. Run preprocess_wasi again with this configuration."
+                "all layers is unknown. Run preprocess_wasi again with this configuration; convolutions, which it never "
+                "prepares, take a weight_rank."
             )
         return {name: layer.rank for name, layer in prepared.items()}
     spectra = []
