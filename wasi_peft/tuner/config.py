@@ -154,6 +154,10 @@ class WasiConfig(PeftConfig):
             one length, each cut to its longest sample, in every memory mode. For losses that do not depend on padded
             tokens (labels of -100, pooling by the attention mask), of which the gradients stay exact; backward raises
             an error for others.
+        token_keep (`Optional[float]`):
+            For vision transformers that answer by class: share of an image's patches, in (0, 1], that blocks see while
+            the model trains, drawn anew for each image and step; class and register tokens stay. Evaluation sees all.
+            None and 1 drop none.
         base_weight (`str`, default 'release'):
             What happens to the dense weight that factors replace: 'release' frees it, 'cpu' parks it in main memory,
             'keep' leaves it in place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or
@@ -239,6 +243,9 @@ class WasiConfig(PeftConfig):
     )
     skip_padding: bool = field(
         default=False, metadata={"help": "Neither compute nor keep padded tokens, on which the loss must not depend."}
+    )
+    token_keep: float | None = field(
+        default=None, metadata={"help": "Vision: share of the patches that blocks see while training, in (0, 1]."}
     )
     base_weight: Literal["release", "cpu", "keep"] = field(
         default="release", metadata={"help": "What happens to the dense weight: 'release', 'cpu' or 'keep'."}
@@ -363,6 +370,9 @@ class WasiConfig(PeftConfig):
         if self.activation_threshold is not None:
             _check_threshold("activation_threshold", self.activation_threshold)
         _check_rank("activation_interval", self.activation_interval)
+        if self.token_keep is not None:
+            _check_threshold("token_keep", self.token_keep)
+            self.token_keep = None if self.token_keep == 1 else float(self.token_keep)
         if self.update_rank is not None:
             _check_rank("update_rank", self.update_rank)
         _check_choice("bias", self.bias, BIASES)
