@@ -52,7 +52,7 @@ COMPRESSED: dict[str, dict[str, int] | None] = {
     "features, tokens": FLAT,
     "features, height, width": MAP,
 }
-DENSE, DENSE_MLPS, RESIDUAL = "dense, all train", "dense, MLPs train", "residual"
+BASELINES = DENSE, DENSE_MLPS, RESIDUAL = "dense, all train", "dense, MLPs train", "residual"
 
 
 def _as_map(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -122,7 +122,7 @@ def steps(size: Mapping[str, Any], samples: int, rounds: int) -> dict[str, dict[
     batch = batch_of(samples, SwinConfig(**size).image_size)
     rows: dict[str, dict[str, Any]] = {}
     tasks = {}
-    for row in (DENSE, DENSE_MLPS, RESIDUAL, *COMPRESSED):
+    for row in (*BASELINES, *COMPRESSED):
         model = build(row, size)
         estimate = wasi_peft.estimate_wasi(model, batch=batch)
         rows[row] = {
