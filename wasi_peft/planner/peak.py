@@ -38,6 +38,7 @@ _KEPT_FIELDS = (
     "update_rank",
     "frozen_dtype",
     "memory_mode",
+    "skip_padding",
     "base_weight",
     "residual_product",
 )

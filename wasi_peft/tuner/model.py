@@ -16,6 +16,7 @@ from torch import nn
 
 from ..forms.attention import conceal_projections, expose_projections, pack_projections
 from ..forms.compressed import base_beside
+from ..forms.convolution import CONVOLUTIONS, Patches
 from ..forms.dense import dense_bias, dense_weight
 from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
@@ -28,6 +29,7 @@ from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
 from .config import WasiConfig
+from .convolution import Convolution
 from .experts import Experts, stack_energies, stack_factors
 from .heads import FRESH_HEAD, fresh_heads
 from .inputs import SharedInputs
@@ -70,7 +72,8 @@ def _dense_parts(target: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         return target.original_weight()
     if isinstance(target, ExpertStack):
         return target.matrices(), None
-    return dense_weight(target), dense_bias(target)
+    linear = Patches.linear(target) if isinstance(target, CONVOLUTIONS) else target
+    return dense_weight(linear), dense_bias(linear)
 
 
 def shared_ranks(
@@ -92,7 +95,8 @@ def shared_ranks(
         if missing:
             raise ValueError(
                 f"{missing[0]}: preprocess_wasi did not prepare this layer ({len(missing)} in all), so the share of "
-                "all layers is unknown. Run preprocess_wasi again with this configuration."
+                "all layers is unknown. Run preprocess_wasi again with this configuration; convolutions, which it "
+                "never prepares, take a weight_rank."
             )
         targets = stacks
     spectra = []
@@ -184,7 +188,7 @@ class WasiModel(BaseTuner):
             conceal_projections(model, attentions)
             del attentions  # which hold dense weights
             self._add_vectors(model, adapter_name)
-            enter_memory_mode(model, config.resolved_memory_mode)
+            enter_memory_mode(model, config.resolved_memory_mode, config.skip_padding)
             if places is not None:
                 drop_tokens(model, config.token_keep or 1.0, places)
             if self._used_plain_svd:
@@ -220,8 +224,8 @@ class WasiModel(BaseTuner):
     def _prepare_model(self, peft_config: WasiConfig, model: nn.Module) -> None:
         """Everything that can be wrong is found here, before the first layer is replaced."""
         copied = self._source(peft_config) is not None
-        check_targets(model, peft_config, copied)
-        check_memory_mode(model, peft_config.resolved_memory_mode)
+        check_targets(model, peft_config, copied, convolutions=True)
+        check_memory_mode(model, peft_config.resolved_memory_mode, peft_config.skip_padding)
         if copied:
             return
         if peft_config.ranks is not None:
@@ -244,7 +248,7 @@ class WasiModel(BaseTuner):
             raise ValueError(
                 f"All adapters of a model must have the same residual, which is their common base, got {forms}."
             )
-        for field in ("memory_mode", "token_keep"):
+        for field in ("memory_mode", "skip_padding", "token_keep"):
             values = [getattr(other, field) for other in [*others, config]]
             if len(set(values)) > 1:
                 raise ValueError(f"All adapters of a model must have the same {field}, got {values}.")
@@ -268,6 +272,9 @@ class WasiModel(BaseTuner):
     ) -> None:
         name = plain_name(current_key)
         assert peft_config.resolved_ranks is not None  # _prepare_model saw to it
+        replaced = target
+        if isinstance(target, CONVOLUTIONS):
+            target = Patches.linear(target)
         initial: InitialFactors | FactoredLinear | None = None
         source = self._source(peft_config)
         if source is not None and isinstance(target, WasiLayer) and source in target.wasi_form:
@@ -283,11 +290,16 @@ class WasiModel(BaseTuner):
             layer.update_layer(adapter_name, peft_config, name, rank, initial)
         else:
             assert not isinstance(initial, FactoredLinear)
-            layer_cls: Any = Experts if isinstance(target, ExpertStack) else Linear
-            layer = layer_cls(target, adapter_name, peft_config, name, rank, initial, self._inputs, self._vectors)
+            options = (adapter_name, peft_config, name, rank, initial, self._inputs, self._vectors)
+            if isinstance(target, ExpertStack):
+                layer = Experts(target, *options)
+            elif replaced is target:
+                layer = Linear(target, *options)
+            else:
+                layer = Convolution(target, Patches.of(replaced), *options)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+            self._replace_module(parent, target_name, layer, replaced)
         if peft_config.awaits_loading and initial is None:
             layer.await_loading(self._loading_group, current_key)
 

@@ -11,6 +11,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..forms.convolution import CONVOLUTIONS, Patches, unsuited
 from ..forms.dense import is_quantized, weight_shape
 from ..forms.residual import Int4Residual
 from ..models.experts import ExpertStack
@@ -94,7 +95,9 @@ def selected_modules(model: nn.Module, config: WasiConfig) -> Iterator[tuple[str
             yield name, module
 
 
-def check_targets(model: nn.Module, config: WasiConfig, copied: bool = False, skeleton: bool = False) -> None:
+def check_targets(
+    model: nn.Module, config: WasiConfig, copied: bool = False, skeleton: bool = False, convolutions: bool = False
+) -> None:
     """Check every selected module before anything is changed.
 
     Args:
@@ -102,9 +105,10 @@ def check_targets(model: nn.Module, config: WasiConfig, copied: bool = False, sk
         config: With `target_modules` resolved.
         copied: Whether the layers start as copies of another adapter's, so that no dense weight is needed.
         skeleton: Whether weights come later, on which :func:`check_weight` is then called.
+        convolutions: Whether convolutions may be targets.
 
     Raises:
-        TypeError: If one is neither a Linear nor a Conv1D.
+        TypeError: If one is neither a Linear nor a Conv1D, nor such a convolution.
         ValueError: If one is tied, on the meta device, offloaded, not finite, has no free rank, or is already adapted
             by another method; if a fresh adapter would need a dense weight that was released; or if a plan or the
             saved ranks are those of another model.
@@ -116,6 +120,8 @@ def check_targets(model: nn.Module, config: WasiConfig, copied: bool = False, sk
     if config.plan is not None:
         _check_planned_names({plain_name(name) for name in targets}, config)
     for name, module in targets.items():
+        if isinstance(module, CONVOLUTIONS) and convolutions:
+            module = _linear_over_patches(name, module, shared)
         _check_target(name, module, config, shared, copied, skeleton)
     _check_side_rank(targets, config)
     for name, module in model.named_modules():
@@ -137,9 +143,27 @@ def _check_side_rank(targets: Mapping[str, nn.Module], config: WasiConfig) -> No
         )
 
 
+def _linear_over_patches(name: str, layer: nn.Module, shared: dict[int, list[str]]) -> nn.Module:
+    """The linear layer that a convolution is; refuses one that is none, and one whose weight cannot be looked at."""
+    reason = unsuited(layer)
+    if reason is not None:
+        raise ValueError(
+            f"{name}: a convolution can be a target with groups=1, dilation=1 and padding_mode='zeros', where it is a "
+            f"linear layer over patches; got {reason}. Leave it out with exclude_modules."
+        )
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    if weight.device.type == "meta" or is_quantized(layer):
+        raise ValueError(f"{name}: the weight of a convolution must be in memory, as floating point numbers.")
+    _check_not_tied(name, weight, shared)
+    return Patches.linear(layer)
+
+
 def _shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, WasiLayer):
         return module.out_features, module.in_features
+    if isinstance(module, CONVOLUTIONS):
+        return weight_shape(Patches.linear(module))
     return weight_shape(module)
 
 
@@ -178,15 +202,19 @@ def _check_target(
             return _check_rank(name, module, config)
         if not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.dim() != 2:  # not float8 either
             raise ValueError(f"{name}: WASI needs a floating point weight matrix, got {weight.dtype}.")
-        tied = shared.get(id(weight))
-        if tied is not None:
-            raise ValueError(
-                f"{name}: its weight is tied ({', '.join(sorted(tied))}); factoring one would untie them. "
-                "Leave it out with exclude_modules, or untie the weights first."
-            )
+        _check_not_tied(name, weight, shared)
         if not skeleton:
             check_weight(name, weight, config)
     _check_rank(name, module, config)
+
+
+def _check_not_tied(name: str, weight: torch.Tensor, shared: dict[int, list[str]]) -> None:
+    tied = shared.get(id(weight))
+    if tied is not None:
+        raise ValueError(
+            f"{name}: its weight is tied ({', '.join(sorted(tied))}); factoring one would untie them. "
+            "Leave it out with exclude_modules, or untie the weights first."
+        )
 
 
 def _check_stack(
@@ -194,11 +222,7 @@ def _check_stack(
 ) -> None:
     if not config.update_of(plain_name(name)).takes_stacks:
         raise ValueError(f"{name}: {_no_stack(config)}")
-    if id(module.weight) in shared:
-        raise ValueError(
-            f"{name}: its weight is tied ({', '.join(sorted(shared[id(module.weight)]))}); leave it out with "
-            "exclude_modules."
-        )
+    _check_not_tied(name, module.weight, shared)
     if module.weight.is_meta and not skeleton:
         return _check_absent(name, module, config)
     if not skeleton:

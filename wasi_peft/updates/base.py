@@ -60,6 +60,7 @@ class Update(ABC):
         basis: Name of the part that trains in directions of its own scale, orthonormal columns: optimizers give it a
             learning rate of its own and no weight decay.
         hands_out_product: Whether backward can hand the gradient of the product `L R` to an optimizer.
+        takes_image: Whether it can start from the image `R x` (:meth:`from_image`), wherever that comes from.
         takes_residual: Whether the factors can be an addition to a frozen weight.
         needs_residual: Whether they can be nothing else.
         residual: Name of the frozen weight beside the factors (:data:`forms.residual.RESIDUALS`), None for none.
@@ -76,6 +77,7 @@ class Update(ABC):
     reads_input: ClassVar[str | None] = None
     basis: ClassVar[str | None] = None
     hands_out_product: ClassVar[bool] = False
+    takes_image: ClassVar[bool] = False
     takes_residual: ClassVar[bool] = False
     needs_residual: ClassVar[bool] = False
     takes_stacks: ClassVar[bool] = False
@@ -172,6 +174,14 @@ class Update(ABC):
                 residual also x in 8 bits (:class:`linalg.low_bit.RoundedRows`). None keeps what is needed exactly.
             sink: Given with :attr:`hands_out_product` where an optimizer wants the product's gradient.
         """
+
+    def from_image(self, form: Any, h: Tensor) -> Tensor:
+        """What :meth:`forward` computes, of the image `h = x R^T`, with :attr:`takes_image`; no residual is beside.
+
+        **Shape**
+            - h: (..., K); returns (..., out)
+        """
+        raise NotImplementedError
 
     @property
     def after_step(self) -> Callable[[Any], None] | None:

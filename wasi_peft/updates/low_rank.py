@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..forms.factored import FactoredLinear
 from ..forms.split import SplitLinear, joined
-from ..linalg.tucker import Tucker, expand_rows, roundable
+from ..linalg.tucker import NOTHING, Tucker, expand_rows, roundable
 from .base import InitialFactors, ProductGradientSink, Update
 from .factored import outside_autocast
 from .resizing import Carry, grow_factors, shrink_factors
@@ -142,10 +142,7 @@ class LowRankLinear(torch.autograd.Function):
         B: Tensor,
         A: Tensor,
         bias: Tensor | None,
-        core: Tensor | None,
-        feature: Tensor | None,
-        token: Tensor | None,
-        batch: Tensor | None,
+        *compressed: Tensor | None,
     ) -> Tensor:
         outer, inner = (part.to(x.dtype) for part in joined(L, R, B, A))
         hidden = F.linear(x, inner)
@@ -157,10 +154,10 @@ class LowRankLinear(torch.autograd.Function):
         # a copy: a view would keep all columns alive
         trained = hidden[..., L.shape[1] :].clone(memory_format=torch.contiguous_format) if needs_B else None
         trained = None if trained is None else roundable(trained)
-        kept: tuple[Tensor | None, ...] = (None, None, None, None)
-        ctx.compressed = core is not None
+        kept: tuple[Tensor | None, ...] = (None,)
+        ctx.compressed = compressed[0] is not None
         if needs_A:
-            kept = (x, None, None, None) if core is None else (core, feature, token, batch)
+            kept = compressed if ctx.compressed else (x,)
         factors = (L, R, B, A) if needs_x or needs_A else (None, None, B, A)
         ctx.save_for_backward(*factors, trained, *kept)
         return y
@@ -169,7 +166,7 @@ class LowRankLinear(torch.autograd.Function):
     @once_differentiable
     @outside_autocast
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        L, R, B, A, trained, first, feature, token, batch = ctx.saved_tensors
+        L, R, B, A, trained, first, *others = ctx.saved_tensors
         needs_x, _, _, needs_B, needs_A, needs_bias = ctx.needs_input_grad[:6]
         dY = dY.reshape(-1, dY.shape[-1])
         grad_x = grad_B = grad_A = grad_bias = None
@@ -187,11 +184,12 @@ class LowRankLinear(torch.autograd.Function):
             if hidden_grad is None:
                 hidden_grad = dY @ B.to(ctx.dtype)
             if ctx.compressed:
-                grad_A = (hidden_grad.T @ expand_rows(Tucker(first, feature, token, batch))) @ feature.T
+                form = Tucker(first, *others)
+                grad_A = (hidden_grad.T @ expand_rows(form)) @ form.feature.T
             else:
                 grad_A = hidden_grad.T @ first.reshape(-1, first.shape[-1])
             grad_A = grad_A.to(A.dtype)
-        return grad_x, None, None, grad_B, grad_A, grad_bias, *[None] * 4
+        return grad_x, None, None, grad_B, grad_A, grad_bias, *NOTHING
 
 
 def low_rank_linear(
@@ -221,5 +219,5 @@ def low_rank_linear(
     Returns:
         `(x [R; A]^T) [L B]^T + b`. Not differentiable twice.
     """
-    parts = compressed if compressed is not None else (None, None, None, None)
+    parts = NOTHING if compressed is None else compressed
     return LowRankLinear.apply(x, L, R, B, A, bias, *parts)
