@@ -33,12 +33,13 @@ from ..factors.statistics import InputStatistics
 from ..files.headers import read_header
 from ..forms.compressed import STORABLE, CompressedLinear, compressed
 from ..forms.dense import dense_weight
+from ..forms.products import ProductChoice
 from ..forms.residual import RESIDUALS
 from ..tuner.config import WasiConfig
 from ..tuner.prepared import PreparedLayer
 from ..tuner.targets import check_targets, check_weight, resolve_targets, selected_modules
 from .checkpoint import checkpoint_dtype, checkpoint_folder, stored_tensors_of
-from .compressed import entry_of, quantization_config
+from .compressed import quantization_config
 from .skeleton import Skeleton
 from .sweeps import BlockSweeps, Keep
 from .working import WorkingFolder, check_output, write_json, write_tensors
@@ -298,7 +299,7 @@ class _Preparation:
                 with skeleton.filled([f"{owner}.{leaf}" for leaf in module.state_dict()]):
                     layer = self._compressed(owner, module, prepare)
                     if isinstance(layer, CompressedLinear):
-                        layers[owner] = entry_of(layer)
+                        layers[owner] = layer.stored_form.entry()
                     stored = layer.stored() if isinstance(layer, CompressedLinear) else layer.state_dict()
                     tensors |= {f"{owner}.{leaf}": tensor.detach() for leaf, tensor in stored.items()}
         write_tensors(os.path.join(self.work.result, self._file(part)), tensors)
@@ -321,7 +322,9 @@ class _Preparation:
             return CompressedLinear(frozen)
         prepared = prepare(name, module)
         initial = dataclasses.replace(prepared.initial, residual=frozen)
-        form = config.update_of(name).form_of(initial, prepared.rank, type(module))
+        update = config.update_of(name)
+        form = update.form_of(initial, prepared.rank, type(module))
+        update.store(form, ProductChoice(config.residual_product))
         return compressed(form, weight.dtype) or form.to_dense().to(weight.dtype)
 
     # ---------------------------------------------------------------- what is beside the weights

@@ -44,7 +44,7 @@ class FrozenBasis(Update):
     ) -> Tensor:
         if isinstance(form, ResidualLinear):
             return addition_linear(x, form.residual, form.L, form.R, form.bias)
-        if self.frozen_dtype is not None:
+        if form.frozen("R") is not None:
             return image_linear(form.multiply(x, "R"), form.L, form.bias)
         return factored_linear(x, form.L, form.R, form.bias, None, tangent=False)
 
