@@ -607,8 +607,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
     )
     layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["layers"]
-    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    size = index["metadata"]["total_size"]
+    size = read_headers(folder).stored_bytes
     forms = Counter(layer["form"] for layer in layers.values())
     ranks = [layer["rank"] for layer in layers.values()]
     unit, divisor = report.byte_unit(size)

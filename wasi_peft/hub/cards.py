@@ -123,12 +123,10 @@ def write_card(model: nn.Module, folder: str | os.PathLike[str], metrics: Mappin
             f"a card is for a model with a WASI adapter or compressed layers, got {type(model).__name__}."
         )
     path = Path(folder) / "README.md"
-    card = (
-        ModelCard.load(path)
-        if path.exists()
-        else ModelCard.from_template(ModelCardData(), template_str="{{ card_data }}")
-    )
-    card.data["library_name"] = "peft" if adapter else "transformers"
+    library = "peft" if adapter else "transformers"
+    begun = f"---\n{ModelCardData(library_name=library).to_yaml()}\n---\n"
+    card = ModelCard.load(path) if path.exists() else ModelCard(begun)
+    card.data["library_name"] = library
     card.data["tags"] = sorted({*(card.data.get("tags") or []), *TAGS})
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     origin = getattr(base, "name_or_path", None)
