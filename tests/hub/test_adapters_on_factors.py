@@ -15,7 +15,15 @@ from models import ARCHITECTURES, FACTOR_UPDATES, Architecture, logits, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wasi_peft import WasiConfig, compress, fold_cores, load_adapter, preprocess_wasi, resize_rank
+from wasi_peft import (
+    WasiConfig,
+    compress,
+    estimate_wasi,
+    fold_cores,
+    load_adapter,
+    preprocess_wasi,
+    resize_rank,
+)
 from wasi_peft.forms.compressed import CompressedLinear
 from wasi_peft.tuner.layer import wasi_layers
 from wasi_peft.updates import UPDATES
@@ -205,3 +213,15 @@ def test_what_is_for_dense_models(tmp_path: Path) -> None:
     rank = layer.form.weight_rank
     with pytest.raises(ValueError, match=rf"trains on factors of a compressed model, whose rank {rank} stays; got 1"):
         resize_rank(model, name, 1)
+
+
+@pytest.mark.parametrize("update", ["core", "low_rank"])
+def test_what_a_step_takes_is_estimated(update: str, tmp_path: Path) -> None:
+    """B A or M and their states come on top of the base, whose factors are there once."""
+    base, batch = compressed_base(LLAMA, tmp_path), LLAMA.batch()
+    estimate = estimate_wasi(base, config_of(update, bias="none", train_vectors=False), batch=batch)
+    model = on_factors(base, update, bias="none", train_vectors=False)
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    kept = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert estimate.gradients_bytes == trained
+    assert abs(estimate.weights_bytes - kept) < 100

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, calibrate_wasi, compress, measure_peak_memory, prepare_checkpoint, preprocess_wasi
 from wasi_peft.forms.compressed import CompressedLinear
+from wasi_peft.forms.dense import dense_weight
 from wasi_peft.hub.cards import FOLDER, TAGS, card_section
 from wasi_peft.hub.compressed import mark_compressed
 
@@ -100,6 +101,28 @@ def test_with_data_it_is_what_compress_gives(name: str, form: str, tmp_path: Pat
     options = {} if config.residual else {"repair_steps": 0}
     memory = compress(model_class.from_pretrained(tmp_path / "dense"), config, data, progress_bar=False, **options)
     assert_close(model_class.from_pretrained(output), memory)
+
+
+@pytest.mark.parametrize("update", ["frozen_basis", "low_rank", "core"])
+def test_factors_in_few_bits(update: str, tmp_path: Path) -> None:
+    """In other coordinates than in memory, so they are not rounded alike."""
+    model_class, data = saved("llama", tmp_path / "dense"), batches("llama")
+    rank = {"update_rank": 2} if update == "low_rank" else {}
+    config = WasiConfig(weight_rank=4, frozen_dtype="int8", update=update, residual=None, **rank)
+    exact = WasiConfig(weight_rank=4, update=update, residual=None, **rank)
+    rounded, whole = (
+        model_class.from_pretrained(prepared(tmp_path / "dense", tmp_path / name, settings, data))
+        for name, settings in (("rounded", config), ("whole", exact))
+    )
+    memory = compress(
+        model_class.from_pretrained(tmp_path / "dense"), config, data, repair_steps=0, progress_bar=False
+    )
+    layers = {name: layer for name, layer in memory.named_modules() if isinstance(layer, CompressedLinear)}
+    assert layers
+    for name, layer in layers.items():
+        ours, expected = rounded.get_submodule(name), dense_weight(whole.get_submodule(name))
+        assert ours.stored_form == layer.stored_form and ours.stored_form.bits["R"] == "int8"
+        assert 0 < (ours.dense_weight() - expected).norm() < 0.03 * expected.norm()
 
 
 def test_data_make_a_difference(tmp_path: Path) -> None:

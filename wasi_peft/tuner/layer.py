@@ -199,13 +199,13 @@ class WasiLayer(BaseTunerLayer):
             config: Its configuration.
             name: Full name of this module in the base model, by which the configuration knows it.
             rank: K.
-            initial: Factors to start from, or a form to start as a copy of. None leaves the form to be loaded: until
-                then the dense layer answers.
+            initial: Factors to start from, or a form that is taken over. None leaves the form to be loaded: until then
+                the dense layer answers.
         """
         update, like = config.update_of(name), self._like
         form: FactoredLinear
         if isinstance(initial, FactoredLinear):
-            form = initial.copy()
+            form = initial
         elif initial is None:
             form = self._new_form(update, rank, like, ProductChoice(config.residual_product))
         else:

@@ -243,7 +243,7 @@ class WasiModel(BaseTuner):
         source = self._source(peft_config)
         if source is not None and isinstance(target, WasiLayer) and source in target.wasi_form:
             target._require_loaded(source)
-            initial = target.form_of(source)
+            initial = target.form_of(source).copy()
         elif not peft_config.awaits_loading:
             initial, peft_config.resolved_ranks[name] = self._initial_factors(peft_config, target, current_key)
         rank = peft_config.resolved_ranks[name]
