@@ -43,6 +43,7 @@ VARIED: dict[str, Any] = {
     "update": "factor",
     "update_rank": 8,
     "memory_mode": "small",
+    "token_keep": 0.5,
     "base_weight": "cpu",
     "init_weights": False,
     "ranks": {"layers.0.fc1": 3},

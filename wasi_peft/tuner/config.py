@@ -147,6 +147,10 @@ class WasiConfig(PeftConfig):
             peak: blocks keep only their input, in 8 bits, and run again in backward (nothing is compressed then, since
             layer inputs exist for one block at a time), the same slices, the same loss, and MLPs that run some tokens
             at a time where one sample is longer than a slice. The forward pass is exact in every mode.
+        token_keep (`Optional[float]`):
+            For vision transformers that answer by class: share of an image's patches, in (0, 1], that blocks see while
+            the model trains, drawn anew for each image and step; class and register tokens stay. Evaluation sees all.
+            None and 1 drop none.
         base_weight (`str`, default 'release'):
             What happens to the dense weight that factors replace: 'release' frees it, 'cpu' parks it in main memory,
             'keep' leaves it in place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or
@@ -230,6 +234,9 @@ class WasiConfig(PeftConfig):
     )
     memory_mode: Literal["exact", "fast", "small"] | None = field(
         default=None, metadata={"help": "How far a step goes to need little memory: 'exact', 'fast' or 'small'."}
+    )
+    token_keep: float | None = field(
+        default=None, metadata={"help": "Vision: share of the patches that blocks see while training, in (0, 1]."}
     )
     base_weight: Literal["release", "cpu", "keep"] = field(
         default="release", metadata={"help": "What happens to the dense weight: 'release', 'cpu' or 'keep'."}
@@ -354,6 +361,9 @@ class WasiConfig(PeftConfig):
         if self.activation_threshold is not None:
             _check_threshold("activation_threshold", self.activation_threshold)
         _check_rank("activation_interval", self.activation_interval)
+        if self.token_keep is not None:
+            _check_threshold("token_keep", self.token_keep)
+            self.token_keep = None if self.token_keep == 1 else float(self.token_keep)
         if self.update_rank is not None:
             _check_rank("update_rank", self.update_rank)
         _check_choice("bias", self.bias, BIASES)

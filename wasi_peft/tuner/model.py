@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from ..forms.products import ProductChoice
 from ..linalg.coordinates import addition_basis
 from ..linalg.spectra import factorize_weight, rank_for_threshold
 from ..memory.modes import check_memory_mode, enter_memory_mode, leave_memory_mode
+from ..models.tokens import drop_tokens, keep_tokens, token_places
 from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
@@ -34,6 +36,7 @@ from .summary import WasiSummary, wasi_summary
 from .targets import asked_rank, check_targets, plain_name, resolve_targets, selected_modules
 from .undo import Structure
 from .vectors import AdapterVectors, vector_places
+from .weighted import add_up, check_weighted
 
 logger = logging.getLogger(__name__)
 
@@ -158,11 +161,15 @@ class WasiModel(BaseTuner):
         self._inputs = SharedInputs() if shared is None else shared.inputs
         self._vectors = AdapterVectors() if shared is None else shared.vectors
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        drops = config.token_keep is not None and shared is None
+        places = token_places(model) if drops else None
         before = Structure(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._add_vectors(model, adapter_name)
             enter_memory_mode(model, config.resolved_memory_mode)
+            if places is not None:
+                drop_tokens(model, config.token_keep or 1.0, places)
             if self._used_plain_svd:
                 warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
             layers = [layer for _, layer in wasi_layers(model)]
@@ -216,9 +223,10 @@ class WasiModel(BaseTuner):
             raise ValueError(
                 f"All adapters of a model must have the same residual, which is their common base, got {forms}."
             )
-        modes = [other.memory_mode for other in [*others, config]]
-        if len(set(modes)) > 1:
-            raise ValueError(f"All adapters of a model must have the same memory_mode, got {modes}.")
+        for field in ("memory_mode", "token_keep"):
+            values = [getattr(other, field) for other in [*others, config]]
+            if len(set(values)) > 1:
+                raise ValueError(f"All adapters of a model must have the same {field}, got {values}.")
         trained = [(other.train_vectors, other.bias == "all") for other in [*others, config]]
         released = any(layer.base_is_released for _, layer in wasi_layers(self.model))
         if released and len(set(trained)) > 1:
@@ -418,6 +426,44 @@ class WasiModel(BaseTuner):
                 f"bias='all'): a batch has one norm. Got {different}."
             )
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter that is a weighted sum of others, in their factors, biases, vectors and whole modules.
+
+        Args:
+            adapters: Names of the adapters, whose factors are L and R, beside the same frozen weights or instead of
+                them.
+            weights: One for each. Beside a frozen weight they may be any; what replaces a weight can be averaged.
+            adapter_name: Name of the new one, which is not made active.
+            combination_type: 'cat' for the exact sum, whose rank is that of all together, unless they share R; 'svd'
+                for the best approximation of a rank.
+            svd_rank: That rank; by default the largest of the adapters' own, layer by layer.
+
+        Raises:
+            ValueError: As :func:`weighted.check_weighted`. Nothing has changed then.
+        """
+        configs = self.peft_config
+        check_weighted(self.model, configs, adapters, weights, adapter_name, combination_type, svd_rank)
+        config = configs[adapters[0]]
+        configs[adapter_name] = config  # the very object: the new adapter starts as a copy of that one
+        try:
+            self.inject_adapter(self.model, adapter_name)
+            ranks = add_up(self.model, adapters, weights, adapter_name, combination_type == "svd", svd_rank)
+        except BaseException:
+            if adapter_name in configs:
+                self.delete_adapter(adapter_name)
+            raise
+        configs[adapter_name] = copy.copy(config)
+        configs[adapter_name].resolved_ranks = {plain_name(name): rank for name, rank in ranks.items()}
+        if config.ranks is not None:
+            configs[adapter_name].ranks = configs[adapter_name].resolved_ranks
+
     # ---------------------------------------------------------------- base model
 
     def _require_base(self, action: str) -> None:
@@ -478,6 +524,7 @@ class WasiModel(BaseTuner):
         self._vectors.lower()
         for mode in {config.resolved_memory_mode for config in self.peft_config.values()}:
             leave_memory_mode(model, mode)
+        keep_tokens(model)
         return model
 
     # ---------------------------------------------------------------- state dict
