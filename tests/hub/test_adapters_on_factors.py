@@ -225,3 +225,22 @@ def test_what_a_step_takes_is_estimated(update: str, tmp_path: Path) -> None:
     kept = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     assert estimate.gradients_bytes == trained
     assert abs(estimate.weights_bytes - kept) < 100
+
+
+def test_weighted_sums_leave_the_base_as_it_is(tmp_path: Path) -> None:
+    base, batch = compressed_base(LLAMA, tmp_path), LLAMA.batch()
+    before, stored = logits(base, batch), copy.deepcopy(base.state_dict())
+    model = on_factors(base, "frozen_basis", train_vectors=False)
+    train(model, batch, steps=2)
+    model.add_adapter("other", config_of("frozen_basis", train_vectors=False))
+    model.add_adapter("both", config_of("factor", train_vectors=False))
+    tuner = model.base_model
+    tuner.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum", combination_type="cat")
+    _, layer = next(wasi_layers(model))
+    weights = [layer.form_of(name).multiply_out() for name in ("default", "other", "sum")]
+    close(weights[2], (weights[0] + weights[1]) / 2, 1e-6)
+    for names, how in ((["default", "other"], "svd"), (["default", "both"], "cat")):
+        with pytest.raises(ValueError, match="share a factor of a compressed model have a sum that shares it too"):
+            tuner.add_weighted_adapter(names, [0.5, 0.5], "more", combination_type=how)
+    close(logits(model.unload(), batch), before, 1e-6)
+    assert all(torch.equal(value, stored[key]) for key, value in base.state_dict().items() if key in stored)
