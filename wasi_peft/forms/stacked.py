@@ -349,7 +349,7 @@ class _Stack(FactoredLinear):
     def bias(self) -> None:  # type: ignore[override]
         return None
 
-    def _hold(self, parts: Mapping[str, Tensor], bias: Tensor | None, dense_class: type[nn.Module]) -> None:
+    def _hold(self, parts: Mapping[str, Any], bias: Tensor | None, dense_class: type[nn.Module]) -> None:
         self.out_features, self.in_features = parts["L"].shape[1], parts["R"].shape[2]
         self.dense_class = dense_class
         for name in self.parts:

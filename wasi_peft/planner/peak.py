@@ -39,6 +39,7 @@ _KEPT_FIELDS = (
     "frozen_dtype",
     "memory_mode",
     "skip_padding",
+    "token_keep",
     "base_weight",
     "residual_product",
 )

@@ -161,7 +161,8 @@ class WasiConfig(PeftConfig):
         base_weight (`str`, default 'release'):
             What happens to the dense weight that factors replace: 'release' frees it, 'cpu' parks it in main memory,
             'keep' leaves it in place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or
-            'keep'. A residual is a base of its own: all of them work, with the weight as it was rounded.
+            'keep'. A residual is a base of its own: all of them work, with the weight as it was rounded; so do they on
+            the factors of a compressed model, which always stay.
         init_weights (`bool`, default True):
             Compute the factors from the dense weights. False gives them random values: the layers then compute
             something else than the dense ones, which is for tests.
@@ -475,13 +476,6 @@ class WasiConfig(PeftConfig):
     def base_form(self) -> str:
         """What becomes of the dense weights: 'release', 'cpu', 'keep', or a residual that they are rounded to."""
         return self.base_weight if self.residual is None else self.residual
-
-    @property
-    def keeps_base(self) -> bool:
-        """Whether the base model can still be used."""
-        names = self.planned_names()
-        forms = {self.base_form_of(name) for name in names} if names else {self.base_form}
-        return "release" not in forms
 
     @property
     def resolved_memory_mode(self) -> str:

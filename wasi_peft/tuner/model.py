@@ -15,9 +15,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..forms.attention import conceal_projections, expose_projections, pack_projections
-from ..forms.compressed import base_beside
+from ..forms.compressed import base_beside, own_factors
 from ..forms.convolution import CONVOLUTIONS, Patches
-from ..forms.dense import dense_bias, dense_weight
+from ..forms.dense import dense_bias, dense_weight, empty_like_weight
 from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
 from ..linalg.coordinates import addition_basis
@@ -279,7 +279,7 @@ class WasiModel(BaseTuner):
         source = self._source(peft_config)
         if source is not None and isinstance(target, WasiLayer) and source in target.wasi_form:
             target._require_loaded(source)
-            initial = target.form_of(source)
+            initial = target.form_of(source).copy()
         elif not peft_config.awaits_loading:
             initial, peft_config.resolved_ranks[name] = self._initial_factors(peft_config, target, current_key)
         rank = peft_config.resolved_ranks[name]
@@ -289,7 +289,6 @@ class WasiModel(BaseTuner):
             layer = target
             layer.update_layer(adapter_name, peft_config, name, rank, initial)
         else:
-            assert not isinstance(initial, FactoredLinear)
             options = (adapter_name, peft_config, name, rank, initial, self._inputs, self._vectors)
             if isinstance(target, ExpertStack):
                 layer = Experts(target, *options)
@@ -303,10 +302,16 @@ class WasiModel(BaseTuner):
         if peft_config.awaits_loading and initial is None:
             layer.await_loading(self._loading_group, current_key)
 
-    def _initial_factors(self, config: WasiConfig, target: nn.Module, name: str) -> tuple[InitialFactors, int]:
+    def _initial_factors(
+        self, config: WasiConfig, target: nn.Module, name: str
+    ) -> tuple[InitialFactors | FactoredLinear, int]:
+        update, base = config.update_of(plain_name(name)), target.original if isinstance(target, WasiLayer) else target
+        factors = own_factors(base)
+        if factors is not None and update.residual is None:
+            return update.form_on(factors, empty_like_weight(base)), factors.weight_rank
         prepared = prepared_for(target)
         residual = None
-        if config.residual_of(plain_name(name)) is not None:
+        if update.residual is not None:
             residual = target.beside() if isinstance(target, WasiLayer) else base_beside(target)
         if prepared is not None:
             return replace(prepared.initial, residual=residual), prepared.rank
@@ -322,7 +327,7 @@ class WasiModel(BaseTuner):
             return InitialFactors(weight.new_zeros(len(weight), rank), R, bias, None, residual), rank
 
         def directions(energies: torch.Tensor) -> int:
-            return initial_rank(rank_for(asked, energies), config.layer_update.side_rank, weight.shape)
+            return initial_rank(rank_for(asked, energies), update.side_rank, weight.shape)
 
         L, R, energies = factorize_weight(weight, directions)
         self._used_plain_svd |= L.shape[1] < min(weight.shape)
@@ -365,7 +370,8 @@ class WasiModel(BaseTuner):
         config, source = self.peft_config[adapter_name], self._source(self.peft_config[adapter_name])
         if config.train_vectors or config.bias == "all":
             places = dict(vector_places(model, config.train_vectors, config.bias == "all"))
-            self._vectors.add(adapter_name, places, keep_base=config.keeps_base, source=source)
+            keep = all(layer.keeps_base(config.base_form_of(plain_name(name))) for name, layer in wasi_layers(model))
+            self._vectors.add(adapter_name, places, keep_base=keep, source=source)
         self._vectors.activate_one_of(self.active_adapters)
         if adapter_name in self.active_adapters:
             self._vectors.require_grad(adapter_name, not config.inference_mode)

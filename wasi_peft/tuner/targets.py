@@ -11,8 +11,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..forms.compressed import CompressedLinear, own_factors
 from ..forms.convolution import CONVOLUTIONS, Patches, unsuited
 from ..forms.dense import is_quantized, weight_shape
+from ..forms.factored import FactoredLinear
 from ..forms.residual import Int4Residual
 from ..models.experts import ExpertStack
 from ..models.structure import Structure
@@ -64,6 +66,8 @@ def default_target_names(model: nn.Module, config: WasiConfig) -> set[str]:
     if stacks and not config.layer_update.takes_stacks:
         logger.info("%d packed expert weights stay dense: %s", len(stacks), _no_stack(config))
         names -= stacks
+    if config.residual is None:  # of a compressed model, its factors: what is dense there was not to be factored
+        names = {name for name, layer in layers.items() if _own_factors(layer) is not None} or names
     if not names:
         raise ValueError(
             "No Linear or Conv1D layers were found inside numbered blocks of this model. "
@@ -157,6 +161,10 @@ def _linear_over_patches(name: str, layer: nn.Module, shared: dict[int, list[str
         raise ValueError(f"{name}: the weight of a convolution must be in memory, as floating point numbers.")
     _check_not_tied(name, weight, shared)
     return Patches.linear(layer)
+
+
+def _own_factors(module: nn.Module) -> FactoredLinear | None:
+    return module.base_factors if isinstance(module, WasiLayer) else own_factors(module)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
@@ -263,10 +271,38 @@ def _check_rank(name: str, module: nn.Module, config: WasiConfig) -> None:
             f"{name}: the plan is for another model: it has {planned.out_features} x {planned.in_features} there, "
             f"this model {shape[0]} x {shape[1]}."
         )
-    rank = fixed_rank(name, config)
+    rank, factors = fixed_rank(name, config), _own_factors(module)
+    if config.residual_of(plain_name(name)) is None:
+        if factors is not None:
+            _check_shared(name, factors, config, rank)
+        elif isinstance(module, CompressedLinear) and module.stored_form.bits:
+            raise ValueError(
+                f"{name}: it is stored as {module.form_name!r}, factors in few bits and what is beside them, to which "
+                f"an adapter can only add: use a residual, as WasiConfig() has, got update={config.update!r} without."
+            )
     if rank is not None and rank > min(shape):
         raise ValueError(
             f"{name}: the rank must be at most min(out_features, in_features) = {min(shape)}, got {rank}."
+        )
+
+
+def _check_shared(name: str, factors: FactoredLinear, config: WasiConfig, rank: int | None) -> None:
+    """Refuse to give the factors of a compressed model another rank, or other bits."""
+    own = factors.weight_rank
+    if config.awaits_loading:
+        if rank != own and config.update_of(plain_name(name)).frozen_factors():
+            raise ValueError(
+                f"{name}: the adapter trains on factors of rank {rank}, got a base model with {own}. It belongs to "
+                "another compressed model."
+            )
+        return
+    options = {"weight_share": config.weight_share, "frozen_dtype": config.frozen_dtype}
+    given = next((option for option, value in options.items() if value is not None), None)
+    if given is not None or rank not in (None, own):
+        asked = f"a rank of {rank}" if given is None else f"{given}={options[given]!r}"
+        raise ValueError(
+            f"{name}: it is stored as factors of rank {own}, which an adapter takes as they are, so leave out what "
+            f"would change them; got {asked}. model.dequantize() restores the dense layers."
         )
 
 

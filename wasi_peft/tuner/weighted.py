@@ -71,6 +71,13 @@ def check_weighted(
                 raise ValueError(
                     f"factors replace the weight, so the weights of their adapters must add up to 1, got {weights}."
                 )
+        shared = {layer.form_of(adapter).shared_parts for adapter in adapters}
+        if len(shared) > 1 or (shared != {()} and combination_type != "cat"):
+            updates = sorted({layer.wasi_update[adapter].name for adapter in adapters})
+            raise ValueError(
+                f"{name}: adapters that share a factor of a compressed model have a sum that shares it too: all must, "
+                f"with combination_type='cat'; got {combination_type!r} and update={' and '.join(updates)}."
+            )
 
 
 def add_up(
@@ -119,7 +126,8 @@ def _add_up_layer(
     if len(R) > limit:
         L, R = compressed_sum(L, R, limit)
     set_part(into.L, L)
-    set_part(into.R, R)
+    if not into.shares("R"):  # else it is that of all, and of the base model
+        set_part(into.R, R)
     if into.bias is not None:
         base = forms[0].residual.bias if isinstance(forms[0], ResidualLinear) else None
         into.bias.copy_(_sum([form.bias for form in forms], weights, base))  # type: ignore[misc]

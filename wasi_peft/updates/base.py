@@ -136,6 +136,30 @@ class Update(ABC):
         """
         return {"L": initial.L, "R": initial.R}
 
+    def parts_on(self, factors: FactoredLinear) -> Mapping[str, Tensor]:
+        """Values of what trains in an adapter on the factors of a compressed model; the other parts are those factors.
+
+        The layer then computes what it does without the adapter.
+
+        Args:
+            factors: L and R, in no particular coordinates; not changed.
+
+        Raises:
+            ValueError: If the update trains something else than factors, and does not say what of these.
+        """
+        if not set(self.trained) <= set(FactoredLinear.parts):
+            raise ValueError(
+                f"update={self.name!r} does not say what it trains on the factors of a compressed model (parts_on); "
+                "model.dequantize() restores the dense layers."
+            )
+        return {name: factors.part(name).detach().clone() for name in self.trained}
+
+    def form_on(self, factors: FactoredLinear, like: Tensor) -> FactoredLinear:
+        """The form of such an adapter, with the device and dtype of `like`."""
+        parts = {name: part.to(like.device, like.dtype) for name, part in self.parts_on(factors).items()}
+        bias = None if factors.bias is None else factors.bias.detach().to(like.device, like.dtype, copy=True)
+        return self.form_cls.sharing(factors, parts, bias)
+
     def form_of(
         self, initial: InitialFactors, rank: int, dense_class: type[nn.Module], like: Tensor | None = None
     ) -> FactoredLinear:

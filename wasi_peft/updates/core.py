@@ -40,10 +40,14 @@ class Core(Update):
     def start(self, initial: InitialFactors, rank: int) -> Mapping[str, Tensor]:
         return dict(zip(CoredLinear.parts, core_form(initial.L, initial.R, initial.moments), strict=True))
 
+    def parts_on(self, factors: FactoredLinear) -> Mapping[str, Tensor]:
+        """M is I, between the factors in the coordinates that they have, as in LoRA-XS."""
+        return {"M": torch.eye(factors.weight_rank)}
+
     def forward(
         self, form: CoredLinear, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None
     ) -> Tensor:
-        if self.frozen_dtype is not None:
+        if form.frozen("L") is not None or form.frozen("R") is not None:
             return self.from_image(form, form.multiply(x, "R"))
         return core_linear(x, form.L, form.M, form.R, form.bias)
 

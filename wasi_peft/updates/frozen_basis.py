@@ -46,7 +46,7 @@ class FrozenBasis(Update):
     ) -> Tensor:
         if isinstance(form, ResidualLinear):
             return addition_linear(x, form.residual, form.L, form.R, form.bias)
-        if self.frozen_dtype is not None:
+        if form.frozen("R") is not None:
             return self.from_image(form, form.multiply(x, "R"))
         return factored_linear(x, form.L, form.R, form.bias, None, tangent=False)
 

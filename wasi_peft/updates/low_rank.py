@@ -56,6 +56,13 @@ class LowRank(Update):
         side_rank = self.side_rank_of(len(initial.L), initial.R.shape[1])
         return dict(zip(SplitLinear.parts, split_off(initial.L, initial.R, rank, side_rank), strict=True))
 
+    def parts_on(self, factors: FactoredLinear) -> Mapping[str, Tensor]:
+        """No direction leaves the factors: B is zero and A is drawn."""
+        side_rank = self.side_rank_of(factors.out_features, factors.in_features)
+        L, R = factors.L.detach(), factors.R.detach()
+        *_, B, A = split_off(L, R, factors.weight_rank, side_rank)
+        return {"B": B, "A": A}
+
     def new_form(self, in_features: int, out_features: int, rank: int, bias: bool, **options: Any) -> FactoredLinear:
         side_rank = self.side_rank_of(out_features, in_features)
         return SplitLinear(in_features, out_features, rank, bias, side_rank=side_rank, **options)
@@ -63,7 +70,7 @@ class LowRank(Update):
     def forward(
         self, form: SplitLinear, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None
     ) -> Tensor:
-        if self.frozen_dtype is None:
+        if form.frozen("L") is None and form.frozen("R") is None:
             return low_rank_linear(x, form.L, form.R, form.B, form.A, form.bias, compressed)
         nothing = form.B.detach()[:, :0], form.A.detach()[:0]  # L and R multiply by themselves
         kept = form.multiply(form.multiply(x, "R"), "L")
@@ -144,7 +151,7 @@ class LowRankLinear(torch.autograd.Function):
         bias: Tensor | None,
         *compressed: Tensor | None,
     ) -> Tensor:
-        outer, inner = (part.to(x.dtype) for part in joined(L, R, B, A))
+        outer, inner = joined(*(part.to(x.dtype) for part in (L, R, B, A)))
         hidden = F.linear(x, inner)
         y = F.linear(hidden, outer, None if bias is None else bias.to(x.dtype))
 
@@ -176,7 +183,7 @@ class LowRankLinear(torch.autograd.Function):
             grad_B = (dY.T @ trained.reshape(-1, trained.shape[-1])).to(B.dtype)
         hidden_grad = None
         if needs_x:
-            outer, inner = (part.to(ctx.dtype) for part in joined(L, R, B, A))
+            outer, inner = joined(*(part.to(ctx.dtype) for part in (L, R, B, A)))
             hidden_grad = dY @ outer
             grad_x = (hidden_grad @ inner).reshape(ctx.shape)
             hidden_grad = hidden_grad[:, L.shape[1] :]
