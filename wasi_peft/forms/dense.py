@@ -10,16 +10,29 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+LOST = (
+    "{name} cannot be set: this weight is multiplied out of what is stored for each use, so what is written to it "
+    "would be lost. Restore the dense layers first (model.dequantize())."
+)
+
 
 class FactoredWeight:
     """Stand-in for a dense weight: knows shape, dtype and device at no cost, and is multiplied out only on use.
 
     Model code reads `layer.weight.dtype` and the like in its forward pass (T5 does); multiplying out `L R` for that
     would bring the dense matrix back. Passing the stand-in to any torch function, or asking for anything else than the
-    attributes below, computes the dense weight for that one use.
+    attributes below, computes the dense weight for that one use. What is written to that would be lost, so it is
+    refused; but RWKV multiplies weights by numbers, and those reach what is stored.
     """
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, dense: Callable[[], Tensor]):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        dense: Callable[[], Tensor],
+        rescale: Callable[[float], None] | None = None,
+    ) -> None:
         self.shape = torch.Size(shape)
         self.dtype = dtype
         self.device = device
@@ -27,19 +40,19 @@ class FactoredWeight:
         self.is_meta = device.type == "meta"
         self._is_hf_initialized = True  # transformers must not fill it with numbers
         self._dense = dense
+        self._rescale = rescale
         self._made = True
 
     def __getattr__(self, name: str) -> Any:
+        if name.endswith("_") and not name.startswith("__") and name != "requires_grad_":
+            raise AttributeError(LOST.format(name=name))
         if name.startswith("__") or name in ("_dense", "qweight", "ds_shape", "quant_state"):
             raise AttributeError(name)
         return getattr(self._dense(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_made" in self.__dict__:
-            raise AttributeError(
-                f"{name} cannot be set: this weight is multiplied out of what is stored for each use, so what is "
-                "written to it would be lost. Restore the dense layers first (model.dequantize())."
-            )
+            raise AttributeError(LOST.format(name=name))
         super().__setattr__(name, value)
 
     def is_floating_point(self) -> bool:
@@ -49,6 +62,17 @@ class FactoredWeight:
     def size(self, dim: int | None = None) -> Any:
         """Shape, or one size of it, as `Tensor.size`."""
         return self.shape if dim is None else self.shape[dim]
+
+    def mul_(self, factor: float) -> FactoredWeight:
+        """Multiply what is stored by a number."""
+        if self._rescale is None:
+            raise AttributeError(LOST.format(name="mul_"))
+        self._rescale(float(factor))
+        return self
+
+    def div_(self, divisor: float) -> FactoredWeight:
+        """Divide what is stored by a number."""
+        return self.mul_(1 / divisor)
 
     def multiplied_out(self) -> Tensor:
         """The dense weight, a tensor of its own."""
@@ -62,6 +86,9 @@ class FactoredWeight:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if args and isinstance(args[0], FactoredWeight) and func.__name__.endswith("_"):
+            raise AttributeError(LOST.format(name=func.__name__))
+
         def dense(value: Any) -> Any:
             if isinstance(value, FactoredWeight):
                 return value._dense()

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .rescaling import without_rescaling
+
 LABEL_KEYS = ("labels", "label", "label_ids")
 
 
@@ -81,7 +83,7 @@ def model_output(model: nn.Module, batch: Any, with_labels: bool = False) -> Any
 
     Raises:
         TypeError: If the batch is of no known kind.
-        ValueError: If it holds no input.
+        ValueError: If it holds no input, or not what the model's forward pass needs.
     """
     positional, named = call_arguments(batch)
     if not (with_labels or bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))):
@@ -90,7 +92,14 @@ def model_output(model: nn.Module, batch: Any, with_labels: bool = False) -> Any
         raise ValueError(f"a batch must hold model inputs, got only {sorted(call_arguments(batch).named)}.")
     device = next(model.parameters()).device
     named = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in named.items()}
-    return model(*(value.to(device) for value in positional), **named)
+    try:
+        return model(*(value.to(device) for value in positional), **named)
+    except (TypeError, ValueError, AttributeError) as error:
+        given, reason = ", ".join(named) or "one tensor", str(error).strip().rstrip(".")
+        raise ValueError(
+            f"{type(model).__name__} cannot run a batch of {given}: {reason}. Give batches that hold by name what its "
+            "forward pass needs."
+        ) from error
 
 
 def token_mask(batch: Any) -> Tensor | None:
@@ -200,7 +209,7 @@ def evaluating(model: nn.Module, gradients: bool) -> Iterator[None]:
         model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), without_rescaling(model):
             yield
     finally:
         for module, was_training in training.items():
