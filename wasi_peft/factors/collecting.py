@@ -26,6 +26,10 @@ Gradients = Literal["features", "loss"]
 COMPARED_CALLS = 2  # first calls of a layer whose compressed gradients are compared with exact ones
 
 
+class NoGradientsError(ValueError):
+    """No gradient reaches a layer: the model runs them without, or its features do not depend on them."""
+
+
 class Collector:
     """Hooks of one pass over the data; decides at a module's first call whether its sums fit the bound."""
 
@@ -148,7 +152,7 @@ class Collector:
                 f"({len(self.pending)} in all). Give batches that run them, or start without data."
             )
         if self.gradients is not None and fresh and not self.reached:
-            raise ValueError(
+            raise NoGradientsError(
                 "gradients need a model that runs with gradients enabled and whose features (or loss) depend on the "
                 f"target layers; got none for {next(iter(self.pending))}. Use gradients=None."
             )

@@ -202,16 +202,25 @@ def hooked(
 
 @contextmanager
 def evaluating(model: nn.Module, gradients: bool) -> Iterator[None]:
-    """Evaluation mode; frozen parameters, so that a backward pass computes no gradient of a weight."""
+    """Evaluation mode; frozen parameters, so that a backward pass computes no gradient of a weight.
+
+    And no caches: they take memory, and recurrent ones are written to while autograd still needs what was there.
+    """
     training = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    configs = {id(config): config for config in (getattr(module, "config", None) for module in training)}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
     try:
         model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
+        for config in caching:
+            config.use_cache = False
         with torch.set_grad_enabled(gradients), without_rescaling(model):
             yield
     finally:
+        for config in caching:
+            config.use_cache = True
         for module, was_training in training.items():
             module.training = was_training
         for parameter in trainable:

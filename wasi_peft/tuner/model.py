@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -193,6 +193,10 @@ class WasiModel(BaseTuner):
         self._by_default = peft_config.target_modules is None and peft_config.plan is None
         log_left_dense(resolve_targets(self.model, peft_config), peft_config)
         return peft_config
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: WasiConfig) -> None:
+        with suppress(NotImplementedError):  # of models that read no tokens, so nothing is tied to what reads them
+            super()._check_tied_modules(model, peft_config)
 
     def _source(self, config: WasiConfig) -> str | None:
         """The adapter, if there is one, whose very configuration a new adapter has: it starts as a copy of it."""
