@@ -94,6 +94,8 @@ def image_moments(
 
     def watch(name: str, x: Tensor, y: Tensor) -> Tensor:
         sums[name].see_input(real_rows(x.detach(), mask))
+        if not torch.is_grad_enabled():
+            return y
         y = differentiable(y)
         y.register_hook(lambda gradient: sums[name].see_gradient(gradient.reshape(-1, gradient.shape[-1])))
         return y

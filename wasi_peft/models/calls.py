@@ -86,8 +86,11 @@ def model_output(model: nn.Module, batch: Any, with_labels: bool = False) -> Any
         ValueError: If it holds no input, or not what the model's forward pass needs.
     """
     positional, named = call_arguments(batch)
-    if not (with_labels or bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))):
-        named = {key: value for key, value in named.items() if key not in LABEL_KEYS}
+    if not with_labels:
+        decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        # what a detector is to find is a list, and no input of its decoder
+        inputs = {key for key, value in named.items() if decodes and isinstance(value, Tensor)}
+        named = {key: value for key, value in named.items() if key in inputs or key not in LABEL_KEYS}
     if not positional and not set(named) - set(LABEL_KEYS):
         raise ValueError(f"a batch must hold model inputs, got only {sorted(call_arguments(batch).named)}.")
     device = next(model.parameters()).device
