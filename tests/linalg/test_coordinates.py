@@ -173,7 +173,9 @@ def test_a_layer_that_no_data_reach_has_no_moments() -> None:
             return y
 
     factors = InitialFactors(torch.eye(4)[:, :2], torch.eye(4)[:2], torch.zeros(4))
-    moments = image_moments(Spare(), dict.fromkeys(("used", "spare"), factors), [torch.randn(3, 4)], progress_bar=False)
+    moments = image_moments(
+        Spare(), dict.fromkeys(("used", "spare"), factors), [torch.randn(3, 4)], progress_bar=False
+    )
     assert list(moments) == ["used"]
 
 

@@ -172,7 +172,7 @@ class WasiLayer(BaseTunerLayer):
         weight: Tensor | FactoredWeight = (self.base_layer if self._uses_base else self.form).weight
         if isinstance(weight, Tensor) and self.weight_scale == 1:
             return weight
-        dtype: torch.dtype = self._like.dtype  # the model's: factors for training may be in a higher one
+        dtype: torch.dtype = self._like.dtype  # that of the model: factors for training may be in a higher one
 
         def dense() -> Tensor:
             value = weight.multiplied_out() if isinstance(weight, FactoredWeight) else weight
@@ -187,9 +187,9 @@ class WasiLayer(BaseTunerLayer):
 
     @property
     def bias(self) -> Tensor | None:
-        """Bias of the active adapter, or of the base layer where that is in use."""
+        """Bias of the active adapter, or of the base layer where that is in use, in the dtype of the model."""
         bias: Tensor | None = (self.base_layer if self._uses_base else self.form).bias
-        return bias
+        return None if bias is None else bias.to(self._like.dtype)
 
     # ---------------------------------------------------------------- adapters
 
