@@ -839,14 +839,26 @@ class SkipsLastBlock(reference.TinyNet):
 
 
 @pytest.mark.parametrize("limit", [2**30, 1], ids=["one pass", "several passes"])
-def test_a_layer_that_the_data_never_reach(limit: int) -> None:
+def test_layers_that_the_data_never_reach(limit: int, caplog: pytest.LogCaptureFixture) -> None:
+    """They are taken apart as plain weights, the others as without them."""
     net = SkipsLastBlock()
     untouched = Untouched(net)
-    with pytest.raises(ValueError, match=r"blocks\.1\.q: the calibration data never reached this layer \(6 in all\)"):
-        calibrate(net, batches(), max_memory_bytes=limit)
+    calibration = calibrate(net, batches(), max_memory_bytes=limit)
     untouched.check()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("blocks.1.q: the calibration data never reached this layer (6 in all)")
+    assert set(calibration.layers) == set(TARGETS)
     config = WasiConfig(residual=None, target_modules=r"blocks\.0\..*(q|k|v|o|fc1|fc2)")
-    assert set(calibrate(net, batches(), config).layers) == set(TARGETS[:6])
+    alone = calibrate(net, batches(), config)
+    for name in TARGETS[:6]:
+        assert torch.equal(calibration.energies(name), alone.energies(name))
+    weight = net.blocks[1].fc1.weight.detach()
+    factors = calibration.factors("blocks.1.fc1", net.blocks[1].fc1, 3)
+    left, values, right = torch.linalg.svd(weight)
+    torch.testing.assert_close(factors.L @ factors.R, left[:, :3] * values[:3] @ right[:3])
+    assert factors.bias is not None and torch.equal(factors.bias, net.blocks[1].fc1.bias)
+    spectra = {spectrum.name: sum(spectrum.weight_energies) for spectrum in calibration.spectra()}
+    assert spectra["blocks.1.fc1"] == pytest.approx(sum(spectra[name] for name in TARGETS[:6]) / 6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

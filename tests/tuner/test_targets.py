@@ -172,15 +172,15 @@ def test_plain_modules_without_a_transformers_config() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+            self.up, self.down = nn.Linear(8, 10), nn.Linear(10, 8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.down(torch.relu(self.up(x)))
 
     model = nn.Sequential()
-    model.add_module("stem", nn.Linear(4, 6))
+    model.add_module("stem", nn.Linear(4, 8))
     model.add_module("blocks", nn.Sequential(Block(), Block()))
-    model.add_module("head", nn.Linear(6, 2))
+    model.add_module("head", nn.Linear(8, 2))
     peft_model = wasi_model(model)
     assert replaced(peft_model) == {f"blocks.{i}.{part}" for i in (0, 1) for part in ("up", "down")}
 

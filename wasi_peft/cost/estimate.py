@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -49,6 +49,10 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 }
 
 NOTHING_TRAINS = "The model must have parameters that require a gradient, got none: there is no step."
+READS_ARRAYS = (
+    "{model} makes NumPy arrays of what it computes, as losses that match predictions with labels do, so a step "
+    "cannot be followed without running it. Leave labels out of the batch, or measure a step with measure_peak_memory."
+)
 UNKNOWN_RANK = (
     "{what} are chosen by a threshold, so what a step takes is known only once data have been seen. Fix them with "
     "{fields}, or give the config a plan."
@@ -205,9 +209,13 @@ def input_sizes(model: nn.Module, names: Iterable[str], batch: Any) -> dict[str,
         with hooked(run.model, names, before=look):
             try:
                 run.inference_flops()
-            except UnknownValue:
+            except (UnknownValue, ArrayError):
                 return None
     return sizes
+
+
+class ArrayError(ValueError):
+    """A model makes an array of a tensor that has no values."""
 
 
 class PlannedPeaks:
@@ -279,6 +287,10 @@ def _explained(twin: nn.Module) -> Iterator[None]:
             fields = "activation_ranks (or activation_threshold=None for exact inputs)"
             raise ValueError(UNKNOWN_RANK.format(what="Activation ranks", fields=fields)) from None
         raise _depends_on_values(error) from None
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _depends_on_values(reason: Exception) -> ValueError:
@@ -362,7 +374,12 @@ class _Run:
 
     def forward(self) -> Any:
         with torch.autocast(self.autocast.device, self.autocast.dtype, self.autocast.enabled):
-            output = self.model(*self.arguments.positional, **self.arguments.named)
+            try:
+                output = self.model(*self.arguments.positional, **self.arguments.named)
+            except RuntimeError as error:
+                if ".numpy()" not in str(error):
+                    raise
+                raise ArrayError(READS_ARRAYS.format(model=type(_base_of(self.model)).__name__)) from None
         torch.clear_autocast_cache()
         return output
 

@@ -13,7 +13,7 @@ from ..tuner.config import WasiConfig
 from ..tuner.prepared import PreparedLayer, WasiFactors
 from ..tuner.targets import asked_rank
 from ..updates.base import InitialFactors
-from .collecting import passes, through_model
+from .collecting import log_unreached, passes, through_model
 from .data import CalibrationData, check_repeatable
 from .statistics import InputStatistics
 
@@ -45,18 +45,21 @@ def prepare_additions(
         progress_bar: Show progress bars.
 
     Raises:
-        ValueError: If the data are empty, never reach a layer, or make it see NaN or Inf.
+        ValueError: If the data are empty, reach no layer, or make one see NaN or Inf.
     """
     check_repeatable(data)
     count = ADDITION_BATCHES if max_batches is None else max_batches
     pending, layers = dict(targets), dict[str, PreparedLayer]()
+    unreached: list[str] = []
     with tqdm(total=len(targets), desc="WASI additions", disable=not progress_bar) as bar:
         run = through_model(model, data, count)
         for collector in passes(model, run, pending, max_memory_bytes=max_memory_bytes):
             for statistics in collector.take():
+                unreached += [] if statistics.rows else statistics.modules
                 for name in statistics.modules:
                     layers[name] = prepared_addition(name, pending.pop(name), config, statistics)
                     bar.update()
+    log_unreached(unreached)
     return WasiFactors({name: layers[name] for name in targets})
 
 

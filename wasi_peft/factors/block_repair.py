@@ -128,6 +128,8 @@ def _train_block(
     for index in shuffled(len(targets), steps):
         with torch.enable_grad():
             loss = token_error(states.run(block, index), targets[index], states.masks[index])
+        if not loss.requires_grad:  # the block runs its layers without gradients
+            break
         loss.backward()
         descent.step()
     after = _error(block, targets, states)

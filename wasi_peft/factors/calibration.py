@@ -33,7 +33,7 @@ from ..tuner.config import WasiConfig
 from ..tuner.layer import WasiLayer
 from ..tuner.targets import check_targets, resolve_targets, selected_modules
 from ..updates import DEFAULT_UPDATE, InitialFactors, Update, make_update
-from .collecting import Gradients, passes, through_model
+from .collecting import Gradients, log_unreached, passes, through_model
 from .data import CalibrationData, check_repeatable, describe_data
 from .folder import (
     check_file,
@@ -72,8 +72,8 @@ class Calibration:
 
     @property
     def rows(self) -> int:
-        """Rows (samples times tokens) that the first layer saw."""
-        return int(next(iter(self._index["layers"].values()))["rows"])
+        """Rows (samples times tokens) that the first layer saw which the data reached."""
+        return int(next(entry["rows"] for entry in self._index["layers"].values() if entry["rows"]))
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Calibration:
@@ -207,7 +207,7 @@ def calibrate_wasi(
 
     Raises:
         TypeError: If a batch is of no known kind.
-        ValueError: If the data are empty, not finite, can be iterated only once, hold labels only, or do not reach a
+        ValueError: If the data are empty, not finite, can be iterated only once, hold labels only, or reach no
             target; if gradients are asked for and none arrive; or if the folder is damaged or holds the calibration of
             another model, with other settings, or on other data. (Data are compared by their number of batches and,
             where they come in a fixed order, by the first.)
@@ -233,7 +233,7 @@ def calibrate_wasi(
         max_memory_bytes=max_memory_bytes,
         fresh=not index["layers"],
     ):
-        with tqdm(total=len(collector.done), desc="WASI spectra", disable=not progress_bar) as bar:
+        with tqdm(total=collector.count, desc="WASI spectra", disable=not progress_bar) as bar:
             for statistics in collector.take():
                 for name in statistics.modules:
                     save_layer(folder, index, name, pending.pop(name), statistics)
@@ -241,6 +241,8 @@ def calibrate_wasi(
                 write_index(folder, index)
     index["complete"] = True
     write_index(folder, index)
+    unreached = [name for name in targets if not index["layers"][name]["rows"]]
+    log_unreached(unreached)
     covered = {name: entry for name, entry in index["layers"].items() if name in targets}
     calibration._index = {**index, "layers": covered}
     return calibration

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..forms.dense import dense_weight
-from ..models.calls import differentiable, evaluating, features_of, layer_input, loss_of, model_output, token_mask
+from ..models.calls import differentiable, evaluating, layer_input, loss_of, model_output, token_mask
+from ..models.features import watched_features
 from .data import CalibrationData, limited
 from .statistics import InputStatistics, add_gradient_energies, backpropagate_signs
+
+logger = logging.getLogger(__name__)
 
 Gradients = Literal["features", "loss"]
 
 COMPARED_CALLS = 2  # first calls of a layer whose compressed gradients are compared with exact ones
+
+
+class NoGradientsError(ValueError):
+    """No gradient reaches a layer: the model runs them without, or its features do not depend on them."""
 
 
 class Collector:
@@ -52,8 +60,9 @@ class Collector:
         self._last_statistics: InputStatistics | None = None
 
     @property
-    def done(self) -> list[str]:
-        return list(self.owners)
+    def count(self) -> int:
+        """How many layers the pass is done with."""
+        return len(self.owners) + len(set(self.pending) - self.seen)
 
     def see(self, name: str, x: Tensor) -> None:
         """One call of a module with its input."""
@@ -121,31 +130,29 @@ class Collector:
                 return y if self.gradients is None else self._watch_output(name, x, y)
 
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        if self.gradients == "features":
-            backbone = getattr(model, "base_model", model)
-            handles.append(backbone.register_forward_hook(self._project))
         try:
-            yield
+            with watched_features(model, self._project) if self.gradients == "features" else nullcontext():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _project(self, _: nn.Module, args: Any, output: Any) -> None:
-        """As soon as the features exist."""
-        backpropagate_signs(features_of(output), self.mask, self.signs)
+    def _project(self, features: Tensor) -> None:
+        backpropagate_signs(features, self.mask, self.signs)
 
     def check(self, fresh: bool) -> None:
-        """Raise if the pass left a layer without statistics, or with statistics that are not numbers.
+        """Raise if the pass reached nothing, or left a layer with statistics that are not numbers.
 
-        The first pass of a fresh calibration must also have seen a gradient; what is left for later passes may well be
-        layers that none reaches.
+        The first pass of a fresh calibration must have reached a layer, and seen a gradient; what is left for later
+        passes may well be layers without either.
         """
-        empty = {name for name, statistics in self.owners.items() if not statistics.rows}
-        missed = [name for name in self.pending if name not in self.seen or name in empty]
-        if missed:
-            raise ValueError(f"{missed[0]}: the calibration data never reached this layer ({len(missed)} in all).")
-        if self.gradients is not None and fresh and not self.reached:
+        if fresh and not any(statistics.rows for statistics in self.collected):
             raise ValueError(
+                f"{next(iter(self.pending))}: the calibration data never reached this layer, nor any other target "
+                f"({len(self.pending)} in all). Give batches that run them, or start without data."
+            )
+        if self.gradients is not None and fresh and not self.reached:
+            raise NoGradientsError(
                 "gradients need a model that runs with gradients enabled and whose features (or loss) depend on the "
                 f"target layers; got none for {next(iter(self.pending))}. Use gradients=None."
             )
@@ -157,12 +164,26 @@ class Collector:
                     raise ValueError(f"{name}: the gradient of its output holds NaN or Inf on the calibration data.")
 
     def take(self) -> Iterator[InputStatistics]:
-        """Hand out the statistics one by one, keeping none."""
+        """Hand out the statistics one by one, keeping none; at last those of layers that no data reached."""
+        missed = {name: module for name, module in self.pending.items() if name not in self.seen}
         self.leaders.clear()
         self.owners.clear()
         self._last_statistics = None
         while self.collected:
             yield self.collected.pop(0)
+        for name, module in missed.items():
+            yield InputStatistics.empty(name, module)
+
+
+def log_unreached(names: Sequence[str]) -> None:
+    """One line for all layers of a job that no data reached."""
+    if names:
+        logger.warning(
+            "%s: the calibration data never reached this layer (%d in all), so it is prepared from its weight alone. "
+            "It is not used on these data, or its weight is read and the layer not called.",
+            names[0],
+            len(names),
+        )
 
 
 Run = Callable[[Collector], None]  # has the layers called as often as there are batches

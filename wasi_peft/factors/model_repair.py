@@ -109,7 +109,7 @@ def _train(
     max_batches: int | None,
     progress_bar: bool,
 ) -> Iterator[float]:
-    """Yields the loss of every step, up to the first that is not finite.
+    """Yields the loss of every step, up to the first that is not finite, or depends on no factor.
 
     Raises:
         ValueError: If it is the dense model that answers NaN or Inf.
@@ -129,6 +129,8 @@ def _train(
             if not math.isfinite(value):
                 if not all(bool(torch.isfinite(state).all()) for state in targets):
                     raise ValueError("the dense model answers NaN or Inf on the calibration data.")
+                return
+            if not loss.requires_grad:
                 return
             loss.backward()
             descent.step()

@@ -17,12 +17,12 @@ from ..linalg.coordinates import ImageMoments
 from ..models.calls import (
     differentiable,
     evaluating,
-    features_of,
     layer_input,
     model_output,
     real_rows,
     token_mask,
 )
+from ..models.features import watched_features
 from ..tuner.prepared import WasiFactors
 from ..updates.base import InitialFactors
 from .data import check_repeatable, limited
@@ -69,7 +69,7 @@ def image_moments(
     seed: int = 0,
     progress_bar: bool = True,
 ) -> dict[str, ImageMoments]:
-    """Moments of `h = R x` and of `u = L^T g` in every layer of a model that has the factors for weights.
+    """Moments of `h = R x` and of `u = L^T g` in the layers of a model that has the factors for weights.
 
     g comes from a random +-1 projection of the features, as in :func:`calibration.calibrate_wasi`: no labels.
 
@@ -81,8 +81,11 @@ def image_moments(
         seed: Seed of the projections; torch's global generator is not touched.
         progress_bar: Show a progress bar.
 
+    Returns:
+        By name, of the layers that the data reach.
+
     Raises:
-        ValueError: If the data are empty, never reach a layer, or make it see NaN or Inf.
+        ValueError: If the data are empty, or make a layer see NaN or Inf.
     """
     check_repeatable(data)
     sums = {name: _Sums(initial) for name, initial in factors.items()}
@@ -91,12 +94,14 @@ def image_moments(
 
     def watch(name: str, x: Tensor, y: Tensor) -> Tensor:
         sums[name].see_input(real_rows(x.detach(), mask))
+        if not torch.is_grad_enabled():
+            return y
         y = differentiable(y)
         y.register_hook(lambda gradient: sums[name].see_gradient(gradient.reshape(-1, gradient.shape[-1])))
         return y
 
-    def project(_: nn.Module, args: Any, output: Any) -> None:
-        backpropagate_signs(features_of(output), mask, signs)
+    def project(features: Tensor) -> None:
+        backpropagate_signs(features, mask, signs)
 
     with evaluating(model, gradients=True):
         student, layers = student_of(model, factors)
@@ -107,14 +112,14 @@ def image_moments(
                 return watch(name, layer_input(args, kwargs), y)
 
             layer.register_forward_hook(hook, with_kwargs=True)
-        getattr(student, "base_model", student).register_forward_hook(project)
-        for batch in limited(data, max_batches, "WASI moments" if progress_bar else None):
-            mask = token_mask(batch)
-            model_output(student, batch)
+        with watched_features(student, project):
+            for batch in limited(data, max_batches, "WASI moments" if progress_bar else None):
+                mask = token_mask(batch)
+                model_output(student, batch)
     moments = {}
     for name, each in sums.items():
         if not each.rows:
-            raise ValueError(f"{name}: the data never reached this layer.")
+            continue
         moments[name] = each.moments()
         if not all(bool(torch.isfinite(part).all()) for part in moments[name][:2]):
             raise ValueError(f"{name}: its input, or the gradient of its output, holds NaN or Inf.")
@@ -132,7 +137,7 @@ def with_moments(
     """The same factors with their moments measured, see :func:`image_moments`."""
     initial = factors.initial
     moments = image_moments(model, initial, data, max_batches=max_batches, progress_bar=progress_bar)
-    return factors.with_initial({name: replace(each, moments=moments[name]) for name, each in initial.items()})
+    return factors.with_initial({name: replace(each, moments=moments.get(name)) for name, each in initial.items()})
 
 
 def with_initial(

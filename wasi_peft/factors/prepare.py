@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,10 +20,13 @@ from ..tuner.prepared import PreparedLayer, WasiFactors
 from ..tuner.targets import asked_rank, resolve_targets
 from .additions import prepare_additions
 from .calibration import Calibration, calibrate_wasi, dense_targets
+from .collecting import NoGradientsError
 from .data import CalibrationData
 from .expert_factors import prepare_experts
 from .moments import MOMENT_BATCHES, with_moments
 from .repairs import REPAIRS, RepairName, default_repair
+
+logger = logging.getLogger(__name__)
 
 
 @with_projections
@@ -59,7 +63,8 @@ def preprocess_wasi(
             one after the other ([`repair_blocks`]), which takes the least memory and restores less. By default
             "tokens" for language models, else "model": measured.
         repair_steps: Steps of that, with "blocks" of each block; by default 400 for "model", 128 for "tokens" and 64
-            for "blocks" where `data` are batches, 0 (no repair) where they are a function or missing.
+            for "blocks" where `data` are batches, 0 (no repair) where they are a function or missing. Beside a
+            residual there is nothing to repair, and no step is taken.
         max_batches: Calibrate on that many batches; the repair goes through all of them.
         max_memory_bytes: Bound on the memory for sums during calibration, bytes.
         progress_bar: Show progress bars.
@@ -72,10 +77,10 @@ def preprocess_wasi(
         ValueError: If neither data nor a calibration is given, or repair is asked for without batches; and whatever
             [`calibrate_wasi`] finds. Nothing is attached then.
     """
-    if config.residual is not None and (repair is not None or repair_steps):
+    if config.residual is not None and repair is not None:
         raise ValueError(
             f"repair is for factors that replace a weight; leave it out with residual={config.residual!r}, got "
-            f"repair={repair!r}, repair_steps={repair_steps!r}."
+            f"repair={repair!r}."
         )
     residuals = config.planned_residuals
     adds_only = config.residual is not None or (bool(residuals) and set(residuals) == config.planned_names())
@@ -123,14 +128,12 @@ def preprocess_wasi(
     if calibration is None:
         if data is None:
             raise ValueError("preprocess_wasi needs data, a calibration, or both; got neither.")
-        calibration = calibrate_wasi(
-            model,
-            data,
-            config,
-            max_batches=max_batches,
-            max_memory_bytes=max_memory_bytes,
-            progress_bar=progress_bar,
-        )
+        options: dict[str, Any] = {"max_batches": max_batches, "max_memory_bytes": max_memory_bytes}
+        try:
+            calibration = calibrate_wasi(model, data, config, progress_bar=progress_bar, **options)
+        except NoGradientsError as error:
+            logger.warning("%s Its layers are prepared that way.", error)
+            calibration = calibrate_wasi(model, data, config, gradients=None, progress_bar=progress_bar, **options)
     calibration.require(targets)
     resolve_ranks(resolved, calibration, targets)
     layers: dict[str, PreparedLayer] = {}

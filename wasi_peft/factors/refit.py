@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..forms.dense import dense_bias, dense_weight
 from ..forms.factored import FactoredLinear
+from ..linalg.spectra import lower_root
 from ..models.calls import hooked, layer_input
 from .block_states import BlockStates
 
@@ -47,7 +48,7 @@ def input_map(cross: Tensor, moment: Tensor, shift: float) -> Tensor:
     identity = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
     if not shift > 0:
         return identity
-    corner = torch.linalg.cholesky(moment.double() + shift * identity)
+    corner = lower_root(moment.double() + shift * identity)
     return torch.cholesky_solve((cross.double() + shift * identity).T, corner).T
 
 

@@ -59,8 +59,17 @@ class InputStatistics:
         if known.setdefault(mode, torch.zeros_like(energies)).shape == energies.shape:
             known[mode] = known[mode] + energies
 
+    @classmethod
+    def empty(cls, name: str, module: nn.Module) -> InputStatistics:
+        """Of a layer that has seen nothing yet."""
+        weight = dense_weight(module)
+        second_moment = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float32, device=weight.device)
+        return cls(second_moment, torch.zeros_like(second_moment[0]), modules=[name])
+
     def moments(self) -> tuple[Tensor, Tensor]:
-        """`E[x x^T]` (in, in) and `E[x]` (in,), float64."""
+        """`E[x x^T]` (in, in) and `E[x]` (in,), float64; those of white inputs where no row was seen."""
+        if not self.rows:
+            return torch.eye(len(self.total)).to(self.second_moment).double(), self.total.double()
         return self.second_moment.double() / self.rows, self.total.double() / self.rows
 
     def output_moment(self, name: str) -> Tensor | None:

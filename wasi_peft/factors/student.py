@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..forms.factored import FactoredLinear
+from ..models.calls import tensors_in
 from ..tuner.prepared import attached_layers
 from ..updates.base import InitialFactors
 
@@ -18,6 +19,9 @@ def student_of(model: nn.Module, factors: Mapping[str, InitialFactors]) -> tuple
     """A second model that shares every tensor with the first, but has factored target layers, and those by name."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     shared |= {id(layer): layer for layer in attached_layers(model)}  # those that wait on the modules
+    # results of earlier passes that modules keep, which may be no leaves of a graph: those cannot be copied
+    state = (value for module in model.modules() for value in vars(module).values())
+    shared |= {id(tensor): tensor for value in state for tensor in tensors_in(value) if not tensor.is_leaf}
     student = copy.deepcopy(model, shared)
     layers = {}
     for name, initial in factors.items():

@@ -180,12 +180,12 @@ def _train(
     rate: float,
     progress_bar: bool,
 ) -> None:
-    """Up to the first loss that is not finite."""
+    """Up to the first loss that is not finite; not at all where gradients do not reach the factors."""
     descent = Descent.relative(layers.values(), rate, steps)
     with tqdm(total=steps, desc="WASI repair", disable=not progress_bar) as bar:
         for index in shuffled(len(batches), steps):
             loss = _divergence(student, *batches[index])
-            if not bool(torch.isfinite(loss)):
+            if not (bool(torch.isfinite(loss)) and loss.requires_grad):
                 return
             loss.backward()
             descent.step()

@@ -90,7 +90,7 @@ class CompressedLinear(nn.Linear):
         """Stand-in for the dense weight, (out, in)."""
         weight = self.form.weight
         shape = (self.out_features, self.in_features)
-        return FactoredWeight(shape, weight.dtype, weight.device, self.dense_weight)
+        return FactoredWeight(shape, weight.dtype, weight.device, self.dense_weight, self.form.rescale)
 
     @property
     def bias(self) -> nn.Parameter | None:  # type: ignore[override]

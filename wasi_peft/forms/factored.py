@@ -77,6 +77,7 @@ class FactoredLinear(nn.Module):
     """
 
     parts: ClassVar[tuple[str, ...]] = ("L", "R")
+    outer_parts: ClassVar[tuple[str, ...]] = ("L",)  # those of which the weight is a sum of products, one each
     prefix: ClassVar[str] = "wasi_"  # of the names of parameters
 
     def __init__(
@@ -296,7 +297,18 @@ class FactoredLinear(nn.Module):
         """Stand-in for the dense weight, in the layout of `dense_class`; multiplied out only on use."""
         shape = (self.out_features, self.in_features)
         transposed = is_transposed(self.dense_class)
-        return FactoredWeight(shape[::-1] if transposed else shape, self.dtype, self.device, self.multiply_out)
+        shape = shape[::-1] if transposed else shape
+        return FactoredWeight(shape, self.dtype, self.device, self.multiply_out, self.rescale)
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Multiply the weight by a number, in place."""
+        for name in self.outer_parts:
+            frozen = self.frozen(name)
+            if frozen is None:
+                self.part(name).mul_(factor)
+            else:
+                frozen.rescale(factor)
 
     def multiply_out(self) -> Tensor:
         """The dense weight, in the layout of `dense_class`."""

@@ -178,7 +178,15 @@ class Residual(nn.Module, ABC):
             weight = self.dense_weight()
             return weight.T if transposed else weight
 
-        return FactoredWeight(shape[::-1] if transposed else shape, self.dtype, self.device, dense)
+        shape = shape[::-1] if transposed else shape
+        return FactoredWeight(shape, self.dtype, self.device, dense, self.rescale)
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Multiply the weight by a number, in place: whatever it is stored as, scales carry it."""
+        for buffer in self.buffers():
+            if buffer.is_floating_point():
+                buffer.mul_(factor)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
@@ -266,6 +274,10 @@ class ExactResidual(Residual):
             return dense_weight(self.module).to(dtype)
         weight: Tensor = self.module.weight.detach().to(dtype)  # type: ignore[operator]
         return weight.T if is_transposed(self.dense_class) else weight
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        self.module.weight.mul_(factor)  # type: ignore[operator]
 
     def to_dense(self) -> nn.Module:
         return self.module
@@ -452,6 +464,10 @@ class ResidualLinear(FactoredLinear):
         outer, inner = self.factors()
         weight = self.residual.dense_weight().to(outer.dtype) + outer @ inner
         return weight.T if is_transposed(self.dense_class) else weight
+
+    def rescale(self, factor: float) -> None:
+        self.residual.rescale(factor)
+        super().rescale(factor)
 
     def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
         outer, inner = (part.detach().to(x.dtype) for part in self.factors())

@@ -36,6 +36,7 @@ class SplitLinear(FactoredLinear):
     """
 
     parts: ClassVar[tuple[str, ...]] = ("L", "R", "B", "A")
+    outer_parts: ClassVar[tuple[str, ...]] = ("L", "B")
 
     def __init__(
         self,

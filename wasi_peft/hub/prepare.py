@@ -27,7 +27,7 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from ..factors.additions import ADDITION_BATCHES, prepared_addition
 from ..factors.calibration import Calibration, save_layer
-from ..factors.collecting import Gradients
+from ..factors.collecting import Gradients, log_unreached
 from ..factors.data import batch_checksum, check_repeatable, describe_data, limited
 from ..factors.folder import new_index, read_index, write_index
 from ..factors.prepare import prepared_factors, resolve_ranks
@@ -40,7 +40,7 @@ from ..forms.products import ProductChoice
 from ..forms.residual import RESIDUALS
 from ..tuner.config import WasiConfig
 from ..tuner.prepared import PreparedLayer
-from ..tuner.targets import check_targets, check_weight, resolve_targets, selected_modules
+from ..tuner.targets import check_targets, check_weight, log_left_dense, resolve_targets, selected_modules
 from .cards import write_card
 from .checkpoint import checkpoint_dtype, checkpoint_folder, stored_tensors_of
 from .compressed import quantization_config
@@ -144,7 +144,7 @@ def prepare_checkpoint(
     stored = stored_tensors_of(folder)
     dtype = dtype or loaded.dtype or checkpoint_dtype(stored)
     skeleton = Skeleton(loaded, dtype, stored, runs=data is not None)
-    resolve_targets(skeleton.model, config)
+    log_left_dense(resolve_targets(skeleton.model, config), config)
     check_targets(skeleton.model, config, skeleton=True)
     targets = dict(selected_modules(skeleton.model, config))
     if not targets:
@@ -215,13 +215,14 @@ class _Preparation:
     def write_additions(self, sweeps: BlockSweeps) -> None:
         """Weights in few bits, and additions that make good for what rounding loses."""
         self._begin(part=1 + SUMS_WORK)
-        count = len(sweeps.blocks)
+        count, unreached = len(sweeps.blocks), list[str]()
 
         def write(part: int) -> dict[str, Any]:
             additions: dict[str, PreparedLayer] = {}
 
             def keep(name: str, module: nn.Module, statistics: InputStatistics) -> None:
                 check_weight(name, dense_weight(module), self.config)
+                unreached.extend([] if statistics.rows else [name])
                 additions[name] = prepared_addition(name, module, self.config, statistics)
 
             if part < count:
@@ -231,6 +232,7 @@ class _Preparation:
         for part in range(len(self.parts)):
             self._step(f"part {part}", write, part)
             sweeps.forget("hidden", part)
+        log_unreached(unreached)
 
     def write_factors(self, sweeps: BlockSweeps, gradients: Gradients | None) -> None:
         """Factors in place of the weights: spectra of all layers, then their ranks, then the factors."""
@@ -266,6 +268,7 @@ class _Preparation:
                 self._step(f"backward {block}", collect, block, sweeps.backward)
                 sweeps.forget("hidden", block + 1)
                 sweeps.forget("gradient", block + 1)
+        log_unreached([name for name, entry in index["layers"].items() if not entry["rows"]])
         calibration = Calibration(folder, index)
         resolve_ranks(self.config, calibration, self.targets)
 

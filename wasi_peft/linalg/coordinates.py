@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .spectra import lower_root
 from .subspaces import range_finder
 
 DAMPING = 0.01
@@ -135,7 +136,7 @@ def correction(lost: Tensor, rank: int, second_moment: Tensor) -> tuple[Tensor, 
         [[0.0, 0.0], [0.0, 3.0]]
     """
     C = _damped(second_moment.to(lost))
-    T = torch.linalg.cholesky(C)
+    T = lower_root(C)
     weighed = lost @ T
     V = range_finder(weighed, rank)
     scale = ADDITION_SCALE * (math.sqrt(float(second_moment.diagonal().mean())) or 1.0)

@@ -85,6 +85,26 @@ def _symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
+def lower_root(moment: Tensor) -> Tensor:
+    """Lower triangular T with `T T^T = C`, of a damped second moment C.
+
+    Sums that are nothing but rounding noise (of inputs or gradients that hardly differ from zero, or from their mean)
+    are not positive definite, damped or not; what they then lack is taken to be as small as float64 can tell.
+
+    Example:
+        >>> lower_root(torch.tensor([[4.0, 2.0], [2.0, 2.0]]).double()).tolist()
+        [[2.0, 0.0], [1.0, 1.0]]
+    """
+    root, info = torch.linalg.cholesky_ex(moment)
+    if int(info) == 0 and bool(torch.isfinite(root).all()):
+        return root
+    values, vectors = torch.linalg.eigh(moment)
+    largest = values.abs().max()
+    values = values.clamp_min(torch.finfo(values.dtype).eps * torch.where(largest > 0, largest, 1.0))
+    triangle = torch.linalg.qr((vectors * values.sqrt()).T).R
+    return triangle.T * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+
+
 def weight_spectrum(
     weight: Tensor, second_moment: Tensor | None = None, output_moment: Tensor | None = None, damping: float = 0.01
 ) -> WeightSpectrum:
@@ -119,7 +139,7 @@ def weight_spectrum(
     output = None if output_moment is None else _damped(output_moment.double(), damping)
     if out_features <= in_features:
         gram = work @ work.T if moment is None else work @ moment @ work.T
-        root = None if output is None else torch.linalg.cholesky(output)
+        root = None if output is None else lower_root(output)
         energies, left = _symmetric_eigen(gram if root is None else root.T @ gram @ root)
         if root is not None:
             left = torch.linalg.solve_triangular(root.T, left, upper=True)

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .rescaling import without_rescaling
+
 LABEL_KEYS = ("labels", "label", "label_ids")
 
 
@@ -81,16 +83,26 @@ def model_output(model: nn.Module, batch: Any, with_labels: bool = False) -> Any
 
     Raises:
         TypeError: If the batch is of no known kind.
-        ValueError: If it holds no input.
+        ValueError: If it holds no input, or not what the model's forward pass needs.
     """
     positional, named = call_arguments(batch)
-    if not (with_labels or bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))):
-        named = {key: value for key, value in named.items() if key not in LABEL_KEYS}
+    if not with_labels:
+        decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        # what a detector is to find is a list, and no input of its decoder
+        inputs = {key for key, value in named.items() if decodes and isinstance(value, Tensor)}
+        named = {key: value for key, value in named.items() if key in inputs or key not in LABEL_KEYS}
     if not positional and not set(named) - set(LABEL_KEYS):
         raise ValueError(f"a batch must hold model inputs, got only {sorted(call_arguments(batch).named)}.")
     device = next(model.parameters()).device
     named = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in named.items()}
-    return model(*(value.to(device) for value in positional), **named)
+    try:
+        return model(*(value.to(device) for value in positional), **named)
+    except (TypeError, ValueError, AttributeError) as error:
+        given, reason = ", ".join(named) or "one tensor", str(error).strip().rstrip(".")
+        raise ValueError(
+            f"{type(model).__name__} cannot run a batch of {given}: {reason}. Give batches that hold by name what its "
+            "forward pass needs."
+        ) from error
 
 
 def token_mask(batch: Any) -> Tensor | None:
@@ -191,18 +203,31 @@ def hooked(
             handle.remove()
 
 
+def _config_of(module: nn.Module) -> Any:
+    return getattr(module, "config", None)
+
+
 @contextmanager
 def evaluating(model: nn.Module, gradients: bool) -> Iterator[None]:
-    """Evaluation mode; frozen parameters, so that a backward pass computes no gradient of a weight."""
+    """Evaluation mode; frozen parameters, so that a backward pass computes no gradient of a weight.
+
+    And no caches: they take memory, and recurrent ones are written to while autograd still needs what was there.
+    """
     training = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    configs: list[Any] = list({id(config): config for config in map(_config_of, training)}.values())
+    caching = [config for config in configs if getattr(config, "use_cache", None) is True]
     try:
         model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with torch.set_grad_enabled(gradients):
+        for config in caching:
+            config.use_cache = False
+        with torch.set_grad_enabled(gradients), without_rescaling(model):
             yield
     finally:
+        for config in caching:
+            config.use_cache = True
         for module, was_training in training.items():
             module.training = was_training
         for parameter in trainable:

@@ -16,6 +16,7 @@ without being joined in between, and what is stored in few bits includes the pat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .experts import ExpertStack
+
+_HEAD = re.compile(r"(^|_)(heads?|predictor|classifier|hypernetworks?|bbox_embed|class_embed)(_|$)")
+_HEAD_CLASS = re.compile("(?<!Multi)(Head|Predictor|Classifier)$")
 
 # one with an adapter counts as the layer that it adapts
 LINEAR_LAYERS = (nn.Linear, Conv1D, ExpertStack, BaseTunerLayer)
@@ -66,6 +70,7 @@ class Structure:
             for name, layer in linear_layers(model)
             if layer is not head and self.is_inside_blocks(name) and not _is_patch_merging(model, name)
         }
+        self._base = self._find_base()
         self._frames = set(self._find_frames())
         self.blocks = self._modules(self.block_of(name) for name in self.layers)
         self.stages = self._modules(self._stage_of(name) for name in self.layers)
@@ -77,6 +82,24 @@ class Structure:
     def block_of(self, name: str) -> str | None:
         """Name of the block that a module is part of; None if there is none."""
         return next((outer for outer in self._around(name) if outer not in self._frames), None)
+
+    def is_in_head(self, name: str) -> bool:
+        """Whether a module belongs to a head on the blocks (SegFormer's decoder, SAM's hypernetworks): it is fresh.
+
+        Heads are what a transformers model has beside its base model, and what is called one before any number: in
+        `decode_head.linear_c.0`, not in `blocks.0.attention.heads.1`.
+        """
+        if self._base is not None and not name.startswith(self._base):
+            return True
+        outermost = next(iter(self._around(name)), name)
+        module = self._model
+        for part in outermost.split("."):
+            if _HEAD.search(part):
+                return True
+            module = module.get_submodule(part)
+            if _HEAD_CLASS.search(type(module).__name__):
+                return True
+        return False
 
     def _stage_of(self, name: str) -> str | None:
         return next((outer for outer in self._around(name) if self._runs_blocks_alone(outer)), None)
@@ -95,6 +118,14 @@ class Structure:
         module = self._model.get_submodule(name)
         able = type(module).forward is not nn.Module.forward
         return able and not any(isinstance(part, PreTrainedModel) for part in module.modules())
+
+    def _find_base(self) -> str | None:
+        """Prefix of names in the base model, None where that is the model itself, or has none of the layers."""
+        base = getattr(self._model, "base_model", self._model)
+        if not isinstance(self._model, PreTrainedModel) or base is self._model:
+            return None
+        prefix = next(f"{name}." for name, module in self._model.named_modules() if module is base)
+        return prefix if any(name.startswith(prefix) for name in self.layers) else None
 
     def _find_frames(self) -> Iterator[str]:
         inner: dict[str, set[str | None]] = {}  # the next numbered modules around the layers in each

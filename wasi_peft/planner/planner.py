@@ -255,19 +255,22 @@ def _planned_targets(model: nn.Module, calibration: Calibration, config: WasiCon
 def input_shapes(model: nn.Module, targets: Mapping[str, nn.Module], batch: Any) -> dict[str, tuple[int, int]]:
     """Samples and tokens that each layer meets when the model runs on a batch, by layer name.
 
+    A layer that it does not reach (an expert without tokens, a weight that is read and not called) counts as one that
+    meets as much as any other does.
+
     Raises:
-        ValueError: If the batch is empty or does not reach a layer.
+        ValueError: If the batch reaches none of the layers.
     """
     sizes = input_sizes(model, targets, batch)
     if sizes is None:
         sizes = _run_for_sizes(model, targets, batch)
-    empty = next((name for name, size in sizes.items() if math.prod(size) == 0), None)
-    if empty is not None:
-        raise ValueError(f"{empty}: the batch must have at least one row, got an input of {sizes[empty]}.")
-    missed = [name for name in targets if name not in sizes]
-    if missed:
-        raise ValueError(f"{missed[0]}: the batch must reach every planned layer; it misses {len(missed)}.")
-    shapes = {name: canonical(torch.empty(sizes[name], device="meta")).shape for name in targets}
+    met = {name: canonical(torch.empty(size, device="meta")).shape for name, size in sizes.items() if math.prod(size)}
+    if not met:
+        raise ValueError(
+            f"the batch must reach a planned layer with at least one row, got one that reaches none of {len(targets)}."
+        )
+    largest = max(met.values(), key=lambda shape: shape[0] * shape[1])
+    shapes = {name: met.get(name, largest) for name in targets}
     return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
 
 

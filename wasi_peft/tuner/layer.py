@@ -70,6 +70,7 @@ class WasiLayer(BaseTunerLayer):
         self.frozen_biases: set[str] = set()  # adapters whose bias does not train
         self.tells_divergence = False
         self.merged_adapters: list[str] = []
+        self.weight_scale = 1.0  # what the model has multiplied the weight by (RWKV)
         self._disable_adapters = False
         self._unmerged_base: list[nn.Module] = []
         self._sinks: dict[str, weakref.ref[ProductGradientSink]] = {}
@@ -176,13 +177,26 @@ class WasiLayer(BaseTunerLayer):
     def weight(self) -> Tensor | FactoredWeight:
         """What the layer multiplies by: a stand-in for the form's weight, or the base layer's where that is in use."""
         weight: Tensor | FactoredWeight = (self.base_layer if self._uses_base else self.form).weight
-        return weight
+        if isinstance(weight, Tensor) and self.weight_scale == 1:
+            return weight
+        dtype: torch.dtype = self._like.dtype  # that of the model: factors for training may be in a higher one
+
+        def dense() -> Tensor:
+            value = weight.multiplied_out() if isinstance(weight, FactoredWeight) else weight
+            return value.to(dtype) if self.weight_scale == 1 else value.to(dtype) * self.weight_scale
+
+        out, inner = weight.shape
+        return FactoredWeight((out, inner), dtype, weight.device, dense, self._rescale)
+
+    def _rescale(self, factor: float) -> None:
+        """Multiply the weight of every adapter, and of the base, by a number; what is stored and saved stays."""
+        self.weight_scale *= factor
 
     @property
     def bias(self) -> Tensor | None:
-        """Bias of the active adapter, or of the base layer where that is in use."""
+        """Bias of the active adapter, or of the base layer where that is in use, in the dtype of the model."""
         bias: Tensor | None = (self.base_layer if self._uses_base else self.form).bias
-        return bias
+        return None if bias is None else bias.to(self._like.dtype)
 
     # ---------------------------------------------------------------- adapters
 
@@ -462,6 +476,13 @@ class WasiLayer(BaseTunerLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The dense layer that takes this layer's place: merged, or the original one where it was kept."""
+        layer = self._unloaded(merge, safe_merge, adapter_names)
+        if self.weight_scale != 1:
+            with torch.no_grad():
+                layer.weight.mul_(self.weight_scale)  # type: ignore[operator]
+        return layer
+
+    def _unloaded(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         if merge:
             if not self.merged:
                 self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -567,6 +588,8 @@ class Linear(nn.Module, WasiLayer):
         return self
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if self.weight_scale != 1:
+            x = x * self.weight_scale
         if adapter_names is not None:
             return self._mixed_forward(x, adapter_names)
         if self._disable_adapters and self.merged_adapters:

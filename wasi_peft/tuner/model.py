@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,12 +24,14 @@ from ..linalg.coordinates import addition_basis
 from ..linalg.spectra import factorize_weight, rank_for_threshold
 from ..memory.modes import check_memory_mode, enter_memory_mode, leave_memory_mode
 from ..models.experts import ExpertStack, conceal_experts, expose_experts
+from ..models.rescaling import undo_rescaling
 from ..models.tokens import drop_tokens, keep_tokens, token_places
 from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
 from .config import WasiConfig
 from .convolution import Convolution
+from .coverage import coverage
 from .experts import Experts, stack_energies, stack_factors
 from .heads import FRESH_HEAD, fresh_heads
 from .inputs import SharedInputs
@@ -38,7 +40,7 @@ from .prepared import PreparedLayer, check_prepared, drop_prepared, prepared_for
 from .saving import allow_saving, guard_saving
 from .state import FORM, check_loadable, shared_vectors, take_ranks, vectors_by_key, with_model_keys
 from .summary import WasiSummary, wasi_summary
-from .targets import asked_rank, check_targets, plain_name, resolve_targets, selected_modules
+from .targets import asked_rank, check_targets, log_left_dense, plain_name, resolve_targets, selected_modules
 from .undo import Structure
 from .vectors import AdapterVectors, vector_places
 from .weighted import add_up, check_weighted
@@ -176,6 +178,7 @@ class WasiModel(BaseTuner):
         shared = next((layer for _, layer in wasi_layers(model)), None)
         self._inputs = SharedInputs() if shared is None else shared.inputs
         self._vectors = AdapterVectors() if shared is None else shared.vectors
+        undo_rescaling(model)  # what is made of its weights is to be of those that a file holds
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         drops = config.token_keep is not None and shared is None
         places = token_places(model) if drops else None
@@ -200,6 +203,8 @@ class WasiModel(BaseTuner):
                 logger.warning(FRESH_HEAD.format(head=head))
             summary = wasi_summary(model, adapter_name)
             logger.log(logging.WARNING if summary.past_break_even else logging.INFO, summary.headline())
+            reach = coverage(model, adapter_name)
+            logger.log(logging.WARNING if reach.is_small and self._by_default else logging.INFO, "%s", reach)
             self._release(model, config)
         except BaseException:
             before.restore()
@@ -213,8 +218,13 @@ class WasiModel(BaseTuner):
             self._round(model, config, trained)
 
     def _prepare_adapter_config(self, peft_config: WasiConfig, model_config: dict[str, Any]) -> WasiConfig:
-        resolve_targets(self.model, peft_config)
+        self._by_default = peft_config.target_modules is None and peft_config.plan is None
+        log_left_dense(resolve_targets(self.model, peft_config), peft_config)
         return peft_config
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: WasiConfig) -> None:
+        with suppress(NotImplementedError):  # of models that read no tokens, so nothing is tied to what reads them
+            super()._check_tied_modules(model, peft_config)
 
     def _source(self, config: WasiConfig) -> str | None:
         """The adapter, if there is one, whose very configuration a new adapter has: it starts as a copy of it."""

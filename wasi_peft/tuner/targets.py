@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..forms.compressed import CompressedLinear, own_factors
 from ..forms.convolution import CONVOLUTIONS, Patches, unsuited
-from ..forms.dense import is_quantized, weight_shape
+from ..forms.dense import dense_bias, dense_weight, is_quantized, weight_shape
 from ..forms.factored import FactoredLinear
 from ..forms.residual import Int4Residual
 from ..models.experts import ExpertStack
@@ -21,6 +22,8 @@ from ..models.structure import Structure
 from ..updates import UPDATES
 from .config import RESIDUAL_RANK, WasiConfig
 from .layer import WasiLayer
+
+SMALLEST_SIDE = 8  # rows or columns of a weight, below which factors or few bits save next to nothing
 
 logger = logging.getLogger(__name__)
 
@@ -35,30 +38,75 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def resolve_targets(model: nn.Module, config: WasiConfig) -> None:
-    """Replace the default (None), 'all-linear' or a plan in `config.target_modules` by names of modules."""
+def resolve_targets(model: nn.Module, config: WasiConfig) -> list[str]:
+    """Replace the default (None), 'all-linear' or a plan in `config.target_modules` by names of modules.
+
+    Returns:
+        Names of the layers that nobody named and that stay dense, because `weight_rank` is more than they have.
+
+    Raises:
+        ValueError: If there is nothing to target by default.
+    """
     if config.plan is not None:
         config.target_modules = config.planned_names()
-    if config.target_modules is None:
+        return []
+    default = config.target_modules is None
+    if default:
         config.target_modules = default_target_names(model, config)
+    named = config.target_modules
     _maybe_include_all_linear_layers(config, model)
+    if config.target_modules is named and not default:
+        return []
+    assert isinstance(config.target_modules, set)
+    layers = {plain_name(name): module for name, module in model.named_modules()}
+    names = {name for name in config.target_modules if is_plain_linear(layers[plain_name(name)])}
+    config.target_modules = names
+    if config.ranks is not None or config.weight_rank is None:
+        return []
+    small = {
+        name
+        for name in names
+        if pattern_rank(name, config) is None and min(layer_shape(layers[plain_name(name)])) < config.weight_rank
+    }
+    if small == names:
+        return []  # a rank that no layer has is refused
+    left = sorted(name for name in small if check_target_module_exists(config, name))
+    config.target_modules = names - small
+    return left
+
+
+def log_left_dense(names: Sequence[str], config: WasiConfig) -> None:
+    """One line for the layers that :func:`resolve_targets` left out."""
+    if names:
+        logger.warning(
+            "%s: stays dense, being smaller than weight_rank=%d (%d layers in all). To have it too, give it a rank of "
+            "its own in rank_pattern.",
+            names[0],
+            config.weight_rank,
+            len(names),
+        )
 
 
 def default_target_names(model: nn.Module, config: WasiConfig) -> set[str]:
-    """Names of all Linear and Conv1D layers and packed experts inside the transformer blocks, never the head.
+    """Names of the Linear and Conv1D layers and packed experts in the blocks that are worth it, never those of a head.
 
-    Packed experts stay dense, which one log line says, where the update cannot train them.
-
-    Works without a table of architectures (:mod:`wasi_peft.models.structure`). Respects `layers_to_transform`, which
-    PEFT would ignore for full names.
+    Works without a table of architectures (:mod:`wasi_peft.models.structure`). Left out are layers with fewer than
+    :data:`SMALLEST_SIDE` rows or columns, with a weight that is tied to another's, and those that compute anything
+    but a linear map, such as routers; packed experts where the update cannot train them, which one log line says.
+    Respects `layers_to_transform`, which PEFT would ignore for full names.
 
     Raises:
         ValueError: If the model has no such layer.
     """
+    structure, shared = Structure(model), _shared_weights(model)
     layers = {
         plain_name(name): layer
-        for name, layer in Structure(model).layers.items()
+        for name, layer in structure.layers.items()
         if isinstance(layer, (nn.Linear, Conv1D, ExpertStack, WasiLayer))
+        and not structure.is_in_head(name)
+        and min(layer_shape(layer)) >= SMALLEST_SIDE
+        and (isinstance(layer, (ExpertStack, WasiLayer)) or id(layer.weight) not in shared)
+        and is_plain_linear(layer)
         and (config.layers_to_transform is None or _layer_selected(name, config))
     }
     names = set(layers)
@@ -70,10 +118,47 @@ def default_target_names(model: nn.Module, config: WasiConfig) -> set[str]:
         names = {name for name, layer in layers.items() if _own_factors(layer) is not None} or names
     if not names:
         raise ValueError(
-            "No Linear or Conv1D layers were found inside numbered blocks of this model. "
+            f"{type(model).__name__} has nothing to target by default: no Linear or Conv1D layers with at least "
+            f"{SMALLEST_SIDE} rows and columns were found inside numbered blocks of this model. "
             "Please specify `target_modules` in the WasiConfig."
         )
     return names
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer computes `x W^T + b` and nothing else; routers and others that extend Linear do not.
+
+    A subclass with a forward pass of its own is asked for two rows; one on the meta device, or of another library's
+    format, only as far as that goes.
+
+    Example:
+        >>> class Router(nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x).topk(2)
+        >>> is_plain_linear(nn.Linear(8, 8)), is_plain_linear(Router(8, 8))
+        (True, False)
+    """
+    forward = type(layer).forward
+    if isinstance(layer, (BaseTunerLayer, CompressedLinear, ExpertStack)) or forward in (
+        nn.Linear.forward,
+        Conv1D.forward,
+    ):
+        return True
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        return False
+    if is_quantized(layer):
+        return True
+    weight, bias = dense_weight(layer), dense_bias(layer)
+    rows = torch.linspace(-1, 1, 2 * weight.shape[1]).reshape(2, -1).to(weight)
+    try:
+        with torch.no_grad():
+            answer = forward(layer, rows)
+    except Exception:  # whatever it needs beside its input, it is no linear map of that alone
+        return False
+    expected = F.linear(rows, weight, bias)
+    if not isinstance(answer, torch.Tensor) or answer.shape != expected.shape:
+        return False
+    return weight.is_meta or bool((answer - expected).abs().max() <= 1e-2 * expected.abs().max())
 
 
 def _layer_selected(name: str, config: WasiConfig) -> bool:
@@ -139,7 +224,7 @@ def check_targets(
 def _check_side_rank(targets: Mapping[str, nn.Module], config: WasiConfig) -> None:
     """Refuse directions beside the factors that no layer has; small layers among larger ones train what they have."""
     side_rank, default = config.layer_update.side_rank, type(config.layer_update).from_options(None).side_rank
-    largest = max((min(_shape(module)) for module in targets.values()), default=side_rank)
+    largest = max((min(layer_shape(module)) for module in targets.values()), default=side_rank)
     if side_rank > max(largest, default):
         raise ValueError(
             f"update_rank must be at most min(out_features, in_features) of the largest targeted layer, {largest}, "
@@ -167,8 +252,9 @@ def _own_factors(module: nn.Module) -> FactoredLinear | None:
     return module.base_factors if isinstance(module, WasiLayer) else own_factors(module)
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, WasiLayer):
+def layer_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a layer, dense or with an adapter; of packed experts, of one."""
+    if isinstance(module, (WasiLayer, nn.Linear)):
         return module.out_features, module.in_features
     if isinstance(module, CONVOLUTIONS):
         return weight_shape(Patches.linear(module))
@@ -199,6 +285,11 @@ def _check_target(
     elif not isinstance(module, (nn.Linear, Conv1D)):
         raise TypeError(
             f"{name}: target modules must be torch.nn.Linear or transformers Conv1D, got {type(module).__name__}."
+        )
+    elif not is_plain_linear(module):
+        raise TypeError(
+            f"{name}: target modules must compute x W^T + b and nothing else, got {type(module).__name__}, which "
+            "answers something else, as routers do. Leave it out with exclude_modules."
         )
     else:
         weight = module.weight
@@ -264,7 +355,7 @@ def check_weight(name: str, weight: torch.Tensor, config: WasiConfig) -> None:
 
 def _check_rank(name: str, module: nn.Module, config: WasiConfig) -> None:
     """Raise a ValueError where a plan or a fixed rank does not fit a layer."""
-    shape = _shape(module)
+    shape = layer_shape(module)
     planned = config.planned_layer(plain_name(name))
     if planned is not None and (planned.out_features, planned.in_features) != shape:
         raise ValueError(
@@ -337,11 +428,14 @@ def fixed_rank(name: str, config: WasiConfig) -> int | None:
     planned = config.planned_layer(name)
     if planned is not None:
         return planned.weight_rank
-    if config.rank_pattern:
-        key = get_pattern_key(config.rank_pattern.keys(), name)
-        if key in config.rank_pattern:
-            return config.rank_pattern[key]
-    return config.weight_rank
+    patterned = pattern_rank(name, config)
+    return config.weight_rank if patterned is None else patterned
+
+
+def pattern_rank(name: str, config: WasiConfig) -> int | None:
+    """The rank that `rank_pattern` gives a layer, None where no pattern is of it."""
+    patterns = config.rank_pattern or {}
+    return patterns.get(get_pattern_key(patterns.keys(), plain_name(name)))
 
 
 def asked_rank(name: str, config: WasiConfig) -> int | float:
