@@ -117,15 +117,23 @@ def _series(class_name: str, batch: MakeBatch, **sizes: Any) -> None:
 
 # ---------------------------------------------------------------- text encoders
 
+
+def _boxes(samples: int, generator: torch.Generator) -> Tensor:
+    """Of the words on a page: left, top, right, bottom."""
+    low = integers(generator, samples, LENGTH, 2, high=40)
+    return torch.cat([low, low + 20], -1)
+
+
 for _stem in (
     *("Bert", "Roberta", "DistilBert", "Electra", "Deberta", "DebertaV2", "MPNet", "XLMRoberta", "XLMRobertaXL"),
     *("ModernBert", "NomicBert", "Ernie", "RemBert", "RobertaPreLayerNorm", "MegatronBert", "Data2VecText", "IBert"),
-    *("Albert", "RoFormer", "LayoutLM", "Nystromformer", "Yoso", "FNet", "Esm", "EuroBert", "JinaEmbeddingsV3"),
+    *("Albert", "RoFormer", "LayoutLM", "Nystromformer", "Yoso", "FNet", "EuroBert", "JinaEmbeddingsV3"),
     *("Camembert",),
 ):
     _encoder(_stem)
 _encoder("MobileBert", true_hidden_size=16, intra_bottleneck_size=16, embedding_size=32)
 _encoder("SqueezeBert")
+_encoder("Esm", vocab_size=VOCABULARY, pad_token_id=1, mask_token_id=4)
 _encoder("ConvBert")
 _encoder("Funnel", block_sizes=[1, 1], d_head=8)
 _encoder("BigBird", attention_type="original_full")
@@ -137,14 +145,14 @@ _encoder("Flaubert")
 _encoder("Luke", entity_vocab_size=20, entity_emb_size=16)
 _encoder(
     "Lilt",
-    text(bbox=lambda samples, generator: integers(generator, samples, LENGTH, 4)),
+    text(bbox=_boxes),
     channel_shrink_ratio=2,
     hidden_size=48,
 )
 _encoder(
     "LayoutLMv3",
     text(
-        bbox=lambda samples, generator: integers(generator, samples, LENGTH, 4),
+        bbox=_boxes,
         pixel_values=lambda samples, generator: torch.randn(samples, 3, 32, 32, generator=generator),
     ),
     hidden_size=36,
@@ -159,12 +167,16 @@ _encoder(
 
 for _stem in (
     *("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi", "Phi3", "Cohere", "Cohere2", "Olmo", "Olmo2"),
-    *("Olmo3", "Granite", "Starcoder2", "StableLm", "Persimmon", "Nemotron", "Glm", "Glm4", "Exaone4", "SmolLM3"),
-    *("GPTNeoX", "CodeGen", "GPTBigCode", "Bloom", "BioGpt", "Helium", "BitNet", "Arcee", "Apertus"),
-    *("SeedOss", "DiffLlama", "Ernie4_5", "HunYuanDenseV1", "VaultGemma", "Ministral", "ModernBertDecoder", "Cwm"),
+    *("Olmo3", "Granite", "Starcoder2", "StableLm", "Persimmon", "Glm", "Glm4", "Exaone4", "SmolLM3"),
+    *("GPTNeoX", "GPTBigCode", "Bloom", "BioGpt", "Helium", "BitNet", "Arcee", "Apertus"),
+    *("SeedOss", "DiffLlama", "Ernie4_5", "VaultGemma", "ModernBertDecoder", "Cwm"),
 ):
     _decoder(_stem)
 _decoder("GPT2", "LMHeadModel")
+_decoder("CodeGen", rotary_dim=8)
+_decoder("Nemotron", num_key_value_heads=2)
+_decoder("HunYuanDenseV1", head_dim=8)
+_decoder("Ministral", head_dim=8)
 _decoder("GPTJ", rotary_dim=8)
 _decoder("GPTNeo", attention_types=[[["global", "local"], 1]], window_size=8)
 _decoder("OPT")
@@ -186,7 +198,7 @@ _decoder("OpenAIGPT", "LMHeadModel")
 _decoder("CTRL", "LMHeadModel", dff=48)
 _decoder("Doge")
 _decoder("Reformer", "ModelWithLMHead", is_decoder=True, feed_forward_size=48, attn_layers=["local", "lsh"],
-         local_attn_chunk_length=4, lsh_attn_chunk_length=4, axial_pos_shape=[4, 16], axial_pos_embds_dim=[16, 16],
+         local_attn_chunk_length=4, lsh_attn_chunk_length=4, axial_pos_embds=False,
          num_buckets=4, hash_seed=0)  # fmt: skip
 
 for _stem in (
@@ -195,23 +207,24 @@ for _stem in (
 ):
     _experts(_stem)
 _experts("Qwen2Moe")
-_experts("DeepseekV2", n_group=1, topk_group=1, first_k_dense_replace=1)
-_experts("DeepseekV3", n_group=2, topk_group=1, first_k_dense_replace=1)
-_experts("Dots1", n_group=1, topk_group=1, first_k_dense_replace=1)
+_experts("DeepseekV2", num_experts_per_tok=2, num_key_value_heads=4, n_group=1, topk_group=1, first_k_dense_replace=1)
+_experts("DeepseekV3", num_key_value_heads=4, n_group=2, topk_group=1, first_k_dense_replace=1)
+_experts("Dots1", n_group=1, topk_group=1, first_k_dense_replace=1, n_routed_experts=4, n_shared_experts=1,
+         num_experts_per_tok=2)  # fmt: skip
 _experts("Llama4", num_experts_per_tok=1, interleave_moe_layer_step=1)
-_experts("Dbrx", ffn_config={"ffn_hidden_size": 48, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
-         attn_config={"kv_n_heads": 2})  # fmt: skip
-_experts("HunYuanMoEV1")
+_experts("HunYuanMoEV1", head_dim=8)
 _experts("Afmoe")
-_experts("LongcatFlash", ffn_hidden_size=48, expert_ffn_hidden_size=16, zero_expert_num=2, moe_topk=2)
+_experts(
+    "LongcatFlash", num_key_value_heads=4, ffn_hidden_size=48, expert_ffn_hidden_size=16, zero_expert_num=2, moe_topk=2
+)
 
 _states("Mamba")
 _states("Mamba2", num_heads=8, head_dim=8, n_groups=2, chunk_size=8)
 _states("FalconMamba")
 _states("Jamba", attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False)
 _states("Bamba", mamba_n_heads=8, mamba_d_head=8, mamba_chunk_size=8, attn_layer_indices=[1])
-_states("Zamba", num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False,
-        attention_hidden_size=64, attention_head_dim=16, num_key_value_heads=4)  # fmt: skip
+_states("Zamba", num_hidden_layers=5, layers_block_type=["mamba", "mamba", "hybrid", "mamba", "hybrid"],
+        use_mamba_kernels=False, attention_hidden_size=64, attention_head_dim=16, num_key_value_heads=4)  # fmt: skip
 _states("Zamba2", layers_block_type=["mamba", "hybrid"], num_mem_blocks=1, chunk_size=8, mamba_headdim=8,
         n_mamba_heads=8, use_mamba_kernels=False, num_key_value_heads=4)  # fmt: skip
 _states("RecurrentGemma", num_hidden_layers=3, attention_window_size=8, lru_width=32)
@@ -224,7 +237,7 @@ _states("GraniteMoeHybrid", layer_types=["mamba", "attention"], mamba_n_heads=8,
 _states("MiniMax", layer_types=["linear_attention", "full_attention"], block_size=8)
 _states("Qwen3Next", layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8,
         linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4)  # fmt: skip
-_states("xLSTM", mode="train", chunk_size=8, num_blocks=2, ffn_round_up_to_multiple_of=8)
+_states("xLSTM", mode="train", hidden_size=64, chunk_size=4, num_blocks=2, qk_dim_factor=1.0, ffn_round_up_to_multiple_of=8)
 
 # ---------------------------------------------------------------- encoder-decoders
 
@@ -239,7 +252,7 @@ _seq2seq("NllbMoe", encoder_sparse_step=2, decoder_sparse_step=2, expert_capacit
 _seq2seq("LED", attention_window=4, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64)
 _seq2seq("BigBirdPegasus", attention_type="original_full")
 _seq2seq("ProphetNet", num_encoder_attention_heads=4, num_decoder_attention_heads=4)
-_seq2seq("FSMT", src_vocab_size=VOCABULARY, tgt_vocab_size=VOCABULARY)
+_seq2seq("FSMT", batch=text("same"), src_vocab_size=VOCABULARY, tgt_vocab_size=VOCABULARY)
 _seq2seq("T5Gemma", encoder={}, decoder={}, decoder_start_token_id=0, pad_token_id=0)
 _of("encoder-decoders", "BartForCausalLM", text("same"), name="bart decoder alone")
 
@@ -258,15 +271,17 @@ _speech("WhisperForConditionalGeneration", values(16, 128, key="input_features",
         decoder_start_token_id=1, eos_token_id=2, bos_token_id=1, begin_suppress_tokens=None)  # fmt: skip
 _speech("Speech2TextForConditionalGeneration", values(40, 16, key="input_features", labels="decoder"),
         input_feat_per_channel=16, conv_channels=16)  # fmt: skip
-_speech("MoonshineForConditionalGeneration", values(4000, key="input_values", labels="decoder"))
+_speech("MoonshineForConditionalGeneration", values(4000, key="input_values", labels="decoder"), pad_token_id=0,
+        decoder_start_token_id=1)  # fmt: skip
 _speech("ASTForAudioClassification", values(32, 16, key="input_values", labels="class"), max_length=32,
         frequency_stride=8, time_stride=8)  # fmt: skip
 _speech("ClapModel", values(1, 64, 64, key="input_features", input_ids=lambda s, g: integers(g, s, LENGTH),
                             is_longer=lambda s, g: torch.zeros(s, 1, dtype=torch.bool)),
         audio_config={"depths": [1, 1], "num_attention_heads": [2, 4], "num_hidden_layers": 2, "spec_size": 64,
-                      "num_mel_bins": 16, "patch_embeds_hidden_size": 16, "patch_size": 4, "window_size": 4,
+                      "num_mel_bins": 64, "patch_embeds_hidden_size": 16, "patch_size": 4, "window_size": 4,
                       "hidden_size": 32})  # fmt: skip
-_speech("ParakeetForCTC", values(64, 16, key="input_features", labels="decoder"),
+_speech("ParakeetForCTC", values(64, 16, key="input_features", labels="decoder",
+                                 attention_mask=lambda s, g: torch.ones(s, 64, dtype=torch.long)),
         encoder_config={"subsampling_conv_channels": 16})  # fmt: skip
 
 # ---------------------------------------------------------------- images and video
@@ -286,7 +301,7 @@ _PYRAMID = {"num_encoder_blocks": 2, "depths": [1, 1], "hidden_sizes": [16, 32],
 _vision("Segformer", **_PYRAMID, sr_ratios=[2, 1])
 _vision("Pvt", **_PYRAMID, sequence_reduction_ratios=[2, 1])
 _vision("PvtV2", **{**_PYRAMID, "patch_sizes": [7, 3]}, sr_ratios=[2, 1])
-_vision("Cvt", embed_dim=[16, 32], depth=[1, 1], num_heads=[2, 2], patch_sizes=[7, 3], patch_stride=[4, 2],
+_vision("Cvt", embed_dim=[16, 32], depth=[1, 2], num_heads=[2, 2], patch_sizes=[7, 3], patch_stride=[4, 2],
         patch_padding=[2, 1], mlp_ratio=[2.0, 2.0], qkv_bias=[True, True], cls_token=[False, True],
         qkv_projection_method=["dw_bn", "dw_bn"], kernel_qkv=[3, 3], padding_kv=[1, 1], stride_kv=[2, 2],
         padding_q=[1, 1], stride_q=[1, 1], attention_drop_rate=[0.0] * 2, drop_rate=[0.0] * 2,
@@ -306,7 +321,8 @@ _vision("PoolFormer", num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[16, 32]
 _vision("ConvNext", num_stages=2, hidden_sizes=[16, 32], depths=[1, 1], patch_size=4)
 _vision("ConvNextV2", num_stages=2, hidden_sizes=[16, 32], depths=[1, 1], patch_size=4)
 _vision("ImageGPT", text(), vocab_size=VOCABULARY)
-_vision("ViTMAE", image(labels=None), head="ForPreTraining")
+_vision("ViTMAE", image(labels=None), head="ForPreTraining", decoder_hidden_size=32, decoder_intermediate_size=48,
+        decoder_num_attention_heads=4, decoder_num_hidden_layers=2)  # fmt: skip
 _vision("Aimv2Vision", image(labels=None), head="Model")
 _vision("MLCDVision", image(labels=None), head="Model")
 _vision("VideoMAE", video(), head="ForVideoClassification", num_frames=2)
@@ -337,19 +353,19 @@ _RT = {"num_queries": 5, "encoder_hidden_dim": 32, "encoder_in_channels": [16, 1
 _dense("RTDetrForObjectDetection", image(64, labels=None), **_RT,
        backbone_config={**_RESNET, "kind": "RTDetrResNetConfig"})  # fmt: skip
 _dense("YolosForObjectDetection", image_size=[32, 32], num_detection_tokens=5)
-_dense("OwlViTForObjectDetection", image_and_text(labels=False, length=8), vision_config={}, text_config={})
-_dense("Owlv2ForObjectDetection", image_and_text(labels=False, length=8), vision_config={}, text_config={})
+_dense("OwlViTForObjectDetection", image_and_text(labels=False, length=8), projection_dim=32)
+_dense("Owlv2ForObjectDetection", image_and_text(labels=False, length=8), projection_dim=32)
 _dense("SegformerForSemanticSegmentation", image(labels="map"), name="segformer for maps", **_PYRAMID,
        sr_ratios=[2, 1], decoder_hidden_size=16, num_labels=LABELS)  # fmt: skip
-_dense("BeitForSemanticSegmentation", image(labels=None), name="beit for maps", out_indices=[1, 1, 2, 2],
-       num_hidden_layers=2, pool_scales=[1, 2])  # fmt: skip
+_dense("BeitForSemanticSegmentation", image(labels=None), name="beit for maps", out_indices=[1, 2, 3, 4],
+       num_hidden_layers=4, pool_scales=[1, 2])  # fmt: skip
 _dense("UperNetForSemanticSegmentation", image(64, labels="map"), backbone_config=_SWIN_BACKBONE, pool_scales=[1, 2],
        auxiliary_channels=16, num_labels=LABELS)  # fmt: skip
-_dense("MaskFormerForInstanceSegmentation", image(64, labels=None), backbone_config=_SWIN_BACKBONE,
-       fpn_feature_size=16, mask_feature_size=16,
+_dense("MaskFormerModel", image(64, labels=None), backbone_config=_SWIN_BACKBONE,
+       fpn_feature_size=32, mask_feature_size=32,
        decoder_config={"kind": "DetrConfig", "num_queries": 5, "backbone_config": _LAST})  # fmt: skip
-_dense("Mask2FormerForUniversalSegmentation", image(64, labels=None), backbone_config=_SWIN_BACKBONE,
-       feature_size=16, mask_feature_size=16, num_queries=5, hidden_dim=16, encoder_feedforward_dim=24,
+_dense("Mask2FormerModel", image(64, labels=None), backbone_config=_SWIN_BACKBONE,
+       feature_size=32, mask_feature_size=32, num_queries=5, hidden_dim=32, encoder_feedforward_dim=24,
        dim_feedforward=24, decoder_layers=3)  # fmt: skip
 _dense("SamModel", image(labels=None, input_points=lambda s, g: torch.rand(s, 1, 2, 2, generator=g) * 32),
        vision_config={"output_channels": 16, "patch_size": 4, "window_size": 4, "num_pos_feats": 8,
@@ -357,7 +373,7 @@ _dense("SamModel", image(labels=None, input_points=lambda s, g: torch.rand(s, 1,
        prompt_encoder_config={"hidden_size": 16, "patch_size": 4, "image_embedding_size": 8, "mask_input_channels": 4},
        mask_decoder_config={"hidden_size": 16, "mlp_dim": 32, "iou_head_hidden_dim": 16})  # fmt: skip
 _dense("DPTForDepthEstimation", num_hidden_layers=4, backbone_out_indices=[0, 1, 2, 3],
-       neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16)  # fmt: skip
+       neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=32)  # fmt: skip
 _dense("GLPNForDepthEstimation", image(64, labels=None),
        **{**_PYRAMID, "num_encoder_blocks": 4, "depths": [1] * 4, "hidden_sizes": [8, 16, 16, 32],
           "patch_sizes": [7, 3, 3, 3], "strides": [4, 2, 2, 2], "num_attention_heads": [2] * 4, "mlp_ratios": [2] * 4},
@@ -368,11 +384,9 @@ _dense("DepthAnythingForDepthEstimation", image(28, labels=None), backbone_confi
 _dense("VitDetModel", image_size=32, pretrain_image_size=32)
 _dense("VitPoseForPoseEstimation", image(32, labels=None),
        backbone_config={"kind": "VitPoseBackboneConfig", "image_size": [32, 32], "patch_size": [8, 8],
-                        "num_labels": 2, "out_features": ["stage2"]}, num_labels=2)  # fmt: skip
+                        "num_experts": 1, "out_features": ["stage2"]}, num_labels=2)  # fmt: skip
 _dense("Swin2SRForImageSuperResolution", image_size=32, patch_size=1, embed_dim=16, depths=[1, 1], num_heads=[2, 2],
        window_size=4)  # fmt: skip
-_dense("EomtForUniversalSegmentation", num_queries=5, num_blocks=1, num_upscale_blocks=1, num_hidden_layers=2,
-       mask_labels=None, train_num_points=16)  # fmt: skip
 
 # ---------------------------------------------------------------- text with images
 
@@ -394,7 +408,7 @@ _pair("Siglip2Model", text(None, pixel_values=lambda s, g: torch.randn(s, 16, 19
 _pair("XCLIPModel", text(None, pixel_values=lambda s, g: torch.randn(s, 2, 3, 32, 32, generator=g), return_loss=True),
       text_config={"eos_token_id": 2}, vision_config={"num_frames": 2, "mit_hidden_size": 32,
       "mit_intermediate_size": 48, "mit_num_hidden_layers": 1, "mit_num_attention_heads": 4},
-      prompt_layers=1, prompt_num_attention_heads=4)  # fmt: skip
+      prompt_layers=1, prompt_num_attention_heads=4, projection_dim=32)  # fmt: skip
 _pair("ViltForQuestionAnswering",
       image_and_text(labels=False), num_labels=LABELS)  # fmt: skip
 _pair("VisualBertModel", text(None, visual_embeds=lambda s, g: torch.randn(s, 4, 16, generator=g)),
@@ -404,7 +418,8 @@ _pair("LxmertModel", text(None, visual_feats=lambda s, g: torch.randn(s, 4, 16, 
       visual_feat_dim=16, l_layers=2, x_layers=1, r_layers=1)  # fmt: skip
 _pair("BlipForConditionalGeneration", image_and_text(), text_config={"encoder_hidden_size": 32}, vision_config={},
       image_text_hidden_size=16)  # fmt: skip
-_pair("BridgeTowerModel", image_and_text(labels=False), vision_config={}, text_config={}, num_hidden_layers=2)
+_pair("BridgeTowerModel", image_and_text(labels=False), hidden_size=64, vision_config={"hidden_size": 64},
+      text_config={"hidden_size": 64})  # fmt: skip
 _pair("FlavaModel", image_and_text(labels=False))
 _pair("GitForCausalLM", image_and_text(), vision_config={})
 _pair("Kosmos2ForConditionalGeneration",

@@ -68,6 +68,8 @@ def results_of(name: str, forms: list[str], checks: list[str]) -> dict[str, Any]
         for key in checks:
             result = check(case, key)
             entry[form][key] = [result.status, result.text, result.trace]
+            if key == "targets" and result.status != "works":
+                break  # without targets there is nothing to check
     entry["seconds"] = round(time.perf_counter() - start, 1)
     return entry
 

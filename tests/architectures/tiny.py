@@ -64,6 +64,7 @@ _SIZES: list[tuple[int, str]] = [
 ]
 SIZES = {name: size for size, names in _SIZES for name in names.split()}
 _ZERO = re.compile(r"drop|jitter|^mask_(time|feature)_prob$|^spec_aug")
+_GATE = re.compile(r"layer_?scale|lambda|_gate$|gamma_\d")
 _TOKEN = re.compile(r"(token_id|token_index|_token_idx|_tok_id)$")
 
 
@@ -89,13 +90,13 @@ def tiny(kind: type[Any], **overrides: Any) -> Any:
         elif _TOKEN.search(name) and isinstance(value, int) and value >= VOCABULARY:
             fields[name] = IMAGE_TOKEN if "image" in name else VOCABULARY - 2
     for name in parts:
-        own = overrides.pop(name, {})
+        own = dict(overrides.pop(name, {}))
         part = getattr(default, name)
         part_kind = getattr(tf, own.pop("kind")) if "kind" in own else type(part)
         fields[name] = tiny(part_kind, **own).to_dict()
     for name in list(overrides):
         if isinstance(overrides[name], dict) and "kind" in overrides[name]:
-            own = overrides.pop(name)
+            own = dict(overrides.pop(name))
             fields[name] = tiny(getattr(tf, own.pop("kind")), **own)
     return kind(**{**fields, **overrides})
 
@@ -121,13 +122,14 @@ def with_lively_weights(model: nn.Module) -> nn.Module:
         ]  # fmt: skip
         matrices += [p for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name]
         matrices += [layer.weight for layer in model.modules() if isinstance(layer, nn.Embedding)]
+        matrices += [p for p in model.parameters() if p.dim() > 1 and not bool(p.any())]
         for weight in matrices:
             weight.normal_(0.0, weight.shape[-1] ** -0.5)
         for name, parameter in model.named_parameters():
             last = name.rpartition(".")[2]
             if last == "bias" and parameter.dim() == 1:
                 parameter.normal_(0.0, 0.05)
-            elif re.search(r"layer_?scale|lambda|_gate$|gamma_\d|^attn_gate|ffn_gate", last) and parameter.dim() <= 1:
+            elif parameter.dim() < 2 and (_GATE.search(last) or not bool(parameter.any())):
                 parameter.fill_(0.5)
     return model.eval()
 
