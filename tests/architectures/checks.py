@@ -24,7 +24,8 @@ from transformers import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
 import wasi_peft
-from wasi_peft import WasiConfig, estimate_wasi, preprocess_wasi
+from wasi_peft import WasiConfig, preprocess_wasi
+from wasi_peft.cost.estimate import estimate_peak
 from wasi_peft.memory import modes
 from wasi_peft.memory.loss import ChunkedLoss
 from wasi_peft.memory.pieces import ChunkedMLPs, SlicedBlocks
@@ -159,10 +160,12 @@ def dense_gradients(model: nn.Module, case: Case) -> Gradients:
     )  # fmt: skip
 
 
-def compare_gradients(model: PeftModel, case: Case, tolerance: float, value: Tensor | None = None) -> None:
+def compare_gradients(model: Any, case: Case, tolerance: float) -> None:
     """L's gradients must be those of the dense weight times R, and the loss the dense one."""
-    if value is None:
-        value = loss(run(model.train(), case.batch))
+    value = loss(run(model.train(), case.batch))
+    if not value.requires_grad:  # blocks that need a gradient to go back to, as under reentrant checkpointing
+        model.enable_input_require_grads()
+        value = loss(run(model, case.batch))
     expected = case.expected_gradients
     if abs(float(value) - expected.loss) > 1e-2 * max(abs(expected.loss), 1e-3) + 1e-4:
         raise Wrong(f"the loss is {float(value):.4g}, that of the dense model {expected.loss:.4g}.")
@@ -247,9 +250,8 @@ def short_slices() -> Iterator[None]:
 
 def estimate(case: Case) -> None:
     """A figure without running the model."""
-    result = estimate_wasi(case.dense, case.config(), batch=case.batch)
-    if result.peak_bytes <= 0 or result.gradients_bytes <= 0:
-        raise Wrong(f"the estimate is {result}.")
+    if estimate_peak(case.dense, case.config(), batch=case.batch) <= 0:
+        raise Wrong("the estimate of the peak is 0.")
 
 
 def preparation(case: Case) -> None:

@@ -189,6 +189,7 @@ _decoder(
     num_kv_shared_layers=2,
     vocab_size_per_layer_input=VOCABULARY,
     hidden_size_per_layer_input=8,
+    intermediate_size=48,
     laurel_rank=8,
     layer_types=["sliding_attention", "full_attention"] * 2,
     activation_sparsity_pattern=[0.0] * 4,
@@ -237,7 +238,6 @@ _states("GraniteMoeHybrid", layer_types=["mamba", "attention"], mamba_n_heads=8,
 _states("MiniMax", layer_types=["linear_attention", "full_attention"], block_size=8)
 _states("Qwen3Next", layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8,
         linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4)  # fmt: skip
-_states("xLSTM", mode="train", hidden_size=64, chunk_size=4, num_blocks=2, qk_dim_factor=1.0, ffn_round_up_to_multiple_of=8)
 
 # ---------------------------------------------------------------- encoder-decoders
 

@@ -47,7 +47,7 @@ rank (`weight_rank=4, residual=None`), and an addition beside the exact weight (
 | full rank | output and gradients at full rank, or beside the residual, are those of the dense model (with its weights rounded) |
 | step | two AdamW steps move every layer that the dense model's gradients reach, and leave no NaN |
 | fast, small | outputs and gradients under each memory mode, with whole batches and in slices |
-| estimate | `estimate_wasi` follows a step without running it |
+| estimate | the peak of a step is estimated without running it, as `estimate_wasi` does |
 | prepare | `preprocess_wasi` prepares all targets, and the injection takes what it made |
 | checkpoints | the model's own gradient checkpointing, reentrant or not |
 | bf16 | a training pass under bfloat16 autocast, as exact as the dense model's |

@@ -10,16 +10,42 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+LOST = (
+    "{what}: this weight is multiplied out of what is stored for each use, so what is written to it would be lost. "
+    "Restore the dense layers first (model.dequantize())."
+)
+
+
+def _refuse_in_place(name: str) -> None:
+    """Raise an AttributeError for the name of a method that changes a tensor's values in place."""
+    if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
+        raise AttributeError(LOST.format(what=f"{name} cannot be applied"))
+
 
 class FactoredWeight:
     """Stand-in for a dense weight: knows shape, dtype and device at no cost, and is multiplied out only on use.
 
     Model code reads `layer.weight.dtype` and the like in its forward pass (T5 does); multiplying out `L R` for that
     would bring the dense matrix back. Passing the stand-in to any torch function, or asking for anything else than the
-    attributes below, computes the dense weight for that one use.
+    attributes below, computes the dense weight for that one use. So it cannot be changed in place, except by a factor
+    (RWKV rescales its layers so), where `rescale` says what becomes of that.
+
+    Args:
+        shape: Of the dense weight.
+        dtype: Of the dense weight.
+        device: Of what is stored.
+        dense: Computes the dense weight.
+        rescale: Takes a factor by which the weight is multiplied for good.
     """
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, dense: Callable[[], Tensor]):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        dense: Callable[[], Tensor],
+        rescale: Callable[[float], None] | None = None,
+    ) -> None:
         self.shape = torch.Size(shape)
         self.dtype = dtype
         self.device = device
@@ -27,20 +53,31 @@ class FactoredWeight:
         self.is_meta = device.type == "meta"
         self._is_hf_initialized = True  # transformers must not fill it with numbers
         self._dense = dense
+        self._rescale = rescale
         self._made = True
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("_dense", "qweight", "ds_shape", "quant_state"):
             raise AttributeError(name)
+        _refuse_in_place(name)
         return getattr(self._dense(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_made" in self.__dict__:
-            raise AttributeError(
-                f"{name} cannot be set: this weight is multiplied out of what is stored for each use, so what is "
-                "written to it would be lost. Restore the dense layers first (model.dequantize())."
-            )
+            raise AttributeError(LOST.format(what=f"{name} cannot be set"))
         super().__setattr__(name, value)
+
+    def mul_(self, factor: Any) -> FactoredWeight:
+        """Multiply the weight by a number, for good."""
+        if self._rescale is None or not isinstance(factor, (int, float)):
+            _refuse_in_place("mul_")
+        else:
+            self._rescale(float(factor))
+        return self
+
+    def div_(self, divisor: Any) -> FactoredWeight:
+        """Divide the weight by a number, for good."""
+        return self.mul_(1 / divisor)
 
     def is_floating_point(self) -> bool:
         """Whether the dense weight is of floating point numbers, as `Tensor.is_floating_point`."""
@@ -69,6 +106,8 @@ class FactoredWeight:
                 return type(value)(dense(item) for item in value)
             return value
 
+        if args and isinstance(args[0], FactoredWeight):
+            _refuse_in_place(getattr(func, "__name__", ""))
         return func(*dense(args), **{key: dense(value) for key, value in (kwargs or {}).items()})
 
 

@@ -47,6 +47,8 @@ class WasiLayer(BaseTunerLayer):
         residual: The frozen weight that the factors of adapters are beside; None where they replace it.
         inputs: What the layers of the model share of their inputs.
         vectors: The vectors of the model that train with each adapter.
+        weight_scale: What model code multiplied the weight by in place, as RWKV does for inference: 1 while it trains,
+            and of this model in memory alone, so no adapter's file has it.
         tells_divergence: Whether this layer raises an error when a step leaves NaN or Inf in it; one of a model does.
     """
 
@@ -66,6 +68,7 @@ class WasiLayer(BaseTunerLayer):
         self.inputs = SharedInputs() if inputs is None else inputs
         self.vectors = AdapterVectors() if vectors is None else vectors
         self.frozen_biases: set[str] = set()  # adapters whose bias does not train
+        self.weight_scale = 1.0
         self.tells_divergence = False
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -169,7 +172,14 @@ class WasiLayer(BaseTunerLayer):
     def weight(self) -> Tensor | FactoredWeight:
         """What the layer multiplies by: a stand-in for the form's weight, or the base layer's where that is in use."""
         weight: Tensor | FactoredWeight = (self.base_layer if self._uses_base else self.form).weight
-        return weight
+        if isinstance(weight, Tensor):
+            return weight
+        dense, scale = weight.multiplied_out, self.weight_scale
+        scaled = dense if scale == 1 else lambda: dense() * scale
+        return FactoredWeight((weight.shape[0], weight.shape[1]), weight.dtype, weight.device, scaled, self._rescale)
+
+    def _rescale(self, factor: float) -> None:
+        self.weight_scale *= factor
 
     @property
     def bias(self) -> Tensor | None:
@@ -375,6 +385,9 @@ class WasiLayer(BaseTunerLayer):
         """
         self._require_loaded(adapter_name)
         dense = self.form_of(adapter_name).to_dense().to(self._like.dtype)
+        if self.weight_scale != 1:
+            assert isinstance(dense.weight, Tensor)
+            dense.weight.data.mul_(self.weight_scale)
         if safe_merge:
             _check_finite(adapter_name, [dense_weight(dense)])
         return dense
@@ -389,7 +402,8 @@ class WasiLayer(BaseTunerLayer):
         form = self.form_of(adapter_name)
         if safe_merge:
             _check_finite(adapter_name, form.parameters())
-        return compressed(form, self._like.dtype) or self.get_dense_layer(adapter_name, safe_merge)
+        smaller = compressed(form, self._like.dtype) if self.weight_scale == 1 else None
+        return smaller or self.get_dense_layer(adapter_name, safe_merge)
 
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, dense: bool | None = None
@@ -532,6 +546,8 @@ class Linear(nn.Module, WasiLayer):
         return self
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if self.weight_scale != 1 and not self.merged_adapters:
+            return self._scaled_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if adapter_names is not None:
             return self._mixed_forward(x, adapter_names)
         if self._disable_adapters and self.merged_adapters:
@@ -570,6 +586,15 @@ class Linear(nn.Module, WasiLayer):
         sink = None if compiling else self.product_gradient_sink(name)
         with torch.autocast(device_type=x.device.type, enabled=False):
             return update.forward(form, rows, compressed, sink)
+
+    def _scaled_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer answers with its weight multiplied by a number, and its bias as it is."""
+        scale, self.weight_scale = self.weight_scale, 1.0
+        try:
+            y = self.forward(x, *args, **kwargs)
+        finally:
+            self.weight_scale = scale
+        return y * scale if self.bias is None else (y - self.bias) * scale + self.bias
 
     @torch.compiler.disable
     def _meet(self, name: str, rows: Tensor) -> None:
