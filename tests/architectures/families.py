@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class Family:
         make: Builds the tiny model with the initial weights of its class.
         make_batch: A batch of a number of samples.
         needs: Packages that may be absent.
+        endless: Checks that never end for the dense model either.
+        input_gradients: Whether blocks need a gradient to go back to where all before them is frozen, as for LoRA.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Family:
     make: Callable[[], nn.Module]
     make_batch: MakeBatch
     needs: tuple[str, ...] = ()
+    endless: tuple[str, ...] = ()
+    input_gradients: bool = False
 
     @property
     def missing(self) -> list[str]:
@@ -578,3 +582,6 @@ _torchvision(
     "SwinTransformer",
     lambda models: models.SwinTransformer([2, 2], 16, [1, 1], [2, 2], [4, 4], 2.0, 0.0, 0.0, 0.0, LABELS),
 )
+
+FAMILIES["Reformer"] = replace(FAMILIES["Reformer"], input_gradients=True)  # its layers are reversible
+FAMILIES["WavLM"] = replace(FAMILIES["WavLM"], endless=("reentrant",))  # all layers share one position bias
