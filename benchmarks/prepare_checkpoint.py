@@ -10,7 +10,8 @@ in a process of its own:
   checkpointing.
 
 Measured are the peak of the process (resident set) above what it held once everything was imported, and seconds.
-Weights are random, so this says nothing of accuracy.
+Weights are random, so this says nothing of accuracy. Eigenvectors of moments, in float64, take most of the time with
+data: factors, which need those of outputs too, take several times as long.
 
 Results: docs/benchmarks/prepare_checkpoint.json.
 """

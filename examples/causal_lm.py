@@ -1,75 +1,51 @@
-"""Fine-tunes a language model with 70 % of its weights, by a plain loop that keeps little for backward.
+"""Fine-tunes a language model on texts or chats, by TRL's SFTTrainer.
 
-By default a small Llama with random weights learns the bytes of this file: seconds, without a download. For your own
-text and a pretrained model, by hub id or folder::
+The lines that make it WASI are marked. The dataset has a column "text", "messages", or "prompt" and "completion"::
 
-    python examples/causal_lm.py --model HuggingFaceTB/SmolLM2-135M --text notes.txt --tokens 128 --lr 5e-3
+    python examples/causal_lm.py --dataset FOLDER --packing --memory small
+    python examples/causal_lm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset trl-lib/Capybara
+    accelerate launch --num_processes 2 examples/causal_lm.py --dataset FOLDER
 """
 
 import argparse
-from pathlib import Path
+import math
 
+import datasets
 import torch
-from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
-import wasi_peft
+import wasi_peft  # 1
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", help="hub id or folder (default: a small Llama with random weights)")
-parser.add_argument("--text", type=Path, default=Path(__file__), help="file to learn")
-parser.add_argument("--tokens", type=int, default=32, help="of a sample")
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder")
+parser.add_argument("--dataset", required=True, help="hub id, or folder of csv, json or parquet files")
+parser.add_argument("--tokens", type=int, default=128, help="at most, of a sample")
+parser.add_argument("--packing", action="store_true", help="several samples in a row of tokens")
+parser.add_argument("--assistant-only", action="store_true", help="learn what the assistant says, of chats")
+parser.add_argument("--memory", default="exact", choices=["exact", "fast", "small"])
 parser.add_argument("--batch-size", type=int, default=8)
 parser.add_argument("--steps", type=int, default=200)
-parser.add_argument("--lr", type=float, default=2e-2)
-parser.add_argument("--output", type=Path, default=Path("outputs/causal_lm"))
+parser.add_argument("--lr", type=float, default=3e-3)
+parser.add_argument("--bf16", action="store_true")
+parser.add_argument("--output", default="outputs/causal_lm")
 args = parser.parse_args()
 
+tokenizer = AutoTokenizer.from_pretrained(args.model)
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+split = datasets.load_dataset(args.dataset, split="train").train_test_split(0.1, seed=0)
 
-def base_model():
-    if args.model:
-        return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(
-        LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=256, bos_token_id=0, eos_token_id=0)
-    )
-
-
-text = args.text.read_text()
-ids = AutoTokenizer.from_pretrained(args.model)(text)["input_ids"] if args.model else list(text.encode())
-samples = torch.tensor(ids[: len(ids) // args.tokens * args.tokens]).view(-1, args.tokens)
-test_set, train_set = samples[::8], torch.cat([samples[start::8] for start in range(1, 8)])
-
-
-@torch.inference_mode()
-def perplexity(model):
-    model.eval()
-    return model(input_ids=test_set, labels=test_set).loss.exp().item()
-
-
-model = base_model()
-print(f"perplexity of the dense model: {perplexity(model):.1f}")
-config = wasi_peft.WasiConfig(weight_share=0.7, memory_mode="fast")  # "exact", "fast" or "small"
-batches = [{"input_ids": part} for part in train_set[:128].split(args.batch_size)]
-wasi_peft.preprocess_wasi(model, config, batches, repair_steps=20)
-model = get_peft_model(model, config)  # from here on the dense weights are gone
-print(model.wasi_summary())
-print(f"perplexity before training: {perplexity(model):.1f}")
-
-optimizer = wasi_peft.create_wasi_optimizer(model, torch.optim.AdamW, lr=args.lr, fused=True)
-model.train()
-for step in range(args.steps):
-    batch = train_set[torch.randint(len(train_set), (args.batch_size,))]
-    loss = model(input_ids=batch, labels=batch).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    if step % 20 == 0:
-        print(f"step {step}: loss {loss.item():.3f}")
-trained = perplexity(model)
-print(f"perplexity after training: {trained:.1f}")
-
-model.save_pretrained(args.output)
-loaded = PeftModel.from_pretrained(base_model(), args.output)
-print(f"perplexity of the saved model: {perplexity(loaded):.1f}")
+training = SFTConfig(
+    output_dir=args.output, max_steps=args.steps, per_device_train_batch_size=args.batch_size, learning_rate=args.lr,
+    max_length=args.tokens, packing=args.packing, assistant_only_loss=args.assistant_only, bf16=args.bf16,
+    gradient_checkpointing=False, save_strategy="no", report_to="none", logging_steps=20, seed=0,
+)  # fmt: skip
+trainer = SFTTrainer(
+    model, training, train_dataset=split["train"], eval_dataset=split["test"], processing_class=tokenizer,
+    peft_config=wasi_peft.WasiConfig(task_type="CAUSAL_LM", memory_mode=args.memory),  # 2
+)  # fmt: skip
+print(f"perplexity before training: {math.exp(trainer.evaluate()['eval_loss']):.2f}")
+trainer.train()
+print(f"perplexity after training: {math.exp(trainer.evaluate()['eval_loss']):.2f}")
+trainer.save_model()

@@ -54,7 +54,7 @@ _IN_SLICES = {
     "fast": (SlicedBlocks(16, mlp_rows=8), LowBitBlocks("int8", 64, low_bit_activations=True), ChunkedLoss()),
     "small": (RecomputedBlocks("exact"), SlicedBlocks(16, drop_caches=True), ChunkedMLPs(8), ChunkedLoss()),
 }
-_TOLERANCE = {("fast", False): 0.05, ("fast", True): 0.15, ("small", False): 1.0, ("small", True): 0.01}
+_TOLERANCE = {("fast", False): 0.15, ("fast", True): 0.15, ("small", False): 1.0, ("small", True): 0.01}
 
 
 class Absent(Exception):
@@ -284,29 +284,25 @@ def checkpointing(case: Case, use_reentrant: bool) -> None:
     model = case.adapted(lossless=True)
     enable(model)
     if use_reentrant:
-        try:
-            model.enable_input_require_grads()
-        except NotImplementedError:
-            raise Absent("the model has no input embeddings to take gradients from.") from None
-        except Exception as error:
-            raise Absent(f"enable_input_require_grads of the model: {one_line(error)}") from None
-        only_if_dense_does(functools.partial(lora_gradients, case, enable))
+        only_if_dense_does(model.enable_input_require_grads)
+    only_if_dense_does(functools.partial(lora_gradients, case, enable, use_reentrant))
     compare_gradients(model, case, 1e-2)
 
 
-def lora_gradients(case: Case, enable: Callable[[Any], None]) -> None:
-    """Raises what hinders LoRA under the model's reentrant checkpointing."""
+def lora_gradients(case: Case, enable: Callable[[Any], None], use_reentrant: bool) -> None:
+    """Raises what hinders LoRA under the model's checkpointing."""
     gradients = []
     for prepare in (lambda _: None, enable):
         torch.manual_seed(0)
         model: Any = get_peft_model(copy.deepcopy(case.dense), LoraConfig(r=2, target_modules=case.targets))
         prepare(model)
-        model.enable_input_require_grads()
+        if use_reentrant:
+            model.enable_input_require_grads()
         loss(run(model.train(), case.batch)).backward()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained]))
     if distance(*gradients) > 1e-2:
-        raise Absent("LoRA loses gradients by it too: reentrant checkpointing needs an input that requires one.")
+        raise Absent("LoRA loses gradients by it too.")
 
 
 def autocast(case: Case) -> None:

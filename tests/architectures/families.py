@@ -563,9 +563,9 @@ for _name in ("vit_base_patch16_224", "deit_base_patch16_224", "beit_base_patch1
               "cait_s24_224", "vit_small_patch14_dinov2"):  # fmt: skip
     _timm(_name, **_flat)
 _timm("swin_tiny_patch4_window7_224", img_size=32, patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 2),
-      window_size=4)  # fmt: skip
+      window_size=4, drop_path_rate=0.0)  # fmt: skip
 _timm("swinv2_tiny_window8_256", img_size=32, patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 2),
-      window_size=4)  # fmt: skip
+      window_size=4, drop_path_rate=0.0)  # fmt: skip
 
 
 def _torchvision(name: str, make: Callable[[Any], nn.Module]) -> None:

@@ -2,74 +2,271 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import datasets
+import evaluate
+import numpy as np
 import pytest
+import torch
+import transformers
 from scripts import ROOT, run_script
+from tokenizing import byte_tokenizer
+
+import wasi_peft
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-TINY = {
-    "any_model_memory.py": ("--batch-size", "16", "--tokens", "64"),
-    "causal_lm.py": ("--steps", "3"),
-    "image_classification.py": ("--epochs", "1"),
-    "plan_for_a_budget.py": ("--batch-size", "4", "--steps", "2"),
-}
+METRICS = ROOT / "examples" / "metrics"
 MEASURED = re.compile(r"^(.+?) +(\S+) MiB   loss (\S+)$", re.MULTILINE)
 
 
-def numbers(pattern: str, text: str) -> list[float]:
-    """What the groups of the only place that matches hold."""
+def number(pattern: str, text: str) -> float:
+    """What the group of the only place that matches holds."""
     (match,) = re.finditer(pattern, text)
-    return [float(group) for group in match.groups()]
+    return float(match[1])
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer."""
+    torch.manual_seed(0)
+    folder, tokenizer = tmp_path_factory.mktemp("llama"), byte_tokenizer()
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1, pad_token_id=0, bos_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT without a head, with a tokenizer."""
+    torch.manual_seed(0)
+    folder, tokenizer = tmp_path_factory.mktemp("bert"), byte_tokenizer()
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def segmentation_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SegFormer with its image processor's settings."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("segformer")
+    config = transformers.SegformerConfig(
+        hidden_sizes=[16, 16], num_encoder_blocks=2, depths=[1, 1], num_attention_heads=[2, 2], sr_ratios=[2, 1],
+        patch_sizes=[3, 3], strides=[2, 2], mlp_ratios=[2, 2], decoder_hidden_size=16,
+    )  # fmt: skip
+    transformers.SegformerModel(config).save_pretrained(folder)
+    settings = {"image_processor_type": "SegformerImageProcessor", "size": {"height": 16, "width": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mails(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A csv file with texts that their class can be told from."""
+    folder = tmp_path_factory.mktemp("mails")
+    rows = [f"{word} {index % 7},{label}" for index in range(40) for word, label in (("aaa", "ham"), ("zzz", "spam"))]
+    (folder / "mails.csv").write_text("\n".join(["text,label", *rows]))
+    return folder
+
+
+def json_folder(folder: Path, rows: list[dict[str, object]]) -> Path:
+    """A folder with one file of json lines."""
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def question(text: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of chats, of which one is preferred."""
+    rows = [{"chosen": question(f"say {i}", "yes"), "rejected": question(f"say {i}", "no")} for i in range(16)]
+    return json_folder(tmp_path_factory.mktemp("preferences"), list(rows))
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Chats in which the answer is always the same."""
+    rows = [{"messages": question(f"say {i}", "yes, I do")} for i in range(40)]
+    return json_folder(tmp_path_factory.mktemp("chats"), list(rows))
+
+
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images whose left half is dark, as a parquet file with the class of each pixel."""
+    image_module = pytest.importorskip("PIL.Image", reason="images need Pillow")
+    generator, folder = np.random.default_rng(0), tmp_path_factory.mktemp("maps")
+    images, annotations = [], []
+    for _ in range(20):
+        pixels = generator.integers(0, 60, (16, 16, 3), dtype=np.uint8)
+        pixels[:, 8:] += 150
+        annotation = np.zeros((16, 16), dtype=np.uint8)
+        annotation[:, 8:], annotation[0] = 1, 255
+        images.append(image_module.fromarray(pixels))
+        annotations.append(image_module.fromarray(annotation))
+    features = datasets.Features({"image": datasets.Image(), "annotation": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": images, "annotation": annotations}, features=features)
+    table.to_parquet(folder / "maps.parquet")
+    return folder
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., str]:
+    """Runs an example in an empty folder; it writes below `outputs` only, and nothing into the user's caches.
+
+    In this process, where the libraries are imported already.
+    """
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(tmp_path)
+
+    def run_example(name: str, *arguments: str | Path) -> str:
+        script = ROOT / "examples" / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(script), run_name="__main__")
+        assert {path.name for path in tmp_path.iterdir()} <= {"outputs"}
+        return capsys.readouterr().out
+
+    return run_example
 
 
 def test_examples_are_short_scripts() -> None:
-    assert sorted(TINY) == [path.name for path in EXAMPLES]
-    assert {path.name for path in (ROOT / "examples").iterdir()} - {"__pycache__"} == set(TINY)
     for path in EXAMPLES:
         assert len(path.read_text().splitlines()) < 80, path.name
+    tested = set(re.findall(r"def test_(\w+)\(\s*run", Path(__file__).read_text()))
+    assert tested == {path.stem for path in EXAMPLES}
 
 
-@pytest.fixture(scope="module", params=EXAMPLES, ids=lambda path: path.stem)
-def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
-    """Name, folder and text of an example that ran at a tiny size."""
-    folder = tmp_path_factory.mktemp(request.param.stem)
-    return request.param.stem, folder, run_script(request.param, *TINY[request.param.name], folder=folder)
+def test_image_classification(run: Callable[..., str], model_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    text = run(
+        "image_classification", "--model", model_folder, "--dataset", image_folder,
+        "--metric", METRICS / "accuracy.py", "--epochs", "8", "--batch-size", "8", "--lr", "3e-3",
+    )  # fmt: skip
+    assert number(r"accuracy after training: (\S+)\n", text) > 0.6  # of three classes
+    folder = tmp_path / "outputs" / "image_classification"
+    assert "import wasi_peft" in (folder / "README.md").read_text()
+    assert (folder / "adapter_model.safetensors").is_file()
 
 
-def test_examples_run(outcome: tuple[str, Path, str]) -> None:
-    """What one tells of its result holds, and it writes below `outputs` only."""
-    name, folder, text = outcome
-    if name == "causal_lm":
-        (trained,) = numbers(r"perplexity after training: (\S+)", text)
-        assert numbers(r"perplexity of the saved model: (\S+)", text) == [trained]
-        assert numbers(r"perplexity before training: (\S+)", text)[0] > trained
-    elif name == "image_classification":
-        assert numbers(r"accuracy before training: (\S+)\n", text)[0] < 1
-        assert numbers(r"accuracy after training: (\S+)\n", text)[0] > 0.4
-    elif name == "plan_for_a_budget":
-        dense, budget = numbers(r"full fine-tuning: (\S+) MiB, budget: (\S+) MiB", text)
-        estimate, measured = numbers(r"estimated at (\S+) MiB and took (\S+) MiB", text)
-        assert measured == pytest.approx(estimate, rel=0.05) and measured < budget < dense
-    elif name == "any_model_memory":
-        rows = {title.strip(): (float(peak), float(loss)) for title, peak, loss in MEASURED.findall(text)}
-        peaks, losses = zip(*rows.values(), strict=True)
-        assert len(rows) == 7 and max(peaks) == rows["nothing"][0] and min(peaks) < 0.5 * max(peaks)
-        assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
-    assert {path.name for path in folder.iterdir()} <= {"outputs"}
+def test_text_classification(run: Callable[..., str], text_model: Path, mails: Path) -> None:
+    text = run(
+        "text_classification", "--model", text_model, "--dataset", mails, "--metric", METRICS / "accuracy.py",
+        "--epochs", "5", "--batch-size", "8", "--lr", "3e-3",
+    )  # fmt: skip
+    assert number(r"accuracy after training: (\S+)\n", text) > 0.8
 
 
-def test_image_classification_of_a_folder(model_folder: Path, image_folder: Path, tmp_path: Path) -> None:
-    script = ROOT / "examples" / "image_classification.py"
-    text = run_script(script, "--model", model_folder, "--dataset", image_folder, "--epochs", "1", folder=tmp_path)
-    assert "12 layers" in text and 0 <= numbers(r"accuracy after training: (\S+)\n", text)[0] <= 1
-    assert (tmp_path / "outputs" / "image_classification" / "adapter_model.safetensors").is_file()
+@pytest.mark.parametrize("options", [("--packing", "--memory", "small"), ("--assistant-only", "--memory", "fast")])
+def test_causal_lm(run: Callable[..., str], language_model: Path, chats: Path, options: tuple[str, ...]) -> None:
+    pytest.importorskip("trl")
+    text = run(
+        "causal_lm", "--model", language_model, "--dataset", chats, "--steps", "30", "--tokens", "48",
+        "--lr", "1e-2", "--batch-size", "8", *options,
+    )  # fmt: skip
+    before, after = (number(rf"perplexity {when} training: (\S+)\n", text) for when in ("before", "after"))
+    assert after < 0.75 * before
 
 
-def test_causal_lm_of_a_text(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("To every thing there is a season. " * 40)
-    script = ROOT / "examples" / "causal_lm.py"
-    text = run_script(script, "--text", "notes.txt", "--tokens", "16", "--steps", "30", folder=tmp_path)
-    before, after = numbers(r"perplexity before training: (\S+)[^$]*perplexity after training: (\S+)", text)
-    assert after < 0.7 * before
+def test_dpo(run: Callable[..., str], language_model: Path, preferences: Path, tmp_path: Path) -> None:
+    """From a fresh adapter, whose reference is the model without it, and from a trained one, a copy of which it is."""
+    pytest.importorskip("trl")
+    arguments = ("--model", language_model, "--dataset", preferences, "--steps", "30", "--lr", "1e-2")
+    for start in ((), ("--adapter", tmp_path / "outputs" / "dpo", "--output", "outputs/next")):
+        text = run("dpo", *arguments, *start)
+        assert number(r"margin at the first step: (\S+)", text) == 0
+        assert number(r"margin at the last steps: (\S+)", text) > 0.05
+
+
+def test_federated(run: Callable[..., str], text_model: Path, mails: Path, tmp_path: Path) -> None:
+    text = run(
+        "federated", "--model", text_model, "--dataset", mails, "--rounds", "4", "--steps", "4", "--batch-size", "8",
+        "--lr", "3e-3",
+    )  # fmt: skip
+    accuracies = [float(value) for value in re.findall(r"round \d: accuracy (\S+),", text)]
+    assert len(accuracies) == 4 and accuracies[-1] > 0.8
+    assert (tmp_path / "outputs" / "federated" / "server" / "adapter_model.safetensors").is_file()
+
+
+def test_semantic_segmentation(run: Callable[..., str], segmentation_model: Path, maps: Path) -> None:
+    text = run(
+        "semantic_segmentation", "--model", segmentation_model, "--dataset", maps, "--classes", "2",
+        "--metric", METRICS / "mean_iou.py", "--epochs", "8", "--batch-size", "4", "--lr", "1e-2",
+    )  # fmt: skip
+    assert number(r"mean IoU after training: (\S+)\n", text) > 0.6
+
+
+def test_fine_tune_compressed(run: Callable[..., str], language_model: Path, mails: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "outputs" / "compressed"
+    folder.parent.mkdir()
+    wasi_peft.prepare_checkpoint(str(language_model), folder, wasi_peft.WasiConfig(residual="int8"))
+    text = run(
+        "fine_tune_compressed", "--model", folder, "--dataset", mails, "--steps", "5", "--tokens", "16",
+    )  # fmt: skip
+    assert number(r"loss: (\S+)\n", text) > 0
+    saved = json.loads((tmp_path / "outputs" / "fine_tune_compressed" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(folder)
+
+
+def test_plan_for_a_budget(run: Callable[..., str]) -> None:
+    text = run("plan_for_a_budget", "--batch-size", "4", "--steps", "2")
+    ((dense, budget),) = re.findall(r"full fine-tuning: (\S+) MiB, budget: (\S+) MiB", text)
+    ((estimate, measured),) = re.findall(r"estimated at (\S+) MiB and took (\S+) MiB", text)
+    assert float(measured) == pytest.approx(float(estimate), rel=0.05)
+    assert float(measured) < float(budget) < float(dense)
+
+
+def test_any_model_memory(run: Callable[..., str]) -> None:
+    text = run("any_model_memory", "--batch-size", "16", "--tokens", "64")
+    rows = {title.strip(): (float(peak), float(loss)) for title, peak, loss in MEASURED.findall(text)}
+    peaks, losses = zip(*rows.values(), strict=True)
+    assert len(rows) == 7 and max(peaks) == rows["nothing"][0] and min(peaks) < 0.5 * max(peaks)
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ metrics
+
+
+def test_metric_scripts_count_right() -> None:
+    accuracy = evaluate.load(str(METRICS / "accuracy.py"))
+    assert accuracy.compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2]) == {"accuracy": 0.75}
+    mean_iou = evaluate.load(str(METRICS / "mean_iou.py"))
+    predictions, references = [[[0, 0], [1, 1]]], [[[0, 1], [1, 255]]]
+    answer = mean_iou.compute(predictions=predictions, references=references, num_labels=3, ignore_index=255)
+    assert answer == {"mean_iou": pytest.approx((1 / 2 + 1 / 2) / 2)}  # class 2 appears nowhere
+
+
+# ------------------------------------------------------------------------------------------------------ launching
+
+
+def test_two_processes_train_one_model(text_model: Path, mails: Path, tmp_path: Path) -> None:
+    """`accelerate launch` on the same script."""
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    text = run_script(
+        launch[0], *launch[1:], "--mixed_precision", "no", "--dynamo_backend", "no",
+        ROOT / "examples" / "text_classification.py", "--model", text_model, "--dataset", mails,
+        "--metric", METRICS / "accuracy.py", "--epochs", "5", "--batch-size", "4", "--lr", "3e-3", folder=tmp_path,
+    )  # fmt: skip
+    accuracies = set(re.findall(r"accuracy after training: (\S+)\n", text))
+    assert len(accuracies) == 1 and float(accuracies.pop()) > 0.8

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from wasi_peft.forms.compressed import (
     CompressedLinear,
     CompressedResidual,
+    StoredForm,
     compressed,
     from_stored,
     stored_layout,
@@ -21,6 +22,7 @@ from wasi_peft.forms.compressed import (
 from wasi_peft.forms.cored import CoredLinear
 from wasi_peft.forms.dense import dense_weight, is_quantized, weight_shape
 from wasi_peft.forms.factored import FactoredLinear
+from wasi_peft.forms.frozen import FROZEN
 from wasi_peft.forms.products import ProductChoice
 from wasi_peft.forms.residual import ExactResidual, Int4Residual, Int8Residual, ResidualLinear
 from wasi_peft.forms.split import SplitLinear
@@ -41,8 +43,17 @@ def added(kind: type[Any], bias: bool = True) -> ResidualLinear:
     return form
 
 
+def in_bits(form: FactoredLinear, parts: str, kind: str) -> FactoredLinear:
+    form.store(parts, FROZEN[kind], EXACT)
+    return form
+
+
 def forms(bias: bool = True) -> dict[str, Form]:
     return {
+        "factors, R in 8 bits": in_bits(FactoredLinear(IN, OUT, 5, bias), "R", "int8"),
+        "factors, R in 16 bits": in_bits(FactoredLinear(IN, OUT, 5, bias), "R", "bfloat16"),
+        "split": in_bits(SplitLinear(IN, OUT, 5, bias, side_rank=2), "LR", "int8"),
+        "core": in_bits(CoredLinear(IN, OUT, 5, bias), "LR", "int8"),
         "factors": FactoredLinear(IN, OUT, 5, bias),
         "int8": Int8Residual(dense(bias), EXACT),
         "int4": Int4Residual(dense(bias), EXACT),
@@ -58,6 +69,10 @@ def weight_of(form: Form) -> Tensor:
     """The weight that a form stands for, in float64, put together by hand."""
     if isinstance(form, ResidualLinear):
         return form.residual.dense_weight().double() + form.L.double() @ form.R.double()
+    if isinstance(form, SplitLinear):
+        return form.L.double() @ form.R.double() + form.B.double() @ form.A.double()
+    if isinstance(form, CoredLinear):
+        return form.L.double() @ form.M.double() @ form.R.double()
     if isinstance(form, FactoredLinear):
         return form.L.double() @ form.R.double()
     return form.dense_weight().double()
@@ -118,10 +133,10 @@ def test_what_is_in_a_file_makes_the_same_layer(name: str, bias: bool, dense_cla
     state = layer.state_dict()
     stored = layer.stored()
     assert set(layer.stored_names.values()) == set(state)
-    layout = stored_layout(layer.form_name, layer.rank, (OUT, IN), bias, torch.float32)
+    layout = stored_layout(layer.stored_form, (OUT, IN), bias, torch.float32)
     assert {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in stored.items()} == layout
     assert layout["weight"][0] != (OUT, IN), "who does not know the format must stop at the size"
-    again = from_stored(layer.form_name, stored, (OUT, IN), dense_class, torch.float32)
+    again = from_stored(layer.stored_form, stored, (OUT, IN), dense_class, torch.float32)
     x = torch.randn(4, IN)
     torch.testing.assert_close(again(x), layer(x), atol=2e-2, rtol=2e-2)  # its products are chosen anew
     assert torch.equal(dense_weight(again), dense_weight(layer)) and type(again.to_dense()) is dense_class
@@ -132,18 +147,24 @@ def test_what_is_in_a_file_makes_the_same_layer(name: str, bias: bool, dense_cla
 
 
 @pytest.mark.parametrize(
-    ("form", "rank", "match"),
+    ("stored", "match"),
     [
-        ("factors", 0, r"rank must be from 1 to min\(out_features, in_features\) = 24, got 0"),
-        ("factors", 25, r"= 24, got 25"),
-        ("int8", 25, r"= 24, got 25"),
-        ("int3", 0, r"a form must be one of \['factors', 'int8', 'int4'\], got 'int3'"),
-        ("exact", 0, r"got 'exact'"),
+        (("factors", 0), r"rank must be from 1 to min\(out_features, in_features\) = 24, got 0"),
+        (("factors", 25), r"= 24, got 25"),
+        (("int8", 25), r"= 24, got 25"),
+        (("int3", 0), r"a form must be one of \['factors', 'split', 'core', 'int8', 'int4'\], got 'int3'"),
+        (("exact", 0), r"got 'exact'"),
+        (("split", 5), r"side_rank must be from 1 to .* = 24, got 0"),
+        (("factors", 5, 2), r"form 'factors' has no side_rank and bits like these, got 2 and \{\}"),
+        (("int8", 5, 0, {"L": "int8"}), r"form 'int8' has no .* got 0 and \{'L': 'int8'\}"),
+        (("core", 5, 0, {"M": "int8"}), r"bits must say of L and R which of .* got \{'M': 'int8'\}"),
+        (("core", 5, 0, {"L": "int3"}), r"bits must say of L and R which of .* got \{'L': 'int3'\}"),
     ],
+    ids=str,
 )
-def test_layouts_that_there_are_not(form: str, rank: int, match: str) -> None:
+def test_layouts_that_there_are_not(stored: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        stored_layout(form, rank, (OUT, IN), True, torch.float32)
+        stored_layout(StoredForm(*stored), (OUT, IN), True, torch.float32)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,7 +198,8 @@ def test_an_addition_to_a_compressed_layer_goes_into_it(base: str) -> None:
     form = ResidualLinear(CompressedResidual(layer), rank=2)
     assert bool(form.L.any())
     merged = compressed(form, torch.float32)
-    assert merged is not None and merged.form_name == layer.form_name and merged.rank == layer.rank + 2
+    assert merged is not None and merged.rank == layer.rank + 2
+    assert merged.form_name == ("split" if layer.stored_form.bits else layer.form_name)
     torch.testing.assert_close(dense_weight(merged), form.multiply_out(), atol=1e-6, rtol=1e-6)
     assert torch.equal(merged.bias, form.bias)
     before = dense_weight(merged)

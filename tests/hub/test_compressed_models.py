@@ -32,6 +32,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "int8": {},
     "int4": {"residual": "int4"},
     "factors": {"weight_share": 0.6},
+    "factors in 8 bits": {"weight_share": 0.4, "frozen_dtype": "int8"},
+}
+IN_FEW_BITS: dict[str, dict[str, Any]] = {  # other parts of factors, and other bits
+    f"{update} {bits}": {"update": update, "weight_share": 0.5, "update_rank": rank, "frozen_dtype": bits}
+    for update, rank in (("frozen_basis", None), ("low_rank", 2), ("core", None))
+    for bits in ("int8", "bfloat16")
 }
 LLAMA, VIT = ARCHITECTURES["llama"], ARCHITECTURES["vit"]
 
@@ -67,6 +73,34 @@ def test_one_line_reads_it_again(architecture: Architecture, kind: str, tmp_path
     loaded.save_pretrained(tmp_path / "b")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     assert loaded.config.quantization_config.to_dict() == model.config.quantization_config.to_dict()
+
+
+@pytest.mark.parametrize("kind", IN_FEW_BITS)
+def test_factors_in_few_bits_are_stored_in_few_bits(kind: str, tmp_path: Path) -> None:
+    """They take the bytes of their codes, and answer exactly as they did before they were saved."""
+    adapter, batch = peft.get_peft_model(LLAMA.model(), WasiConfig(**IN_FEW_BITS[kind])), LLAMA.batch()
+    train(adapter, batch, steps=2)
+    expected, codes = logits(adapter, batch), {torch.int8, torch.bfloat16}
+    model = compress(adapter)
+    assert torch.equal(logits(model, batch), expected)
+    rounded = [value for value in model.state_dict().values() if value.dtype in codes]
+    parts = 1 if "basis" in kind else 2
+    assert len(rounded) == parts * len(layers(model)) == parts * LLAMA.target_count
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        stored = [file.get_tensor(key) for key in file.keys()]
+    assert sum(value.nbytes for value in stored) == sum(value.nbytes for value in model.state_dict().values())
+    loaded = load(model, tmp_path)
+    assert torch.equal(logits(loaded, batch), expected)
+    assert {key: value.dtype for key, value in loaded.state_dict().items()} == {
+        key: value.dtype for key, value in model.state_dict().items()
+    }
+    added = wasi_model(loaded, weight_rank=2, residual="int8", update="addition")
+    train(added, batch, steps=2)
+    after = logits(added, batch)
+    merged = added.merge_and_unload()
+    assert {layer.form_name for layer in layers(merged).values()} == {"split"}
+    close(logits(merged, batch), after, 1e-4)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -223,7 +257,7 @@ def test_an_adapter_trains_on_it(name: str, update: str, kind: str, tmp_path: Pa
     model.delete_adapter("ref")
     merged = loaded.merge_and_unload()
     assert {key: layer.form_name for key, layer in layers(merged).items()} == {
-        key: layer.form_name for key, layer in layers(base).items()
+        key: "split" if layer.stored_form.bits else layer.form_name for key, layer in layers(base).items()
     }
     close(logits(merged, batch), after, 1e-4)
     mark_compressed(merged).save_pretrained(tmp_path / "merged")

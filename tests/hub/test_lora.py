@@ -14,7 +14,7 @@ from models import ARCHITECTURES, frozen_model, logits, moved, train
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from wasi_peft import WasiConfig, export
+from wasi_peft import WasiConfig, compress, export
 
 
 def trained(name: str, **options: Any) -> Any:
@@ -54,6 +54,25 @@ def test_beside_a_rounded_weight_they_differ_by_what_rounding_loses(residual: st
     assert relative(logits(lora, batch_of("llama")), expected) < 1e-5, "nothing but the base differs"
     lora = PeftModel.from_pretrained(base.model(), tmp_path / "lora")
     assert relative(logits(lora, batch_of("llama")), expected) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_share": 0.6}], ids=str)
+def test_on_a_compressed_model_it_is_for_that(
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compress(ARCHITECTURES["llama"].model(), WasiConfig(**options)).save_pretrained(tmp_path / "small")
+    kind = type(ARCHITECTURES["llama"].model())
+    base = kind.from_pretrained(tmp_path / "small")
+    config = WasiConfig(weight_rank=3, train_vectors=False, bias="none", residual_product="restored")
+    model = moved(get_peft_model(base, config).eval(), 0.3)
+    export(model, tmp_path / "lora", "lora")
+    assert f"is for the compressed model '{tmp_path / 'small'}'" in caplog.text
+    expected, batch = logits(model, batch_of("llama")), batch_of("llama")
+    lora = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "small"), tmp_path / "lora")
+    assert relative(logits(lora, batch), expected) < 0.05  # products are chosen anew
+    model.unload().dequantize().save_pretrained(tmp_path / "dense")  # as the log says
+    lora = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "dense"), tmp_path / "lora")
+    assert relative(logits(lora, batch), expected) < 1e-4
 
 
 def test_in_16_bits_factors_stay_in_float32(tmp_path: Path) -> None:

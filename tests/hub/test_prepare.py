@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from models import ARCHITECTURES
+from huggingface_hub import ModelCard
+from models import ARCHITECTURES, logits
 from peft import get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, calibrate_wasi, compress, measure_peak_memory, prepare_checkpoint, preprocess_wasi
 from wasi_peft.forms.compressed import CompressedLinear
+from wasi_peft.forms.dense import dense_weight
+from wasi_peft.hub.cards import FOLDER, TAGS, card_section
 from wasi_peft.hub.compressed import mark_compressed
 
 NAMES = ("llama", "llama_tied", "bert", "vit", "dinov2", "gpt2")
@@ -99,6 +103,28 @@ def test_with_data_it_is_what_compress_gives(name: str, form: str, tmp_path: Pat
     assert_close(model_class.from_pretrained(output), memory)
 
 
+@pytest.mark.parametrize("update", ["frozen_basis", "low_rank", "core"])
+def test_factors_in_few_bits(update: str, tmp_path: Path) -> None:
+    """In other coordinates than in memory, so they are not rounded alike."""
+    model_class, data = saved("llama", tmp_path / "dense"), batches("llama")
+    rank = {"update_rank": 2} if update == "low_rank" else {}
+    config = WasiConfig(weight_rank=4, frozen_dtype="int8", update=update, residual=None, **rank)
+    exact = WasiConfig(weight_rank=4, update=update, residual=None, **rank)
+    rounded, whole = (
+        model_class.from_pretrained(prepared(tmp_path / "dense", tmp_path / name, settings, data))
+        for name, settings in (("rounded", config), ("whole", exact))
+    )
+    memory = compress(
+        model_class.from_pretrained(tmp_path / "dense"), config, data, repair_steps=0, progress_bar=False
+    )
+    layers = {name: layer for name, layer in memory.named_modules() if isinstance(layer, CompressedLinear)}
+    assert layers
+    for name, layer in layers.items():
+        ours, expected = rounded.get_submodule(name), dense_weight(whole.get_submodule(name))
+        assert ours.stored_form == layer.stored_form and ours.stored_form.bits["R"] == "int8"
+        assert 0 < (ours.dense_weight() - expected).norm() < 0.03 * expected.norm()
+
+
 def test_data_make_a_difference(tmp_path: Path) -> None:
     model_class = saved("llama", tmp_path / "dense")
     config = WasiConfig(weight_share=0.6)
@@ -171,8 +197,6 @@ def test_shards_16_bits_and_another_dtype(tmp_path: Path) -> None:
 
 
 def test_old_names_and_what_old_files_hold_beside_the_model(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     model_class = saved("bert", tmp_path / "dense")
     path = tmp_path / "dense" / "model.safetensors"
     tensors = {key.replace("LayerNorm.weight", "LayerNorm.gamma"): value for key, value in load_file(path).items()}
@@ -184,20 +208,86 @@ def test_old_names_and_what_old_files_hold_beside_the_model(tmp_path: Path) -> N
     assert_close(model_class.from_pretrained(output), memory)
 
 
+def test_tensors_that_the_model_lacks_are_left_out_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As BERT was published: a second head, a pooler that the architecture does not have, positions."""
+    whole = tf.BertForPreTraining(ARCHITECTURES["bert"].model().config)
+    whole.save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense/model.safetensors"
+    extra = {"bert.embeddings.position_ids": torch.arange(12)[None]}
+    save_file({**load_file(path), **extra}, path, metadata={"format": "pt"})
+    config = tmp_path / "dense/config.json"
+    config.write_text(json.dumps({**config_of(tmp_path / "dense"), "architectures": ["BertForMaskedLM"]}))
+    output = prepared(tmp_path / "dense", tmp_path / "small")
+    lines = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(lines) == 1 and lines[0].startswith("4 tensors of the checkpoint are of no part of a BertForMaskedLM")
+    assert "cls.seq_relationship.bias" in lines[0] and "position_ids" not in lines[0]
+    memory = compress(tf.BertForMaskedLM.from_pretrained(tmp_path / "dense"))
+    batch = {key: value for key, value in ARCHITECTURES["bert"].batch().items() if key != "labels"}
+    assert torch.equal(logits(tf.BertForMaskedLM.from_pretrained(output), batch), logits(memory, batch))
+
+
+@pytest.mark.parametrize("architecture", ["BertModel", "BertForSequenceClassification"])
+def test_the_prefix_of_the_base_model(architecture: str, tmp_path: Path) -> None:
+    """A base model from the checkpoint of one with a head, and one with a head whose base lies there by itself."""
+    saved("bert", tmp_path / "dense")
+    path = tmp_path / "dense/model.safetensors"
+    if architecture != "BertModel":
+        tensors = {key.removeprefix("bert."): value for key, value in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    config = tmp_path / "dense/config.json"
+    config.write_text(json.dumps({**config_of(tmp_path / "dense"), "architectures": [architecture]}))
+    output = prepared(tmp_path / "dense", tmp_path / "small")
+    model_class = getattr(tf, architecture)
+    assert_close(model_class.from_pretrained(output), compress(model_class.from_pretrained(tmp_path / "dense")))
+
+
 def test_files_of_tokenizers_are_copied_and_nothing_else(tmp_path: Path) -> None:
     saved("bert", tmp_path / "dense")
     for name in ("tokenizer.json", "vocab.txt", "LICENSE", "README.md", "pytorch_model.bin", "adapter_config.json"):
         (tmp_path / "dense" / name).write_text(name)
     output = prepared(tmp_path / "dense", tmp_path / "small")
-    weights = {f"model-{index:05d}-of-00003.safetensors" for index in (1, 2, 3)}
     copied = {"tokenizer.json", "vocab.txt", "LICENSE"}
-    assert set(os.listdir(output)) == {"config.json", "model.safetensors.index.json", *weights, *copied}
+    assert set(os.listdir(output)) == {"config.json", "model.safetensors", "README.md", *copied}
     assert (output / "vocab.txt").read_text() == "vocab.txt"
+    assert (output / "README.md").read_text() != "README.md"
+
+
+@pytest.mark.parametrize("form", ["int8 with additions", "factors of a share"])
+def test_its_card_is_that_of_the_model_and_loads_it(form: str, tmp_path: Path) -> None:
+    model_class = saved("bert", tmp_path / "dense")
+    output = prepared(tmp_path / "dense", tmp_path / "small", WasiConfig(**FORMS[form]), batches("bert"))
+    text = (output / "README.md").read_text()
+    loaded = model_class.from_pretrained(output)
+    assert text.rstrip().endswith(card_section(loaded)) and set(TAGS) <= set(
+        ModelCard.load(output / "README.md").data.tags
+    )
+    scope: dict[str, Any] = {}
+    exec(text.partition("```python\n")[2].partition("```")[0].replace(FOLDER, str(output)), scope)
+    assert_close(scope["model"], loaded)
+
+
+@pytest.mark.parametrize("size", [1, "6KB", "1MB"])
+def test_files_are_as_large_as_they_may_be(size: int | str, tmp_path: Path) -> None:
+    model_class = saved("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    output = prepared(tmp_path / "dense", tmp_path / "small", max_shard_size=size)
+    files = list(output.glob("*.safetensors"))
+    assert len(files) == {1: 3, "6KB": 2, "1MB": 1}[size]
+    assert (output / "model.safetensors.index.json").is_file() == (len(files) > 1)
+    loaded = model_class.from_pretrained(output)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_tensors(files, [tmp_path / "again/model.safetensors"])
+
+
+def assert_same_tensors(paths: list[Path], others: list[Path]) -> None:
+    ours, theirs = ({k: v for path in files for k, v in load_file(path).items()} for files in (paths, others))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
 def test_the_index_names_every_tensor_and_their_bytes(tmp_path: Path) -> None:
     saved("llama_tied", tmp_path / "dense")
-    output = prepared(tmp_path / "dense", tmp_path / "small")
+    output = prepared(tmp_path / "dense", tmp_path / "small", max_shard_size=1)
     index, found, size = json.loads((output / "model.safetensors.index.json").read_text()), {}, 0
     for path in output.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:

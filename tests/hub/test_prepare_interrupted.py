@@ -24,7 +24,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "factors": {"weight_share": 0.6},
     "factors without gradients": {"weight_share": 0.6},
 }
-STEPS = {"int8": 3, "int4 with additions": 3, "factors": 8, "factors without gradients": 5}
+STEPS = {"int8": 4, "int4 with additions": 4, "factors": 9, "factors without gradients": 6}
 
 
 class Injected(BaseException):
@@ -183,6 +183,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "gradients": ({"gradients": None}, "gradients"),
     "dtype": ({"dtype": torch.bfloat16}, "dtype"),
     "batches": ({"max_batches": 1}, "data"),
+    "size of files": ({"max_shard_size": "1MB"}, "max_shard_size"),
 }
 
 

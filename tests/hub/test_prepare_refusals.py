@@ -136,7 +136,6 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "8-bit floats": (rewritten(norm=lambda norm: norm.to(torch.float8_e4m3fn)), f"{FLOATS} .*F8_E4M3"),
     "integers": (rewritten(up=lambda up: up.to(torch.int32)), f"{FLOATS} .*I32"),
     "a missing tensor": (rewritten(up=None), "up_proj.weight: the checkpoint must hold every tensor of the model"),
-    "another tensor": (rewritten(more=torch.ones(2)), "model.more: .* tensors of a LlamaForCausalLM and no others"),
     "a tensor under two names": (rewritten(twin=torch.ones(16)), "norm.weight: a checkpoint must hold a tensor once"),
     "pickled weights": (pickled, "must be in model.safetensors or indexed shards of it, got only pytorch_model.bin"),
     "no weights": (without("model.safetensors"), "must be in model.safetensors .*got none"),

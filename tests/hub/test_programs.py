@@ -63,6 +63,15 @@ def test_onnx(name: str, tmp_path: Path) -> None:
 
 @needs_onnx
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["swin", "t5"])
+def test_onnx_of_dense_models(name: str, tmp_path: Path) -> None:
+    model = ARCHITECTURES[name].model()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert export(model, tmp_path / "onnx", "onnx") < TINY
+
+
+@needs_onnx
+@pytest.mark.slow
 def test_onnx_in_8_bits(tmp_path: Path) -> None:
     import onnx
 
@@ -115,7 +124,7 @@ def test_missing_packages_are_named_before_anything_is_written(
 
 RUN = """
 import sys
-sys.modules["wasi_peft"] = sys.modules["transformers"] = None
+sys.modules["wasi_peft"] = sys.modules["peft"] = sys.modules["transformers"] = None
 import torch
 program = torch.export.load(sys.argv[1]).module()
 torch.save(program(**torch.load(sys.argv[2]))["logits"], sys.argv[3])

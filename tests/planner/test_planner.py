@@ -748,3 +748,12 @@ def test_no_layer_of_a_plan_is_past_the_break_even_of_its_update(update: Any) ->
 
 def test_the_aim_of_the_search_leaves_room_for_the_margin() -> None:
     assert AIM * (1 - PEAK_MARGIN) > 0.85
+
+
+def test_rows_of_padding_do_not_count_where_it_is_skipped() -> None:
+    from wasi_peft.planner.planner import _real_shapes
+
+    shapes = {"encoder": (2, 4), "head": (1, 2), "patches": (2, 9)}
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    assert _real_shapes(shapes, mask) == {"encoder": (1, 4), "head": (1, 2), "patches": (2, 9)}
+    assert _real_shapes(shapes, None) == shapes

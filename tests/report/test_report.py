@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,27 @@ def test_plot_of_two_hundred_layers_has_a_line_for_each_kind() -> None:
     ]
     assert tops[0] == pytest.approx(sum(out + in_features for out, in_features in KINDS.values()) * 4 / 1024)
     assert tops[1] == pytest.approx(8 * tops[0])
+
+
+def test_a_plot_has_panels_for_what_a_plan_has() -> None:
+    """No panel without a point; blocks have whole numbers; where forms differ, a row for each."""
+    pytest.importorskip("matplotlib")
+    plan = large_plan()
+    exact = tuple(dataclasses.replace(layer, activation_ranks=None) for layer in plan.layers)
+    plan = dataclasses.replace(plan, layers=exact)
+    assert [ax.get_title().split(" (")[0] for ax in plot_plan(plan).get_axes()] == [
+        "Weight rank", "Kept energy, %", "Weights of each block, KiB",
+    ]  # fmt: skip
+    first, *others = plan.layers
+    mixed = dataclasses.replace(
+        plan, layers=(dataclasses.replace(first, form="dense", weight_rank=0), *others), residual_update=None
+    )
+    forms = next(ax for ax in plot_plan(mixed).get_axes() if ax.get_title() == "Form of each layer")
+    assert [label.get_text() for label in forms.get_yticklabels()] == ["factors", "dense"]
+    marks = [line.get_ydata()[0] for line in forms.get_lines()]
+    assert marks.count(1) == 1 and len(marks) == len(plan.layers)
+    ticks = list(forms.get_xticks())
+    assert ticks[0] == 0 and len(ticks) <= 16 and all(tick == int(tick) for tick in ticks)
 
 
 def test_plot_of_an_adapter_shows_ranks_and_bytes_only(tmp_path: Path) -> None:

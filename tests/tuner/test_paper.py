@@ -94,7 +94,7 @@ def test_what_it_sets_and_what_may_be_set() -> None:
         "explained_variance_threshold": 0.8,
         "update": "subspace",
         "activation_threshold": 0.8,
-        "activation_modes": ["feature", "token", "batch"],
+        "activation_modes": ["feature", "token", "batch", "height", "width"],
         "activation_interval": 1,
         "bias": "all",
     }

@@ -107,6 +107,25 @@ def test_gradients_through_compress(modes: tuple[str, ...], threshold: float) ->
     assert relative_error(G, exact) > 1e-3  # the form is an approximation, or the test shows nothing
 
 
+@pytest.mark.parametrize("modes", [("feature", "height", "width"), ("feature", "height", "width", "batch")])
+def test_gradients_through_a_compressed_map(modes: tuple[str, ...]) -> None:
+    """Exact for the expansion of the form, and as near to those of the dense layer as that is to the input."""
+    x = decaying(6, 20, 16, seed=1).reshape(6, 5, 4, 16)
+    result = compress(x, CompressionRule.from_options(modes, 0.9, None), Bases())
+    assert result is not None
+    L0, R0 = factors(9, 16, 5, seed=2)
+    dY = normal(6, 5, 4, 9, seed=3)
+    L, R, inputs = leaf(L0), leaf(R0), leaf(x)
+    factored_linear(inputs, L, R, None, result[0], False).backward(dY)
+    G, exact = (torch.einsum("bhwo,bhwi->oi", dY, form) for form in (expand(result[0]), x))
+    assert L.grad is not None and R.grad is not None and inputs.grad is not None
+    assert relative_error(L.grad, G @ R0.T) < 1e-12
+    assert relative_error(R.grad, L0.T @ G) < 1e-12
+    assert relative_error(inputs.grad, dY @ L0 @ R0) < 1e-12
+    missed = float((expand(result[0]) - x).norm() * dY.norm())
+    assert 0 < float((G - exact).norm()) <= missed
+
+
 @pytest.mark.parametrize("compress_input", [False, True])
 def test_product_gradient_and_sink(compress_input: bool) -> None:
     form = random_form(TuckerSizes(3, 4, 6, {"feature": 2, "token": 3}), seed=4)

@@ -391,6 +391,9 @@ def _plan_as_injected(config: WasiConfig) -> WasiPlan:
     return replace(plan, **{name: getattr(config, name) for name in fields})
 
 
+_ON_FACTORS = " The factors of an adapter on a compressed model are in that model's folder: inspect it."
+
+
 def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
     """Configuration and layers of a saved adapter; the base model is not needed."""
     adapter_settings(folder)
@@ -414,7 +417,7 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
             continue
         L, R = shapes[key], shapes.get(key.removesuffix("L") + "R", [])
         if len(L) != 2 or len(R) != 2 or L[1] != R[0]:
-            raise ValueError(f"{path}: {key} must have a matching {prefix}R, got the shapes {L} and {R}.")
+            raise ValueError(f"{path}: {key} must have a matching {prefix}R, got the shapes {L} and {R}.{_ON_FACTORS}")
         missing = [part for part in parts if key.removesuffix("L") + part not in shapes]
         if missing:
             raise ValueError(
@@ -423,7 +426,7 @@ def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
         width = widths[f"{place}.wasi_form.{prefix}{update.trained[0]}"]
         layers.append(LayerSummary(name, L[0], R[1], L[1], update, width))
     if not layers:
-        raise ValueError(f"{path}: must hold WASI factors, got none.")
+        raise ValueError(f"{path}: must hold WASI factors, got none.{_ON_FACTORS}")
     return config, WasiSummary(folder.name, tuple(layers))
 
 
@@ -607,8 +610,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
     )
     layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["layers"]
-    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    size = index["metadata"]["total_size"]
+    size = read_headers(folder).stored_bytes
     forms = Counter(layer["form"] for layer in layers.values())
     ranks = [layer["rank"] for layer in layers.values()]
     unit, divisor = report.byte_unit(size)

@@ -10,6 +10,7 @@ the folder; the sums are then dropped.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..files.whole import whole_file
+from ..forms.convolution import CONVOLUTIONS
 from ..forms.dense import dense_bias, dense_weight
 from ..linalg.spectra import WeightSpectrum, truncate
 from ..ranks.spectrum import LayerSpectrum
@@ -42,6 +44,8 @@ from .folder import (
     write_index,
 )
 from .statistics import InputStatistics
+
+logger = logging.getLogger(__name__)
 
 
 class Calibration:
@@ -241,15 +245,18 @@ def calibrate_wasi(
 
 
 def dense_targets(model: nn.Module, config: WasiConfig | None) -> dict[str, nn.Module]:
-    """The layers that a configuration selects in a dense model, checked.
+    """The layers that a configuration selects in a dense model, checked; without convolutions, which need no data.
 
     Raises:
         ValueError: Whatever :func:`targets.check_targets` finds, or if there is no layer, or a WASI layer already.
     """
     resolved = WasiConfig() if config is None else copy.copy(config)
     resolve_targets(model, resolved)
-    check_targets(model, resolved)
-    targets = dict(selected_modules(model, resolved))
+    check_targets(model, resolved, convolutions=True)
+    selected = dict(selected_modules(model, resolved))
+    targets = {name: module for name, module in selected.items() if not isinstance(module, CONVOLUTIONS)}
+    if len(targets) < len(selected):
+        logger.info("%d convolutions are not prepared: they start from their weights.", len(selected) - len(targets))
     if not targets:
         raise ValueError(f"target_modules must match at least one module, got {resolved.target_modules!r}.")
     for name, module in targets.items():

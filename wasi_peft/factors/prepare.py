@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..forms.compressed import CompressedLinear
 from ..forms.dense import dense_weight
 from ..ranks.allocate import allocate_ranks
 from ..tuner.config import WasiConfig
@@ -88,6 +89,12 @@ def preprocess_wasi(
     resolved = copy.copy(config)
     resolve_targets(model, resolved)
     targets = dense_targets(model, resolved)
+    compressed = next((name for name, module in targets.items() if isinstance(module, CompressedLinear)), None)
+    if compressed is not None:
+        raise ValueError(
+            f"{compressed}: a compressed model needs no preparation: adapters train on what it stores. "
+            "model.dequantize() restores the dense layers."
+        )
     if adds_only and (data is None or (calibration is not None and not residuals)):
         given = "no data" if data is None else "a calibration"
         raise ValueError(f"additions to a residual are prepared from data, and nothing else; got {given}.")

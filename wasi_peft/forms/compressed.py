@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..linalg.low_bit import RoundedRows
+from .cored import CoredLinear
 from .dense import FactoredWeight, is_transposed
-from .factored import FactoredLinear, check_rank
+from .factored import FactoredLinear
+from .frozen import FROZEN
 from .products import Thin
 from .residual import RESIDUALS, ExactResidual, Layout, Residual, ResidualLinear
+from .split import SplitLinear
 
 FACTORS = "factors"
+FACTORED: dict[str, type[FactoredLinear]] = {FACTORS: FactoredLinear, "split": SplitLinear, "core": CoredLinear}
 Form = FactoredLinear | Residual
 STORABLE = {name: kind for name, kind in RESIDUALS.items() if name != ExactResidual.name}
+
+
+class StoredForm(NamedTuple):
+    """What a compressed layer stores, as configurations name it.
+
+    Attributes:
+        form: 'factors', the name of a residual in few bits, or, where factors are in few bits, 'split' for two pairs
+            of them and 'core' for two with a small matrix between them.
+        rank: Directions of the factors K, 0 for none beside a residual.
+        side_rank: Directions of the other pair of 'split'.
+        bits: What the factors L and R are stored as (:data:`frozen.FROZEN`), by name; others are parameters.
+    """
+
+    form: str
+    rank: int
+    side_rank: int = 0
+    bits: Mapping[str, str] = MappingProxyType({})
+
+    def entry(self) -> dict[str, Any]:
+        """The same for JSON: what is as usual is left out."""
+        further = {"side_rank": self.side_rank, "bits": dict(self.bits)}
+        return {"form": self.form, "rank": self.rank, **{key: value for key, value in further.items() if value}}
 
 
 class CompressedLinear(nn.Linear):
@@ -78,9 +105,19 @@ class CompressedLinear(nn.Linear):
 
     @property
     def form_name(self) -> str:
-        """Name of what is stored: 'factors', or that of a residual."""
-        residual = self.frozen
-        return FACTORS if residual is None else residual.name
+        """Name of what is stored (:class:`StoredForm`)."""
+        return self.stored_form.form
+
+    @property
+    def stored_form(self) -> StoredForm:
+        """What is stored."""
+        residual, form = self.frozen, self.form
+        if residual is not None:
+            return StoredForm(residual.name, self.rank)
+        assert isinstance(form, FactoredLinear)
+        name = next(name for name, cls in FACTORED.items() if type(form) is cls)
+        side_rank = len(form.A) if isinstance(form, SplitLinear) else 0
+        return StoredForm(name, form.weight_rank, side_rank, _bits_of(form))
 
     @property
     def frozen(self) -> Residual | None:
@@ -93,8 +130,8 @@ class CompressedLinear(nn.Linear):
         """What the tensors are called in a file (:func:`stored_layout`), and in this layer's state dict."""
         form, residual = self.form, self.frozen
         if residual is None:
-            assert isinstance(form, FactoredLinear)
-            names = {"weight": f"form.{form.prefix}R", "wasi_L": f"form.{form.prefix}L"}
+            tensors = _factor_tensors(self.stored_form, (self.out_features, self.in_features))
+            names = {name: f"form.{FactoredLinear.prefix}{tensor.place}" for name, tensor in tensors.items()}
         else:
             first, *others = residual.layout(self.out_features, self.in_features)
             place = "residual" if isinstance(form, ResidualLinear) else "form"
@@ -181,6 +218,17 @@ class CompressedResidual(ExactResidual):
         return self.form.transposed_product(dY)
 
 
+def _bits_of(form: FactoredLinear) -> dict[str, str]:
+    """What the parts in few bits are stored as, by name."""
+    return {part: form.frozen(part).name for part in form.parts if form.frozen(part) is not None}
+
+
+def own_factors(base: nn.Module | None) -> FactoredLinear | None:
+    """The two factors that a layer of a compressed model is stored as; None where there is something else."""
+    form = base.form if isinstance(base, CompressedLinear) else None
+    return form if type(form) is FactoredLinear else None
+
+
 def base_beside(base: nn.Module) -> Residual:
     """What factors of adapters are beside where a dense or compressed layer stays in place as it is."""
     return CompressedResidual(base) if isinstance(base, CompressedLinear) else ExactResidual(base)
@@ -201,13 +249,17 @@ def compressed(form: FactoredLinear, dtype: torch.dtype) -> CompressedLinear | N
         dtype: Of factors.
     """
     if not isinstance(form, ResidualLinear):
+        if _bits_of(form):
+            return _in_few_bits(form, dtype)
         outer, inner = form.factors()
-        if outer.shape[1] * sum(form.weight.shape) >= form.weight.numel():
+        if not form.shared_parts and outer.shape[1] * sum(form.weight.shape) >= form.weight.numel():
             return None
         return _of_factors(outer, inner, form.bias, form.dense_class, dtype)
     base, outer, inner = form.residual, *form.factors()
     if isinstance(base, CompressedResidual):
         below = base.form
+        if isinstance(below, FactoredLinear) and _bits_of(below):
+            return CompressedLinear(_joined(below, outer, inner, form.bias, dtype))
         if isinstance(below, FactoredLinear):
             lower = below.factors()
             outer, inner = (torch.cat([*pair], dim) for *pair, dim in ((lower[0], outer, 1), (lower[1], inner, 0)))
@@ -227,9 +279,38 @@ def compressed(form: FactoredLinear, dtype: torch.dtype) -> CompressedLinear | N
     return CompressedLinear(ResidualLinear.beside(frozen, parts, bias))
 
 
+def _in_few_bits(form: FactoredLinear, dtype: torch.dtype) -> CompressedLinear | None:
+    """All parts as they are; those in few bits share their codes."""
+    parts = {name: _part(form, name, dtype) for name in form.parts}
+    bias = None if form.bias is None else form.bias.to(dtype)
+    layer = CompressedLinear(type(form).from_parts(parts, bias, form.dense_class))
+    stored = sum(tensor.nbytes for tensor in layer.state_dict().values())
+    dense = form.out_features * form.in_features + (0 if bias is None else len(bias))
+    return None if stored >= dense * dtype.itemsize and not form.shared_parts else layer
+
+
+def _part(form: FactoredLinear, name: str, dtype: torch.dtype) -> Tensor | Residual:
+    frozen: Residual | None = form.frozen(name)
+    return form.part(name).to(dtype, copy=True) if frozen is None else frozen.copy(None)
+
+
+def _joined(
+    below: FactoredLinear, outer: Tensor, inner: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> SplitLinear:
+    """Factors in few bits, and those of an addition beside them."""
+    B, A = outer.to(dtype, copy=True), inner.to(dtype, copy=True)
+    if isinstance(below, SplitLinear):
+        B, A = torch.cat([below.B.to(dtype), B], 1), torch.cat([below.A.to(dtype), A])
+    L = (below.L @ below.M).to(dtype) if isinstance(below, CoredLinear) else _part(below, "L", dtype)
+    parts = {"L": L, "R": _part(below, "R", dtype), "B": B, "A": A}
+    return SplitLinear.from_parts(parts, None if bias is None else bias.to(dtype), below.dense_class)
+
+
 def _of_factors(
     outer: Tensor, inner: Tensor, bias: Tensor | None, dense_class: type[nn.Module], dtype: torch.dtype
-) -> CompressedLinear:
+) -> CompressedLinear | None:
+    if outer.shape[1] > min(len(outer), inner.shape[1]):
+        return None  # more directions than a weight can have
     parts = {"L": outer.to(dtype, copy=True), "R": inner.to(dtype, copy=True)}
     return CompressedLinear(FactoredLinear.from_parts(parts, None if bias is None else bias.to(dtype), dense_class))
 
@@ -240,38 +321,61 @@ def _of_factors(
 # starting from random numbers.
 
 
-def stored_layout(form_name: str, rank: int, shape: tuple[int, int], bias: bool, dtype: torch.dtype) -> Layout:
+class _FactorTensor(NamedTuple):
+    """A tensor of factors in a file: the part of the form that it is, or `part.buffer`; None for the model's dtype."""
+
+    place: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+def _factor_tensors(stored: StoredForm, shape: tuple[int, int]) -> dict[str, _FactorTensor]:
+    sizes = FACTORED[stored.form].part_shapes(*shape, stored.rank, side_rank=stored.side_rank)
+    tensors = {}
+    for part, size in sizes.items():
+        if part in stored.bits:
+            for buffer, (inner, dtype) in FROZEN[stored.bits[part]].layout(*size).items():
+                tensors[f"wasi_{part}_{buffer}"] = _FactorTensor(f"{part}.{buffer}", inner, dtype)
+        else:
+            tensors[f"wasi_{part}"] = _FactorTensor(part, size, None)
+    first = next(name for name, tensor in tensors.items() if tensor.place.startswith("R"))
+    return {"weight" if name == first else name: tensor for name, tensor in tensors.items()}
+
+
+def stored_layout(stored: StoredForm, shape: tuple[int, int], bias: bool, dtype: torch.dtype) -> Layout:
     """Names, shapes and dtypes of the tensors of a compressed layer in a file.
 
     Args:
-        form_name: 'factors' or the name of a residual in few bits.
-        rank: Directions of the factors; 0 for none, beside a residual.
+        stored: What it stores.
         shape: (out, in).
         bias: Whether there is a bias.
         dtype: Of factors and bias; files may have another floating one.
 
     Raises:
-        ValueError: If there is no such form, or no such rank.
+        ValueError: If there is no such form, no such rank, or the form has no such parts.
     """
-    out_features, in_features = shape
-    if rank or form_name == FACTORS:
-        check_rank("rank", rank, out_features, in_features)
-    factors: Layout = {"L": ((out_features, rank), dtype), "R": ((rank, in_features), dtype)}
+    form, rank, side_rank, bits = stored
+    if form not in FACTORED and form not in STORABLE:
+        raise ValueError(f"a form must be one of {[*FACTORED, *STORABLE]}, got {form!r}.")
+    if not (set(bits) <= set(FactoredLinear.parts) and set(bits.values()) <= set(FROZEN)):
+        raise ValueError(f"bits must say of L and R which of {[*FROZEN]} they are stored as, got {dict(bits)!r}.")
+    if (side_rank and FACTORED.get(form) is not SplitLinear) or (bits and form not in FACTORED):
+        raise ValueError(f"form {form!r} has no side_rank and bits like these, got {side_rank} and {dict(bits)!r}.")
     layout: Layout
-    if form_name == FACTORS:
-        layout = {"weight": factors["R"], "wasi_L": factors["L"]}
-    elif form_name in STORABLE:
-        first, *others = STORABLE[form_name].layout(out_features, in_features).items()
+    if form in FACTORED:
+        tensors = _factor_tensors(stored, shape)
+        layout = {name: (tensor.shape, tensor.dtype or dtype) for name, tensor in tensors.items()}
+    else:
+        first, *others = STORABLE[form].layout(*shape).items()
         layout = {"weight": first[1], **{f"wasi_{name}": sizes for name, sizes in others}}
         if rank:
-            layout |= {f"{ResidualLinear.prefix}{name}": sizes for name, sizes in factors.items()}
-    else:
-        raise ValueError(f"a form must be one of {[FACTORS, *STORABLE]}, got {form_name!r}.")
-    return {**layout, "bias": ((out_features,), dtype)} if bias else layout
+            added = FactoredLinear.part_shapes(*shape, rank)
+            layout |= {f"{ResidualLinear.prefix}{name}": (size, dtype) for name, size in added.items()}
+    return {**layout, "bias": ((shape[0],), dtype)} if bias else layout
 
 
 def from_stored(
-    form_name: str,
+    stored: StoredForm,
     parts: Mapping[str, Tensor],
     shape: tuple[int, int],
     dense_class: type[nn.Module],
@@ -280,19 +384,39 @@ def from_stored(
     """A layer from the tensors of a file.
 
     Args:
-        form_name: As for :func:`stored_layout`.
+        stored: As for :func:`stored_layout`.
         parts: The tensors, as that says; taken over.
         shape: (out, in).
         dense_class: Of the layer whose place it takes.
         dtype: In which the layer answers.
     """
     bias = parts.get("bias")
-    if form_name == FACTORS:
-        factors = {"L": parts["wasi_L"], "R": parts["weight"]}
-        return CompressedLinear(FactoredLinear.from_parts(factors, bias, dense_class))
-    kind, prefix = STORABLE[form_name], ResidualLinear.prefix
+    if stored.form in FACTORED:
+        return CompressedLinear(_factors_from_stored(stored, parts, shape, dense_class, dtype))
+    kind, prefix = STORABLE[stored.form], ResidualLinear.prefix
     first, *others = kind.layout(*shape)
     buffers = {first: parts["weight"], **{name: parts[f"wasi_{name}"] for name in others}}
     added = {name: parts[prefix + name] for name in ResidualLinear.parts if prefix + name in parts}
     frozen = kind.from_buffers(buffers, None if added else bias, shape, dense_class, dtype)
     return CompressedLinear(ResidualLinear.beside(frozen, added, bias) if added else frozen)
+
+
+def _factors_from_stored(
+    stored: StoredForm,
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    dense_class: type[nn.Module],
+    dtype: torch.dtype,
+) -> FactoredLinear:
+    cls = FACTORED[stored.form]
+    sizes = cls.part_shapes(*shape, stored.rank, side_rank=stored.side_rank)
+    places = {tensor.place: tensors[name] for name, tensor in _factor_tensors(stored, shape).items()}
+    parts: dict[str, Any] = {}
+    for part, size in sizes.items():
+        if part in stored.bits:
+            kind = FROZEN[stored.bits[part]]
+            buffers = {name: places[f"{part}.{name}"] for name in kind.layout(*size)}
+            parts[part] = kind.from_buffers(buffers, None, size, nn.Linear, dtype)
+        else:
+            parts[part] = places[part]
+    return cls.from_parts(parts, tensors.get("bias"), dense_class)

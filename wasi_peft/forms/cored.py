@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .factored import FactoredLinear, check_rank
+from .factored import FactoredLinear, alike
 
 
 class CoredLinear(FactoredLinear):
@@ -44,9 +44,13 @@ class CoredLinear(FactoredLinear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_rank("rank", rank, out_features, in_features)
-        shapes = {"L": (out_features, rank), "M": (rank, rank), "R": (rank, in_features)}
+        shapes = self.part_shapes(out_features, in_features, rank)
         self._make(shapes, bias, dense_class, {"device": device, "dtype": dtype})
+
+    @classmethod
+    def part_shapes(cls, out_features: int, in_features: int, rank: int, **_: int) -> dict[str, tuple[int, int]]:
+        factors = super().part_shapes(out_features, in_features, rank)
+        return {"L": factors["L"], "M": (rank, rank), "R": factors["R"]}
 
     @property
     def M(self) -> nn.Parameter:
@@ -54,12 +58,14 @@ class CoredLinear(FactoredLinear):
         return self.part("M")
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.L @ self.M, self.R
+        L, M, R = alike(self.L, self.M, self.R)
+        return L @ M, R
 
     def fold(self) -> FactoredLinear:
         """The core multiplied into L: two factors that compute the same up to rounding, both parameters."""
         L = (self.L.detach().double() @ self.M.detach().double()).to(self.dtype)
-        return FactoredLinear.from_parts({"L": L, "R": self.R}, self.bias, self.dense_class)
+        R = self.R.to(self.dtype, copy=self.shares("R"))
+        return FactoredLinear.from_parts({"L": L, "R": R}, self.bias, self.dense_class)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(self.multiply(self.multiply(x, "R"), "M"), "L", self.bias)

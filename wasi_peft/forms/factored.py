@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -34,12 +35,23 @@ def check_rank(name: str, rank: Any, out_features: int, in_features: int) -> Non
         raise ValueError(f"{name} must be from 1 to min(out_features, in_features) = {largest}, got {rank!r}.")
 
 
+def _sizes(part: Tensor | nn.Module) -> tuple[int, int]:
+    return (part.out_features, part.in_features) if isinstance(part, nn.Module) else tuple(part.shape)  # type: ignore
+
+
+def alike(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the widest of their dtypes: those that train may be held in float32, beside others in 16 bits."""
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    return tuple(part.to(dtype) for part in parts)
+
+
 class FactoredLinear(nn.Module):
     """`y = (x R^T) L^T + b`: a linear layer that stores two thin factors in place of its weight.
 
     An ordinary module: `state_dict`, `to`, deepcopy, pickle, `torch.export` and FSDP see contiguous parameters, named
     wasi_L, wasi_R and bias: PEFT knows what belongs to an adapter by the prefix. `weight` answers what model code asks
-    of a dense weight (:class:`dense.FactoredWeight`). Parts that do not train can be in few bits (:meth:`store`).
+    of a dense weight (:class:`dense.FactoredWeight`). Parts that do not train can be in few bits (:meth:`store`), or
+    those of other factors, which are there anyway (:meth:`sharing`).
 
     **Shape**
         - L: (out, K); R: (K, in); bias: (out,) or None
@@ -78,11 +90,21 @@ class FactoredLinear(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_rank("rank", rank, out_features, in_features)
-        shapes = {"L": (out_features, rank), "R": (rank, in_features)}
+        shapes = self.part_shapes(out_features, in_features, rank)
         self._make(shapes, bias, dense_class, {"device": device, "dtype": dtype})
 
+    @classmethod
+    def part_shapes(cls, out_features: int, in_features: int, rank: int, **_: int) -> dict[str, tuple[int, int]]:
+        """Shapes of the parts, by name.
+
+        Raises:
+            ValueError: If a rank is none that a weight can have.
+        """
+        check_rank("rank", rank, out_features, in_features)
+        return {"L": (out_features, rank), "R": (rank, in_features)}
+
     bias: nn.Parameter | None
+    _lender: tuple[FactoredLinear, ...] = ()  # whose factors stand in for the parts that this form does not have
 
     def part(self, name: str) -> nn.Parameter:
         """A parameter by its name in `parts`; in the tenth of the time that attribute access takes.
@@ -90,11 +112,24 @@ class FactoredLinear(nn.Module):
         Of a part in few bits, its restored values, a tensor of its own.
         """
         part = self._parameters.get(self.prefix + name)
-        return self.frozen(name).dense_weight(self.dtype) if part is None else part
+        if part is None:
+            return self._lender[0].part(name) if self.shares(name) else self.frozen(name).dense_weight(self.dtype)
+        return part
 
     def frozen(self, name: str) -> Any:
         """What a part in few bits is stored as (:data:`frozen.FROZEN`); None for a parameter."""
-        return self._modules.get(self.prefix + name)
+        stored = self._modules.get(self.prefix + name)
+        return self._lender[0].frozen(name) if stored is None and self.shares(name) else stored
+
+    def shares(self, name: str) -> bool:
+        """Whether a part is that of other factors (:meth:`sharing`)."""
+        own = self.prefix + name
+        return bool(self._lender) and own not in self._parameters and own not in self._modules
+
+    @property
+    def shared_parts(self) -> tuple[str, ...]:
+        """Names of those that are."""
+        return tuple(name for name in self.parts if self.shares(name)) if self._lender else ()
 
     @property
     def L(self) -> nn.Parameter:
@@ -118,33 +153,64 @@ class FactoredLinear(nn.Module):
         biases = torch.empty(out_features, **options).uniform_(-1, 1).mul_(in_features**-0.5) if bias else None
         self._hold(parts, biases, dense_class)
 
-    def _hold(self, parts: Mapping[str, Tensor], bias: Tensor | None, dense_class: type[nn.Module]) -> None:
-        self.out_features, self.in_features = parts["L"].shape[0], parts["R"].shape[1]
+    def _hold(
+        self, parts: Mapping[str, Tensor | nn.Module], bias: Tensor | None, dense_class: type[nn.Module]
+    ) -> None:
+        self.out_features, self.in_features = _sizes(parts["L"])[0], _sizes(parts["R"])[1]
         self.dense_class = dense_class
         for name in self.parts:
-            self.register_parameter(self.prefix + name, nn.Parameter(parts[name]))
+            part = parts[name]
+            if isinstance(part, nn.Module):
+                self.add_module(self.prefix + name, part)
+            else:
+                self.register_parameter(self.prefix + name, nn.Parameter(part))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     @classmethod
     def from_parts(
-        cls, parts: Mapping[str, Tensor], bias: Tensor | None, dense_class: type[nn.Module] = nn.Linear
+        cls, parts: Mapping[str, Tensor | nn.Module], bias: Tensor | None, dense_class: type[nn.Module] = nn.Linear
     ) -> Self:
         """A form around existing tensors; those that are not contiguous are copied, and so is the bias.
 
         Args:
-            parts: A tensor for every name in `cls.parts`, of one dtype and device.
+            parts: A tensor for every name in `cls.parts`, of one dtype and device; or what one is stored as in few
+                bits (:data:`frozen.FROZEN`), which is taken over.
             bias: (out,) or None.
             dense_class: As in the constructor.
         """
         form = cls.__new__(cls)
         nn.Module.__init__(form)
-        contiguous = {name: parts[name].detach().contiguous() for name in cls.parts}
-        form._hold(contiguous, None if bias is None else bias.detach().clone(), dense_class)
+        taken = {
+            name: part if isinstance(part, nn.Module) else part.detach().contiguous() for name, part in parts.items()
+        }
+        form._hold(taken, None if bias is None else bias.detach().clone(), dense_class)
+        return form
+
+    @classmethod
+    def sharing(cls, lender: FactoredLinear, parts: Mapping[str, Tensor], bias: Tensor | None) -> Self:
+        """A form with some parts of its own; the others are those of existing factors, as they are at any time.
+
+        Those are not copied, saved, moved or counted with this form, and must not train.
+
+        Args:
+            lender: Has the other parts.
+            parts: This form's own; taken over.
+            bias: (out,) or None; taken over.
+        """
+        form = cls.__new__(cls)
+        nn.Module.__init__(form)
+        form._lender = (lender,)  # in a tuple: not a child, it belongs to the model
+        form.out_features, form.in_features = lender.out_features, lender.in_features
+        form.dense_class = lender.dense_class
+        for name in cls.parts:
+            if name in parts:
+                form.register_parameter(cls.prefix + name, nn.Parameter(parts[name].contiguous()))
+        form.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         return form
 
     def copy(self) -> Self:
-        """Another form with copies of all tensors."""
-        return copy.deepcopy(self)
+        """Another form with copies of all tensors, but for those that are shared."""
+        return copy.deepcopy(self, {id(lender): lender for lender in self._lender})
 
     # ---------------------------------------------------------------- parts in few bits
 
@@ -176,7 +242,8 @@ class FactoredLinear(nn.Module):
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside, parts in few bits are frozen parameters with the values that they stand for; rounded again after."""
-        stored = {name: self.frozen(name) for name in self.parts if self.frozen(name) is not None}
+        stored: dict[str, Any] = {name: self._modules.get(self.prefix + name) for name in self.parts}
+        stored = {name: frozen for name, frozen in stored.items() if frozen is not None}
         for name in stored:
             value = self.part(name)
             del self._modules[self.prefix + name]
@@ -221,7 +288,8 @@ class FactoredLinear(nn.Module):
         **Shape**
             - returns outer (out, rank), inner (rank, in)
         """
-        return self.L, self.R
+        L, R = alike(self.L, self.R)
+        return L, R
 
     @property
     def weight(self) -> FactoredWeight:

@@ -49,11 +49,16 @@ class SplitLinear(FactoredLinear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_rank("rank", rank, out_features, in_features)
-        check_rank("side_rank", side_rank, out_features, in_features)
-        shapes = {"L": (out_features, rank), "R": (rank, in_features)}
-        shapes |= {"B": (out_features, side_rank), "A": (side_rank, in_features)}
+        shapes = self.part_shapes(out_features, in_features, rank, side_rank=side_rank)
         self._make(shapes, bias, dense_class, {"device": device, "dtype": dtype})
+
+    @classmethod
+    def part_shapes(
+        cls, out_features: int, in_features: int, rank: int, *, side_rank: int = 0, **_: int
+    ) -> dict[str, tuple[int, int]]:
+        check_rank("side_rank", side_rank, out_features, in_features)
+        side = {"B": (out_features, side_rank), "A": (side_rank, in_features)}
+        return super().part_shapes(out_features, in_features, rank) | side
 
     @property
     def B(self) -> nn.Parameter:

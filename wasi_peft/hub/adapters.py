@@ -11,7 +11,7 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -35,7 +35,8 @@ def load_adapter(
     """Load a saved adapter and its base model in one line, without the dense weights that its factors replace.
 
     Everything else of the base model is read as ever. Beside a residual, and with `base_weight="keep"` or "cpu", the
-    dense weights are needed, and read too; a base that is small to load is a compressed model ([`compress`]).
+    dense weights are needed, and read too; a base that is small to load is a compressed model ([`compress`]), which is
+    read whole.
 
     Args:
         folder: Of the adapter, or its hub id.
@@ -69,7 +70,7 @@ def load_adapter(
     if not base:
         raise ValueError(f"{folder}: the adapter does not name its base model; load that and use PeftModel.")
     absent = [name for name in config.ranks or {} if config.base_form_of(name) == "release"]
-    if absent:
+    if absent and not _is_quantized(base, config.revision):
         options["quantization_config"] = _AbsentConfig(absent)
     model_class = model_class or _saved_class(folder, config)
     model = model_class.from_pretrained(base, revision=config.revision, **options)
@@ -96,6 +97,13 @@ def _saved_class(folder: Any, config: WasiConfig) -> Any:
     if found is None:
         raise ValueError(f"{folder}: the adapter does not say which class its base model has; pass model_class.")
     return found
+
+
+def _is_quantized(base: str, revision: str | None) -> bool:
+    """Whether a checkpoint is one in few bits or in other forms, of which adapters need every layer."""
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    settings, _ = PretrainedConfig.get_config_dict(base, **options)
+    return settings.get("quantization_config") is not None
 
 
 class _AbsentConfig(QuantizationConfigMixin):

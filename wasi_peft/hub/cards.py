@@ -1,15 +1,16 @@
 """Model cards: what a published adapter or compressed model is, and lines that load it as they stand.
 
-PEFT writes an adapter's card whenever it is saved, and again when the Trainer has written its own; :func:`install` has
-this package add its part each time.
+PEFT writes an adapter's card whenever it is saved, and again when the Trainer has written its own; `push_to_hub` puts
+that of the repository, or an empty one, in its place. :func:`install` has this package add its part each time.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
@@ -117,18 +118,16 @@ def write_card(model: nn.Module, folder: str | os.PathLike[str], metrics: Mappin
     Raises:
         ValueError: If the model is neither.
     """
-    adapter = isinstance(model, PeftModel) and isinstance(model.base_model, WasiModel)
-    if not adapter and not any(isinstance(layer, CompressedLinear) for layer in model.modules()):
+    adapter = _is_adapter(model)
+    if not adapter and not _is_compressed(model):
         raise ValueError(
             f"a card is for a model with a WASI adapter or compressed layers, got {type(model).__name__}."
         )
     path = Path(folder) / "README.md"
-    card = (
-        ModelCard.load(path)
-        if path.exists()
-        else ModelCard.from_template(ModelCardData(), template_str="{{ card_data }}")
-    )
-    card.data["library_name"] = "peft" if adapter else "transformers"
+    library = "peft" if adapter else "transformers"
+    begun = f"---\n{ModelCardData(library_name=library).to_yaml()}\n---\n"
+    card = ModelCard.load(path) if path.exists() else ModelCard(begun)
+    card.data["library_name"] = library
     card.data["tags"] = sorted({*(card.data.get("tags") or []), *TAGS})
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     origin = getattr(base, "name_or_path", None)
@@ -166,3 +165,24 @@ def install() -> None:
 
     create_or_update_model_card._wasi = True  # type: ignore[attr-defined]
     PeftModel.create_or_update_model_card = create_or_update_model_card
+    for cls in (PeftModel, PreTrainedModel):
+        cls._upload_modified_files = _with_card(cls._upload_modified_files)
+
+
+def _with_card(upload: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(upload)
+    def upload_with_card(self: Any, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        native = getattr(self, "_hf_peft_config_loaded", False)  # what is in the folder then is that adapter alone
+        if _is_adapter(self) or (_is_compressed(self) and not isinstance(self, PeftModel) and not native):
+            write_card(self, working_dir)
+        return upload(self, working_dir, *args, **kwargs)
+
+    return upload_with_card
+
+
+def _is_adapter(model: nn.Module) -> bool:
+    return isinstance(model, PeftModel) and isinstance(model.base_model, WasiModel)
+
+
+def _is_compressed(model: nn.Module) -> bool:
+    return any(isinstance(layer, CompressedLinear) for layer in model.modules())

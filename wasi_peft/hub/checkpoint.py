@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import zlib
@@ -22,9 +23,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..factors.folder import checksum
 from ..files.headers import read_header
 
+logger = logging.getLogger(__name__)
+
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHERS = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL"}
 _NOT_READ = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.tflite", "*/*"]
+_SHOWN = 5  # names of tensors in a message
 _CHECKSUM_BYTES = 2**20  # from either end of a file
 
 
@@ -112,7 +116,8 @@ def _read_weight_map(folder: str) -> dict[str, str]:
 class DenseCheckpoint:
     """The tensors of a model by the names that they have in it.
 
-    Where transformers has renamed modules since the checkpoint was written, its own table of names is used.
+    Where transformers has renamed modules since the checkpoint was written, its own table of names is used. As it does
+    there, the prefix of the base model is added or taken away, and tensors that the model lacks are left out.
 
     Args:
         model: Without weights; says what there must be, and in which dtype it is read.
@@ -123,8 +128,8 @@ class DenseCheckpoint:
         aliases: All names of each parameter, by any of them.
 
     Raises:
-        ValueError: If a tensor is missing, belongs to no part of the model, has another shape or no floating dtype, or
-            must be put together from several; or if weights that are tied differ.
+        ValueError: If a tensor is missing, has another shape or no floating dtype, or must be put together from
+            several; or if weights that are tied differ.
     """
 
     def __init__(self, model: PreTrainedModel, stored: list[StoredTensor]) -> None:
@@ -156,6 +161,7 @@ class DenseCheckpoint:
         made = {name for name, _ in model.named_buffers()} - set(expected)  # by the model itself; old files hold them
         ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq"]
         matched: dict[str, StoredTensor] = {}
+        left_out: list[str] = []
         for tensor in stored:
             name, converted = rename_source_key(tensor.key, renamings, converters, prefix, expected)
             if name not in expected and tensor.key in expected:
@@ -168,15 +174,21 @@ class DenseCheckpoint:
             if name not in expected:
                 if name in made or any(re.search(pattern, tensor.key) for pattern in ignored):
                     continue
-                raise ValueError(
-                    f"{tensor.key}: the checkpoint must hold the tensors of a {type(model).__name__} and no others; "
-                    "this one is none of them. A model that fits into memory can be loaded and given to compress."
-                )
+                left_out.append(tensor.key)
+                continue
             if name in matched:
                 raise ValueError(
                     f"{name}: a checkpoint must hold a tensor once, got {matched[name].key} and {tensor.key}."
                 )
             matched[name] = tensor
+        if left_out:
+            shown = ", ".join(left_out[:_SHOWN]) + (", ..." if len(left_out) > _SHOWN else "")
+            logger.warning(
+                "%d tensors of the checkpoint are of no part of a %s, and are left out: %s",
+                len(left_out),
+                type(model).__name__,
+                shown,
+            )
         return matched
 
     def _check(self, name: str) -> None:

@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..factors.data import CalibrationData
 from ..factors.prepare import preprocess_wasi
 from ..files.headers import Header, read_header
-from ..forms.compressed import CompressedLinear, from_stored, stored_layout
+from ..forms.compressed import CompressedLinear, StoredForm, from_stored, stored_layout
 from ..forms.dense import weight_shape
 from ..forms.residual import Layout
 from ..tuner.config import WasiConfig
@@ -36,7 +36,6 @@ from ..tuner.model import WasiModel
 
 METHOD = "wasi"
 FORMAT_VERSION = 1
-_ENTRY = {"form": str, "rank": int}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = {torch.int8: "I8", torch.uint8: "U8"}
 
@@ -45,7 +44,8 @@ class WasiQuantizationConfig(QuantizationConfigMixin):
     """What a compressed model's `config.json` says of its layers.
 
     Args:
-        layers: By module name, `{"form": "factors" | "int8" | "int4", "rank": directions of the factors}`.
+        layers: By module name, what :class:`forms.compressed.StoredForm` says of it:
+            `{"form": "factors" | "int8" | "int4" | ..., "rank": directions of the factors}`.
         format_version: Of the checkpoint, 1.
 
     Raises:
@@ -63,19 +63,26 @@ class WasiQuantizationConfig(QuantizationConfigMixin):
         if not isinstance(layers, Mapping) or not layers:
             raise ValueError(f"layers of a compressed checkpoint must be a dict by module name, got {layers!r}.")
         for name, entry in layers.items():
-            if (
-                not isinstance(entry, Mapping)
-                or set(entry) != set(_ENTRY)
-                or any(type(entry[key]) is not kind for key, kind in _ENTRY.items())
-                or entry["rank"] < 0
-            ):
+            if not _is_entry(entry):
                 raise ValueError(
-                    f"layers[{name!r}] must have the keys form (a string) and rank (an integer, at least 0), got "
-                    f"{entry!r}."
+                    f"layers[{name!r}] must have the keys form (a string) and rank (an integer, at least 0), and may "
+                    f"have side_rank (the same) and bits (strings by name), got {entry!r}."
                 )
         self.quant_method = METHOD
         self.format_version = FORMAT_VERSION
         self.layers = {name: dict(entry) for name, entry in layers.items()}
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, Mapping) or not {"form", "rank"} <= set(entry) <= {*StoredForm._fields}:
+        return False
+    bits = entry.get("bits", {})
+    ranks = entry["rank"], entry.get("side_rank", 0)
+    return (
+        all(type(rank) is int and rank >= 0 for rank in ranks)
+        and isinstance(bits, Mapping)
+        and all(type(text) is str for text in (entry["form"], *bits, *bits.values()))
+    )
 
 
 class WasiQuantizer(HfQuantizer):
@@ -96,13 +103,13 @@ class WasiQuantizer(HfQuantizer):
         loading: dict[str, _Loading] = {}
         layouts: dict[str, Layout] = {}
         for name, module_name in _names_in(model, self.quantization_config.layers).items():
-            module, entry = model.get_submodule(module_name), self.quantization_config.layers[name]
+            module, entry = model.get_submodule(module_name), StoredForm(**self.quantization_config.layers[name])
             shape = weight_shape(module)
             try:
-                layouts[name] = stored_layout(entry["form"], entry["rank"], shape, module.bias is not None, dtype)
+                layouts[name] = stored_layout(entry, shape, module.bias is not None, dtype)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            loading[module_name] = _Loading(entry["form"], shape, type(module), dtype)
+            loading[module_name] = _Loading(entry, shape, type(module), dtype)
         _check_files(model, layouts, checkpoint_files)
         for module_name, layout in zip(loading, layouts.values(), strict=True):
             model.set_submodule(module_name, _Stored(layout))
@@ -114,10 +121,10 @@ class WasiQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         check_shapes(model, self._shapes)
-        for name, (form_name, shape, dense_class, dtype) in self._loading.items():
+        for name, (entry, shape, dense_class, dtype) in self._loading.items():
             stored = model.get_submodule(name)
             parts = {part: tensor.detach() for part, tensor in stored.named_parameters()}
-            layer = from_stored(form_name, parts, shape, dense_class, dtype).train(stored.training)
+            layer = from_stored(entry, parts, shape, dense_class, dtype).train(stored.training)
             hook = getattr(stored, "_hf_hook", None)
             if hook is not None:
                 remove_hook_from_module(stored)
@@ -169,7 +176,7 @@ class WasiQuantizer(HfQuantizer):
 class _Loading(NamedTuple):
     """What a layer becomes once its tensors are there: arguments of :func:`forms.compressed.from_stored`."""
 
-    form_name: str
+    stored: StoredForm
     shape: tuple[int, int]
     dense_class: type[nn.Module]
     dtype: torch.dtype
@@ -370,7 +377,8 @@ def mark_compressed(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If it has none.
     """
-    layers = {name: entry_of(layer) for name, layer in model.named_modules() if isinstance(layer, CompressedLinear)}
+    compressed = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, CompressedLinear))
+    layers = {name: layer.stored_form.entry() for name, layer in compressed}
     config = quantization_config(layers)
     if isinstance(model, PreTrainedModel):
         quantizer = WasiQuantizer(config, pre_quantized=True)
@@ -379,11 +387,6 @@ def mark_compressed(model: nn.Module) -> nn.Module:
         model.config.quantization_config, model.config._is_quantized = config, True
         _own_names(model)
     return model
-
-
-def entry_of(layer: CompressedLinear) -> dict[str, Any]:
-    """What a config says of a layer."""
-    return {"form": layer.form_name, "rank": layer.rank}
 
 
 def quantization_config(layers: Mapping[str, Mapping[str, Any]]) -> WasiQuantizationConfig:

@@ -50,7 +50,7 @@ def read_headers(folder: Path) -> Checkpoint:
         own = [size for key, size in sizes.items() if key.rpartition(".")[0] == name]
         if not own:
             raise ValueError(f"{folder}: {name} is in config.json and in no file; the checkpoint is not complete.")
-        layers.append(StoredLayer(name, entry["form"], entry["rank"], sum(own)))
+        layers.append(StoredLayer(name, entry["form"], entry["rank"] + entry.get("side_rank", 0), sum(own)))
     return Checkpoint(tuple(layers), sum(sizes.values()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..forms.compressed import CompressedResidual
 from ..forms.dense import is_transposed
 from ..forms.residual import ResidualLinear
 from ..tuner.layer import WasiLayer, wasi_layers
@@ -19,6 +21,12 @@ from .cases import answered, cases_of, example_batch, tolerance_of
 from .formats import Format, Source
 from .plain import multiply_exactly, wasi_copy
 
+logger = logging.getLogger(__name__)
+
+ON_COMPRESSED = (
+    "This LoRA adapter is for the compressed model %r, which needs wasi_peft. For programs that do not know it, write "
+    "that model out dense too, by model.unload().dequantize().save_pretrained(folder)."
+)
 _KEY = "base_model.model."
 
 
@@ -43,6 +51,8 @@ class LoraFormat(Format):
         _check_vectors(twin, name)
         config, tensors = _lora(twin, name, layers)
         config.save_pretrained(str(folder))
+        if any(isinstance(layer.form_of(name).residual, CompressedResidual) for layer in layers.values()):
+            logger.warning(ON_COMPRESSED, config.base_model_name_or_path)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         multiply_exactly(twin)
         cases = cases_of(twin, example_batch(source.model) if source.batch is None else source.batch)

@@ -1,10 +1,10 @@
 """From a dense checkpoint to a compressed one in bounded memory: one transformer block at a time.
 
 The result is what :func:`compressed.compress` and `save_pretrained` write. Every part of it, the tensors of a block or
-some of those around the blocks, is a shard of its own, written as soon as it is known. With data, blocks run on
-hidden states that are kept in files (:mod:`sweeps`): beside a weight in few bits one sweep gives the additions;
-factors take a sweep forward, one back for the gradients of outputs, and, once the ranks of all layers are known, one
-that writes.
+some of those around the blocks, is a file of its own, written as soon as it is known; in the end they are joined. With
+data, blocks run on hidden states that are kept in files (:mod:`sweeps`): beside a weight in few bits one sweep gives
+the additions; factors take a sweep forward, one back for the gradients of outputs, and, once the ranks of all layers
+are known, one that writes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import convert_file_size_to_int
 
 from ..factors.additions import ADDITION_BATCHES, prepared_addition
 from ..factors.calibration import Calibration, save_layer
@@ -31,18 +33,23 @@ from ..factors.folder import new_index, read_index, write_index
 from ..factors.prepare import prepared_factors, resolve_ranks
 from ..factors.statistics import InputStatistics
 from ..files.headers import read_header
-from ..forms.compressed import STORABLE, CompressedLinear, compressed
-from ..forms.dense import dense_weight
+from ..files.joining import join_files
+from ..forms.compressed import STORABLE, CompressedLinear, StoredForm, compressed, from_stored, stored_layout
+from ..forms.dense import dense_weight, weight_shape
+from ..forms.products import ProductChoice
 from ..forms.residual import RESIDUALS
 from ..tuner.config import WasiConfig
 from ..tuner.prepared import PreparedLayer
 from ..tuner.targets import check_targets, check_weight, resolve_targets, selected_modules
+from .cards import write_card
 from .checkpoint import checkpoint_dtype, checkpoint_folder, stored_tensors_of
-from .compressed import entry_of, quantization_config
+from .compressed import quantization_config
 from .skeleton import Skeleton
 from .sweeps import BlockSweeps, Keep
 from .working import WorkingFolder, check_output, write_json, write_tensors
 
+SHARD_SIZE = "5GB"
+_PARTS = "parts"  # in the working folder
 PART_BYTES = 2**26  # of tensors outside of blocks that are written together
 SUMS_WORK = 16  # how many times as long as writing a block it takes about to find out what the data say of it
 _COPIED = (".json", ".txt", ".model", ".jinja", ".spm", ".vocab", ".tiktoken")  # tokenizers and processors
@@ -61,12 +68,15 @@ def prepare_checkpoint(
     max_memory_bytes: int = 2**30,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
     overwrite: bool = False,
     progress_bar: bool = True,
 ) -> Path:
     """Write a compressed checkpoint of a dense one that need not fit into memory.
 
-    The folder is one that [`compress`] and `save_pretrained` would write, in shards, and is loaded in the same way.
+    The folder is one that [`compress`] and `save_pretrained` would write, with a model card, and is loaded in the same
+    way. Tensors of the checkpoint that the model does not have, such as another head, are left out, as transformers
+    does; one line of a log names them.
     At any time there are the dense weights of one transformer block, or a tensor outside of the blocks, and what is
     computed of them; with data, for a while, those before the first block and behind the last. Hidden states of the
     samples are kept in files, beside the output.
@@ -88,6 +98,7 @@ def prepare_checkpoint(
         max_memory_bytes: Bound on the memory for sums over the data, bytes; a block runs again for those above it.
         dtype: Of the model; by default what its configuration says, else that of the checkpoint.
         revision: Of a hub id.
+        max_shard_size: Of a file of the result, bytes or a text such as "2GB"; a block is never parted.
         overwrite: Whether a folder that is there may be replaced, when the new one is complete.
         progress_bar: Show a progress bar.
 
@@ -124,6 +135,7 @@ def prepare_checkpoint(
         )
     if data is not None:
         check_repeatable(data)
+    shard_bytes = convert_file_size_to_int(max_shard_size)
     check_output(os.fspath(output), overwrite)
     folder = checkpoint_folder(model, revision)
     if os.path.exists(output) and os.path.samefile(folder, output):
@@ -142,6 +154,7 @@ def prepare_checkpoint(
     if data is not None:
         count = ADDITION_BATCHES if max_batches is None and not makes_factors else max_batches
         batches = list(limited(data, count, None))
+    skeleton.model.name_or_path = os.fspath(model)
     fingerprint = {
         "checkpoint": skeleton.checkpoint.identity,
         "model": {key: value for key, value in loaded.to_dict().items() if key != "_name_or_path"},
@@ -149,6 +162,7 @@ def prepare_checkpoint(
         "data": [batch_checksum(batch) for batch in batches],
         "gradients": gradients if makes_factors else None,
         "dtype": str(dtype),
+        "max_shard_size": shard_bytes,
     }
     sweeps = BlockSweeps(skeleton, batches, targets, max_memory_bytes) if batches else None
     work = WorkingFolder(output, fingerprint, overwrite)
@@ -161,7 +175,7 @@ def prepare_checkpoint(
             preparation.write_factors(sweeps, gradients)
         else:
             preparation.write_additions(sweeps)
-    preparation.write_rest(folder)
+    preparation.write_rest(folder, shard_bytes)
     work.publish()
     return Path(output)
 
@@ -287,7 +301,7 @@ class _Preparation:
             self.bar.update(self._work.get(step, 0))
 
     def _write_part(self, part: int, prepare: Prepare | None = None) -> dict[str, Any]:
-        """A shard of the result; returns what the config says of its layers, and its bytes."""
+        """A part of the result; returns what the config says of its layers, and its bytes."""
         skeleton, tensors, layers = self.skeleton, dict[str, Tensor](), dict[str, Any]()
         for name in self.parts[part]:
             owner = name.rpartition(".")[0]
@@ -298,14 +312,15 @@ class _Preparation:
                 with skeleton.filled([f"{owner}.{leaf}" for leaf in module.state_dict()]):
                     layer = self._compressed(owner, module, prepare)
                     if isinstance(layer, CompressedLinear):
-                        layers[owner] = entry_of(layer)
+                        layers[owner] = layer.stored_form.entry()
                     stored = layer.stored() if isinstance(layer, CompressedLinear) else layer.state_dict()
                     tensors |= {f"{owner}.{leaf}": tensor.detach() for leaf, tensor in stored.items()}
-        write_tensors(os.path.join(self.work.result, self._file(part)), tensors)
+        os.makedirs(self.work.at(_PARTS), exist_ok=True)
+        write_tensors(self._file(part), tensors)
         return {"layers": layers, "bytes": sum(tensor.nbytes for tensor in tensors.values())}
 
     def _file(self, part: int) -> str:
-        return f"model-{part + 1:05d}-of-{len(self.parts):05d}.safetensors"
+        return self.work.at(_PARTS, f"{part:05d}.safetensors")
 
     @torch.no_grad()
     def _compressed(self, name: str, module: nn.Module, prepare: Prepare | None) -> nn.Module:
@@ -321,16 +336,24 @@ class _Preparation:
             return CompressedLinear(frozen)
         prepared = prepare(name, module)
         initial = dataclasses.replace(prepared.initial, residual=frozen)
-        form = config.update_of(name).form_of(initial, prepared.rank, type(module))
+        update = config.update_of(name)
+        form = update.form_of(initial, prepared.rank, type(module))
+        update.store(form, ProductChoice(config.residual_product))
         return compressed(form, weight.dtype) or form.to_dense().to(weight.dtype)
 
     # ---------------------------------------------------------------- what is beside the weights
 
-    def write_rest(self, folder: str) -> None:
-        """Index, configurations, and the files of tokenizers and processors, as they are in the dense folder."""
+    def write_rest(self, folder: str, shard_bytes: int) -> None:
+        """Configurations, the card, and the files of tokenizers and processors, as they are in the dense folder.
+
+        Args:
+            folder: Of the dense checkpoint.
+            shard_bytes: Largest size of a file with several parts.
+        """
         result, parts = self.work.result, [self.work.steps[f"part {part}"] for part in range(len(self.parts))]
         layers = {name: entry for part in parts for name, entry in part["layers"].items()}
         model = self.skeleton.model
+        self._write_shards([part["bytes"] for part in parts], shard_bytes)
         model.config.quantization_config = quantization_config({n: layers[n] for n in self.targets if n in layers})
         model.config.dtype, model.config.architectures = model.dtype, [type(model).__name__]
         model.config.save_pretrained(result)
@@ -342,15 +365,43 @@ class _Preparation:
             own = name == CONFIG_NAME or lowered.endswith(".index.json") or lowered.startswith("adapter_")
             if wanted and not own and os.path.isfile(os.path.join(folder, name)):
                 shutil.copyfile(os.path.join(folder, name), os.path.join(result, name))
-        weight_map: dict[str, str] = {}
-        for part in range(len(self.parts)):
-            weight_map |= dict.fromkeys(read_header(os.path.join(result, self._file(part))), self._file(part))
-        index = {"metadata": {"total_size": sum(part["bytes"] for part in parts)}, "weight_map": weight_map}
-        write_json(os.path.join(result, SAFE_WEIGHTS_INDEX_NAME), index)
+        for name, entry in layers.items():
+            model.set_submodule(name, _without_numbers(StoredForm(**entry), self.targets[name], model.dtype))
+        write_card(model, result)
         self.bar.close()
+
+    def _write_shards(self, sizes: list[int], shard_bytes: int) -> None:
+        """The files of weights: as many parts in each as may be together, and an index where there are several."""
+        shards: list[list[int]] = [[]]
+        for part, size in enumerate(sizes):
+            if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
+                shards.append([])
+            shards[-1].append(part)
+        count, names = len(shards), [SAFE_WEIGHTS_NAME]
+        if count > 1:
+            names = [f"model-{shard + 1:05d}-of-{count:05d}.safetensors" for shard in range(count)]
+        paths = [os.path.join(self.work.result, name) for name in names]
+        for path, shard in zip(paths, shards, strict=True):
+            files = [self._file(part) for part in shard]
+            self._step(f"shard {shard[0]}", join_files, files, path)
+            for file in files:
+                with suppress(FileNotFoundError):
+                    os.remove(file)
+        if count > 1:
+            weight_map = {key: name for path, name in zip(paths, names, strict=True) for key in read_header(path)}
+            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+            write_json(os.path.join(self.work.result, SAFE_WEIGHTS_INDEX_NAME), index)
 
 
 # ---------------------------------------------------------------- what is asked for
+
+
+def _without_numbers(stored: StoredForm, dense: nn.Module, dtype: torch.dtype) -> CompressedLinear:
+    """What a layer has become, on the meta device."""
+    shape = weight_shape(dense)
+    layout = stored_layout(stored, shape, dense.bias is not None, dtype)
+    tensors = {name: torch.empty(size, dtype=kind, device="meta") for name, (size, kind) in layout.items()}
+    return from_stored(stored, tensors, shape, type(dense), dtype)
 
 
 def _read_config(folder: str) -> PretrainedConfig:

@@ -52,7 +52,7 @@ def trace(form: PlainForm) -> ExportedProgram:
             part.use_cache = False
     inputs = form.cases[0].inputs
     shapes = {name: dict.fromkeys(free_axes(tensor), Dim.DYNAMIC) for name, tensor in inputs.tensors.items()}
-    named = Named(form.module, inputs)
+    named = Named(form.module.requires_grad_(False), inputs)  # for gradients attention lies otherwise in memory
     try:
         with torch.no_grad():
             return torch.export.export(named, (), dict(inputs.tensors), dynamic_shapes=shapes, strict=False)

@@ -3,6 +3,9 @@
 An input of canonical shape [batch, tokens, features] is kept as a Tucker form: a small core and one orthonormal basis
 per compressed mode. Modes are truncated one after the other, features first, so that every later contraction works on
 an already small tensor (ST-HOSVD, Vannieuwenhoven et al. 2012). State is a value that is passed in and returned.
+
+A map, [batch, height, width, features], may keep its four modes: two small bases for its places in place of a large
+one for all of them.
 """
 
 from __future__ import annotations
@@ -17,22 +20,40 @@ from torch import Tensor
 from .spectra import rank_for_threshold
 from .subspaces import leading_subspace, range_finder, subspace_iteration
 
-MODES = ("feature", "token", "batch")
-_AXIS = {"batch": 0, "token": 1, "feature": 2}
+MODES = ("feature", "token", "batch", "height", "width")
+_PLACES = ("height", "width")
 
 
 class Tucker(NamedTuple):
     """A compressed activation `X ~ core x_feature U_f x_token U_t x_batch U_b`; None for a mode kept whole.
 
     **Shape**
-        - core: (B or r_b, N or r_t, r_f)
+        - core: (B or r_b, N or r_t, r_f); of a map (B or r_b, H or r_h, W or r_w, r_f)
         - feature: (I, r_f); token: (N, r_t) or None; batch: (B, r_b) or None
+        - height: (H, r_h), width: (W, r_w), of a map; or None
     """
 
     core: Tensor
     feature: Tensor
     token: Tensor | None = None
     batch: Tensor | None = None
+    height: Tensor | None = None
+    width: Tensor | None = None
+
+    @property
+    def bases(self) -> list[tuple[int, Tensor]]:
+        """Axes of the core and their bases, the axis of features not among them."""
+        axes = {"token": 1, "batch": 0, "height": 1, "width": 2}
+        pairs = ((axis, getattr(self, mode)) for mode, axis in axes.items())
+        return [(axis, basis) for axis, basis in pairs if basis is not None]
+
+    @property
+    def elements(self) -> int:
+        """Numbers that are kept."""
+        return sum(part.numel() for part in self if part is not None)
+
+
+NOTHING: tuple[None, ...] = (None,) * len(Tucker._fields)  # in place of the parts of a form, where there is none
 
 
 class Bases(NamedTuple):
@@ -40,12 +61,15 @@ class Bases(NamedTuple):
 
     feature: Tensor | None = None
     token: Tensor | None = None
+    height: Tensor | None = None
+    width: Tensor | None = None
 
 
 class CompressionRule(NamedTuple):
     """How strongly each mode is compressed: an explained-variance threshold or fixed ranks.
 
-    `ranks` wins over `threshold` for the modes it names. `modes` is a subset of :data:`MODES` with "feature" in it.
+    `ranks` wins over `threshold` for the modes it names. `modes` is a subset of :data:`MODES` with "feature" in it;
+    "height" and "width" are those of maps, in the place of "token", or, with "token" too, where they keep less.
     """
 
     modes: tuple[str, ...] = ("feature",)
@@ -136,15 +160,26 @@ def _basis(
     return kept.to(unfolded.dtype).clone(memory_format=torch.contiguous_format)
 
 
+def arranged(x: Tensor, rule: CompressionRule) -> Tensor:
+    """An input as a rule takes it: a map with its four modes where the rule names both of its places, else canonical.
+
+    Example:
+        >>> x = torch.zeros(5, 4, 4, 8)
+        >>> arranged(x, CompressionRule(("feature", "height", "width"))).shape, arranged(x, CompressionRule()).shape
+        (torch.Size([5, 4, 4, 8]), torch.Size([5, 16, 8]))
+    """
+    return x if x.dim() == 4 and set(_PLACES) <= set(rule.modes) else canonical(x)
+
+
 def compress(x: Tensor, rule: CompressionRule, bases: Bases, advance: bool = True) -> tuple[Tucker, Bases] | None:
     """Compress one input, one warm-started subspace iteration per mode.
 
     **Shape**
-        - x: (B, N, I)
+        - x: (..., I), which is taken as (B, N, I), or as a map, (B, H, W, I) (:func:`arranged`)
         - returns a :class:`Tucker` and the bases to continue from
 
     Args:
-        x: Canonical input; not modified and not kept.
+        x: Input; not modified and not kept.
         rule: Modes and ranks or threshold.
         bases: State of the previous call (`Bases()` for a cold start). A basis whose size, dtype or device no longer
             fits the input is rebuilt from the spectrum; the batch basis always is, because samples are reshuffled.
@@ -155,45 +190,78 @@ def compress(x: Tensor, rule: CompressionRule, bases: Bases, advance: bool = Tru
     """
     if x.numel() == 0:
         return None
-    feature = _basis(unfold(x, 2), bases.feature, "feature", rule, advance)
+    x = arranged(x, rule)
+    feature = _basis(unfold(x, x.dim() - 1), bases.feature, "feature", rule, advance)
     if feature is None:
         return None
-    core = x @ feature  # (B, N, r_f)
-    token = batch = None
-    if "token" in rule.modes and x.shape[1] > 1:
-        token = _basis(unfold(core, 1), bases.token, "token", rule, advance)
-        core = core if token is None else mode_dot(core, token.T, 1)
-    if "batch" in rule.modes and x.shape[0] > 1:
-        batch = _basis(unfold(core, 0), None, "batch", rule, advance)
-        core = core if batch is None else mode_dot(core, batch.T, 0)
-    kept = sum(part.numel() for part in (core, feature, token, batch) if part is not None)
-    if kept >= x.numel():
+    image = x @ feature  # (B, N or H, W, r_f)
+    forms = []
+    for modes in _ways(x, rule, bases):
+        form = Tucker(image.flatten(1, -2) if modes == ("token",) else image, feature)
+        for axis, mode in enumerate(modes, 1):
+            form = _contracted(form, mode, axis, getattr(bases, mode), rule, advance)
+        forms.append(form)
+    form = min(forms, key=lambda form: form.elements)
+    if "batch" in rule.modes:
+        form = _contracted(form, "batch", 0, None, rule, advance)
+    if form.elements >= x.numel():
         return None
-    return Tucker(roundable(core.contiguous()), feature, token, batch), Bases(feature, token)
+    state = Bases(form.feature, form.token, form.height, form.width)
+    return form._replace(core=roundable(form.core.contiguous())), state
+
+
+def _ways(x: Tensor, rule: CompressionRule, bases: Bases) -> list[tuple[str, ...]]:
+    """What the places of an input may be compressed as; of a map in two ways, until one has been taken."""
+    flat: list[tuple[str, ...]] = [("token",)] if "token" in rule.modes else []
+    if x.dim() == 3:
+        return flat or [()]
+    if bases.token is not None and bases.token.shape[0] == x.shape[1] * x.shape[2]:
+        return flat or [_PLACES]
+    warm = bases.height is not None and bases.width is not None
+    return [_PLACES] if warm else [_PLACES, *flat]
+
+
+def _contracted(
+    form: Tucker, mode: str, axis: int, previous: Tensor | None, rule: CompressionRule, advance: bool
+) -> Tucker:
+    """A form with one mode more compressed; as it is where that mode has one entry or no usable subspace."""
+    if form.core.shape[axis] < 2:
+        return form
+    basis = _basis(unfold(form.core, axis), previous, mode, rule, advance)
+    return form if basis is None else form._replace(core=mode_dot(form.core, basis.T, axis), **{mode: basis})
 
 
 def placeholder(x: Tensor, rule: CompressionRule, bases: Bases) -> Tucker | None:
     """What :func:`compress` would return, with the bases of before and a core without values, which takes no memory.
 
     **Shape**
-        - x: (B, N, I); returns the shapes of :func:`compress`
+        - x: as for :func:`compress`, whose shapes are returned
 
     Returns:
         None where they depend on the values of the input: a basis cannot be continued, or the batch is compressed; and
         where the form would not be smaller than the input.
     """
-    if "batch" in rule.modes or x.numel() == 0 or not _fits(unfold(x, 2), bases.feature, "feature", rule):
+    if "batch" in rule.modes or x.numel() == 0:
         return None
-    feature, token = bases.feature, None
+    x = arranged(x, rule)
+    if not _fits(unfold(x, x.dim() - 1), bases.feature, "feature", rule):
+        return None
+    feature, ways = bases.feature, _ways(x, rule, bases)
+    if len(ways) > 1:
+        return None
     assert feature is not None
-    core = x.new_empty(()).expand(*x.shape[:2], feature.shape[1])
-    if "token" in rule.modes and x.shape[1] > 1:
-        token = bases.token
-        if token is None or not _fits(unfold(core, 1), token, "token", rule):
+    core = x.new_empty(()).expand(*x.shape[:-1], feature.shape[1])
+    form = Tucker(core.flatten(1, -2) if ways == [("token",)] else core, feature)
+    for axis, mode in enumerate(ways[0], 1):
+        if form.core.shape[axis] < 2:
+            continue
+        basis = getattr(bases, mode)
+        if basis is None or not _fits(unfold(form.core, axis), basis, mode, rule):
             return None
-        core = core[:, :1].expand(-1, token.shape[1], -1)
-    kept = sum(part.numel() for part in (core, feature, token) if part is not None)
-    return None if kept >= x.numel() else Tucker(core, feature, token)
+        shape = [*form.core.shape]
+        shape[axis] = basis.shape[1]
+        form = form._replace(core=x.new_empty(()).expand(shape), **{mode: basis})
+    return None if form.elements >= x.numel() else form
 
 
 def expand_rows(compressed: Tucker) -> Tensor:
@@ -203,18 +271,17 @@ def expand_rows(compressed: Tucker) -> Tensor:
         - returns (B * N, r_f)
     """
     core = compressed.core
-    if compressed.token is not None:
-        core = mode_dot(core, compressed.token, 1)
-    if compressed.batch is not None:
-        core = mode_dot(core, compressed.batch, 0)
+    for axis, basis in compressed.bases:
+        core = mode_dot(core, basis, axis)
     return core.reshape(-1, core.shape[-1])
 
 
 def expand(compressed: Tucker) -> Tensor:
-    """The approximation of the input that a :class:`Tucker` stands for, (B, N, I). For reports and tests only."""
+    """The approximation of the input that a :class:`Tucker` stands for, (B, N, I) or (B, H, W, I).
+
+    For reports and tests only.
+    """
     core = compressed.core
-    for mode in MODES:
-        matrix = getattr(compressed, mode)
-        if matrix is not None:
-            core = mode_dot(core, matrix, _AXIS[mode])
-    return core
+    for axis, basis in compressed.bases:
+        core = mode_dot(core, basis, axis)
+    return core @ compressed.feature.T

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models.structure import vocabulary_head
 from .loss import ChunkedLoss
+from .padding import UnpaddedBlocks
 from .pieces import SLICE_ROWS, ChunkedMLPs, SlicedBlocks
 from .recompute import RecomputedBlocks
 from .saved import LowBitBlocks
@@ -42,35 +43,38 @@ def recomputes(mode: str) -> bool:
     return any(isinstance(technique, RecomputedBlocks) for technique in MODES[mode])
 
 
-def _techniques(model: nn.Module, mode: str) -> list[Technique]:
-    """The techniques of a mode, without those for parts that the model does not have."""
+def _techniques(model: nn.Module, mode: str, skip_padding: bool) -> list[Technique]:
+    """The techniques of a mode, without those for parts that the model does not have; around them, for padding."""
     absent: list[type] = []
     if vocabulary_head(model) is None:
         absent.append(ChunkedLoss)
     if not ChunkedMLPs.find(model):
         absent.append(ChunkedMLPs)
-    return [technique for technique in MODES[mode] if type(technique) not in absent]
+    techniques = [technique for technique in MODES[mode] if type(technique) not in absent]
+    return [*techniques, UnpaddedBlocks()] if skip_padding else techniques
 
 
-def check_memory_mode(model: nn.Module, mode: str) -> None:
+def check_memory_mode(model: nn.Module, mode: str, skip_padding: bool = False) -> None:
     """Refuse, before anything changes, a mode that the model cannot use.
 
     Raises:
-        ValueError: If the mode is not "exact" and the model has no transformer blocks.
+        ValueError: If the model has no transformer blocks, and the mode is not "exact" or padding is to be skipped.
     """
-    for technique in _techniques(model, mode):
+    for technique in _techniques(model, mode, skip_padding):
         try:
             technique.check(model)
         except ValueError as error:
-            raise ValueError(f"memory_mode={mode!r}: {error}") from error
+            setting = "skip_padding=True" if isinstance(technique, UnpaddedBlocks) else f"memory_mode={mode!r}"
+            raise ValueError(f"{setting}: {error}") from error
 
 
-def enter_memory_mode(model: nn.Module, mode: str) -> None:
+def enter_memory_mode(model: nn.Module, mode: str, skip_padding: bool = False) -> None:
     """Install the techniques of a mode, for the parts that the model has.
 
     Args:
         model: A model that passes :func:`check_memory_mode`, with or without adapters in it.
         mode: One of :data:`MEMORY_MODES`.
+        skip_padding: Whether blocks leave padding out on top (:class:`padding.UnpaddedBlocks`).
 
     Raises:
         ValueError: As :func:`check_memory_mode`.
@@ -82,12 +86,12 @@ def enter_memory_mode(model: nn.Module, mode: str) -> None:
         >>> enter_memory_mode(model, "small")
         >>> leave_memory_mode(model, "small")
     """
-    check_memory_mode(model, mode)
-    for technique in _techniques(model, mode):
+    check_memory_mode(model, mode, skip_padding)
+    for technique in _techniques(model, mode, skip_padding):
         technique.install(model)
 
 
 def leave_memory_mode(model: nn.Module, mode: str) -> None:
     """Undo :func:`enter_memory_mode`; nothing happens where it is not in use."""
-    for technique in MODES[mode]:
+    for technique in (*MODES[mode], UnpaddedBlocks()):
         technique.remove(model)

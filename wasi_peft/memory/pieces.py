@@ -10,7 +10,8 @@ which is recomputed when backward reaches it: the widest tensors of a block then
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any, Protocol
@@ -34,7 +35,7 @@ CHUNK_ROWS = 256  # tokens of a chunk
 # of the norm of a block's output. Samples that meet change it by far more, layers that round their rows by up to
 # 0.017: which columns they do not round depends on the batch.
 TOLERANCE = 0.03
-_PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
+PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def unpartial(
@@ -130,7 +131,7 @@ class BatchSlices:
         return call.joined()
 
     def _can_be_sliced(self, block: Any, call: _Sliced) -> bool:
-        if not isinstance(block, nn.Module) or not all(isinstance(leaf, _PLAIN) for leaf in call.leaves):
+        if not isinstance(block, nn.Module) or not all(isinstance(leaf, PLAIN) for leaf in call.leaves):
             return False
         if block is call.function and (block._forward_hooks or block._forward_pre_hooks):
             return False  # a hook expects to see the whole batch, once
@@ -203,30 +204,40 @@ class _Sliced:
         return tuple(forms)
 
 
-@torch.no_grad()
-def _samples_apart(block: nn.Module, call: _Sliced) -> bool:
-    """Whether a block answers slices of a batch as it answers the batch."""
+@contextmanager
+def trial(block: nn.Module, device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Context in which a block may answer again and again: nothing is random, and what changes is put back after.
+
+    Gives a function that says whether its buffers (running statistics) are as they were.
+    """
     buffers = [(buffer, buffer.clone()) for buffer in block.buffers()]
-    device = call.leaves[call.cut[0]].device
     generators = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
     try:
         with torch.random.fork_rng(**generators), _NothingRandom():
-            whole = call.whole()  # what fails here fails for the caller too
-            try:
-                apart = _agree(whole, call.joined())
-                del whole  # the more there is at once, the higher the peak of a first step
-                if apart:
-                    call = call.alike()
-                    apart = _agree(call.whole(), call.joined())
-            except Exception:  # whatever it lacks in slices
-                return False
-        return apart and all(torch.equal(buffer, before) for buffer, before in buffers)
+            yield lambda: all(bool((buffer == before).all()) for buffer, before in buffers)
     finally:
         for buffer, before in buffers:
             buffer.copy_(before)
 
 
-def _agree(whole: Any, joined: Any) -> bool:
+@torch.no_grad()
+def _samples_apart(block: nn.Module, call: _Sliced) -> bool:
+    """Whether a block answers slices of a batch as it answers the batch."""
+    with trial(block, call.leaves[call.cut[0]].device) as undisturbed:
+        whole = call.whole()  # what fails here fails for the caller too
+        try:
+            apart = leaves_agree(whole, call.joined())
+            del whole  # the more there is at once, the higher the peak of a first step
+            if apart:
+                call = call.alike()
+                apart = leaves_agree(call.whole(), call.joined())
+        except Exception:  # whatever it lacks in slices
+            return False
+        return apart and undisturbed()
+
+
+def leaves_agree(whole: Any, joined: Any) -> bool:
+    """Whether two answers of a block are the same, up to the rounding of rows in layers that round them."""
     ours, theirs = tree_leaves(whole), tree_leaves(joined)
     return len(ours) == len(theirs) and all(map(_leaves_agree, ours, theirs))
 

@@ -38,6 +38,8 @@ _KEPT_FIELDS = (
     "update_rank",
     "frozen_dtype",
     "memory_mode",
+    "skip_padding",
+    "token_keep",
     "base_weight",
     "residual_product",
 )

@@ -25,7 +25,7 @@ from ..forms.dense import dense_weight
 from ..forms.residual import RESIDUALS
 from ..linalg.tucker import canonical
 from ..memory.modes import MEMORY_MODES
-from ..models.calls import evaluating, hooked, layer_input, model_output
+from ..models.calls import evaluating, hooked, layer_input, model_output, token_mask
 from ..ranks.allocate import allocate_ranks
 from ..ranks.choosing import plan_error
 from ..ranks.knapsack import InfeasibleError
@@ -137,6 +137,8 @@ def plan_wasi(
     shapes = dict.fromkeys(targets, (1, calibration.rows))
     if batch is not None:
         shapes = input_shapes(model, targets, batch)
+        if asked.skip_padding:
+            shapes = _real_shapes(shapes, token_mask(batch))
     exact = config.compression_rule("") is None
     spectra = _comparable(calibration.spectra(targets, config.layer_update), shapes, exact)
     beside = asked.update if asked.residual is not None else None
@@ -265,6 +267,14 @@ def input_shapes(model: nn.Module, targets: Mapping[str, nn.Module], batch: Any)
         raise ValueError(f"{missed[0]}: the batch must reach every planned layer; it misses {len(missed)}.")
     shapes = {name: canonical(torch.empty(sizes[name], device="meta")).shape for name in targets}
     return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+
+
+def _real_shapes(shapes: dict[str, tuple[int, int]], mask: torch.Tensor | None) -> dict[str, tuple[int, int]]:
+    """Samples and tokens without padding, as one sequence, where a layer reads the very tokens of the mask."""
+    if mask is None:
+        return shapes
+    real = 1, int(mask.bool().sum())
+    return {name: real if shape == tuple(mask.shape) else shape for name, shape in shapes.items()}
 
 
 def _run_for_sizes(model: nn.Module, targets: Mapping[str, nn.Module], batch: Any) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from ..cost.estimate import CATEGORIES, Estimate
 from ..factors.calibration import Calibration
 from ..linalg.spectra import rank_for_threshold
 from ..ranks.plan import WasiPlan
-from ..ranks.spectrum import FACTORS, LayerSpectrum
+from ..ranks.spectrum import DENSE, FACTORS, LayerSpectrum
 from ..tuner.summary import WasiSummary
 from ..updates.costs import break_even_rank, dense_elements
 
@@ -30,6 +30,14 @@ SPECTRA_COLUMNS = 4
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 FLOP_UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
 MARKERS = "osD^vP*X<>"
+MOST_TICKS = 16
+FORM_TITLES = {
+    FACTORS: "factors",
+    "int4": "4 bits + addition",
+    "int8": "8 bits + addition",
+    "exact": "exact + addition",
+    DENSE: "dense",
+}
 
 
 # -------------------------------------------------------------------- tables
@@ -285,12 +293,16 @@ def plot_plan(
     spectra = [] if calibration is None else _spectra_of(calibration, [layer.name for layer in layers])
     kinds = _Kinds([layer.name for layer in layers])
     draws = [_draw_ranks]
-    if isinstance(plan, WasiPlan):
-        draws += [_draw_energies, _draw_inputs]
-    figure, axes = _figure(len(draws) + 1, kinds, spectra)
-    for draw, ax in zip(draws, axes, strict=False):
+    if any(layer.energy is not None for layer in layers):
+        draws.append(_draw_energies)
+    if any(layer.activation_ranks is not None for layer in layers):
+        draws.append(_draw_inputs)
+    if len({layer.form for layer in layers}) > 1:
+        draws.append(_draw_forms)
+    draws.append(_draw_bytes)
+    figure, axes = _figure(len(draws), kinds, spectra)
+    for draw, ax in zip(draws, axes, strict=True):
         draw(ax, layers, kinds)
-    _draw_bytes(axes[-1], layers, kinds)
     figure.suptitle(plan.headline(), fontsize="medium")
     if spectra:
         ranks = {layer.name: layer.rank for layer in layers if layer.form == FACTORS}
@@ -389,7 +401,7 @@ class _Kinds:
             if points:
                 marker = style.get("marker", self.marker[kind])
                 ax.plot(*zip(*points, strict=True), color=self.color[kind], **style | {"marker": marker})
-        _label_depth(ax)
+        _label_depth(ax, self.deepest)
         ax.grid(alpha=0.3)
 
     def legend(self, figure: Any) -> None:
@@ -408,11 +420,12 @@ def _figure(panels: int, kinds: _Kinds, spectra: Sequence[LayerSpectrum]) -> tup
         heights.append(2.5 * math.ceil(len(kinds.names) / SPECTRA_COLUMNS) + 0.5)
     figure = Figure(figsize=(12, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    axes = parts[0].subplots(math.ceil(panels / 2), 2, squeeze=False).ravel().tolist()
-    for ax in axes[panels:]:
-        ax.remove()
+    grid = parts[0].add_gridspec(math.ceil(panels / 2), 2)
+    places = [grid[index // 2, index % 2] for index in range(panels)]
+    if panels % 2:  # the last one takes its whole row
+        places[-1] = grid[panels // 2, :]
     kinds.legend(parts[0])
-    return figure, axes[:panels]
+    return figure, [parts[0].add_subplot(place) for place in places]
 
 
 def _finished(figure: Figure, path: Path | None) -> Figure:
@@ -421,11 +434,11 @@ def _finished(figure: Figure, path: Path | None) -> Figure:
     return figure
 
 
-def _label_depth(ax: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
+def _label_depth(ax: Axes, deepest: int) -> None:
+    """Ticks at blocks that exist, the first one at block 0."""
     ax.set_xlabel("block")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlim(-0.6, deepest + 0.6)
+    ax.set_xticks(range(0, deepest + 1, 1 + deepest // MOST_TICKS))
 
 
 def _draw_ranks(ax: Axes, layers: Sequence[_Planned], kinds: _Kinds) -> None:
@@ -437,7 +450,7 @@ def _draw_ranks(ax: Axes, layers: Sequence[_Planned], kinds: _Kinds) -> None:
         marker="",
         alpha=0.6,
     )
-    kinds.draw(ax, {x.name: x.rank for x in layers})
+    kinds.draw(ax, {x.name: x.rank for x in layers if x.form != DENSE})
     ax.set_ylim(bottom=0)
     ax.set_title("Weight rank (dashed: break-even)")
 
@@ -455,6 +468,22 @@ def _draw_inputs(ax: Axes, layers: Sequence[_Planned], kinds: _Kinds) -> None:
     ax.set_title("Feature rank of the compressed input" + (f" ({exact} layers: not compressed)" if exact else ""))
 
 
+def _draw_forms(ax: Axes, layers: Sequence[_Planned], kinds: _Kinds) -> None:
+    """A row for each form, the fewest bytes at the bottom; marks of several kinds stand side by side."""
+    forms = [form for form in FORM_TITLES if any(layer.form == form for layer in layers)]
+    forms += sorted({layer.form for layer in layers} - set(forms))
+    width = 0.8 / len(kinds.names)
+    for layer in layers:
+        kind, depth = kinds.places[layer.name]
+        x = depth + (kinds.names.index(kind) - (len(kinds.names) - 1) / 2) * width
+        ax.plot(x, forms.index(layer.form), kinds.marker[kind], color=kinds.color[kind], markersize=5, alpha=0.85)
+    _label_depth(ax, kinds.deepest)
+    ax.set_yticks(range(len(forms)), [FORM_TITLES.get(form, form) for form in forms])
+    ax.set_ylim(-0.6, len(forms) - 0.4)
+    ax.grid(alpha=0.3)
+    ax.set_title("Form of each layer")
+
+
 def _draw_bytes(ax: Axes, layers: Sequence[_Planned], kinds: _Kinds) -> None:
     depths = range(kinds.deepest + 1)
     dense = [0.0] * len(depths)
@@ -469,7 +498,7 @@ def _draw_bytes(ax: Axes, layers: Sequence[_Planned], kinds: _Kinds) -> None:
     for kind, stack in stacks.items():
         ax.bar(depths, [x / size for x in stack], 0.9, bottoms, color=kinds.color[kind])
         bottoms = [bottom + x / size for bottom, x in zip(bottoms, stack, strict=True)]
-    _label_depth(ax)
+    _label_depth(ax, kinds.deepest)
     ax.set_title(f"Weights of each block, {unit} (grey: dense)")
 
 

@@ -67,14 +67,19 @@ def resize_rank(model: Any, name: str, rank: int, optimizer: torch.optim.Optimiz
         optimizer: The optimizer that trains the factors.
 
     Raises:
-        ValueError: If there is no such WASI layer, it is merged, or the rank is not in 1 to
-            min(out_features, in_features).
+        ValueError: If there is no such WASI layer, it is merged, it trains on factors of a compressed model, or the
+            rank is not in 1 to min(out_features, in_features).
     """
     layer = active_layers(model).get(name)
     if layer is None:
         raise ValueError(f"name must be that of a WASI layer with an active adapter, got {name!r}.")
     if layer.merged:
         raise ValueError(f"{name}: the adapter is merged; unmerge it before its rank changes.")
+    if layer.form.shared_parts:
+        raise ValueError(
+            f"{name}: the adapter trains on factors of a compressed model, whose rank {layer.form.weight_rank} stays; "
+            f"got {rank!r}."
+        )
     largest = min(layer.out_features, layer.in_features)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= largest:
         raise ValueError(f"{name}: rank must be an integer from 1 to {largest}, got {rank!r}.")

@@ -101,6 +101,7 @@ class WasiConfig(PeftConfig):
         target_modules (`Optional[Union[list[str], str]]`):
             Names or a regular expression of the modules to replace. By default all Linear and Conv1D layers inside the
             transformer blocks of any architecture, never the head. 'all-linear' takes those outside the blocks too.
+            Convolutions (groups=1, dilation=1) may be named: they are linear layers over patches.
         exclude_modules (`Optional[Union[list[str], str]]`):
             Names or a regular expression of modules to leave dense.
         modules_to_save (`Optional[list[str]]`):
@@ -121,7 +122,8 @@ class WasiConfig(PeftConfig):
             Fixed ranks instead, by mode ({'feature': 48, 'token': 12}); an integer is the rank of the feature mode.
         activation_modes (`list[str]`, default ['feature']):
             Modes of the input [batch, token, feature] that are compressed. 'feature' is always one of them; 'token'
-            pays while every batch has the same number of tokens.
+            pays while every batch has the same number of tokens. 'height' and 'width', which go together, are the
+            modes of maps, [batch, height, width, feature]; with 'token' too, whichever keeps less is taken.
         activation_interval (`int`, default 8):
             Optimizer steps from one subspace iteration of the activation bases to the next. 1 is the paper's choice;
             the bases move slowly, and an iteration costs twice as much as the compression itself.
@@ -147,10 +149,20 @@ class WasiConfig(PeftConfig):
             peak: blocks keep only their input, in 8 bits, and run again in backward (nothing is compressed then, since
             layer inputs exist for one block at a time), the same slices, the same loss, and MLPs that run some tokens
             at a time where one sample is longer than a slice. The forward pass is exact in every mode.
+        skip_padding (`bool`, default False):
+            Have transformer blocks neither compute nor keep padded tokens in training: samples run in groups of about
+            one length, each cut to its longest sample, in every memory mode. For losses that do not depend on padded
+            tokens (labels of -100, pooling by the attention mask), of which the gradients stay exact; backward raises
+            an error for others.
+        token_keep (`Optional[float]`):
+            For vision transformers that answer by class: share of an image's patches, in (0, 1], that blocks see while
+            the model trains, drawn anew for each image and step; class and register tokens stay. Evaluation sees all.
+            None and 1 drop none.
         base_weight (`str`, default 'release'):
             What happens to the dense weight that factors replace: 'release' frees it, 'cpu' parks it in main memory,
             'keep' leaves it in place. `disable_adapter()`, `unload()` and a second fresh adapter need 'cpu' or
-            'keep'. A residual is a base of its own: all of them work, with the weight as it was rounded.
+            'keep'. A residual is a base of its own: all of them work, with the weight as it was rounded; so do they on
+            the factors of a compressed model, which always stay.
         init_weights (`bool`, default True):
             Compute the factors from the dense weights. False gives them random values: the layers then compute
             something else than the dense ones, which is for tests.
@@ -215,7 +227,7 @@ class WasiConfig(PeftConfig):
     )
     activation_modes: list[str] = field(
         default_factory=lambda: ["feature"],
-        metadata={"help": "Modes of the input that are compressed: 'feature', 'token', 'batch'."},
+        metadata={"help": "Modes of the input that are compressed: 'feature', 'token', 'batch', 'height', 'width'."},
     )
     activation_interval: int = field(
         default=8, metadata={"help": "Optimizer steps between two iterations of the activation bases."}
@@ -229,6 +241,12 @@ class WasiConfig(PeftConfig):
     )
     memory_mode: Literal["exact", "fast", "small"] | None = field(
         default=None, metadata={"help": "How far a step goes to need little memory: 'exact', 'fast' or 'small'."}
+    )
+    skip_padding: bool = field(
+        default=False, metadata={"help": "Neither compute nor keep padded tokens, on which the loss must not depend."}
+    )
+    token_keep: float | None = field(
+        default=None, metadata={"help": "Vision: share of the patches that blocks see while training, in (0, 1]."}
     )
     base_weight: Literal["release", "cpu", "keep"] = field(
         default="release", metadata={"help": "What happens to the dense weight: 'release', 'cpu' or 'keep'."}
@@ -353,15 +371,22 @@ class WasiConfig(PeftConfig):
         if self.activation_threshold is not None:
             _check_threshold("activation_threshold", self.activation_threshold)
         _check_rank("activation_interval", self.activation_interval)
+        if self.token_keep is not None:
+            _check_threshold("token_keep", self.token_keep)
+            self.token_keep = None if self.token_keep == 1 else float(self.token_keep)
         if self.update_rank is not None:
             _check_rank("update_rank", self.update_rank)
         _check_choice("bias", self.bias, BIASES)
         _check_choice("memory_mode", self.memory_mode, MEMORY_MODES)
+        if not isinstance(self.skip_padding, bool):
+            raise ValueError(f"skip_padding must be True or False, got {self.skip_padding!r}.")
         modes = self.activation_modes
         if isinstance(modes, str) or "feature" not in modes or not set(modes) <= set(MODES):
             raise ValueError(
                 f"activation_modes must be a list with 'feature' and any of {list(MODES[1:])}, got {modes!r}."
             )
+        if ("height" in modes) != ("width" in modes):
+            raise ValueError(f"activation_modes must hold both 'height' and 'width' or neither, got {modes!r}.")
         for mode, rank in (self._mode_ranks() or {}).items():
             if mode not in modes:
                 raise ValueError(f"activation_ranks names the mode {mode!r}, not in activation_modes={modes!r}.")
@@ -451,13 +476,6 @@ class WasiConfig(PeftConfig):
     def base_form(self) -> str:
         """What becomes of the dense weights: 'release', 'cpu', 'keep', or a residual that they are rounded to."""
         return self.base_weight if self.residual is None else self.residual
-
-    @property
-    def keeps_base(self) -> bool:
-        """Whether the base model can still be used."""
-        names = self.planned_names()
-        forms = {self.base_form_of(name) for name in names} if names else {self.base_form}
-        return "release" not in forms
 
     @property
     def resolved_memory_mode(self) -> str:

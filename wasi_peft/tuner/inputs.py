@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..forms.products import OUTLIERS
 from ..linalg.low_bit import RoundedRows, quantize_rows
-from ..linalg.tucker import Bases, CompressionRule, Tucker, canonical, compress, placeholder
+from ..linalg.tucker import Bases, CompressionRule, Tucker, compress, placeholder
 
 
 @dataclass
@@ -143,7 +143,7 @@ class SharedInputs:
         if key in entry.compressed:
             return entry.compressed[key]
         owner, _ = entry.announced.get((*key, adapter), (state, None))
-        rows = canonical(rows.detach())
+        rows = rows.detach()
         if _saved_tensors_are_dropped():
             form = placeholder(rows, rule, owner.bases)
             entry.announced[(*key, adapter)] = owner, form

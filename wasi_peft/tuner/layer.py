@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..forms.compressed import CompressedLinear, base_beside, compressed
+from ..forms.compressed import CompressedLinear, base_beside, compressed, own_factors
 from ..forms.dense import (
     FactoredWeight,
     ParkedLinear,
@@ -106,6 +106,11 @@ class WasiLayer(BaseTunerLayer):
             if isinstance(form, ResidualLinear):
                 return form.residual
         return None
+
+    @property
+    def base_factors(self) -> FactoredLinear | None:
+        """What adapters of factors share on a layer of a compressed model that is stored as such (`own_factors`)."""
+        return own_factors(self.original)
 
     def original_weight(self) -> tuple[Tensor, Tensor | None]:
         """Weight, (out, in), and bias of before the injection, where they are still there; rounded, if they were."""
@@ -204,13 +209,13 @@ class WasiLayer(BaseTunerLayer):
             config: Its configuration.
             name: Full name of this module in the base model, by which the configuration knows it.
             rank: K.
-            initial: Factors to start from, or another adapter's form, to start as a copy of. None leaves the form to
-                be loaded: until then the dense layer answers.
+            initial: Factors to start from, or a form that is taken over. None leaves the form to be loaded: until then
+                the dense layer answers.
         """
         update, like = config.update_of(name), self._like
         form: FactoredLinear
         if isinstance(initial, FactoredLinear):
-            form = initial.copy()
+            form = initial
         elif initial is None:
             form = self._new_form(update, rank, like, ProductChoice(config.residual_product))
         else:
@@ -236,6 +241,9 @@ class WasiLayer(BaseTunerLayer):
         options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         if update.residual is not None:
             return ResidualLinear(self.beside(), rank, self._has_bias, **options)
+        factors = self.base_factors
+        if factors is not None and update.frozen_factors():
+            return update.form_on(factors, like)
         options["dense_class"] = self.dense_class
         form = update.new_form(self.in_features, self.out_features, rank, self._has_bias, **options)
         update.store(form, products)
@@ -345,8 +353,14 @@ class WasiLayer(BaseTunerLayer):
     def _has_bias(self) -> bool:
         return self.base_layer.bias is not None
 
+    def keeps_base(self, base_form: str) -> bool:
+        """Whether :meth:`release_base` leaves something that answers without an adapter."""
+        return base_form != "release" or self.base_factors is not None
+
     def release_base(self, base_form: str, products: ProductChoice | None = None) -> None:
         """Give up the dense weight as a configuration says; waits until factors that are to be loaded have arrived.
+
+        The factors of a compressed model stay: there is no dense weight to give up.
 
         Args:
             base_form: `WasiConfig.base_form`.
@@ -354,6 +368,8 @@ class WasiLayer(BaseTunerLayer):
         """
         dense = self._modules.get("base_layer")
         if base_form in ("keep", ExactResidual.name) or dense is None or isinstance(dense, (ParkedLinear, Residual)):
+            return
+        if base_form not in RESIDUALS and own_factors(dense) is not None:
             return
         if self._awaiting:
             self._release_to, self._products = base_form, products
@@ -523,7 +539,7 @@ class Linear(nn.Module, WasiLayer):
         config: WasiConfig,
         name: str,
         rank: int,
-        initial: InitialFactors | None,
+        initial: InitialFactors | FactoredLinear | None,
         inputs: SharedInputs | None = None,
         vectors: AdapterVectors | None = None,
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,17 +14,20 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..forms.compressed import base_beside
-from ..forms.dense import dense_bias, dense_weight
+from ..forms.compressed import base_beside, own_factors
+from ..forms.convolution import CONVOLUTIONS, Patches
+from ..forms.dense import dense_bias, dense_weight, empty_like_weight
 from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
 from ..linalg.coordinates import addition_basis
 from ..linalg.spectra import factorize_weight, rank_for_threshold
 from ..memory.modes import check_memory_mode, enter_memory_mode, leave_memory_mode
+from ..models.tokens import drop_tokens, keep_tokens, token_places
 from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
 from .config import WasiConfig
+from .convolution import Convolution
 from .heads import FRESH_HEAD, fresh_heads
 from .inputs import SharedInputs
 from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
@@ -34,6 +38,7 @@ from .summary import WasiSummary, wasi_summary
 from .targets import asked_rank, check_targets, plain_name, resolve_targets, selected_modules
 from .undo import Structure
 from .vectors import AdapterVectors, vector_places
+from .weighted import add_up, check_weighted
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +63,8 @@ def _dense_parts(target: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense weight, in Linear layout, and bias of a target, which may be a layer with another adapter."""
     if isinstance(target, WasiLayer):
         return target.original_weight()
-    return dense_weight(target), dense_bias(target)
+    linear = Patches.linear(target) if isinstance(target, CONVOLUTIONS) else target
+    return dense_weight(linear), dense_bias(linear)
 
 
 def _shared_ranks(
@@ -76,7 +82,8 @@ def _shared_ranks(
         if missing:
             raise ValueError(
                 f"{missing[0]}: preprocess_wasi did not prepare this layer ({len(missing)} in all), so the share of "
-                "all layers is unknown. Run preprocess_wasi again with this configuration."
+                "all layers is unknown. Run preprocess_wasi again with this configuration; convolutions, which it "
+                "never prepares, take a weight_rank."
             )
         return {name: layer.rank for name, layer in prepared.items()}
     spectra = []
@@ -158,11 +165,15 @@ class WasiModel(BaseTuner):
         self._inputs = SharedInputs() if shared is None else shared.inputs
         self._vectors = AdapterVectors() if shared is None else shared.vectors
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        drops = config.token_keep is not None and shared is None
+        places = token_places(model) if drops else None
         before = Structure(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._add_vectors(model, adapter_name)
-            enter_memory_mode(model, config.resolved_memory_mode)
+            enter_memory_mode(model, config.resolved_memory_mode, config.skip_padding)
+            if places is not None:
+                drop_tokens(model, config.token_keep or 1.0, places)
             if self._used_plain_svd:
                 warnings.warn(PLAIN_SVD_WARNING, UserWarning, stacklevel=2)
             layers = [layer for _, layer in wasi_layers(model)]
@@ -196,8 +207,8 @@ class WasiModel(BaseTuner):
     def _prepare_model(self, peft_config: WasiConfig, model: nn.Module) -> None:
         """Everything that can be wrong is found here, before the first layer is replaced."""
         copied = self._source(peft_config) is not None
-        check_targets(model, peft_config, copied)
-        check_memory_mode(model, peft_config.resolved_memory_mode)
+        check_targets(model, peft_config, copied, convolutions=True)
+        check_memory_mode(model, peft_config.resolved_memory_mode, peft_config.skip_padding)
         if copied:
             return
         if peft_config.ranks is not None:
@@ -216,9 +227,10 @@ class WasiModel(BaseTuner):
             raise ValueError(
                 f"All adapters of a model must have the same residual, which is their common base, got {forms}."
             )
-        modes = [other.memory_mode for other in [*others, config]]
-        if len(set(modes)) > 1:
-            raise ValueError(f"All adapters of a model must have the same memory_mode, got {modes}.")
+        for field in ("memory_mode", "skip_padding", "token_keep"):
+            values = [getattr(other, field) for other in [*others, config]]
+            if len(set(values)) > 1:
+                raise ValueError(f"All adapters of a model must have the same {field}, got {values}.")
         trained = [(other.train_vectors, other.bias == "all") for other in [*others, config]]
         released = any(layer.base_is_released for _, layer in wasi_layers(self.model))
         if released and len(set(trained)) > 1:
@@ -239,11 +251,14 @@ class WasiModel(BaseTuner):
     ) -> None:
         name = plain_name(current_key)
         assert peft_config.resolved_ranks is not None  # _prepare_model saw to it
+        replaced = target
+        if isinstance(target, CONVOLUTIONS):
+            target = Patches.linear(target)
         initial: InitialFactors | FactoredLinear | None = None
         source = self._source(peft_config)
         if source is not None and isinstance(target, WasiLayer) and source in target.wasi_form:
             target._require_loaded(source)
-            initial = target.form_of(source)
+            initial = target.form_of(source).copy()
         elif not peft_config.awaits_loading:
             initial, peft_config.resolved_ranks[name] = self._initial_factors(peft_config, target, current_key)
         rank = peft_config.resolved_ranks[name]
@@ -253,19 +268,28 @@ class WasiModel(BaseTuner):
             layer = target
             layer.update_layer(adapter_name, peft_config, name, rank, initial)
         else:
-            assert not isinstance(initial, FactoredLinear)
-            layer = Linear(target, adapter_name, peft_config, name, rank, initial, self._inputs, self._vectors)
+            options = (adapter_name, peft_config, name, rank, initial, self._inputs, self._vectors)
+            if replaced is target:
+                layer = Linear(target, *options)
+            else:
+                layer = Convolution(target, Patches.of(replaced), *options)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+            self._replace_module(parent, target_name, layer, replaced)
         if peft_config.awaits_loading and initial is None:
             layer.await_loading(self._loading_group, current_key)
 
-    def _initial_factors(self, config: WasiConfig, target: nn.Module, name: str) -> tuple[InitialFactors, int]:
+    def _initial_factors(
+        self, config: WasiConfig, target: nn.Module, name: str
+    ) -> tuple[InitialFactors | FactoredLinear, int]:
+        update, base = config.update_of(plain_name(name)), target.original if isinstance(target, WasiLayer) else target
+        factors = own_factors(base)
+        if factors is not None and update.residual is None:
+            return update.form_on(factors, empty_like_weight(base)), factors.weight_rank
         prepared = prepared_for(target)
         weight, bias = _dense_parts(target)
         residual = None
-        if config.residual_of(plain_name(name)) is not None:
+        if update.residual is not None:
             residual = target.beside() if isinstance(target, WasiLayer) else base_beside(target)
         if prepared is not None:
             return replace(prepared.initial, residual=residual), prepared.rank
@@ -277,7 +301,7 @@ class WasiModel(BaseTuner):
             return InitialFactors(weight.new_zeros(len(weight), rank), R, bias, None, residual), rank
 
         def directions(energies: torch.Tensor) -> int:
-            return initial_rank(rank_for(asked, energies), config.layer_update.side_rank, weight.shape)
+            return initial_rank(rank_for(asked, energies), update.side_rank, weight.shape)
 
         L, R, energies = factorize_weight(weight, directions)
         self._used_plain_svd |= L.shape[1] < min(weight.shape)
@@ -316,11 +340,18 @@ class WasiModel(BaseTuner):
                 parameter.requires_grad_(name in trained)
             raise
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        try:
+            return list(super()._get_module_names_tied_with_embedding())
+        except NotImplementedError:  # of models that read no tokens and tie other things, such as heads of detectors
+            return []
+
     def _add_vectors(self, model: nn.Module, adapter_name: str) -> None:
         config, source = self.peft_config[adapter_name], self._source(self.peft_config[adapter_name])
         if config.train_vectors or config.bias == "all":
             places = dict(vector_places(model, config.train_vectors, config.bias == "all"))
-            self._vectors.add(adapter_name, places, keep_base=config.keeps_base, source=source)
+            keep = all(layer.keeps_base(config.base_form_of(plain_name(name))) for name, layer in wasi_layers(model))
+            self._vectors.add(adapter_name, places, keep_base=keep, source=source)
         self._vectors.activate_one_of(self.active_adapters)
         if adapter_name in self.active_adapters:
             self._vectors.require_grad(adapter_name, not config.inference_mode)
@@ -412,6 +443,44 @@ class WasiModel(BaseTuner):
                 f"bias='all'): a batch has one norm. Got {different}."
             )
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter that is a weighted sum of others, in their factors, biases, vectors and whole modules.
+
+        Args:
+            adapters: Names of the adapters, whose factors are L and R, beside the same frozen weights or instead of
+                them.
+            weights: One for each. Beside a frozen weight they may be any; what replaces a weight can be averaged.
+            adapter_name: Name of the new one, which is not made active.
+            combination_type: 'cat' for the exact sum, whose rank is that of all together, unless they share R; 'svd'
+                for the best approximation of a rank.
+            svd_rank: That rank; by default the largest of the adapters' own, layer by layer.
+
+        Raises:
+            ValueError: As :func:`weighted.check_weighted`. Nothing has changed then.
+        """
+        configs = self.peft_config
+        check_weighted(self.model, configs, adapters, weights, adapter_name, combination_type, svd_rank)
+        config = configs[adapters[0]]
+        configs[adapter_name] = config  # the very object: the new adapter starts as a copy of that one
+        try:
+            self.inject_adapter(self.model, adapter_name)
+            ranks = add_up(self.model, adapters, weights, adapter_name, combination_type == "svd", svd_rank)
+        except BaseException:
+            if adapter_name in configs:
+                self.delete_adapter(adapter_name)
+            raise
+        configs[adapter_name] = copy.copy(config)
+        configs[adapter_name].resolved_ranks = {plain_name(name): rank for name, rank in ranks.items()}
+        if config.ranks is not None:
+            configs[adapter_name].ranks = configs[adapter_name].resolved_ranks
+
     # ---------------------------------------------------------------- base model
 
     def _require_base(self, action: str) -> None:
@@ -472,6 +541,7 @@ class WasiModel(BaseTuner):
         self._vectors.lower()
         for mode in {config.resolved_memory_mode for config in self.peft_config.values()}:
             leave_memory_mode(model, mode)
+        keep_tokens(model)
         return model
 
     # ---------------------------------------------------------------- state dict

@@ -75,6 +75,8 @@ def forms_in(
             continue
         form = layer.form_of(adapter_name)
         forms[name] = form
+        if form.shared_parts:  # which have the rank of the base model
+            continue
         stored = next(part for part, _ in form.tensors() if part.partition(".")[0] == f"{form.prefix}R")
         saved = state_dict.get(f"{name}{FORM}{adapter_name}.{stored}")
         if config.awaits_loading or saved is None or saved.dim() != 2 or isinstance(form.part("L"), DTensor):

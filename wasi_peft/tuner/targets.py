@@ -10,7 +10,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..forms.compressed import CompressedLinear, own_factors
+from ..forms.convolution import CONVOLUTIONS, Patches, unsuited
 from ..forms.dense import is_quantized, weight_shape
+from ..forms.factored import FactoredLinear
 from ..forms.residual import Int4Residual
 from ..models.structure import Structure
 from .config import RESIDUAL_RANK, WasiConfig
@@ -45,12 +48,15 @@ def default_target_names(model: nn.Module, config: WasiConfig) -> set[str]:
     Raises:
         ValueError: If the model has no such layer.
     """
-    names = {
-        plain_name(name)
+    layers = {
+        plain_name(name): layer
         for name, layer in Structure(model).layers.items()
         if isinstance(layer, (nn.Linear, Conv1D, WasiLayer))
         and (config.layers_to_transform is None or _layer_selected(name, config))
     }
+    names = set(layers)
+    if config.residual is None:  # of a compressed model, its factors: what is dense there was not to be factored
+        names = {name for name, layer in layers.items() if _own_factors(layer) is not None} or names
     if not names:
         raise ValueError(
             "No Linear or Conv1D layers were found inside numbered blocks of this model. "
@@ -77,7 +83,9 @@ def selected_modules(model: nn.Module, config: WasiConfig) -> Iterator[tuple[str
             yield name, module
 
 
-def check_targets(model: nn.Module, config: WasiConfig, copied: bool = False, skeleton: bool = False) -> None:
+def check_targets(
+    model: nn.Module, config: WasiConfig, copied: bool = False, skeleton: bool = False, convolutions: bool = False
+) -> None:
     """Check every selected module before anything is changed.
 
     Args:
@@ -85,9 +93,10 @@ def check_targets(model: nn.Module, config: WasiConfig, copied: bool = False, sk
         config: With `target_modules` resolved.
         copied: Whether the layers start as copies of another adapter's, so that no dense weight is needed.
         skeleton: Whether weights come later, on which :func:`check_weight` is then called.
+        convolutions: Whether convolutions may be targets.
 
     Raises:
-        TypeError: If one is neither a Linear nor a Conv1D.
+        TypeError: If one is neither a Linear nor a Conv1D, nor such a convolution.
         ValueError: If one is tied, on the meta device, offloaded, not finite, has no free rank, or is already adapted
             by another method; if a fresh adapter would need a dense weight that was released; or if a plan or the
             saved ranks are those of another model.
@@ -99,6 +108,8 @@ def check_targets(model: nn.Module, config: WasiConfig, copied: bool = False, sk
     if config.plan is not None:
         _check_planned_names({plain_name(name) for name in targets}, config)
     for name, module in targets.items():
+        if isinstance(module, CONVOLUTIONS) and convolutions:
+            module = _linear_over_patches(name, module, shared)
         _check_target(name, module, config, shared, copied, skeleton)
     _check_side_rank(targets, config)
     for name, module in model.named_modules():
@@ -120,9 +131,31 @@ def _check_side_rank(targets: Mapping[str, nn.Module], config: WasiConfig) -> No
         )
 
 
+def _linear_over_patches(name: str, layer: nn.Module, shared: dict[int, list[str]]) -> nn.Module:
+    """The linear layer that a convolution is; refuses one that is none, and one whose weight cannot be looked at."""
+    reason = unsuited(layer)
+    if reason is not None:
+        raise ValueError(
+            f"{name}: a convolution can be a target with groups=1, dilation=1 and padding_mode='zeros', where it is a "
+            f"linear layer over patches; got {reason}. Leave it out with exclude_modules."
+        )
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    if weight.device.type == "meta" or is_quantized(layer):
+        raise ValueError(f"{name}: the weight of a convolution must be in memory, as floating point numbers.")
+    _check_not_tied(name, weight, shared)
+    return Patches.linear(layer)
+
+
+def _own_factors(module: nn.Module) -> FactoredLinear | None:
+    return module.base_factors if isinstance(module, WasiLayer) else own_factors(module)
+
+
 def _shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, WasiLayer):
         return module.out_features, module.in_features
+    if isinstance(module, CONVOLUTIONS):
+        return weight_shape(Patches.linear(module))
     return weight_shape(module)
 
 
@@ -159,15 +192,19 @@ def _check_target(
             return _check_rank(name, module, config)
         if not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.dim() != 2:  # not float8 either
             raise ValueError(f"{name}: WASI needs a floating point weight matrix, got {weight.dtype}.")
-        tied = shared.get(id(weight))
-        if tied is not None:
-            raise ValueError(
-                f"{name}: its weight is tied ({', '.join(sorted(tied))}); factoring one would untie them. "
-                "Leave it out with exclude_modules, or untie the weights first."
-            )
+        _check_not_tied(name, weight, shared)
         if not skeleton:
             check_weight(name, weight, config)
     _check_rank(name, module, config)
+
+
+def _check_not_tied(name: str, weight: torch.Tensor, shared: dict[int, list[str]]) -> None:
+    tied = shared.get(id(weight))
+    if tied is not None:
+        raise ValueError(
+            f"{name}: its weight is tied ({', '.join(sorted(tied))}); factoring one would untie them. "
+            "Leave it out with exclude_modules, or untie the weights first."
+        )
 
 
 def _check_absent(name: str, module: nn.Module, config: WasiConfig) -> None:
@@ -204,10 +241,38 @@ def _check_rank(name: str, module: nn.Module, config: WasiConfig) -> None:
             f"{name}: the plan is for another model: it has {planned.out_features} x {planned.in_features} there, "
             f"this model {shape[0]} x {shape[1]}."
         )
-    rank = fixed_rank(name, config)
+    rank, factors = fixed_rank(name, config), _own_factors(module)
+    if config.residual_of(plain_name(name)) is None:
+        if factors is not None:
+            _check_shared(name, factors, config, rank)
+        elif isinstance(module, CompressedLinear) and module.stored_form.bits:
+            raise ValueError(
+                f"{name}: it is stored as {module.form_name!r}, factors in few bits and what is beside them, to which "
+                f"an adapter can only add: use a residual, as WasiConfig() has, got update={config.update!r} without."
+            )
     if rank is not None and rank > min(shape):
         raise ValueError(
             f"{name}: the rank must be at most min(out_features, in_features) = {min(shape)}, got {rank}."
+        )
+
+
+def _check_shared(name: str, factors: FactoredLinear, config: WasiConfig, rank: int | None) -> None:
+    """Refuse to give the factors of a compressed model another rank, or other bits."""
+    own = factors.weight_rank
+    if config.awaits_loading:
+        if rank != own and config.update_of(plain_name(name)).frozen_factors():
+            raise ValueError(
+                f"{name}: the adapter trains on factors of rank {rank}, got a base model with {own}. It belongs to "
+                "another compressed model."
+            )
+        return
+    options = {"weight_share": config.weight_share, "frozen_dtype": config.frozen_dtype}
+    given = next((option for option, value in options.items() if value is not None), None)
+    if given is not None or rank not in (None, own):
+        asked = f"a rank of {rank}" if given is None else f"{given}={options[given]!r}"
+        raise ValueError(
+            f"{name}: it is stored as factors of rank {own}, which an adapter takes as they are, so leave out what "
+            f"would change them; got {asked}. model.dequantize() restores the dense layers."
         )
 
 

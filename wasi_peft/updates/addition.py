@@ -20,7 +20,7 @@ from ..forms.factored import FactoredLinear
 from ..forms.residual import Residual, ResidualLinear
 from ..linalg.coordinates import whitened_rows
 from ..linalg.low_bit import RoundedRows
-from ..linalg.tucker import Tucker, expand_rows, roundable
+from ..linalg.tucker import NOTHING, Tucker, expand_rows, roundable
 from .base import InitialFactors, ProductGradientSink, Update
 from .factored import outside_autocast
 from .resizing import Carry, grow_factors, shrink_factors
@@ -114,10 +114,7 @@ class AdditionLinear(torch.autograd.Function):
         R: Tensor,
         bias: Tensor | None,
         rounded: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None,
-        core: Tensor | None,
-        feature: Tensor | None,
-        token: Tensor | None,
-        batch: Tensor | None,
+        *compressed: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h = rows @ R.to(x.dtype).t()
@@ -128,14 +125,14 @@ class AdditionLinear(torch.autograd.Function):
         ctx.residual, ctx.shape, ctx.dtype = residual, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         needs_x, _, needs_L, needs_R = ctx.needs_input_grad[:4]
-        kept: tuple[Tensor | None, ...] = (None, None, None, None)
+        kept: tuple[Tensor | None, ...] = (None,)
         ctx.kept = "nothing"
-        if needs_R and core is not None:
-            ctx.kept, kept = "compressed", (core, feature, token, batch)
+        if needs_R and compressed[0] is not None:
+            ctx.kept, kept = "compressed", compressed
         elif needs_R and rounded is not None:
             ctx.kept, kept = "rounded", rounded
         elif needs_R:
-            ctx.kept, kept = "input", (x, None, None, None)
+            ctx.kept, kept = "input", (x,)
         ctx.save_for_backward(L if needs_x or needs_R else None, R, roundable(h) if needs_L else None, *kept)
         # no view of another tensor: models may add to what a layer answers, in place
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(L)))
@@ -144,7 +141,7 @@ class AdditionLinear(torch.autograd.Function):
     @once_differentiable
     @outside_autocast
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        L, R, h, first, second, token, batch = ctx.saved_tensors
+        L, R, h, *saved = ctx.saved_tensors
         needs_x, _, needs_L, needs_R, needs_bias = ctx.needs_input_grad[:5]
         dY = dY.reshape(-1, dY.shape[-1])
         grad_x = grad_L = grad_R = grad_bias = None
@@ -158,15 +155,17 @@ class AdditionLinear(torch.autograd.Function):
             grad_x = ctx.residual.transposed_product(dY).addmm_(hidden_grad, R.to(ctx.dtype))
             grad_x = torch.ops.aten._unsafe_view(grad_x, ctx.shape)  # autograd may add to it, but not to a view
         if ctx.kept == "compressed":
-            grad_R = (hidden_grad.t() @ expand_rows(Tucker(first, second, token, batch))) @ second.t()
+            form = Tucker(*saved)
+            grad_R = (hidden_grad.t() @ expand_rows(form)) @ form.feature.t()
         elif ctx.kept == "rounded":
-            grad_R = (hidden_grad * second.to(ctx.dtype)).t() @ first.to(ctx.dtype)
-            if token is not None:  # columns that are kept as they are
-                grad_R.index_add_(1, token, hidden_grad.t() @ batch)
+            rows = RoundedRows(*saved)
+            grad_R = (hidden_grad * rows.scale.to(ctx.dtype)).t() @ rows.codes.to(ctx.dtype)
+            if rows.columns is not None:  # which are kept as they are
+                grad_R.index_add_(1, rows.columns, hidden_grad.t() @ rows.values)
         elif ctx.kept == "input":
-            grad_R = hidden_grad.t() @ first.reshape(-1, first.shape[-1])
+            grad_R = hidden_grad.t() @ saved[0].reshape(-1, saved[0].shape[-1])
         grad_R = None if grad_R is None else grad_R.to(R.dtype)
-        return grad_x, None, grad_L, grad_R, grad_bias, *[None] * 5
+        return grad_x, None, grad_L, grad_R, grad_bias, None, *NOTHING
 
 
 def addition_linear(
@@ -195,6 +194,6 @@ def addition_linear(
         `x Q^T + (x R^T) L^T + b`. Not differentiable twice.
     """
     rounded = tuple(kept) if isinstance(kept, RoundedRows) else None
-    parts = kept if isinstance(kept, Tucker) else (None, None, None, None)
+    parts = kept if isinstance(kept, Tucker) else NOTHING
     y: Tensor = AdditionLinear.apply(x, residual, L, R, bias, rounded, *parts)
     return y

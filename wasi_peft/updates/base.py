@@ -60,6 +60,7 @@ class Update(ABC):
         basis: Name of the part that trains in directions of its own scale, orthonormal columns: optimizers give it a
             learning rate of its own and no weight decay.
         hands_out_product: Whether backward can hand the gradient of the product `L R` to an optimizer.
+        takes_image: Whether it can start from the image `R x` (:meth:`from_image`), wherever that comes from.
         takes_residual: Whether the factors can be an addition to a frozen weight.
         needs_residual: Whether they can be nothing else.
         residual: Name of the frozen weight beside the factors (:data:`forms.residual.RESIDUALS`), None for none.
@@ -75,6 +76,7 @@ class Update(ABC):
     reads_input: ClassVar[str | None] = None
     basis: ClassVar[str | None] = None
     hands_out_product: ClassVar[bool] = False
+    takes_image: ClassVar[bool] = False
     takes_residual: ClassVar[bool] = False
     needs_residual: ClassVar[bool] = False
 
@@ -132,6 +134,30 @@ class Update(ABC):
         """
         return {"L": initial.L, "R": initial.R}
 
+    def parts_on(self, factors: FactoredLinear) -> Mapping[str, Tensor]:
+        """Values of what trains in an adapter on the factors of a compressed model; the other parts are those factors.
+
+        The layer then computes what it does without the adapter.
+
+        Args:
+            factors: L and R, in no particular coordinates; not changed.
+
+        Raises:
+            ValueError: If the update trains something else than factors, and does not say what of these.
+        """
+        if not set(self.trained) <= set(FactoredLinear.parts):
+            raise ValueError(
+                f"update={self.name!r} does not say what it trains on the factors of a compressed model (parts_on); "
+                "model.dequantize() restores the dense layers."
+            )
+        return {name: factors.part(name).detach().clone() for name in self.trained}
+
+    def form_on(self, factors: FactoredLinear, like: Tensor) -> FactoredLinear:
+        """The form of such an adapter, with the device and dtype of `like`."""
+        parts = {name: part.to(like.device, like.dtype) for name, part in self.parts_on(factors).items()}
+        bias = None if factors.bias is None else factors.bias.detach().to(like.device, like.dtype, copy=True)
+        return self.form_cls.sharing(factors, parts, bias)
+
     def form_of(
         self, initial: InitialFactors, rank: int, dense_class: type[nn.Module], like: Tensor | None = None
     ) -> FactoredLinear:
@@ -170,6 +196,14 @@ class Update(ABC):
                 residual also x in 8 bits (:class:`linalg.low_bit.RoundedRows`). None keeps what is needed exactly.
             sink: Given with :attr:`hands_out_product` where an optimizer wants the product's gradient.
         """
+
+    def from_image(self, form: Any, h: Tensor) -> Tensor:
+        """What :meth:`forward` computes, of the image `h = x R^T`, with :attr:`takes_image`; no residual is beside.
+
+        **Shape**
+            - h: (..., K); returns (..., out)
+        """
+        raise NotImplementedError
 
     @property
     def after_step(self) -> Callable[[Any], None] | None:

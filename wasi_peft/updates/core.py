@@ -35,19 +35,27 @@ class Core(Update):
     name: ClassVar[str] = "core"
     form_cls: ClassVar[type[FactoredLinear]] = CoredLinear
     trained: ClassVar[tuple[str, ...]] = ("M",)
+    takes_image: ClassVar[bool] = True
 
     def start(self, initial: InitialFactors, rank: int) -> Mapping[str, Tensor]:
         return dict(zip(CoredLinear.parts, core_form(initial.L, initial.R, initial.moments), strict=True))
 
+    def parts_on(self, factors: FactoredLinear) -> Mapping[str, Tensor]:
+        """M is I, between the factors in the coordinates that they have, as in LoRA-XS."""
+        return {"M": torch.eye(factors.weight_rank)}
+
     def forward(
         self, form: CoredLinear, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None
     ) -> Tensor:
-        if self.frozen_dtype is not None:
-            return form.multiply(image_linear(form.multiply(x, "R"), form.M), "L", form.bias)
+        if form.frozen("L") is not None or form.frozen("R") is not None:
+            return self.from_image(form, form.multiply(x, "R"))
         return core_linear(x, form.L, form.M, form.R, form.bias)
 
     def fold(self, form: CoredLinear) -> tuple[FactoredLinear, Update]:
         return form.fold(), Factor()
+
+    def from_image(self, form: CoredLinear, h: Tensor) -> Tensor:
+        return form.multiply(image_linear(h, form.M), "L", form.bias)
 
     def column_space(self, form: CoredLinear) -> None:
         """None: what a core answers with stays within L."""

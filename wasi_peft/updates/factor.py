@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..forms.factored import FactoredLinear
@@ -22,6 +24,11 @@ class Factor(Update):
     reads_input: ClassVar[str | None] = "R"
     trained: ClassVar[tuple[str, ...]] = ("L", "R")
     basis: ClassVar[str | None] = "L"
+
+    def parts_on(self, factors: FactoredLinear) -> Mapping[str, Tensor]:
+        """Both factors, L with orthonormal columns."""
+        L, corner = torch.linalg.qr(factors.L.detach().double())
+        return {"L": L, "R": corner @ factors.R.detach().double()}
 
     def forward(
         self, form: FactoredLinear, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..linalg.subspaces import factor_gradients, tangent_gradient
-from ..linalg.tucker import Tucker, expand_rows, roundable
+from ..linalg.tucker import NOTHING, Tucker, expand_rows, roundable
 from .base import ProductGradientSink
 
 _Gradients = tuple[Tensor | None, ...]
@@ -71,10 +71,7 @@ class FactoredLinear(torch.autograd.Function):
         bias: Tensor | None,
         tangent: bool,
         sink: ProductGradientSink | None,
-        core: Tensor | None,
-        feature: Tensor | None,
-        token: Tensor | None,
-        batch: Tensor | None,
+        *compressed: Tensor | None,
     ) -> Tensor:
         h = F.linear(x, R.to(x.dtype))
         y = F.linear(h.reshape(-1, h.shape[-1]), L.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -83,13 +80,13 @@ class FactoredLinear(torch.autograd.Function):
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         needs_x, needs_L, needs_R = ctx.needs_input_grad[:3]
-        kept: tuple[Tensor | None, ...] = (None, None, None, None)
+        kept: tuple[Tensor | None, ...] = (None,)
         ctx.kept = "nothing"
         if needs_R:
-            ctx.kept = "input" if core is None else "compressed"
-            kept = (x, None, None, None) if core is None else (core, feature, token, batch)
+            ctx.kept = "input" if compressed[0] is None else "compressed"
+            kept = (x,) if compressed[0] is None else compressed
         elif needs_L:
-            ctx.kept, kept = "hidden", (roundable(h.reshape(-1, h.shape[-1])), None, None, None)
+            ctx.kept, kept = "hidden", (roundable(h.reshape(-1, h.shape[-1])),)
         needs_factors = needs_x or needs_L or needs_R
         ctx.save_for_backward(L if needs_factors else None, R if needs_factors else None, *kept)
         # no view of another tensor: models may add to what a layer answers, in place
@@ -99,14 +96,14 @@ class FactoredLinear(torch.autograd.Function):
     @once_differentiable
     @outside_autocast
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        L, R, first, feature, token, batch = ctx.saved_tensors
+        L, R, first, *others = ctx.saved_tensors
         needs_x, needs_L, needs_R, needs_bias = ctx.needs_input_grad[:4]
         dY = dY.reshape(-1, dY.shape[-1])
         grad_x = grad_L = grad_R = grad_bias = None
         if needs_bias:
             grad_bias = dY.sum(0, dtype=ctx.bias_dtype)
         if not (needs_x or needs_L or needs_R):
-            return None, None, None, grad_bias, *[None] * 6
+            return None, None, None, grad_bias, None, None, *NOTHING
 
         L_compute, R_compute = L.to(ctx.dtype), R.to(ctx.dtype)
         hidden_grad = dY @ L_compute  # (rows, K)
@@ -116,14 +113,14 @@ class FactoredLinear(torch.autograd.Function):
             grad_L = (dY.T @ first).to(L.dtype)
         elif ctx.kept != "nothing":
             x = first.reshape(-1, first.shape[-1]) if ctx.kept == "input" else None
-            compressed = Tucker(first, feature, token, batch) if ctx.kept == "compressed" else None
+            compressed = Tucker(first, *others) if ctx.kept == "compressed" else None
             left, right = product_gradient(dY, x, compressed)
             if ctx.sink is not None:
                 ctx.sink(left, right)
             in_basis = hidden_grad.T if compressed is None else None
             grad_L, grad_R = _factor_gradients(L, R, left, right, ctx.tangent and needs_L, in_basis)
             grad_R = grad_R if needs_R else None
-        return grad_x, grad_L if needs_L else None, grad_R, grad_bias, *[None] * 6
+        return grad_x, grad_L if needs_L else None, grad_R, grad_bias, None, None, *NOTHING
 
 
 def _factor_gradients(
@@ -172,5 +169,5 @@ def factored_linear(
     Returns:
         `(x R^T) L^T + b`. Not differentiable twice.
     """
-    parts = compressed if compressed is not None else (None, None, None, None)
+    parts = NOTHING if compressed is None else compressed
     return FactoredLinear.apply(x, L, R, bias, tangent, sink, *parts)

@@ -33,6 +33,7 @@ class FrozenBasis(Update):
     name: ClassVar[str] = "frozen_basis"
     trained: ClassVar[tuple[str, ...]] = ("L",)
     takes_residual: ClassVar[bool] = True
+    takes_image: ClassVar[bool] = True
 
     def start(self, initial: InitialFactors, rank: int) -> Mapping[str, Tensor]:
         if initial.residual is not None:
@@ -44,9 +45,12 @@ class FrozenBasis(Update):
     ) -> Tensor:
         if isinstance(form, ResidualLinear):
             return addition_linear(x, form.residual, form.L, form.R, form.bias)
-        if self.frozen_dtype is not None:
-            return image_linear(form.multiply(x, "R"), form.L, form.bias)
+        if form.frozen("R") is not None:
+            return self.from_image(form, form.multiply(x, "R"))
         return factored_linear(x, form.L, form.R, form.bias, None, tangent=False)
+
+    def from_image(self, form: FactoredLinear, h: Tensor) -> Tensor:
+        return image_linear(h, form.L, form.bias)
 
     def meet(self, form: FactoredLinear, rows: Tensor) -> None:
         """Beside a residual, put R into coordinates in which the image of this input is white."""

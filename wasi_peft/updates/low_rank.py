@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..forms.factored import FactoredLinear
 from ..forms.split import SplitLinear, joined
-from ..linalg.tucker import Tucker, expand_rows, roundable
+from ..linalg.tucker import NOTHING, Tucker, expand_rows, roundable
 from .base import InitialFactors, ProductGradientSink, Update
 from .factored import outside_autocast
 from .resizing import Carry, grow_factors, shrink_factors
@@ -56,6 +56,13 @@ class LowRank(Update):
         side_rank = self.side_rank_of(len(initial.L), initial.R.shape[1])
         return dict(zip(SplitLinear.parts, split_off(initial.L, initial.R, rank, side_rank), strict=True))
 
+    def parts_on(self, factors: FactoredLinear) -> Mapping[str, Tensor]:
+        """No direction leaves the factors: B is zero and A is drawn."""
+        side_rank = self.side_rank_of(factors.out_features, factors.in_features)
+        L, R = factors.L.detach(), factors.R.detach()
+        *_, B, A = split_off(L, R, factors.weight_rank, side_rank)
+        return {"B": B, "A": A}
+
     def new_form(self, in_features: int, out_features: int, rank: int, bias: bool, **options: Any) -> FactoredLinear:
         side_rank = self.side_rank_of(out_features, in_features)
         return SplitLinear(in_features, out_features, rank, bias, side_rank=side_rank, **options)
@@ -63,7 +70,7 @@ class LowRank(Update):
     def forward(
         self, form: SplitLinear, x: Tensor, compressed: Tucker | None, sink: ProductGradientSink | None
     ) -> Tensor:
-        if self.frozen_dtype is None:
+        if form.frozen("L") is None and form.frozen("R") is None:
             return low_rank_linear(x, form.L, form.R, form.B, form.A, form.bias, compressed)
         nothing = form.B.detach()[:, :0], form.A.detach()[:0]  # L and R multiply by themselves
         kept = form.multiply(form.multiply(x, "R"), "L")
@@ -142,12 +149,9 @@ class LowRankLinear(torch.autograd.Function):
         B: Tensor,
         A: Tensor,
         bias: Tensor | None,
-        core: Tensor | None,
-        feature: Tensor | None,
-        token: Tensor | None,
-        batch: Tensor | None,
+        *compressed: Tensor | None,
     ) -> Tensor:
-        outer, inner = (part.to(x.dtype) for part in joined(L, R, B, A))
+        outer, inner = joined(*(part.to(x.dtype) for part in (L, R, B, A)))
         hidden = F.linear(x, inner)
         y = F.linear(hidden, outer, None if bias is None else bias.to(x.dtype))
 
@@ -157,10 +161,10 @@ class LowRankLinear(torch.autograd.Function):
         # a copy: a view would keep all columns alive
         trained = hidden[..., L.shape[1] :].clone(memory_format=torch.contiguous_format) if needs_B else None
         trained = None if trained is None else roundable(trained)
-        kept: tuple[Tensor | None, ...] = (None, None, None, None)
-        ctx.compressed = core is not None
+        kept: tuple[Tensor | None, ...] = (None,)
+        ctx.compressed = compressed[0] is not None
         if needs_A:
-            kept = (x, None, None, None) if core is None else (core, feature, token, batch)
+            kept = compressed if ctx.compressed else (x,)
         factors = (L, R, B, A) if needs_x or needs_A else (None, None, B, A)
         ctx.save_for_backward(*factors, trained, *kept)
         return y
@@ -169,7 +173,7 @@ class LowRankLinear(torch.autograd.Function):
     @once_differentiable
     @outside_autocast
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        L, R, B, A, trained, first, feature, token, batch = ctx.saved_tensors
+        L, R, B, A, trained, first, *others = ctx.saved_tensors
         needs_x, _, _, needs_B, needs_A, needs_bias = ctx.needs_input_grad[:6]
         dY = dY.reshape(-1, dY.shape[-1])
         grad_x = grad_B = grad_A = grad_bias = None
@@ -179,7 +183,7 @@ class LowRankLinear(torch.autograd.Function):
             grad_B = (dY.T @ trained.reshape(-1, trained.shape[-1])).to(B.dtype)
         hidden_grad = None
         if needs_x:
-            outer, inner = (part.to(ctx.dtype) for part in joined(L, R, B, A))
+            outer, inner = joined(*(part.to(ctx.dtype) for part in (L, R, B, A)))
             hidden_grad = dY @ outer
             grad_x = (hidden_grad @ inner).reshape(ctx.shape)
             hidden_grad = hidden_grad[:, L.shape[1] :]
@@ -187,11 +191,12 @@ class LowRankLinear(torch.autograd.Function):
             if hidden_grad is None:
                 hidden_grad = dY @ B.to(ctx.dtype)
             if ctx.compressed:
-                grad_A = (hidden_grad.T @ expand_rows(Tucker(first, feature, token, batch))) @ feature.T
+                form = Tucker(first, *others)
+                grad_A = (hidden_grad.T @ expand_rows(form)) @ form.feature.T
             else:
                 grad_A = hidden_grad.T @ first.reshape(-1, first.shape[-1])
             grad_A = grad_A.to(A.dtype)
-        return grad_x, None, None, grad_B, grad_A, grad_bias, *[None] * 4
+        return grad_x, None, None, grad_B, grad_A, grad_bias, *NOTHING
 
 
 def low_rank_linear(
@@ -221,5 +226,5 @@ def low_rank_linear(
     Returns:
         `(x [R; A]^T) [L B]^T + b`. Not differentiable twice.
     """
-    parts = compressed if compressed is not None else (None, None, None, None)
+    parts = NOTHING if compressed is None else compressed
     return LowRankLinear.apply(x, L, R, B, A, bias, *parts)
