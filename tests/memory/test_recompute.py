@@ -8,6 +8,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -956,3 +957,88 @@ def test_a_further_block_costs_its_input_only(name: str, kind: str, size: float)
     growth = (peak_of_a_step(name, kind, 12) - peak_of_a_step(name, kind, 8)) / 4
     assert parameters > 0
     assert growth <= tokens * 32 * size + parameters + 1024
+
+
+# ---------------------------------------------------------------- blocks that do more than answer
+
+
+class Router(nn.Module):
+    """Adds the output of one of two experts, whichever has the larger score, by a narrow margin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(WIDTH, 2, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        with torch.no_grad():
+            self.score.weight[1] = 1.0001 * self.score.weight[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.score(x).topk(1, dim=-1).indices
+        return x + torch.where(chosen == 0, *(expert(x) for expert in self.experts))
+
+
+def test_a_block_that_chooses_makes_the_same_choice_again() -> None:
+    torch.manual_seed(0)
+    router, x = Router(), torch.randn(8, 64, WIDTH)
+    router(x).square().mean().backward()
+    expected = {name: parameter.grad for name, parameter in router.experts.named_parameters()}
+    router.zero_grad()
+    BlockRecomputation("int8")(router, x).square().mean().backward()
+    for name, parameter in router.experts.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, expected[name], atol=1e-4 * float(expected[name].norm()))
+
+
+class Writer(Block):
+    """Leaves what it computed in a mapping, for the next block to read."""
+
+    def forward(self, x: Tensor, shared: Any) -> Tensor:  # type: ignore[override]
+        y = super().forward(x)
+        shared["keys"] = (self.up(y),)
+        return y
+
+
+class Reader(Block):
+    def forward(self, x: Tensor, shared: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(x) + shared["keys"][0][..., :WIDTH]
+
+
+def test_what_a_block_leaves_for_others_keeps_its_gradient() -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList([Writer(dropout=0.0), Reader(dropout=0.0)])
+    x = torch.randn(2, 5, WIDTH)
+    gradients = []
+    for recomputes in (False, True, True):
+        if recomputes:
+            RecomputedBlocks().install(model)
+        model.zero_grad()
+        shared: Any = UserDict()
+        y = x
+        for layer in model.train().layers:
+            y = layer(y, shared=shared)
+        y.square().mean().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert torch.allclose(gradients[1], gradients[0], atol=1e-6)
+    assert torch.allclose(gradients[2], gradients[0], atol=1e-6)
+
+
+class Stateful(nn.Module):
+    """Keeps its last state, as recurrent blocks do, and goes on from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.state = nn.Linear(WIDTH, WIDTH), torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x) + 0 * self.state
+        self.state = y.mean()
+        return y
+
+
+def test_a_state_that_goes_on_from_call_to_call_holds_no_graph() -> None:
+    stateful = Stateful()
+    recompute = BlockRecomputation("exact")
+    parts = [recompute(stateful, part) for part in torch.randn(4, 3, WIDTH).split(2)]
+    torch.cat(parts).sum().backward()
+    assert not stateful.state.requires_grad

@@ -7,6 +7,7 @@ import gc
 import pickle
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -279,6 +280,32 @@ def test_small_integer_half_and_expanded_tensors_stay_exact(recorder: Recorder) 
 
 
 # -------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: 1.0 / x,
+        lambda x: torch.div(torch.ones_like(x), x),
+        lambda x: x.sqrt(),
+        lambda x: x.log(),
+        lambda x: torch.pow(x, -0.5),
+        lambda x: (x - x.amax(-1, keepdim=True)).exp(),
+        lambda x: x - x.max(),
+    ],
+    ids=["1 / x", "div", "sqrt", "log", "pow", "amax", "max"],
+)
+def test_what_is_divided_by_or_compared_stays_exact(function: Any) -> None:
+    """Rounding to 8 bits makes small divisors zero, and leaves no value equal to the largest one."""
+    start = (2 * torch.randn(64, 96, generator=torch.Generator().manual_seed(0))).exp()
+    gradients = []
+    for small in (False, True):
+        leaf = start.clone().requires_grad_(True)
+        with LowBitSavedTensors("int8", 0) if small else nullcontext():
+            function(leaf * 1.0).sum().backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    assert relative_error(gradients[1], gradients[0]) < 0.01
 
 
 @pytest.mark.parametrize("kind", list(BOUNDS))

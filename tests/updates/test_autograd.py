@@ -394,3 +394,15 @@ def test_backward_inside_autocast_keeps_the_tangent_gradient_in_float32() -> Non
     # products with dY may run in bfloat16 there, the solve must not
     assert relative_error(gradients[1], gradients[0]) < 2e-2
     assert float((L0.T @ gradients[1]).norm()) < 2e-2 * float(gradients[1].norm())
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 3, 5, 4)], ids=len)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_what_a_layer_answers_may_be_changed_in_place(shape: tuple[int, ...], bias: bool, contiguous: bool) -> None:
+    x = torch.randn(shape) if contiguous else torch.randn(*shape, 2)[..., 0]
+    L, R, b = torch.randn(6, 2, requires_grad=True), torch.randn(2, 4), torch.randn(6) if bias else None
+    y = factored_linear(x, L, R, b)
+    y += 1
+    y.sum().backward()
+    assert torch.allclose(y - 1, torch.nn.functional.linear(x, L @ R, b), atol=1e-5)

@@ -7,9 +7,10 @@ gradient is taken, and does not add up from block to block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .recording import records
 from .wrapping import unwrap, wrap
 
 KINDS = ("exact", *quantization.KINDS)
+HANDS_ON = object()  # in place of a result: of a function that leaves tensors in its arguments
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
 
 
@@ -111,25 +113,60 @@ class _Call:
         args, kwargs = tree_unflatten([fixed if at is None else tensors[at] for fixed, at in pairs], self._spec)
         return self._function(*args, **kwargs)
 
-    def parameters(self) -> Iterator[Tensor]:
-        """Parameters of the modules that take part: the owner of a bound method, or an argument."""
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules that take part: the owner of a bound method, or an argument."""
         for value in (getattr(self._function, "__self__", self._function), *self._fixed):
             if isinstance(value, nn.Module):
-                yield from value.parameters()
+                yield value
+
+    def left_in_arguments(self) -> list[Tensor]:
+        """Tensors in mappings among the arguments that blocks hand each other, such as keys and values to share."""
+        mappings = [dict(value) for value in self._fixed if isinstance(value, MutableMapping)]
+        return [leaf for leaf in tree_leaves(mappings) if isinstance(leaf, Tensor)]
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Their parameters."""
+        for module in self.modules():
+            yield from module.parameters()
+
+    @contextmanager
+    def without_traces(self) -> Iterator[None]:
+        """Leaves tensors that modules note in plain attributes as they were: a state that goes on from call to call.
+
+        Such a tensor would hold the graph of this call, and the next call would go back through it.
+        """
+        tables = [part.__dict__ for module in self.modules() for part in module.modules()]
+        noted = [
+            (table, {key: value for key, value in table.items() if isinstance(value, Tensor)}) for table in tables
+        ]
+        try:
+            yield
+        finally:
+            for table, tensors in noted:
+                table.update(tensors)
+
+
+_CHOICES = frozenset(("topk", "argmax", "argsort", "sort"))
 
 
 class _Sources(TorchFunctionMode):
     """Notes the tensors with `requires_grad` that operations meet.
 
     While nothing is recorded, no operation makes such a tensor, so all of them come from outside.
+
+    Attributes:
+        met: The tensors, by identity.
+        chose: Whether an operation picked the largest of some values, as routers of experts do.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.met: dict[int, Tensor] = {}
+        self.chose = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.chose |= getattr(func, "__name__", None) in _CHOICES
         self._note(args)
         self._note(kwargs.values())
         return func(*args, **kwargs)
@@ -215,7 +252,7 @@ class _Plan:
                     f"between forward and backward (version {version} became {tensor._version})."
                 )
         arguments = self.arguments(parts)
-        with self.surroundings.again(), torch.enable_grad():
+        with self.surroundings.again(), torch.enable_grad(), self.call.without_traces():
             leaves = tree_leaves(self.call(arguments))
         outputs = [leaves[index] for index in self.recorded]
         reached = [
@@ -258,7 +295,8 @@ class BlockRecomputation:
     `gradient_checkpointing_func`. Hidden states (the first argument) are kept as `kind` says, all other arguments as
     they are. Gradients reach tensors anywhere in the arguments and in nested tuples, lists and dicts of them,
     parameters, and tensors that the function reads from outside. Random numbers and autocast are those of the first
-    pass. Not differentiable twice.
+    pass. A function that leaves tensors in a mapping among its arguments, for others to read, is recorded as usual:
+    without a graph they would have no gradient. Not differentiable twice.
 
     Args:
         kind: How hidden states are kept: "exact", or rounded (:mod:`quantization`): "int16" or "bf16", in
@@ -292,6 +330,12 @@ class BlockRecomputation:
             RuntimeError: If the function modifies an argument in place; in backward, if a tensor it needs was
                 modified since.
         """
+        result = self.attempt(function, *args, **kwargs)
+        return function(*args, **kwargs) if result is HANDS_ON else result
+
+    @torch.compiler.disable
+    def attempt(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The same, but `HANDS_ON` where the function leaves tensors in its arguments."""
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
         function, args, kwargs = unpartial(function, args, kwargs)
@@ -301,13 +345,17 @@ class BlockRecomputation:
         hidden = hidden_states(args, kwargs)
         call = _Call(function, args, kwargs)
         arguments, call.tensors = call.tensors, []
+        there = call.left_in_arguments()
         surroundings = _Surroundings.now(arguments)
-        kept = [_keep(tensor, self.kind if tensor is hidden else "exact") for tensor in arguments]
         versions = [tensor._version for tensor in arguments]
         with torch.no_grad(), _Sources() as sources:
             result = call(arguments)
+        if any(tensor is not before for tensor, before in zip_longest(call.left_in_arguments(), there)):
+            return HANDS_ON
         if versions != [tensor._version for tensor in arguments]:
             raise RuntimeError("A block that is recomputed must not modify its arguments in place, and this one did.")
+        kind = self.kind if not sources.chose or self.kind == "exact" else "int16"  # so that it chooses again the same
+        kept = [_keep(tensor, kind if tensor is hidden else "exact") for tensor in arguments]
 
         own = {id(tensor) for tensor in arguments}
         met = {id(tensor): tensor for tensor in call.parameters() if tensor.requires_grad} | sources.met
@@ -349,13 +397,18 @@ class _Recomputed:
 
     def __init__(self, kind: str) -> None:
         self.recomputation = BlockRecomputation(kind)
+        self.hands_on = False  # whether the block was seen to leave tensors in its arguments
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         block: nn.Module = forward.__self__  # type: ignore[attr-defined]
         if not block.training or getattr(block, "gradient_checkpointing", False):
             return forward(*args, **kwargs)
         args, kwargs = without_caches(block, args, kwargs)
-        return self.recomputation(forward, *args, **kwargs)
+        result = HANDS_ON if self.hands_on else self.recomputation.attempt(forward, *args, **kwargs)
+        if result is HANDS_ON:
+            self.hands_on = True
+            return forward(*args, **kwargs)
+        return result
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Everything that the layers of this package do not compress themselves: inputs of norms and activations, gated products,
 attention's queries, keys, values and output. Exact stay: all that no gradient flows through (parameters, buffers, the
 batch, masks, rotary tables, the statistics that a kernel keeps for itself: logsumexp, mean, rstd), views and casts of
-parameters, per-row statistics, and small tensors.
+parameters, per-row statistics, what is divided by or compared for equality (`amax`), and small tensors.
 
 Attention by torch's function keeps queries, keys and values in 8 bits (16 with 'bf16') and runs again
 (:mod:`attention`). Where it cannot (dropout, attention written out), errors in its tensors leave sums that
@@ -51,6 +51,25 @@ _SAME_VALUES = frozenset(
 )
 
 
+# operations whose backward compares what they saved for equality, of which rounding leaves nothing; or divides by it,
+# where small numbers are rounded to zero
+_COMPARE = frozenset(("amax", "amin", "max", "min"))
+_DIVIDE = frozenset(("sqrt", "sqrt_", "log", "log_", "log2", "log10", "reciprocal"))
+_DIVIDE_BY_SECOND = frozenset(("div", "div_", "divide", "true_divide", "__truediv__", "__rtruediv__", "__itruediv__"))
+_POWERS = frozenset(("pow", "__pow__"))
+
+
+def _needs_exact(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether backward of an operation may not see rounded what the operation saves."""
+    name = getattr(func, "__name__", None)
+    if name in _DIVIDE_BY_SECOND and len(args) > 1:
+        divisor = args[0] if name == "__rtruediv__" else args[1]
+        return isinstance(divisor, Tensor) and not stays_exact(divisor)
+    if name in _POWERS and len(args) > 1:
+        return not isinstance(args[1], (int, float)) or args[1] < 1
+    return name in _COMPARE or name in _DIVIDE
+
+
 class LowBitSavedTensors(saved_tensors_hooks):
     """Context in which autograd keeps large intermediate tensors in few bits.
 
@@ -90,11 +109,13 @@ class LowBitSavedTensors(saved_tensors_hooks):
         regions = Regions() if regions is None else regions
 
         def pack(tensor: Tensor) -> _Exact | _View:
+            if functions.exact:
+                return _Exact(tensor.detach(), tensor._version)
             return _pack_past_modes(tensor, kind, minimum_elements, regions)
 
         super().__init__(pack, _unpack)
         least_activation = minimum_elements if low_bit_activations else None
-        self._functions = _LowBitFunctions(pack, _ATTENTION[kind], least_activation)
+        functions = self._functions = _LowBitFunctions(pack, _ATTENTION[kind], least_activation)
 
     def __enter__(self) -> None:
         self._functions.__enter__()
@@ -114,14 +135,24 @@ class _LowBitFunctions(TorchFunctionMode):
         pack: The pack hook.
         attention_kind: How attention keeps its inputs.
         least_activation: Elements from which on GELU and SiLU keep theirs in 4 bits; None: they stay torch's.
+
+    Attributes:
+        exact: Whether an operation is running whose backward needs what it saved as it is.
     """
 
     def __init__(self, pack: Callable[..., Any], attention_kind: str, least_activation: int | None) -> None:
         super().__init__()
         self._pack, self._attention_kind, self._least_activation = pack, attention_kind, least_activation
+        self.exact = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _needs_exact(func, args):
+            self.exact = True
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.exact = False
         if func is F.scaled_dot_product_attention and self._is_in_charge():
             return low_bit_attention(*args, **kwargs, kind=self._attention_kind)
         if func in (F.gelu, F.silu) and self._least_activation is not None and not kwargs.get("inplace"):

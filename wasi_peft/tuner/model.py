@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -222,10 +222,6 @@ class WasiModel(BaseTuner):
         log_left_dense(resolve_targets(self.model, peft_config), peft_config)
         return peft_config
 
-    def _check_tied_modules(self, model: nn.Module, peft_config: WasiConfig) -> None:
-        with suppress(NotImplementedError):  # of models that read no tokens, so nothing is tied to what reads them
-            super()._check_tied_modules(model, peft_config)
-
     def _source(self, config: WasiConfig) -> str | None:
         """The adapter, if there is one, whose very configuration a new adapter has: it starts as a copy of it."""
         names = [name for name, other in self.peft_config.items() if other is config]
@@ -375,6 +371,12 @@ class WasiModel(BaseTuner):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in trained)
             raise
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        try:
+            return list(super()._get_module_names_tied_with_embedding())
+        except NotImplementedError:  # of models that read no tokens and tie other things, such as heads of detectors
+            return []
 
     def _add_vectors(self, model: nn.Module, adapter_name: str) -> None:
         config, source = self.peft_config[adapter_name], self._source(self.peft_config[adapter_name])

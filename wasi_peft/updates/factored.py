@@ -74,8 +74,7 @@ class FactoredLinear(torch.autograd.Function):
         *compressed: Tensor | None,
     ) -> Tensor:
         h = F.linear(x, R.to(x.dtype))
-        # no view of another tensor: models may add to what a layer answers, in place
-        y = F.linear(h, L.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = F.linear(h.reshape(-1, h.shape[-1]), L.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
         ctx.tangent, ctx.sink = tangent, sink
         ctx.shape, ctx.dtype = x.shape, x.dtype
@@ -90,7 +89,8 @@ class FactoredLinear(torch.autograd.Function):
             ctx.kept, kept = "hidden", (roundable(h.reshape(-1, h.shape[-1])),)
         needs_factors = needs_x or needs_L or needs_R
         ctx.save_for_backward(L if needs_factors else None, R if needs_factors else None, *kept)
-        return y
+        # no view of another tensor: models may add to what a layer answers, in place
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(L)))
 
     @staticmethod
     @once_differentiable
