@@ -51,7 +51,7 @@ def mamba() -> nn.Module:
 
 MODELS: dict[str, tuple[Any, Any, int]] = {  # the model, a batch, how many layers no data reach
     "read and unused": (reading, lambda: torch.randn(4, 5, 8), 4),
-    "attention of torch": (encoder, lambda: torch.randn(4, 5, 16), 2),
+    "attention of torch": (encoder, lambda: torch.randn(4, 5, 16), 0),
     "mamba": (mamba, lambda: torch.randint(23, (4, 6)), 2),
 }
 
@@ -69,7 +69,7 @@ def test_they_are_prepared_and_compute_what_they_did(case: str, form: str, caplo
     config = WasiConfig(**FORMS[form])
     preprocess_wasi(model, config, [batch, batch], repair_steps=0, progress_bar=False)
     lines = [record.getMessage() for record in caplog.records if "never reached" in record.getMessage()]
-    assert len(lines) == 1 and f"({count} in all)" in lines[0]
+    assert len(lines) == bool(count) and all(f"({count} in all)" in line for line in lines)
     adapted = get_peft_model(model, config).eval()
     tolerance = 2e-2 if form == "int8" else 1e-4
     torch.testing.assert_close(answer(adapted, batch), expected, atol=tolerance, rtol=tolerance)

@@ -696,7 +696,8 @@ def test_the_model_must_be_dense(config: peft.PeftConfig) -> None:
 
 def test_some_layer_must_be_worth_it() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
-    calibration = calibrate_wasi(model, [torch.randn(8, 2)], progress_bar=False)
+    config = WasiConfig(target_modules=["0.0"], residual=None)
+    calibration = calibrate_wasi(model, [torch.randn(8, 2)], config, progress_bar=False)
     with pytest.raises(
         ValueError, match="with update='frozen_basis' no rank of any target saves anything, got 1 targets of at most 2"
     ):

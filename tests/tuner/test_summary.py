@@ -62,9 +62,10 @@ def test_unknown_adapter() -> None:
 
 
 @pytest.mark.parametrize(("rank", "level"), [(2, logging.INFO), (16, logging.WARNING)])
-def test_one_log_line_at_injection(caplog: pytest.LogCaptureFixture, rank: int, level: int) -> None:
+def test_log_lines_at_injection(caplog: pytest.LogCaptureFixture, rank: int, level: int) -> None:
     with caplog.at_level(logging.INFO, logger="wasi_peft"):
         wasi_model(ARCHITECTURES["vit"].model(), weight_rank=rank)
-    (record,) = [r for r in caplog.records if r.name.startswith("wasi_peft")]
+    record, dense = [r for r in caplog.records if r.name.startswith("wasi_peft")]
     assert record.levelno == level
     assert "12 layers" in record.getMessage()
+    assert "of the model's weights stay dense" in dense.getMessage()
