@@ -45,6 +45,8 @@ VARIED: dict[str, Any] = {
     "memory_mode": "small",
     "skip_padding": True,
     "token_keep": 0.5,
+    "trainable_token_indices": [3, 5],
+    "ensure_weight_tying": True,
     "base_weight": "cpu",
     "init_weights": False,
     "ranks": {"layers.0.fc1": 3},

@@ -106,6 +106,12 @@ class WasiConfig(PeftConfig):
             Names or a regular expression of modules to leave dense.
         modules_to_save (`Optional[list[str]]`):
             Modules that are trained and saved whole, such as a new classifier head.
+        trainable_token_indices (`Optional[Union[list[int], dict[str, list[int]]]]`):
+            Tokens whose embeddings train, as in LoRA: indices, for the model's input embedding, or by name of the
+            embedding. For tokens that were added to the vocabulary. Only their rows are trained and saved; where the
+            head is tied to the embedding, it follows.
+        ensure_weight_tying (`bool`, default False):
+            Raise an error where what `modules_to_save` or `trainable_token_indices` train could not stay tied.
         layers_to_transform (`Optional[Union[list[int], int]]`):
             Indices of the only blocks to transform. Not together with a string in `target_modules`.
         layers_pattern (`Optional[Union[list[str], str]]`):
@@ -206,6 +212,12 @@ class WasiConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved whole, such as a classifier head."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings train: indices, or indices by name of the embedding."}
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Refuse to train tied modules so that they would come apart."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the only blocks to transform."}
