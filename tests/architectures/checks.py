@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from families import Family
@@ -26,14 +26,15 @@ from transformers.pytorch_utils import Conv1D
 import wasi_peft
 from wasi_peft import WasiConfig, preprocess_wasi
 from wasi_peft.cost.estimate import estimate_peak
+from wasi_peft.forms.attention import PROJECTIONS
 from wasi_peft.memory import modes
 from wasi_peft.memory.loss import ChunkedLoss
 from wasi_peft.memory.pieces import ChunkedMLPs, SlicedBlocks
 from wasi_peft.memory.recompute import RecomputedBlocks
 from wasi_peft.memory.saved import LowBitBlocks
 from wasi_peft.models.calls import call_arguments, features_of, loss_of
+from wasi_peft.models.experts import packed_parameters
 from wasi_peft.tuner.layer import WasiLayer, wasi_layers
-from wasi_peft.tuner.targets import default_target_names
 
 PACKAGE = Path(wasi_peft.__file__).parent
 
@@ -75,7 +76,8 @@ class Case:
 
     @functools.cached_property
     def targets(self) -> list[str]:
-        return sorted(default_target_names(self.dense, self.config()))
+        """Packed experts and the projections of PyTorch's attention are layers of the adapted model alone."""
+        return sorted(name for name, _ in wasi_layers(self.adapted().base_model.model))
 
     @functools.cached_property
     def batch(self) -> Any:
@@ -92,21 +94,56 @@ class Case:
             adapted.enable_input_require_grads()
         return adapted
 
+    @property
+    def linear_targets(self) -> list[str]:
+        """Those that are modules of the dense model."""
+        modules = dict(self.dense.named_modules())
+        return [name for name in self.targets if name in modules]
+
     @functools.cached_property
     def expected(self) -> nn.Module:
         """The dense model, its weights rounded where the form rounds them."""
         model = copy.deepcopy(self.dense)
         if self.form == "int8":
             for name in self.targets:
-                weight = model.get_submodule(name).weight
-                rows = weight.data.T if isinstance(model.get_submodule(name), Conv1D) else weight.data
-                scales = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny) / 127
+                rows = weight_of(model, name).rows(lambda weight: weight.data)
+                scales = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny) / 127
                 rows.copy_((rows / scales).round().clamp_(-127, 127) * scales)
         return model
 
     @functools.cached_property
     def expected_gradients(self) -> Gradients:
         return dense_gradients(copy.deepcopy(self.expected), self)
+
+
+class Weight(NamedTuple):
+    """Where the weight of a target is in the dense model: a parameter, or some rows of one."""
+
+    parameter: nn.Parameter
+    transposed: bool = False
+    part: slice = slice(None)
+
+    def rows(self, of: Callable[[nn.Parameter], Tensor]) -> Tensor:
+        """(out, in), of packed experts (E, out, in), of something of the parameter's shape."""
+        value = of(self.parameter)[self.part]
+        return value.mT if self.transposed else value
+
+    def gradient(self) -> Tensor:
+        return self.rows(lambda weight: torch.zeros_like(weight) if weight.grad is None else weight.grad)
+
+
+def weight_of(model: nn.Module, name: str) -> Weight:
+    owner, _, last = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if last in packed_parameters(module):
+        return Weight(getattr(module, last), packed_parameters(module)[last])
+    if isinstance(module, nn.MultiheadAttention) and last in PROJECTIONS:
+        if module.in_proj_weight is None:
+            return Weight(getattr(module, f"{last}_weight"))
+        start = PROJECTIONS.index(last) * module.embed_dim
+        return Weight(module.in_proj_weight, part=slice(start, start + module.embed_dim))
+    layer = model.get_submodule(name)
+    return Weight(layer.weight, isinstance(layer, Conv1D))
 
 
 # ---------------------------------------------------------------- what models answer
@@ -155,14 +192,7 @@ def dense_gradients(model: nn.Module, case: Case) -> Gradients:
     if not value.requires_grad:
         raise Absent("the dense model's loss has no gradient.")
     value.backward()
-    layers = {name: model.get_submodule(name) for name in case.targets}
-    gradients = {
-        name: torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad
-        for name, layer in layers.items()
-    }
-    return Gradients(
-        float(value), {n: g.T if isinstance(layers[n], Conv1D) else g for n, g in gradients.items()}
-    )  # fmt: skip
+    return Gradients(float(value), {name: weight_of(model, name).gradient() for name in case.targets})
 
 
 def compare_gradients(model: Any, case: Case, tolerance: float) -> None:
@@ -175,7 +205,7 @@ def compare_gradients(model: Any, case: Case, tolerance: float) -> None:
     ours, theirs = [], []
     for name, layer in wasi_layers(model.base_model.model):
         form = layer.form
-        theirs.append((expected.by_layer[name] @ form.R.detach().float().T).flatten())
+        theirs.append((expected.by_layer[name] @ form.R.detach().float().mT).flatten())
         gradient = form.L.grad
         ours.append(torch.zeros_like(theirs[-1]) if gradient is None else gradient.flatten())
     error = distance(torch.cat(ours), torch.cat(theirs))
@@ -190,7 +220,7 @@ def targets(case: Case) -> str:
     """What is found, and its share of the weights."""
     model = case.adapted()
     layers = list(wasi_layers(model))
-    elements = sum(layer.in_features * layer.out_features for _, layer in layers)
+    elements = sum(layer.experts * layer.in_features * layer.out_features for _, layer in layers)
     return f"{len(layers)} layers, {elements / sum(p.numel() for p in case.dense.parameters()):.0%}"
 
 
@@ -294,7 +324,7 @@ def lora_gradients(case: Case, enable: Callable[[Any], None], use_reentrant: boo
     gradients = []
     for prepare in (lambda _: None, enable):
         torch.manual_seed(0)
-        model: Any = get_peft_model(copy.deepcopy(case.dense), LoraConfig(r=2, target_modules=case.targets))
+        model: Any = get_peft_model(copy.deepcopy(case.dense), LoraConfig(r=2, target_modules=case.linear_targets))
         prepare(model)
         if use_reentrant:
             model.enable_input_require_grads()
@@ -320,10 +350,8 @@ def autocast(case: Case) -> None:
     expected = case.expected_gradients
     ours, theirs, own = [], [], []
     for name, layer in wasi_layers(model.base_model.model):
-        R = layer.form.R.detach().float().T
-        weight = dense.get_submodule(name).weight
-        rounded = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        rounded = rounded.T if isinstance(dense.get_submodule(name), Conv1D) else rounded
+        R = layer.form.R.detach().float().mT
+        rounded = weight_of(dense, name).gradient()
         theirs.append((expected.by_layer[name] @ R).flatten())
         own.append((rounded.float() @ R).flatten())
         ours.append(torch.zeros_like(theirs[-1]) if layer.form.L.grad is None else layer.form.L.grad.flatten())
