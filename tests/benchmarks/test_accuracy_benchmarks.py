@@ -104,6 +104,7 @@ def test_prepared_factors_depend_on_all_of_the_package(tmp_path: Path, monkeypat
     assert len(set(digests)) == 3 and code_digest() == digests[-1]
 
 
+@pytest.mark.slow
 def test_modes_and_variants_are_compared(
     accuracy_benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +180,7 @@ def test_initial_factors_benchmark(
     assert json.loads(results.read_text()) == entries and len(evaluations) == len(entries)
 
 
+@pytest.mark.slow
 def test_perplexity_benchmark(
     tiny_llama: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,6 +322,7 @@ def test_every_method_trains_in_every_precision(
     assert found["losses"][-1] > 0 and 0 <= found["test_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_plans_with_forms_against_factors(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from models import ARCHITECTURES
 from scripts import BENCHMARKS, ROOT, run_script
 
 
+@pytest.mark.slow
 def test_step_costs(tmp_path: Path) -> None:
     """Two images: the ratios of FLOPs, gradients and optimizer state do not need more."""
     results = tmp_path / "costs.json"
@@ -26,6 +27,7 @@ def test_step_costs(tmp_path: Path) -> None:
     assert sum(counted["wasi"][key] for key in state) < 0.3 * sum(counted["dense"][key] for key in state)
 
 
+@pytest.mark.slow
 def test_cost_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Tiny sizes: all sweeps are run once, kept and drawn; the closed form counts what the estimate counts."""
     pytest.importorskip("matplotlib")
@@ -70,6 +72,7 @@ def test_crossovers_of_cost_curves(
     assert crossover([0.25, 0.75, 1.25], gains) == {"at": pytest.approx(at, abs=0.001), "pays": pays}
 
 
+@pytest.mark.slow
 def test_layer_overhead(tmp_path: Path) -> None:
     """This checkout against itself; a folder without the package is refused."""
     layer_overhead = importlib.import_module("layer_overhead")
@@ -93,6 +96,7 @@ def test_ratios_are_taken_pair_by_pair() -> None:
     assert ratios(ours, others) == {"s": {"median": 1.0, "min": 0.5, "max": 3.0}}
 
 
+@pytest.mark.slow
 def test_estimate_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = importlib.import_module("estimate_accuracy")
     sizes = ["--batches", "2", "--width", "128", "--layers", "1", "--tokens", "16", "--rank", "8"]
@@ -119,6 +123,7 @@ def tiny_workload(tiny_llama: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
     return "tiny"
 
 
+@pytest.mark.slow
 def test_steps_and_bounds(tiny_workload: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module, results = importlib.import_module("steps"), tmp_path / "steps.json"
     content = module.main(["--workloads", "tiny", "--rounds", "1", "--results", str(results)])
@@ -201,6 +206,7 @@ def test_prepare_checkpoint(tmp_path: Path) -> None:
     assert len(entries["tiny train int8"]["step_seconds"]) == len(entries["tiny train dense LoRA"]["losses"]) == 3
 
 
+@pytest.mark.slow
 def test_experts(tmp_path: Path) -> None:
     """A tiny width: packed experts are most of the weights, and both methods cover the same ones."""
     results = tmp_path / "experts.json"

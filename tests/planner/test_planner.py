@@ -443,6 +443,7 @@ def test_a_plan_is_for_the_step_that_will_run(memory_mode: Any) -> None:
     assert 0.85 * budget <= peak(model, plan, batch, memory_mode=memory_mode) <= budget
 
 
+@pytest.mark.slow
 def test_the_memory_mode_is_chosen_with_the_ranks() -> None:
     model, calibration = calibrated("vit")
     batch = ARCHITECTURES["vit"].batch(64)
