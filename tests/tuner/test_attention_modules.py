@@ -95,6 +95,7 @@ def test_attention_without_an_adapter_stays_what_it_was() -> None:
         base, wasi_peft.WasiConfig(target_modules=["linear1"], weight_rank=4, base_weight="keep", residual=None)
     )
     assert base.layers.encoder.layers[0].self_attn is attention
+    assert not any(parameter.requires_grad for parameter in attention.parameters())
     assert model.unload().layers.encoder.layers[0].self_attn is attention
 
 
@@ -110,6 +111,17 @@ def test_projections_are_prepared_with_data() -> None:
     factors.attach(plain)
     other = get_peft_model(plain, wasi_peft.WasiConfig(weight_share=0.6))
     torch.testing.assert_close(answers(other), answers(model))
+
+
+def test_preparation_leaves_what_trains_of_an_attention_as_it_was() -> None:
+    base = Translator()
+    attention = base.layers.encoder.layers[0].self_attn
+    attention.in_proj_bias.requires_grad_(False)
+    wasi_peft.preprocess_wasi(
+        base, wasi_peft.WasiConfig(weight_share=0.6), [batch()], repair_steps=0, progress_bar=False
+    )
+    trains = {name: parameter.requires_grad for name, parameter in attention.named_parameters()}
+    assert [name for name, value in trains.items() if not value] == ["in_proj_bias"]
 
 
 def test_projections_read_one_input_together() -> None:

@@ -48,11 +48,11 @@ class ProjectedAttention(nn.Module):
         self.batch_first, self.add_zero_attn = attention.batch_first, attention.add_zero_attn
         self.packed = attention.in_proj_weight is not None
         # what is registered would lose its values where PEFT makes empty adapters
-        trains = attention.out_proj.weight.requires_grad
         for name, weight, bias in _projections(attention):
             layer = build_dense(nn.Linear, weight, bias)
-            layer._parameters["weight"] = nn.Parameter(weight, trains)
-            layer._parameters["bias"] = None if bias is None else nn.Parameter(bias, trains)
+            packed_weight, packed_bias = _packed(attention, name)
+            layer._parameters["weight"] = nn.Parameter(weight, packed_weight.requires_grad)
+            layer._parameters["bias"] = None if bias is None else nn.Parameter(bias, packed_bias.requires_grad)
             setattr(self, name, layer)
         self.out_proj = attention.out_proj
         self._parameters |= {name: attention._parameters.get(name) for name in ("bias_k", "bias_v")}
@@ -175,6 +175,12 @@ def _projections(attention: nn.MultiheadAttention) -> Iterator[tuple[str, Tensor
     yield from zip(PROJECTIONS, weights, biases, strict=True)
 
 
+def _packed(attention: nn.MultiheadAttention, name: str) -> tuple[Any, Any]:
+    """The parameters that hold weight and bias of a projection; None for no bias."""
+    weight = attention.in_proj_weight
+    return getattr(attention, f"{name}_weight") if weight is None else weight, attention.in_proj_bias
+
+
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
@@ -212,6 +218,11 @@ def conceal_projections(model: nn.Module, replaced: Mapping[str, nn.MultiheadAtt
         }
         if any(notes.values()):
             attention.__dict__[_NOTES] = notes
+        for child in PROJECTIONS:  # whoever froze the layers, or had them train, meant the module
+            layer = getattr(projected, child)
+            for packed, own in zip(_packed(attention, child), (layer.weight, layer.bias), strict=True):
+                if packed is not None:
+                    packed.requires_grad_(own.requires_grad)
         attention.train(projected.training)
         model.set_submodule(name, attention)
 
