@@ -23,7 +23,7 @@ from ..linalg.tucker import Tucker, roundable
 from . import costs
 from .base import InitialFactors, ProductGradientSink, Update
 from .factor import Factor
-from .factored import outside_autocast
+from .factored import linear_without_view, outside_autocast
 from .image import image_linear
 from .resizing import Carry, orthonormal_to, random_rows, set_part
 
@@ -130,7 +130,7 @@ class CoreLinear(torch.autograd.Function):
 
 
 def _from_image(h: Tensor, L: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(F.linear(h, M.to(h.dtype)), L.to(h.dtype), None if bias is None else bias.to(h.dtype))
+    return linear_without_view(F.linear(h, M.to(h.dtype)), L, bias)
 
 
 def core_linear(x: Tensor, L: Tensor, M: Tensor, R: Tensor, bias: Tensor | None = None) -> Tensor:

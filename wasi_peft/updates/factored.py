@@ -55,6 +55,17 @@ def outside_autocast(backward: Callable[[Any, Tensor], _Gradients]) -> Callable[
     return run
 
 
+def linear_without_view(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b` in the dtype of x, for what a Function answers: models may change that in place, but not a view.
+
+    **Shape**
+        - x: (..., in); weight: (out, in); bias: (out,) or None; returns (..., out)
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))
+
+
 class FactoredLinear(torch.autograd.Function):
     """`y = (x R^T) L^T + b`, saving for backward only what the requested gradients need.
 
@@ -74,7 +85,7 @@ class FactoredLinear(torch.autograd.Function):
         *compressed: Tensor | None,
     ) -> Tensor:
         h = F.linear(x, R.to(x.dtype))
-        y = F.linear(h.reshape(-1, h.shape[-1]), L.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = linear_without_view(h, L, bias)
 
         ctx.tangent, ctx.sink = tangent, sink
         ctx.shape, ctx.dtype = x.shape, x.dtype
@@ -89,8 +100,7 @@ class FactoredLinear(torch.autograd.Function):
             ctx.kept, kept = "hidden", (roundable(h.reshape(-1, h.shape[-1])),)
         needs_factors = needs_x or needs_L or needs_R
         ctx.save_for_backward(L if needs_factors else None, R if needs_factors else None, *kept)
-        # no view of another tensor: models may add to what a layer answers, in place
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(L)))
+        return y
 
     @staticmethod
     @once_differentiable

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..linalg.tucker import roundable
-from .factored import outside_autocast
+from .factored import linear_without_view, outside_autocast
 
 
 class ImageLinear(torch.autograd.Function):
@@ -27,9 +26,7 @@ class ImageLinear(torch.autograd.Function):
         needs_h, needs_P, _ = ctx.needs_input_grad
         rows = h.reshape(-1, h.shape[-1])
         ctx.save_for_backward(P if needs_h or needs_P else None, roundable(rows) if needs_P else None)
-        y = F.linear(rows, P.to(h.dtype), None if bias is None else bias.to(h.dtype))
-        # no view of another tensor: models may add to what a layer answers, in place
-        return torch.ops.aten._unsafe_view(y, (*h.shape[:-1], len(P)))
+        return linear_without_view(h, P, bias)
 
     @staticmethod
     @once_differentiable

@@ -21,7 +21,7 @@ from ..forms.factored import FactoredLinear
 from ..forms.split import SplitLinear, joined
 from ..linalg.tucker import NOTHING, Tucker, expand_rows, roundable
 from .base import InitialFactors, ProductGradientSink, Update
-from .factored import outside_autocast
+from .factored import linear_without_view, outside_autocast
 from .resizing import Carry, grow_factors, shrink_factors
 
 DEFAULT_RANK = 16
@@ -153,7 +153,7 @@ class LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         outer, inner = joined(*(part.to(x.dtype) for part in (L, R, B, A)))
         hidden = F.linear(x, inner)
-        y = F.linear(hidden, outer, None if bias is None else bias.to(x.dtype))
+        y = linear_without_view(hidden, outer, bias)
 
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
