@@ -135,6 +135,7 @@ def test_a_sum_trains() -> None:
         ((["default", "other"], [1, 1], "other"), "adapter_name must be new"),
         ((["default", "other"], [1, 1], "sum", "ties"), "combination_type must be one of"),
         ((["default", "other"], [1, 1], "sum", "svd", 0), "svd_rank must be a positive integer"),
+        ((["default", "other"], [1, 1], "sum", "svd", 2.5), "svd_rank must be a positive integer"),
         ((["default", "other"], [1, 1], "sum", "cat", 2), "svd_rank must be a positive integer"),
     ],
 )

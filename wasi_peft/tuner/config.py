@@ -43,7 +43,8 @@ def _check_threshold(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number in (0, 1], got {value!r}.")
 
 
-def _check_rank(name: str, value: Any) -> None:
+def check_positive_integer(name: str, value: Any) -> None:
+    """Raise a ValueError for a setting that is none; a bool is none either."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
 
@@ -376,18 +377,18 @@ class WasiConfig(PeftConfig):
             _check_threshold("explained_variance_threshold", self.explained_variance_threshold)
         _check_choice("residual_product", self.residual_product, (*PRODUCTS, None))
         if self.weight_rank is not None:
-            _check_rank("weight_rank", self.weight_rank)
+            check_positive_integer("weight_rank", self.weight_rank)
         for name in ("rank_pattern", "ranks"):
             for pattern, rank in (getattr(self, name) or {}).items():
-                _check_rank(f"{name}[{pattern!r}]", rank)
+                check_positive_integer(f"{name}[{pattern!r}]", rank)
         if self.activation_threshold is not None:
             _check_threshold("activation_threshold", self.activation_threshold)
-        _check_rank("activation_interval", self.activation_interval)
+        check_positive_integer("activation_interval", self.activation_interval)
         if self.token_keep is not None:
             _check_threshold("token_keep", self.token_keep)
             self.token_keep = None if self.token_keep == 1 else float(self.token_keep)
         if self.update_rank is not None:
-            _check_rank("update_rank", self.update_rank)
+            check_positive_integer("update_rank", self.update_rank)
         _check_choice("bias", self.bias, BIASES)
         _check_choice("memory_mode", self.memory_mode, MEMORY_MODES)
         if not isinstance(self.skip_padding, bool):
@@ -402,7 +403,7 @@ class WasiConfig(PeftConfig):
         for mode, rank in (self._mode_ranks() or {}).items():
             if mode not in modes:
                 raise ValueError(f"activation_ranks names the mode {mode!r}, not in activation_modes={modes!r}.")
-            _check_rank(f"activation_ranks[{mode!r}]", rank)
+            check_positive_integer(f"activation_ranks[{mode!r}]", rank)
         if self.layer_update.keeps_image and self.activation_ranks is not None:
             others = " or ".join(repr(name) for name, update in UPDATES.items() if update.reads_input is not None)
             raise ValueError(

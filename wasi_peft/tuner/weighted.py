@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..forms.residual import ResidualLinear
 from ..linalg.sums import compressed_sum, stacked_sum
 from ..updates.resizing import set_part
-from .config import WasiConfig
+from .config import WasiConfig, check_positive_integer
 from .layer import WasiLayer, wasi_layers
 from .vectors import AdapterVectors
 
@@ -50,10 +50,13 @@ def check_weighted(
         raise ValueError(f"adapter_name must be new, got {adapter_name!r}, which the model has.")
     if combination_type not in COMBINATIONS:
         raise ValueError(f"combination_type must be one of {COMBINATIONS}, got {combination_type!r}.")
-    if svd_rank is not None and (combination_type != "svd" or isinstance(svd_rank, bool) or svd_rank < 1):
-        raise ValueError(
-            f"svd_rank must be a positive integer and goes with combination_type='svd', got {svd_rank!r}."
-        )
+    if svd_rank is not None:
+        check_positive_integer("svd_rank", svd_rank)
+        if combination_type != "svd":
+            raise ValueError(
+                f"svd_rank must be a positive integer and goes with combination_type='svd', got {svd_rank!r} with "
+                f"{combination_type!r}."
+            )
     for name, layer in wasi_layers(model):
         missing = [adapter for adapter in adapters if adapter not in layer.wasi_form]
         if missing:
