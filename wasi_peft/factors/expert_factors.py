@@ -15,6 +15,7 @@ from ..linalg.spectra import truncate, weight_spectrum
 from ..models.calls import evaluating, model_output
 from ..models.experts import ExpertStack, conceal_experts, expose_experts
 from ..tuner.config import WasiConfig
+from ..tuner.experts import summed_shares
 from ..tuner.model import rank_for, shared_ranks
 from ..tuner.prepared import ATTACHED, PreparedLayer
 from ..tuner.targets import asked_rank, check_targets, plain_name, resolve_targets, selected_modules
@@ -154,8 +155,7 @@ def _prepared(name: str, recorder: _Recorder, config: WasiConfig) -> PreparedLay
     """The factors of one packed weight, at one rank for all experts."""
     weights, asked = recorder.stack.matrices(), asked_rank(name, config)
     spectra = [weight_spectrum(one, moment) for one, moment in zip(weights, recorder.moments(), strict=True)]
-    shares = [one.energies / one.energies.sum().clamp_min(torch.finfo(torch.float64).tiny) for one in spectra]
-    rank = min(rank_for(asked, torch.stack(shares).sum(0)), *weights.shape[1:])
+    rank = min(rank_for(asked, summed_shares([one.energies for one in spectra])), *weights.shape[1:])
     pairs = [truncate(one, spectrum, rank) for one, spectrum in zip(weights, spectra, strict=True)]
     initial = InitialFactors(torch.stack([L for L, _ in pairs]), torch.stack([R for _, R in pairs]), None)
     update = config.update_of(name).name

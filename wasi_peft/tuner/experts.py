@@ -184,8 +184,13 @@ def stack_energies(weight: Tensor) -> Tensor:
     **Shape**
         - weight: (E, out, in); returns (min(out, in),), float64, descending
     """
-    energies = torch.stack([torch.linalg.svdvals(one.double()).square() for one in weight])
-    return (energies / energies.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).sum(0)
+    return summed_shares([torch.linalg.svdvals(one.double()).square() for one in weight])
+
+
+def summed_shares(energies: Sequence[Tensor]) -> Tensor:
+    """Energies of all experts by direction, each expert's as a share of its own total; one vector each, float64."""
+    every = torch.stack(list(energies))
+    return (every / every.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).sum(0)
 
 
 def stack_factors(
