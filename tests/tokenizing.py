@@ -1,7 +1,10 @@
-"""A tokenizer without a vocabulary to download."""
+"""A tokenizer without a vocabulary to download, and a language model that reads it."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -26,3 +29,14 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )  # fmt: skip
     fast.chat_template = CHAT
     return fast
+
+
+def byte_llama(**options: Any) -> transformers.LlamaForCausalLM:
+    """A tiny model of that tokenizer's tokens, the same each time."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(
+        vocab_size=len(byte_tokenizer()), num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1,
+        pad_token_id=0, bos_token_id=1, **sizes, **options,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from scripts import ROOT, run_script
-from tokenizing import byte_tokenizer
+from tokenizing import byte_llama, byte_tokenizer
 
 import wasi_peft
 
@@ -34,14 +34,9 @@ def number(pattern: str, text: str) -> float:
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer."""
-    torch.manual_seed(0)
-    folder, tokenizer = tmp_path_factory.mktemp("llama"), byte_tokenizer()
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1, pad_token_id=0, bos_token_id=1,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("llama")
+    byte_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 

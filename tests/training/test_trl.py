@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizing import byte_tokenizer
+from tokenizing import byte_llama, byte_tokenizer
 
 from wasi_peft import WasiConfig
 from wasi_peft.memory.modes import MEMORY_MODES
@@ -25,13 +25,7 @@ TOKENIZER = byte_tokenizer()
 
 
 def language_model() -> transformers.LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1, pad_token_id=0, bos_token_id=1,
-        initializer_range=0.2,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
+    return byte_llama(initializer_range=0.2)
 
 
 def question(index: int, answer: str) -> list[dict[str, str]]:
