@@ -75,6 +75,7 @@ class WasiLayer(BaseTunerLayer):
         self._unmerged_base: list[nn.Module] = []
         self._sinks: dict[str, weakref.ref[ProductGradientSink]] = {}
         self._awaiting: set[str] = set()  # adapters whose factors have not been loaded yet
+        self._answers_before = True  # whether the dense layer answers until then
         self._loading_group: dict[str, WasiLayer] = {}  # all layers of an adapter that is being loaded, by name
         self._release_to: str | None = None
         self._products: ProductChoice | None = None  # of a residual to come
@@ -170,7 +171,7 @@ class WasiLayer(BaseTunerLayer):
             return True
         if self._awaiting:
             self._settle()  # not every loader tells when factors have arrived: transformers' own does not
-            return self.active_name in self._awaiting and "base_layer" in self._modules
+            return self._answers_before and self.active_name in self._awaiting and "base_layer" in self._modules
         return False
 
     @property
@@ -231,6 +232,7 @@ class WasiLayer(BaseTunerLayer):
                 if tensor.is_floating_point():  # codes have no NaN, but their scales do
                     tensor.data.fill_(torch.nan)
             self._awaiting.add(adapter_name)
+            self._answers_before = not config.names_fitted
         fresh = isinstance(initial, InitialFactors) and initial.residual is not None and not initial.met_data
         (self._fresh.add if fresh else self._fresh.discard)(adapter_name)
         (self.frozen_biases.add if config.bias == "none" else self.frozen_biases.discard)(adapter_name)

@@ -37,6 +37,7 @@ from .heads import FRESH_HEAD, fresh_heads
 from .inputs import SharedInputs
 from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
 from .prepared import PreparedLayer, check_prepared, drop_prepared, prepared_for
+from .renaming import fit_names
 from .saving import allow_saving, guard_saving
 from .state import FORM, check_loadable, shared_vectors, take_ranks, vectors_by_key, with_model_keys
 from .summary import WasiSummary, wasi_summary
@@ -218,6 +219,7 @@ class WasiModel(BaseTuner):
             self._round(model, config, trained)
 
     def _prepare_adapter_config(self, peft_config: WasiConfig, model_config: dict[str, Any]) -> WasiConfig:
+        fit_names(self.model, peft_config)
         self._by_default = peft_config.target_modules is None and peft_config.plan is None
         log_left_dense(resolve_targets(self.model, peft_config), peft_config)
         return peft_config
