@@ -462,12 +462,18 @@ class WasiLayer(BaseTunerLayer):
         self._unmerged_base = [self._modules["base_layer"]] if "base_layer" in self._modules else []
         self._modules["base_layer"] = merged
         self.merged_adapters.append(names[0])
+        self.vectors.activate_one_of(names)  # which may not be those of the active adapter
 
     def unmerge(self) -> None:
         """Undo :meth:`merge` exactly: the base layer of before comes back."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self._take_apart()
+        self.vectors.activate_one_of([] if self._disable_adapters else self.active_adapters)
+
+    def _take_apart(self) -> None:
+        """What :meth:`unmerge` does to this layer alone."""
         self.merged_adapters.clear()
         if self._unmerged_base:
             self._modules["base_layer"] = self._unmerged_base.pop()  # in its place: a state dict has an order
@@ -491,7 +497,7 @@ class WasiLayer(BaseTunerLayer):
             if self.merged:
                 return self.base_layer
         if self.merged:
-            self.unmerge()
+            self._take_apart()
         if self.base_is_released:
             raise ValueError(RELEASED.format(action="unloading without merging"))
         base = self.base_layer

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..forms.attention import conceal_projections, expose_projections, pack_projections
@@ -456,7 +457,7 @@ class WasiModel(BaseTuner):
         handles = [
             layer.register_forward_pre_hook(add_names, with_kwargs=True)
             for layer in self.model.modules()
-            if isinstance(layer, WasiLayer)
+            if isinstance(layer, (WasiLayer, AuxiliaryTrainingWrapper))
         ]
         try:
             yield
@@ -473,6 +474,13 @@ class WasiModel(BaseTuner):
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE})
         if unknown:
             raise ValueError(f"adapter_names must name adapters of the model, got {', '.join(unknown)}.")
+        for key, module in self.model.named_modules():
+            missing = {*adapter_names, *self.active_adapters} - {BASE} - {*getattr(module, "_adapters", ())}
+            if missing and isinstance(module, AuxiliaryTrainingWrapper):
+                raise ValueError(
+                    f"{key}: adapter_names can mix adapters that all train this module, or all do not; "
+                    f"{', '.join(sorted(missing))} has none of its own."
+                )
         different = sorted(name for name in set(adapter_names) if self._vectors.names(name))
         if different and len(set(adapter_names)) > 1:
             raise ValueError(
@@ -542,6 +550,18 @@ class WasiModel(BaseTuner):
         self._vectors.activate(None)
         return super().unload()
 
+    def _check_names(self, adapter_names: Sequence[str] | None) -> None:
+        unknown = sorted(set(adapter_names or ()) - set(self.peft_config))
+        if unknown:
+            raise ValueError(
+                f"adapter_names must name adapters of the model, {sorted(self.peft_config)}, got {', '.join(unknown)}."
+            )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Put an adapter, by default the active one, into the base layers, its vectors too; see `unmerge_adapter`."""
+        self._check_names(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -558,6 +578,7 @@ class WasiModel(BaseTuner):
             dense: True multiplies forms out into dense layers, False keeps them ([`compress`] gives a model like
                 that); by default layers become what those of the base are.
         """
+        self._check_names(adapter_names)
         layers = [] if dense is None else [layer for _, layer in wasi_layers(self.model)]
         stacks = sum(isinstance(layer, Experts) for layer in layers)
         if dense is False and stacks:
