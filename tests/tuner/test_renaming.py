@@ -25,7 +25,7 @@ class Moved(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         vit = VIT.model()
-        self.config, self.model = vit.config, nn.Module()
+        self.model = nn.Module()
         self.model.vision = nn.Module()
         self.model.vision.vit, self.model.classifier = vit.vit, vit.classifier
 
@@ -100,4 +100,5 @@ def test_names_are_fitted_in_one_way_or_not_at_all() -> None:
     assert fitted_names(text, set(blocks("a.layers", "q", "proj") + blocks("b.layers", "q", "proj"))) == {}, "two ways"
     assert fitted_names(text, {"model.layers.0.q", "model.layers.0.proj"}) == {}, "a block keeps its number"
     assert fitted_names(["layers.0.q", "x.layers.0.q"], {"x.layers.0.q"}) == {}, "two names do not become one"
+    assert fitted_names(["q"], {"x.q"}) == {"q": "x.q"}
     assert fitted_names([], {"a"}) == {} and fitted_names(["a.b"], set()) == {}

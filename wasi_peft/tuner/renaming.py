@@ -48,7 +48,7 @@ def _fitted_alike(names: list[str], modules: set[str]) -> dict[str, str]:
         end, beginning = ".".join(parts[count:]), "".join(f"{part}." for part in parts[:count])
         others = {module.removesuffix(end) for module in modules if f".{module}".endswith(f".{end}")}
         others = {other for other in others if _numbers(other) == _numbers(beginning)}
-        alike = [name for name in names if name.startswith(beginning)]
+        alike = [name for name in names if f"{name}.".startswith(beginning or f"{parts[0]}.")]
         fitting = [new for new in others if all(new + name.removeprefix(beginning) in modules for name in alike)]
         if len(fitting) == 1:
             return {name: fitting[0] + name.removeprefix(beginning) for name in alike}
