@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from ..models.tokens import drop_tokens, keep_tokens, token_places
 from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors
+from .borrowed import borrowed_bytes, own_remainder
 from .config import WasiConfig
 from .convolution import Convolution
 from .coverage import coverage
@@ -182,6 +184,7 @@ class WasiModel(BaseTuner):
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         drops = config.token_keep is not None and shared is None
         places = token_places(model) if drops else None
+        borrowed = borrowed_bytes(self._tensors(model))
         before = Structure(model)
         try:
             expose_experts(model)
@@ -213,9 +216,13 @@ class WasiModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)  # PEFT does so too, but not after an interrupt
             raise
         guard_saving(model)
+        del before  # which holds the dense weights
         if config.uses_residuals and self._alone:
-            del before  # which holds the dense weights
             self._round(model, config, trained)
+        own_remainder(self._tensors(model), borrowed)
+
+    def _tensors(self, model: nn.Module) -> Iterator[torch.Tensor]:
+        yield from itertools.chain(model.parameters(), model.buffers(), self._vectors.tensors())
 
     def _prepare_adapter_config(self, peft_config: WasiConfig, model_config: dict[str, Any]) -> WasiConfig:
         self._by_default = peft_config.target_modules is None and peft_config.plan is None
