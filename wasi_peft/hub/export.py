@@ -9,12 +9,13 @@ from torch import nn
 
 from ..files.folders import Location, new_folder
 from .formats import Format, Source
+from .gguf import GgufFormat
 from .lora import LoraFormat
 from .onnx import OnnxFormat
 from .plain import PlainFormat
 from .programs import TorchFormat
 
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (PlainFormat, OnnxFormat, TorchFormat, LoraFormat)}
+FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (PlainFormat, OnnxFormat, TorchFormat, LoraFormat, GgufFormat)}
 
 
 def ready_format(format: str, **options: Any) -> Format:
