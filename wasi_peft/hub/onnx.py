@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .cases import Case, check_difference, free_axes, largest_difference
+from .cases import Case, Inputs, check_difference, farthest, free_axes
 from .formats import Format, Source
 from .plain import PlainForm, plain_form
 from .programs import trace
@@ -55,7 +55,7 @@ class OnnxFormat(Format):
 
 
 def in_float32(form: PlainForm) -> PlainForm:
-    """The same on the CPU: there are few kernels for 16 bits in onnxruntime, and the graph must run where it is verified."""
+    """The same on the CPU: runtimes have few kernels for 16 bits, and the graph must run where it is verified."""
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu()
@@ -120,9 +120,8 @@ def _difference(path: Path, cases: list[Case]) -> float:
     reads = {each.name for each in session.get_inputs()}
     names = [each.name for each in session.get_outputs()]
 
-    def difference(case: Case) -> float:
-        inputs = {name: tensor.numpy() for name, tensor in case.inputs.tensors.items() if name in reads}
-        answers = {name: torch.from_numpy(array) for name, array in zip(names, session.run(None, inputs), strict=True)}
-        return largest_difference(answers, case)
+    def run(inputs: Inputs) -> dict[str, Tensor]:
+        arrays = {name: tensor.numpy() for name, tensor in inputs.tensors.items() if name in reads}
+        return dict(zip(names, map(torch.from_numpy, session.run(None, arrays)), strict=True))
 
-    return max(difference(case) for case in cases)
+    return farthest(run, cases)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ..linalg.low_bit import LARGEST_CODE
 from . import onnx
-from .cases import Case, check_difference, largest_difference
+from .cases import Case, Inputs, check_difference, farthest
 from .formats import Format, Source
 from .plain import plain_form
 
@@ -81,10 +82,8 @@ def _difference(path: Path, cases: list[Case]) -> float:
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     reads = {port.get_any_name() for port in compiled.inputs}
 
-    def difference(case: Case) -> float:
-        inputs = {name: tensor.numpy() for name, tensor in case.inputs.tensors.items() if name in reads}
-        outputs = compiled(inputs)
-        answers = {port.get_any_name(): torch.from_numpy(outputs[port]) for port in compiled.outputs}
-        return largest_difference(answers, case)
+    def run(inputs: Inputs) -> dict[str, Tensor]:
+        outputs = compiled({name: tensor.numpy() for name, tensor in inputs.tensors.items() if name in reads})
+        return {port.get_any_name(): torch.from_numpy(outputs[port]) for port in compiled.outputs}
 
-    return max(difference(case) for case in cases)
+    return farthest(run, cases)

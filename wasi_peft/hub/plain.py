@@ -34,8 +34,8 @@ _OF_A_LINEAR = ("weight", "bias", "in_features", "out_features")
 class LinearPair(nn.Sequential):
     """Two thin layers, `x -> L (R x) + b`, which tell what model code asks of the one whose place they take.
 
-    T5 reads `layer.weight.dtype`. The weight has the shape and dtype of the product L R, and is on the meta device: who
-    computes with it gets an error and no wrong numbers.
+    T5 reads `layer.weight.dtype`. The weight has the shape and dtype of the product L R, and is on the meta device:
+    who computes with it gets an error and no wrong numbers.
     """
 
     @property
