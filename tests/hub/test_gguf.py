@@ -144,6 +144,18 @@ def test_codes_in_8_bits_go_over_as_they_are(tmp_path: Path) -> None:
     assert np.linalg.norm(anew - exact.numpy()) > 5 * float((weight - exact).norm()), "not rounded once more"
 
 
+def test_rows_of_tiny_numbers() -> None:
+    layer = torch.nn.Linear(64, 4)
+    layer.weight.data.mul_(torch.logspace(-8, 0, 4)[:, None] / layer.weight.abs().amax(1, keepdim=True))
+    residual = Int8Residual(layer)
+    written = torch.from_numpy(gguf.dequantize(blocks_of(residual).data, gguf.GGMLQuantizationType.Q8_0).copy())
+    error = (written - residual.dense_weight()).abs()
+    assert (
+        float(error[:3].max()) < 4e-6
+        and float((error[3] / residual.dense_weight()[3].abs()).nan_to_num().max()) < 2**-11
+    )
+
+
 def test_codes_in_4_bits_lose_nothing(tmp_path: Path) -> None:
     model = compress(dense(), WasiConfig(residual="int4"))
     assert written(model, tmp_path / "gguf") < 1e-5
@@ -263,6 +275,8 @@ def test_all_tokens_are_there(tmp_path: Path) -> None:
 
 
 def test_it_is_read_where_the_model_was(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none can be read from ''"):
+        export(dense(), tmp_path / "gguf", "gguf")
     dense().save_pretrained(tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"tokenizer= is needed, one or where to read it: none can be read from '"):

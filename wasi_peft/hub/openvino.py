@@ -46,12 +46,12 @@ class OpenvinoFormat(Format):
             path = Path(scratch) / onnx.MODEL_FILE
             onnx.write_graph(form, path)
             model = openvino.convert_model(path)
+            if self.int8:
+                _keep_in_8_bits(model)
+            openvino.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
         config: Any = getattr(form.module, "config", None)
         if config is not None:
             config.save_pretrained(folder)
-        if self.int8:
-            _keep_in_8_bits(model)
-        openvino.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
         tolerance = math.inf if self.int8 and source.tolerance is None else form.tolerance
         return check_difference(_difference(folder / MODEL_FILE, form.cases), tolerance)
 
