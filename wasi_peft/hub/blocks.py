@@ -28,10 +28,10 @@ class Blocks(NamedTuple):
 def blocks_of(weight: Tensor | Residual, rows: Rows = slice(None), int8: bool = False) -> Blocks:
     """A tensor as a GGUF file has it.
 
-    Codes of 8 bits keep their one scale a row, rounded to float16: an error of at most 2^-11 of every entry, or of 4e-6
-    in rows without an entry above 0.008, while rounding anew with a scale a block would lose about as much as the codes
-    have lost already. Codes of 4 bits lose nothing. Rows whose length 32 does not divide have no blocks: they are written
-    in their own dtype.
+    Codes of 8 bits keep their one scale a row, rounded to float16: an error of at most 2^-11 of every entry, or of
+    4e-6 in rows without an entry above 0.008. Rounding anew with a scale a block would lose about as much as the codes
+    have lost already. Codes of 4 bits lose nothing. Rows whose length 32 does not divide have no blocks: they are
+    written in their own dtype.
 
     **Shape**
         - weight: (out, in), or a vector
