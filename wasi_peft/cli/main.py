@@ -30,7 +30,7 @@ from ..files.headers import read_header
 from ..forms.compressed import STORABLE
 from ..forms.frozen import FROZEN
 from ..forms.residual import RESIDUALS
-from ..hub.cases import example_batch
+from ..hub.cases import EXAMPLE_SAMPLES, EXAMPLE_TOKENS, example_batch
 from ..hub.compressed import compress
 from ..hub.export import FORMATS, export, ready_format
 from ..hub.headers import is_compressed, read_headers
@@ -201,7 +201,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_export)
     command.add_argument("model", metavar="MODEL_OR_ADAPTER", help="hub id, folder, or folder of a WASI adapter")
     command.add_argument("--format", choices=list(FORMATS), default=PlainFormat.name, help="(plain)")
-    command.add_argument("--int8", action="store_true", help="with --format onnx: weights in 8 bits")
+    command.add_argument("--int8", action="store_true", help="with --format onnx, openvino, gguf: weights in 8 bits")
+    command.add_argument("--tokenizer", metavar="FOLDER", help="with --format gguf: the tokenizer (the model's own)")
+    command.add_argument(
+        "--samples", metavar="N", type=_count, default=EXAMPLE_SAMPLES, help=f"of noise, to run ({EXAMPLE_SAMPLES})",
+    )  # fmt: skip
+    command.add_argument(
+        "--tokens", metavar="N", type=_count, default=EXAMPLE_TOKENS, help=f"of each text in it ({EXAMPLE_TOKENS})",
+    )  # fmt: skip
     command.add_argument("--image-size", metavar="P", type=_count, help="pixels of an image's side (the model's)")
     command.add_argument(
         "--tolerance", metavar="SHARE", type=_positive,
@@ -637,6 +644,8 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {"int8": True} if arguments.int8 else {}
+    if arguments.tokenizer is not None:
+        options["tokenizer"] = arguments.tokenizer
     ready_format(arguments.format, **options)
     check_target(arguments.output, arguments.overwrite)
     model = load_with_adapter(arguments)
@@ -645,7 +654,7 @@ def _export(arguments: argparse.Namespace) -> None:
             model,
             arguments.output,
             arguments.format,
-            batch=example_batch(model, arguments.image_size),
+            batch=example_batch(model, arguments.image_size, arguments.samples, arguments.tokens),
             tolerance=arguments.tolerance,
             overwrite=arguments.overwrite,
             **options,
