@@ -97,10 +97,6 @@ class Experts(PackedWeight, Linear):
             original = original.restore(self._like.device, self._like.dtype)
         return original.matrices(), None
 
-    def get_compressed_layer(self, adapter_name: str, safe_merge: bool = False) -> nn.Module:
-        """A dense one: no compressed form holds packed weights."""
-        return self.get_dense_layer(adapter_name, safe_merge)
-
     # ---------------------------------------------------------------- what model code reads
 
     @property
@@ -176,6 +172,12 @@ def _start(update: Update, initial: InitialFactors, rank: int) -> list[tuple[str
 
 
 # ---------------------------------------------------------------- where factors start
+
+
+def stored_factors(factors: FactoredStack) -> InitialFactors:
+    """Those that a compressed model stores, to start from, L with orthonormal columns; the adapter gets its own."""
+    L, corner = torch.linalg.qr(factors.L.detach().double())
+    return InitialFactors(L, corner @ factors.R.detach().double(), None)
 
 
 def stack_energies(weight: Tensor) -> Tensor:
