@@ -162,6 +162,15 @@ class CompressedLinear(Compressed, nn.Linear):
         weight = self.form.multiply_out()
         return weight.T if is_transposed(self.dense_class) else weight
 
+    @property
+    def W_q(self) -> FactoredWeight:
+        """The same as `weight`, by a name at which PEFT asks for :meth:`dequantize` where it needs values (DoRA)."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """The same as :meth:`dense_weight`."""
+        return self.dense_weight()
+
     def to_dense(self) -> nn.Module:
         return self.form.to_dense().train(self.training)
 
