@@ -154,17 +154,17 @@ def test_what_is_put_together_is_what_transformers_makes(tmp_path: Path) -> None
 def test_there_is_one_packed_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32}
     config = tf.MixtralConfig(**sizes, intermediate_size=128, num_hidden_layers=3, num_local_experts=8)
-    tf.MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
+    tf.MixtralForCausalLM(config).save_pretrained(tmp_path / "dense", max_shard_size="40KB")
     packed = 4 * 8 * 2 * 128 * 64  # gate_up_proj, float32
 
     def peak(name: str) -> int:
         return measure_peak_memory(lambda: prepared(tmp_path / "dense", tmp_path / name)).peak_bytes
 
     expert_by_expert = peak("small")
-    assert packed < expert_by_expert < 1.9 * packed  # codes of the block, and one expert
+    assert packed < expert_by_expert < 1.7 * packed  # codes of the block, and what rounds one expert
     monkeypatch.setattr(Conversion, "_stacked", lambda self, shape, dtype: self._convert(
         lambda tensor: tensor.read(torch.float32))[self.name].to(dtype, copy=True))  # fmt: skip
-    assert peak("at once") > 1.4 * expert_by_expert
+    assert peak("at once") > 1.2 * expert_by_expert
 
 
 def test_names_that_only_look_like_experts_are_copied(tmp_path: Path) -> None:

@@ -222,4 +222,6 @@ def _factors_from_stored(
             parts[part] = kind.from_buffers(buffers, None, size, nn.Linear, dtype)
         else:
             parts[part] = places[part]
-    return cls.from_parts(parts, tensors.get("bias"), dense_class)
+    form, bias = cls.from_parts(parts, None, dense_class), tensors.get("bias")
+    form.register_parameter("bias", None if bias is None else nn.Parameter(bias))  # taken over, not copied
+    return form

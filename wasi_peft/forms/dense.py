@@ -90,6 +90,8 @@ class FactoredWeight(StandIn):
         return getattr(self._dense(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "requires_grad" and not value:
+            return  # as it is: nobody trains a stand-in
         if "_made" in self.__dict__:
             raise AttributeError(LOST.format(what=f"{name} cannot be set"))
         super().__setattr__(name, value)

@@ -82,7 +82,8 @@ class ExpertPreparation:
     def _dense(self, name: str) -> ExpertStack:
         """A packed weight, with its numbers."""
         weight = nn.Parameter(self.skeleton.checkpoint.read(name), requires_grad=False)
-        check_weight(name, weight, self.config)
+        for matrix in weight:  # one at a time, as a check takes as much memory as what it looks at
+            check_weight(name, matrix, self.config)
         return ExpertStack(weight, self.stacks[name].transposed)
 
     def _file(self, name: str) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import convert_file_size_to_int
 
 from ..factors.additions import ADDITION_BATCHES, prepared_addition
@@ -36,19 +35,18 @@ from ..files.headers import read_header
 from ..files.joining import join_files
 from ..forms.compressed import CompressedLinear
 from ..forms.compressed_stack import CompressedStack
-from ..forms.compressing import compressed, from_stored, stack_from_stored
-from ..forms.dense import dense_weight, weight_shape
+from ..forms.compressing import compressed
+from ..forms.dense import dense_weight
 from ..forms.products import ProductChoice
 from ..forms.residual import RESIDUALS
-from ..forms.stored import STORABLE, StoredForm, key_of, stored_layout
+from ..forms.stored import STORABLE, key_of
 from ..models.experts import ExpertStack, conceal_experts, expose_experts
 from ..tuner.config import WasiConfig
 from ..tuner.prepared import PreparedLayer
 from ..tuner.targets import check_targets, check_weight, log_left_dense, resolve_targets, selected_modules
-from .cards import write_card
 from .checkpoint import checkpoint_dtype, checkpoint_folder, stored_tensors_of
-from .compressed import quantization_config
 from .packed import RANKS_STEP, ExpertPreparation
+from .settings import write_settings
 from .skeleton import Skeleton
 from .sweeps import BlockSweeps, Keep
 from .working import WorkingFolder, check_output, write_json, write_tensors
@@ -57,8 +55,6 @@ SHARD_SIZE = "5GB"
 _PARTS = "parts"  # in the working folder
 PART_BYTES = 2**26  # of tensors outside of blocks that are written together
 SUMS_WORK = 16  # how many times as long as writing a block it takes about to find out what the data say of it
-_COPIED = (".json", ".txt", ".model", ".jinja", ".spm", ".vocab", ".tiktoken")  # tokenizers and processors
-_LICENCES = ("license", "licence", "notice")
 Prepare = Callable[[str, nn.Module], PreparedLayer]
 
 
@@ -369,24 +365,9 @@ class _Preparation:
         """
         result, parts = self.work.result, [self.work.steps[f"part {part}"] for part in range(len(self.parts))]
         layers = {name: entry for part in parts for name, entry in part["layers"].items()}
-        model = self.skeleton.model
         self._write_shards([part["bytes"] for part in parts], shard_bytes)
-        model.config.quantization_config = quantization_config({n: layers[n] for n in self.targets if n in layers})
-        model.config.dtype, model.config.architectures = model.dtype, [type(model).__name__]
-        model.config.save_pretrained(result)
-        if model.can_generate() and not os.path.isfile(os.path.join(folder, GENERATION_CONFIG_NAME)):
-            model.generation_config.save_pretrained(result)
-        for name in sorted(os.listdir(folder)):
-            lowered = name.lower()
-            wanted = lowered.endswith(_COPIED) or lowered.startswith(_LICENCES)
-            own = name == CONFIG_NAME or lowered.endswith(".index.json") or lowered.startswith("adapter_")
-            if wanted and not own and os.path.isfile(os.path.join(folder, name)):
-                shutil.copyfile(os.path.join(folder, name), os.path.join(result, name))
-        expose_experts(model)
-        for name, entry in layers.items():
-            model.set_submodule(name, _without_numbers(StoredForm(**entry), self.targets[name], model.dtype))
-        conceal_experts(model)
-        write_card(model, result)
+        entries = {name: layers[name] for name in self.targets if name in layers}
+        write_settings(self.skeleton.model, folder, result, entries, self.targets)
         self.bar.close()
 
     def _write_shards(self, sizes: list[int], shard_bytes: int) -> None:
@@ -413,17 +394,6 @@ class _Preparation:
 
 
 # ---------------------------------------------------------------- what is asked for
-
-
-def _without_numbers(stored: StoredForm, dense: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """What a layer has become, on the meta device."""
-    sizes = weight_shape(dense)
-    shape = (dense.experts, *sizes) if isinstance(dense, ExpertStack) else sizes
-    layout = stored_layout(stored, shape, dense.bias is not None, dtype)
-    tensors = {name: torch.empty(size, dtype=kind, device="meta") for name, (size, kind) in layout.items()}
-    if isinstance(dense, ExpertStack):
-        return stack_from_stored(stored, tensors, shape, dense.transposed, dtype)
-    return from_stored(stored, tensors, sizes, type(dense), dtype)
 
 
 def _targets(model: nn.Module, config: WasiConfig) -> dict[str, nn.Module]:
