@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, compress, measure_peak_memory, prepare_checkpoint
+from wasi_peft.factors.expert_factors import prepare_experts
 from wasi_peft.forms.compressed_stack import CompressedStack
 from wasi_peft.hub.checkpoint import DenseCheckpoint, stored_tensors_of
 from wasi_peft.hub.conversion import Conversion, ConvertedTensor
@@ -86,6 +87,19 @@ def test_factors_are_those_of_compress(family: str, form: str, gradients: Any, t
     assert memory and loaded.keys() == memory.keys()
     for name, stack in memory.items():
         assert (loaded[name].form_name, loaded[name].rank) == (stack.form_name, stack.rank) == ("factors", stack.rank)
+        torch.testing.assert_close(loaded[name].matrices(), stack.matrices(), rtol=1e-3, atol=1e-4)
+
+
+def test_experts_alone(tmp_path: Path) -> None:
+    model_class: Any = saved("mixtral", tmp_path / "dense")
+    config = WasiConfig(weight_share=0.6, target_modules=r".*experts\.(gate_up|down)_proj", update="factor")
+    output = prepared(tmp_path / "dense", tmp_path / "small", config, BATCHES)
+    base = model_class.from_pretrained(tmp_path / "dense")
+    run_by(base, "grouped_mm")
+    prepare_experts(base, config, BATCHES, progress_bar=False)
+    memory, loaded = stacks(compress(base, config)), stacks(model_class.from_pretrained(output))
+    assert len(memory) == 2 and memory.keys() == loaded.keys()
+    for name, stack in memory.items():
         torch.testing.assert_close(loaded[name].matrices(), stack.matrices(), rtol=1e-3, atol=1e-4)
 
 

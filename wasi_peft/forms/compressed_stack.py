@@ -126,7 +126,8 @@ class CompressedStack(PackedWeight, Compressed, ExpertStack):
 def accept_stored_names(model: nn.Module) -> None:
     """Have modules with compressed experts load what a file holds, as well as what their own state dicts do."""
     for module in model.modules():
-        known = any(hook.hook is _take_stored_names for hook in module._load_state_dict_pre_hooks.values())
+        hooks: Any = module._load_state_dict_pre_hooks.values()
+        known = any(hook.hook is _take_stored_names for hook in hooks)
         if not known and any(isinstance(child, CompressedStack) for child in module._modules.values()):
             module.register_load_state_dict_pre_hook(_take_stored_names)
 

@@ -23,7 +23,7 @@ from .stored import FACTORED, STORABLE, StoredForm, factor_tensors, residual_ten
 def own_factors(base: nn.Module | None) -> FactoredLinear | None:
     """The two factors that a layer of a compressed model is stored as; None where there is something else."""
     form = base.form if isinstance(base, (CompressedLinear, CompressedStack)) else None
-    return form if type(form) in (FactoredLinear, FactoredStack) else None
+    return form if isinstance(form, FactoredLinear) and type(form) in (FactoredLinear, FactoredStack) else None
 
 
 def base_beside(base: nn.Module) -> Residual:

@@ -162,8 +162,8 @@ class DenseCheckpoint:
                 continue
             _enter(matched, name, tensor)
         for conversion in conversions.values():
-            for name, made in conversion.made().items():
-                _enter(matched, name, made)
+            for name, converted_tensor in conversion.made().items():
+                _enter(matched, name, converted_tensor)
         if left_out:
             shown = ", ".join(left_out[:_SHOWN]) + (", ..." if len(left_out) > _SHOWN else "")
             logger.warning(

@@ -206,7 +206,9 @@ class _Loading(NamedTuple):
         if self.transposed is None:
             stored = model.get_submodule(name)
             parts = {part: tensor.detach() for part, tensor in stored.named_parameters()}
-            layer = from_stored(self.stored, parts, self.shape, self.dense_class, self.dtype).train(stored.training)
+            out_features, in_features = self.shape
+            sizes = (out_features, in_features)
+            layer = from_stored(self.stored, parts, sizes, self.dense_class, self.dtype).train(stored.training)
             hook = getattr(stored, "_hf_hook", None)
             if hook is not None:
                 remove_hook_from_module(stored)
@@ -215,7 +217,9 @@ class _Loading(NamedTuple):
             return
         parent, leaf = _place(model, name)
         keys = {part: key_of(leaf, part, packed=True) for part in self.layout}
-        parts = {part: parent._parameters.pop(key).detach() for part, key in keys.items()}
+        parts = {part: parent.get_parameter(key).detach() for part, key in keys.items()}
+        for key in keys.values():
+            del parent._parameters[key]
         layer = stack_from_stored(self.stored, parts, self.shape, self.transposed, self.dtype)
         parent.add_module(leaf, layer.train(parent.training))
 

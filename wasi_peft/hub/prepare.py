@@ -171,8 +171,10 @@ def prepare_checkpoint(
         preparation.write_rounded()
     else:
         sweeps.begin(work)
-        if makes_factors:
+        if makes_factors and linear:
             preparation.write_factors(sweeps, gradients)
+        elif makes_factors:
+            preparation.write_experts(sweeps)
         else:
             preparation.write_additions(sweeps)
     preparation.write_rest(folder, shard_bytes)
@@ -234,6 +236,17 @@ class _Preparation:
             self._step(f"part {part}", write, part)
             sweeps.forget("hidden", part)
         log_unreached(unreached)
+
+    def write_experts(self, sweeps: BlockSweeps) -> None:
+        """Factors in place of packed experts alone."""
+        self._begin(experts=SUMS_WORK, forward=1, part=1)
+        self._step(RANKS_STEP, self.experts.ranks)
+        for block in range(len(sweeps.blocks)):
+            self._step(f"experts {block}", sweeps.experts, block, self.experts.stacks, self.experts.keep)
+            self._step(f"forward {block}", sweeps.forward, block)
+            sweeps.forget("hidden", block)
+        for part in range(len(self.parts)):
+            self._step(f"part {part}", self._write_part, part)
 
     def write_factors(self, sweeps: BlockSweeps, gradients: Gradients | None) -> None:
         """Factors in place of the weights: spectra of all layers, then their ranks, then the factors."""

@@ -157,7 +157,8 @@ class Experts(PackedWeight, Linear):
         for expert, start, stop in segments:
             if expert in unmet:
                 unmet.discard(expert)
-                whiten(form.L[expert], form.R[expert], rows[start:stop].detach())
+                # no new version of R: where experts are called one by one, backward of another may have kept it
+                whiten(form.L.data[expert], form.R.data[expert], rows[start:stop].detach())
         if not unmet:
             self._fresh.discard(name)
 
