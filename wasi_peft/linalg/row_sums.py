@@ -49,11 +49,11 @@ class RowSums:
         return self._sum
 
     def times(self, columns: Tensor) -> Tensor:
-        """The sum times columns, (width, k), in their dtype."""
-        work = columns.float()
+        """The sum times columns, (width, k), in their dtype and on their device."""
+        work = columns.to(self.device, torch.float32)
         if self._sum is not None:
-            return (self._sum @ work).to(columns.dtype)
+            return (self._sum @ work).to(columns)
         product = torch.zeros_like(work)
         for rows in self._rows:
             product.addmm_(rows.T, rows @ work)
-        return product.to(columns.dtype)
+        return product.to(columns)
