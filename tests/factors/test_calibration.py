@@ -196,7 +196,7 @@ def test_what_is_constant_goes_into_the_bias() -> None:
 
 def test_statistics_over_several_batches_of_any_shape() -> None:
     x = anisotropic(60, 6, seed=5)
-    statistics = InputStatistics(torch.zeros(6, 6), torch.zeros(6))
+    statistics = InputStatistics.of_width("fc", 6)
     for part in (x[:20].reshape(4, 5, 6), x[20:50].reshape(1, 2, 15, 6), x[50:59], x[59]):
         statistics.update(part.float())
     moment, mean = statistics.moments()
@@ -208,7 +208,7 @@ def test_statistics_over_several_batches_of_any_shape() -> None:
 
 def test_low_precision_inputs_are_summed_in_float32() -> None:
     """Adding one more row to a large bfloat16 sum would change nothing."""
-    statistics = InputStatistics(torch.zeros(2, 2), torch.zeros(2))
+    statistics = InputStatistics.of_width("fc", 2)
     for _ in range(20):
         statistics.update(torch.ones(100, 2, dtype=torch.bfloat16))
         statistics.update_output("fc", torch.ones(100, 2, dtype=torch.bfloat16))
@@ -550,7 +550,7 @@ def test_the_memory_bound_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     check = collecting.Collector.check
 
     def recorded(self: Any, fresh: bool) -> None:
-        sums = [[one.second_moment, one.total, *one.output_moments.values()] for one in self.collected]
+        sums = [[one.sums.total(), one.total, *one.output_moments.values()] for one in self.collected]
         held.append((len(sums), sum(part.numel() * 4 for parts in sums for part in parts), self.bytes_held))
         check(self, fresh)
 

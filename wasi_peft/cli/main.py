@@ -27,9 +27,9 @@ from ..cost.profile import ROUNDS, StepProfile, profile_wasi
 from ..factors.calibration import Calibration, calibrate_wasi
 from ..files.folders import check_target, new_folder
 from ..files.headers import read_header
-from ..forms.compressed import STORABLE
 from ..forms.frozen import FROZEN
 from ..forms.residual import RESIDUALS
+from ..forms.stored import STORABLE
 from ..hub.cases import EXAMPLE_SAMPLES, EXAMPLE_TOKENS, example_batch
 from ..hub.compressed import compress
 from ..hub.export import FORMATS, export, ready_format

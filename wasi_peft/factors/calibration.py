@@ -270,7 +270,12 @@ def dense_targets(model: nn.Module, config: WasiConfig | None) -> dict[str, nn.M
 
 
 def save_layer(
-    directory: str, index: dict[str, Any], name: str, module: nn.Module, statistics: InputStatistics
+    directory: str,
+    index: dict[str, Any],
+    name: str,
+    module: nn.Module,
+    statistics: InputStatistics,
+    rounding: bool = True,
 ) -> None:
     """Write what the sums say of one layer, and enter it into the index, which the caller writes.
 
@@ -280,6 +285,7 @@ def save_layer(
         name: Of the layer, which is not in the index.
         module: The dense layer.
         statistics: Of the input that it reads.
+        rounding: Whether to find out what rounding the weight would lose, which plans need.
     """
     weight = dense_weight(module)
     spectrum = statistics.spectrum(name, weight, dense_bias(module))
@@ -303,7 +309,7 @@ def save_layer(
         "input": statistics.modules[0],
         "rows": statistics.rows,
         "energy": float(spectrum.energies.sum()),
-        "rounding": statistics.rounding_errors(name, module),
+        "rounding": statistics.rounding_errors(name, module) if rounding else {},
         "weighed": statistics.output_moment(name) is not None,
         "checksum": weight_checksum(module),
     }

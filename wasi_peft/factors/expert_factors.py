@@ -23,8 +23,13 @@ from ..updates.base import InitialFactors
 from .data import CalibrationData, limited
 
 
-class _Recorder(PackedWeight, nn.Module):
-    """A packed weight that computes what it did, and where it records sums up `x x^T` of the rows of each expert."""
+class ExpertInputs(PackedWeight, nn.Module):
+    """A packed weight that computes what it did, and where it records sums up `x x^T` of the rows of each expert.
+
+    Args:
+        stack: The weight.
+        records: Whether it does.
+    """
 
     def __init__(self, stack: ExpertStack, records: bool) -> None:
         super().__init__()
@@ -68,10 +73,15 @@ class _Recorder(PackedWeight, nn.Module):
 
 
 @contextmanager
-def _recording(model: nn.Module, group: Container[str]) -> Iterator[dict[str, _Recorder]]:
-    """Inside, all exposed weights can be read; those of a group record, and are what this gives, by name."""
+def recording(model: nn.Module, group: Container[str]) -> Iterator[dict[str, ExpertInputs]]:
+    """Inside, all exposed weights can be read; those of a group record, and are what this gives, by name.
+
+    Args:
+        model: With its packed weights exposed.
+        group: Names.
+    """
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, ExpertStack)}
-    recorders = {name: _Recorder(stack, plain_name(name) in group) for name, stack in stacks.items()}
+    recorders = {name: ExpertInputs(stack, plain_name(name) in group) for name, stack in stacks.items()}
     try:
         for name, recorder in recorders.items():
             model.set_submodule(name, recorder)
@@ -81,8 +91,13 @@ def _recording(model: nn.Module, group: Container[str]) -> Iterator[dict[str, _R
             model.set_submodule(name, stack)
 
 
-def _groups(stacks: Mapping[str, ExpertStack], max_memory_bytes: int) -> Iterator[dict[str, ExpertStack]]:
-    """As many at a time as have sums within the bound, one at least."""
+def groups_within(stacks: Mapping[str, ExpertStack], max_memory_bytes: int) -> Iterator[dict[str, ExpertStack]]:
+    """As many packed weights at a time as have sums within a bound, one at least.
+
+    Args:
+        stacks: By name.
+        max_memory_bytes: The bound.
+    """
     group: dict[str, ExpertStack] = {}
     left = max_memory_bytes
     for name, stack in stacks.items():
@@ -135,24 +150,30 @@ def prepare_experts(
         check_targets(model, resolved)
         if resolved.weight_share is not None:
             resolved.resolved_ranks = shared_ranks(stacks, {}, resolved)
-        for group in _groups(stacks, max_memory_bytes):
+        for group in groups_within(stacks, max_memory_bytes):
             title = f"WASI inputs of {len(group)} expert weights" if progress_bar else None
-            with evaluating(model, gradients=False), _recording(model, group) as recorders:
+            with evaluating(model, gradients=False), recording(model, group) as recorders:
                 if callable(data):
                     data()
                 else:
                     for batch in limited(data, max_batches, title):
                         model_output(model, batch)
             for name, recorder in recorders.items():
-                group[name].__dict__[ATTACHED] = _prepared(name, recorder, resolved)
+                group[name].__dict__[ATTACHED] = prepared_stack(name, recorder, resolved)
                 recorder.sums = None
         return list(stacks)
     finally:
         conceal_experts(model)
 
 
-def _prepared(name: str, recorder: _Recorder, config: WasiConfig) -> PreparedLayer:
-    """The factors of one packed weight, at one rank for all experts."""
+def prepared_stack(name: str, recorder: ExpertInputs, config: WasiConfig) -> PreparedLayer:
+    """The factors of one packed weight, at one rank for all experts.
+
+    Args:
+        name: Of the parameter.
+        recorder: What has seen its inputs.
+        config: With the ranks of a budget resolved.
+    """
     weights, asked = recorder.stack.matrices(), asked_rank(name, config)
     spectra = [weight_spectrum(one, moment) for one, moment in zip(weights, recorder.moments(), strict=True)]
     rank = min(rank_for(asked, summed_shares([one.energies for one in spectra])), *weights.shape[1:])

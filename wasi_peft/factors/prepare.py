@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..forms.attention import with_projections
-from ..forms.compressed import CompressedLinear
+from ..forms.compressed import Compressed
 from ..forms.dense import dense_weight
 from ..ranks.allocate import allocate_ranks
 from ..tuner.config import WasiConfig
@@ -99,7 +99,7 @@ def preprocess_wasi(
     resolved = copy.copy(config)
     resolve_targets(model, resolved)
     targets = dense_targets(model, resolved)
-    compressed = next((name for name, module in targets.items() if isinstance(module, CompressedLinear)), None)
+    compressed = next((name for name, module in targets.items() if isinstance(module, Compressed)), None)
     if compressed is not None:
         raise ValueError(
             f"{compressed}: a compressed model needs no preparation: adapters train on what it stores. "

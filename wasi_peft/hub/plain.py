@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..forms.compressed import CompressedLinear
+from ..forms.compressed_stack import CompressedStack
 from ..forms.dense import build_dense, dense_bias, is_quantized
 from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
 from ..forms.residual import Int8Residual
+from ..models.experts import conceal_experts
 from ..tuner.model import WasiModel
 from .cases import Case, answered, cases_of, example_batch, tolerance_of
 from .formats import Format, Source
@@ -70,7 +72,8 @@ def to_plain(
 
     Two factors become `nn.Sequential(nn.Linear(in, K, bias=False), nn.Linear(K, out))`. A weight in few bits has no
     ordinary module: it is restored to the dense layer that it was made of, with factors beside it multiplied in.
-    torchao, torch's dynamic quantisation and exporters then find every layer.
+    torchao, torch's dynamic quantisation and exporters then find every layer. Packed experts, which are parameters,
+    are restored too.
 
     The copy is run, and must answer as the model does. Where the model's code asks for more than what a layer answers,
     such as `layer.weight.dtype`, two layers are a :class:`LinearPair`, which tells it; code that computes with the
@@ -205,9 +208,13 @@ def plain_layer(layer: CompressedLinear) -> nn.Module:
 
 
 def _replace(model: nn.Module) -> dict[str, nn.Sequential]:
-    """Put plain layers in place of compressed ones; those that became two, by name."""
+    """Put plain layers in place of compressed ones; those that became two, by name. Packed experts become dense."""
     made: dict[int, nn.Module] = {}  # a layer may be in a model twice
     names = [name for name, module in _every_name(model) if isinstance(module, CompressedLinear)]
+    for name, stack in _every_name(model):
+        if isinstance(stack, CompressedStack):
+            model.set_submodule(name, stack.to_dense())
+    conceal_experts(model)
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, CompressedLinear)

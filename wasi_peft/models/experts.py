@@ -56,10 +56,13 @@ class ExpertStack(nn.Module):
 def packed_parameters(module: nn.Module) -> dict[str, bool]:
     """Names of the packed parameters that a module owns itself, and whether they are transposed.
 
-    transformers says the latter of most modules (`is_transposed`). Of others with gates the shapes do: what goes up
-    is twice as wide as what comes down; others are left alone.
+    transformers says the latter of most modules (`is_transposed`), and so does one that is a module already. Of others
+    with gates the shapes do: what goes up is twice as wide as what comes down; others are left alone.
     """
     parameters = module._parameters
+    beside = next((child for child in module._modules.values() if isinstance(child, ExpertStack)), None)
+    if beside is not None:
+        return {name: beside.transposed for name in (*UP, DOWN) if parameters.get(name) is not None}
     up = next((name for name in UP if parameters.get(name) is not None), None)
     if up is None or parameters.get(DOWN) is None:
         return {}
@@ -101,10 +104,13 @@ def expose_experts(model: nn.Module) -> list[str]:
 
 
 def conceal_experts(model: nn.Module) -> None:
-    """Make parameters of their modules again of all :class:`ExpertStack`, but for those inside of adapters' layers."""
+    """Make parameters of their modules again of all :class:`ExpertStack`, but for those inside of adapters' layers.
+
+    Those of subclasses, which hold no parameter to put back, stay modules.
+    """
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
-            if isinstance(child, ExpertStack) and name != "base_layer":
+            if type(child) is ExpertStack and name != "base_layer":
                 notes = {key: value for key, value in child.__dict__.items() if key.startswith(_PREFIX)}
                 if notes:
                     module.__dict__.setdefault(_NOTES, {})[name] = notes

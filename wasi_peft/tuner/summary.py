@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..forms.compressed import CompressedResidual
+from ..forms.compressed_stack import CompressedStackResidual
 from ..updates.base import Update
 from ..updates.costs import dense_elements
 from .layer import WasiLayer, wasi_layers
@@ -141,7 +142,7 @@ def _frozen(layer: WasiLayer) -> tuple[str | None, int]:
     residual = layer.residual
     if residual is None:
         return None, 0
-    if isinstance(residual, CompressedResidual):
+    if isinstance(residual, (CompressedResidual, CompressedStackResidual)):
         compressed = residual.layer
         return compressed.form_name, sum(tensor.nbytes for tensor in compressed.state_dict().values())
     sizes = residual.out_features, residual.in_features, layer._like.dtype.itemsize

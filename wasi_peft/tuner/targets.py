@@ -12,7 +12,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..forms.compressed import CompressedLinear, own_factors
+from ..forms.compressed import CompressedLinear
+from ..forms.compressing import own_factors
 from ..forms.convolution import CONVOLUTIONS, Patches, unsuited
 from ..forms.dense import dense_bias, dense_weight, is_quantized, weight_shape
 from ..forms.factored import FactoredLinear
@@ -324,7 +325,7 @@ def _check_stack(
     _check_not_tied(name, module.weight, shared)
     if module.weight.is_meta and not skeleton:
         return _check_absent(name, module, config)
-    if not skeleton:
+    if not skeleton and not is_quantized(module):
         check_weight(name, module.weight, config)
 
 
