@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..forms.attention import conceal_projections, expose_projections, pack_projections
@@ -40,6 +41,7 @@ from .heads import FRESH_HEAD, fresh_heads
 from .inputs import SharedInputs
 from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
 from .prepared import PreparedLayer, check_prepared, drop_prepared, prepared_for
+from .renaming import fit_names
 from .saving import allow_saving, guard_saving
 from .state import FORM, check_loadable, shared_vectors, take_ranks, vectors_by_key, with_model_keys
 from .summary import WasiSummary, wasi_summary
@@ -235,6 +237,7 @@ class WasiModel(BaseTuner):
         yield from itertools.chain(model.parameters(), model.buffers(), self._vectors.tensors())
 
     def _prepare_adapter_config(self, peft_config: WasiConfig, model_config: dict[str, Any]) -> WasiConfig:
+        fit_names(self.model, peft_config)
         self._by_default = peft_config.target_modules is None and peft_config.plan is None
         log_left_dense(resolve_targets(self.model, peft_config), peft_config)
         return peft_config
@@ -473,7 +476,7 @@ class WasiModel(BaseTuner):
         handles = [
             layer.register_forward_pre_hook(add_names, with_kwargs=True)
             for layer in self.model.modules()
-            if isinstance(layer, WasiLayer)
+            if isinstance(layer, (WasiLayer, AuxiliaryTrainingWrapper))
         ]
         try:
             yield
@@ -490,6 +493,13 @@ class WasiModel(BaseTuner):
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE})
         if unknown:
             raise ValueError(f"adapter_names must name adapters of the model, got {', '.join(unknown)}.")
+        for key, module in self.model.named_modules():
+            missing = {*adapter_names, *self.active_adapters} - {BASE} - {*getattr(module, "_adapters", ())}
+            if missing and isinstance(module, AuxiliaryTrainingWrapper):
+                raise ValueError(
+                    f"{key}: adapter_names can mix adapters that all train this module, or all do not; "
+                    f"{', '.join(sorted(missing))} has none of its own."
+                )
         different = sorted(name for name in set(adapter_names) if self._vectors.names(name))
         if different and len(set(adapter_names)) > 1:
             raise ValueError(
@@ -559,6 +569,18 @@ class WasiModel(BaseTuner):
         self._vectors.activate(None)
         return super().unload()
 
+    def _check_names(self, adapter_names: Sequence[str] | None) -> None:
+        unknown = sorted(set(adapter_names or ()) - set(self.peft_config))
+        if unknown:
+            raise ValueError(
+                f"adapter_names must name adapters of the model, {sorted(self.peft_config)}, got {', '.join(unknown)}."
+            )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Put an adapter, by default the active one, into the base layers, its vectors too; see `unmerge_adapter`."""
+        self._check_names(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -575,6 +597,7 @@ class WasiModel(BaseTuner):
             dense: True multiplies forms out into dense layers, False keeps them ([`compress`] gives a model like
                 that); by default layers become what those of the base are.
         """
+        self._check_names(adapter_names)
         layers = [] if dense is None else [layer for _, layer in wasi_layers(self.model)]
         try:
             for layer in layers:
