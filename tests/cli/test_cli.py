@@ -33,7 +33,7 @@ PLANNED = ("--batch-size", "4", "--weight-share", "0.6", "--update", "factor")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Saved models with processors, images and texts, an adapter, a calibration and a plan made of it."""
     folder = tmp_path_factory.mktemp("assets")
-    for name in ("vit", "bert", "t5", "llama"):
+    for name in ("vit", "bert", "t5", "llama", "swin"):
         ARCHITECTURES[name].model().save_pretrained(folder / name)
     processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
     (folder / "vit" / "preprocessor_config.json").write_text(json.dumps(processor))
@@ -260,20 +260,51 @@ def test_estimate_table(run: Any, estimated: dict[str, Any]) -> None:
 
 
 def test_estimates_that_are_asked_for(run: Any, estimated: dict[str, Any], assets: Path) -> None:
-    labels = json.loads(run("estimate", "llama", *ESTIMATED, "--json"))["estimates"]
-    assert list(labels) == ["dense", "LoRA r=16"]
+    labels = json.loads(run("estimate", "llama", "--batch-size", "4", "--json"))["estimates"]
+    assert list(labels) == ["dense", "LoRA r=16", "WASI K=32"]
     assert estimated["LORA"].modules_to_save is None
+    assert (estimated["WASI"].residual, estimated["WASI"].weight_rank) == ("int8", None)
     labels = json.loads(run("estimate", "vit", *ESTIMATED, "--json", "--weight-rank", "3"))["estimates"]
     assert list(labels) == ["dense", "LoRA r=16", "WASI K=3"]
     assert estimated["WASI"].compression_rule("fc1") is None
     for options, residual in (((), "int8"), (("--residual", "none"), None), (("--residual", "int4"), "int4")):
         run("estimate", "vit", "--batch-size", "4", "--weight-rank", "3", *options)
         assert estimated["WASI"].residual == residual
-    assert "--residual goes with --weight-rank" in run("estimate", "vit", *ESTIMATED, "--residual", "int4", code=2)
+    run("estimate", "vit", "--batch-size", "4", "--residual", "int4")
+    assert estimated["WASI"].residual == "int4"
     labels = json.loads(run("estimate", "vit", *ESTIMATED, "--json", "--dense"))["estimates"]
     assert list(labels) == ["dense"]
     run("estimate", "vit", *ESTIMATED, "--plan", "plan.json")
     assert estimated["WASI"].plan == WasiPlan.load(assets / "plan.json").to_dict()
+
+
+def test_how_a_step_runs_reaches_the_estimator(run: Any, estimated: dict[str, Any]) -> None:
+    run("estimate", "bert", "--batch-size", "4", "--skip-padding", "--padding", "0.5", "--sequence-length", "8")
+    mask = estimated["batch"]["attention_mask"]
+    assert estimated["WASI"].skip_padding and mask.sum(1).tolist() == [8, 4, 3, 1]
+    run("estimate", "vit", "--batch-size", "4", "--token-keep", "0.5")
+    assert (estimated["WASI"].token_keep, estimated["WASI"].skip_padding) == (0.5, False)
+
+
+def test_padding_gets_no_labels(run: Any, estimated: dict[str, Any]) -> None:
+    run("estimate", "llama", "--batch-size", "4", "--padding", "0.5", "--sequence-length", "8")
+    batch = estimated["batch"]
+    assert batch["labels"].eq(-100).equal(batch["attention_mask"] == 0)
+
+
+def test_plans_measure_padding_on_their_data(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def plan_wasi(*args: Any, **options: Any) -> WasiPlan:
+        asked.update(options)
+        return WasiPlan((LayerPlan("fc", 8, 8, 2, None, 0.9),))
+
+    monkeypatch.setattr(cli, "plan_wasi", plan_wasi)
+    run("plan", "bert", *PLANNED, "--data", "texts.txt", "--skip-padding", "--sequence-length", "6")
+    # texts of 4, 2, 6 and 5 tokens
+    assert asked["config"].skip_padding and asked["batch"]["attention_mask"].sum() in (17, 18)
+    run("plan", "bert", *PLANNED, "--data", "texts.txt", "--sequence-length", "6")
+    assert asked["batch"]["attention_mask"].all()
 
 
 @pytest.mark.parametrize(
@@ -517,6 +548,30 @@ BAD = {
     "unknown optimizer": (("estimate", "vit", *ESTIMATED, "--optimizer", "lion"), "invalid choice: 'lion'"),
     "two methods": (("estimate", "vit", *ESTIMATED, "--plan", "plan.json", "--weight-rank", "2"), "not allowed with"),
     "dense with LoRA": (("estimate", "vit", *ESTIMATED, "--dense", "--lora", "2"), "give --lora or --dense, not both"),
+    "rank of factors unknown": (("estimate", "vit", *ESTIMATED), "need --weight-rank, or --plan"),
+    "residual of a plan": (("estimate", "vit", *ESTIMATED, "--plan", "p.json", "--residual", "int4"), "has its own"),
+    "padding unknown": (("estimate", "bert", "--batch-size", "4", "--skip-padding"), "give it with --padding"),
+    "padding of a plan unknown": (
+        ("plan", "bert", *PLANNED, "--calibration", "calibration", "--skip-padding"),
+        "or --data to measure it on",
+    ),
+    "too much padding": (
+        ("estimate", "bert", "--batch-size", "2", "--sequence-length", "4", "--padding", "0.6"),
+        "--padding must be at most 0.375 for 2 texts of which one has 4 tokens, got 0.6",
+    ),
+    "padding of images": (("estimate", "vit", "--batch-size", "4", "--padding", "0.6"), "--padding is for text"),
+    "patches of texts": (
+        ("estimate", "bert", "--batch-size", "4", "--token-keep", "0.6"),
+        "--token-keep is for image",
+    ),
+    "padding of the dense model": (
+        ("estimate", "bert", "--batch-size", "4", "--dense", "--skip-padding", "--padding", "0.5"),
+        "--skip-padding and --token-keep are for WASI",
+    ),
+    "patches where they are not alike": (
+        ("estimate", "swin", "--batch-size", "4", "--token-keep", "0.5"),
+        "token_keep needs blocks that work on any number of tokens",
+    ),
     "activation rank alone": (("estimate", "vit", *ESTIMATED, "--activation-rank", "2"), "goes with --weight-rank"),
     "rank too large": (
         ("estimate", "vit", *ESTIMATED, "--weight-rank", "99"),

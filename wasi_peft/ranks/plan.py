@@ -41,6 +41,7 @@ class LayerPlan:
         kept_energy: Share of the weight energy kept, in (0, 1].
         form: "factors", which replace the weight; the name of a residual, "int8", "int4" or "exact", beside which an
             addition trains; or "dense", for a layer that stays as it is and does not train.
+        experts: How many weights of this size it has, all in one form and of one rank: packed experts.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -53,9 +54,11 @@ class LayerPlan:
     activation_ranks: dict[str, int] | None
     kept_energy: float
     form: str = FACTORS
+    experts: int = 1
 
     def __post_init__(self) -> None:
         _check_layer(self.name, self.out_features, self.in_features)
+        _check_whole(f"{self.name}: experts", self.experts)
         if self.form not in FORMS:
             raise ValueError(f"{self.name}: form must be one of {list(FORMS)}, got {self.form!r}.")
         if self.form != DENSE:
@@ -172,14 +175,14 @@ class WasiPlan:
 
     def dense_bytes(self, layer: LayerPlan) -> int:
         """Bytes of a layer's dense weight."""
-        return dense_elements(layer.out_features, layer.in_features) * self.bytes_per_element
+        return layer.experts * dense_elements(layer.out_features, layer.in_features) * self.bytes_per_element
 
     def stored_bytes(self, layer: LayerPlan) -> int:
         """Bytes that a layer stores under the plan."""
         if layer.form == DENSE:
             return self.dense_bytes(layer)
         sizes = layer.out_features, layer.in_features, layer.weight_rank
-        return self.update_of(layer).stored_bytes(*sizes, self.bytes_per_element)
+        return layer.experts * self.update_of(layer).stored_bytes(*sizes, self.bytes_per_element)
 
     def past_break_even(self, layer: LayerPlan) -> bool:
         """Whether factors cost more memory and compute than the dense weight."""
@@ -223,6 +226,7 @@ class WasiPlan:
         lines = [f"{'layer':<{width}}  {'out x in':>13}  {'form':>7}  {'rank':>5}  {'energy':>6}  input"]
         for layer in self.layers:
             shape = f"{layer.out_features} x {layer.in_features}"
+            shape = shape if layer.experts == 1 else f"{layer.experts} x {shape}"
             note = "  costs more than dense" if self.past_break_even(layer) else ""
             energy = f"{layer.kept_energy:>6.1%}"
             lines.append(
@@ -291,6 +295,7 @@ def layer_plan(name: str, entry: Any) -> LayerPlan:
     """
     if not isinstance(entry, dict):
         raise ValueError(f"{name}: a layer of a plan must be a dict, got {_shortened(entry)}.")
+    entry = {"experts": 1, **entry}  # which a file may leave out
     _check_keys(name, entry, tuple(each.name for each in fields(LayerPlan) if each.name != "name"))
     return LayerPlan(name, **entry)
 
@@ -336,12 +341,14 @@ def build_plan(
         sizes = spectrum.out_features, spectrum.in_features
         if isinstance(chosen, Form):
             kept = min(1.0, max(LEAST_KEPT, 1 - chosen.error / total)) if total else 1.0
-            layers.append(LayerPlan(spectrum.name, *sizes, chosen.rank, None, kept, chosen.name))
+            options = {"form": chosen.name, "experts": spectrum.experts}
+            layers.append(LayerPlan(spectrum.name, *sizes, chosen.rank, None, kept, **options))
             updates |= {chosen.update.name} if chosen.name != DENSE else set()
             continue
         directions = chosen + spectrum.side_rank
         kept = min(1.0, sum(spectrum.weight_energies[:directions]) / total) if total else 1.0
-        layers.append(LayerPlan(spectrum.name, *sizes, chosen, None if ranks is None else dict(ranks), kept))
+        ranks = None if ranks is None else dict(ranks)
+        layers.append(LayerPlan(spectrum.name, *sizes, chosen, ranks, kept, experts=spectrum.experts))
     return WasiPlan(
         tuple(layers),
         budget,
