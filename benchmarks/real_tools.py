@@ -55,14 +55,15 @@ def require(holds: bool, sentence: str) -> None:
 
 
 def command(place: Place, *arguments: object) -> str:
-    """Runs `wasi-peft` and returns what it prints, all of which goes to a file too, to be read."""
+    """Runs `wasi-peft` and returns what it prints; what is meant for people goes to a file too, to be read."""
     words = [str(word) for word in arguments]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.main(words)
     shown = "\n".join(line.rpartition("\r")[2] for line in err.getvalue().split("\n"))  # the last state of each bar
-    with (place.path / "printed.txt").open("a") as log:
-        log.write(f"$ wasi-peft {' '.join(words)}\n{out.getvalue()}{shown}\n")
+    if "--json" not in words:
+        with (place.path / "printed.txt").open("a") as log:
+            log.write(f"$ wasi-peft {' '.join(words)}\n{out.getvalue()}{shown}\n")
     if code:
         raise Refused(err.getvalue().strip().splitlines()[-1].removeprefix("wasi-peft: error: "))
     return out.getvalue()

@@ -169,7 +169,7 @@ def test_inspect_adapter_made_from_a_plan(run: Any, assets: Path, tmp_path: Path
     model.save_pretrained(tmp_path)
     text, data = run("inspect", str(tmp_path)), json.loads(run("inspect", str(tmp_path), "--json"))
     assert data["kept_share"] == model.wasi_summary().kept_share
-    assert f"update='{update}'" in text and f"{data['kept_share']:.1%} of their weights kept" in text
+    assert f"update='{update}'" in text and f"{data['kept_share']:.1%} of their bytes kept" in text
     assert ("  image" in text) == (update in ("frozen_basis", "core"))
     ranks = {layer["layer"]: layer["weight_rank"] for layer in data["layers"]}
     more = int(update == "low_rank")  # its direction is in the saved factors
@@ -195,6 +195,7 @@ def test_how_inputs_are_kept_in_words(options: dict[str, Any], expected: str) ->
 def test_inspect_plan(run: Any, assets: Path) -> None:
     plan = WasiPlan.load(assets / "plan.json")
     assert plan.headline() in run("inspect", "plan.json")
+    assert len(run("inspect", "plan.json").splitlines()) < len(run("inspect", "plan.json", "--layers").splitlines())
     assert json.loads(run("inspect", "plan.json", "--json")) == plan.to_dict()
 
 
@@ -281,7 +282,7 @@ def test_estimates_that_are_asked_for(run: Any, estimated: dict[str, Any], asset
 def test_how_a_step_runs_reaches_the_estimator(run: Any, estimated: dict[str, Any]) -> None:
     run("estimate", "bert", "--batch-size", "4", "--skip-padding", "--padding", "0.5", "--sequence-length", "8")
     mask = estimated["batch"]["attention_mask"]
-    assert estimated["WASI"].skip_padding and mask.sum(1).tolist() == [8, 4, 3, 1]
+    assert estimated["WASI"].skip_padding and mask.sum(1).tolist() == [8, 4, 3, 2]
     run("estimate", "vit", "--batch-size", "4", "--token-keep", "0.5")
     assert (estimated["WASI"].token_keep, estimated["WASI"].skip_padding) == (0.5, False)
 
@@ -424,7 +425,8 @@ def test_a_plan_with_forms_from_start_to_end(run: Any, assets: Path, tmp_path: P
     text = run("plan", "vit", "--calibration", "calibration", *asked, "--output", str(output))
     plan = WasiPlan.load(output)
     assert plan.headline() in text and {layer.form for layer in plan.layers} - {"factors"}
-    forms = {line.split()[0]: line.split()[3] for line in run("inspect", str(output)).splitlines()[1:-2]}
+    forms = {line.split()[0]: line.split()[3] for line in run("inspect", str(output), "--layers").splitlines()[1:-2]}
+    assert f"to train under it: WasiConfig(plan='{output}', modules_to_save=['classifier'])" in text
     assert forms == {layer.name: layer.form for layer in plan.layers}
     only = json.loads(run("plan", "vit", "--calibration", "calibration", *asked, "--forms", "int8", "int4", "--json"))
     assert {layer["form"] for layer in only["layers"].values()} <= {"int8", "int4"}
@@ -582,14 +584,17 @@ BAD = {
         ("estimate", "bert", *ESTIMATED, "--plan", "plan.json"),
         "the plan is for another model",
     ),
-    "tokens for images": (("estimate", "vit", *ESTIMATED, "--sequence-length", "8"), "--sequence-length is for text"),
-    "pixels for text": (("estimate", "bert", *ESTIMATED, "--image-size", "8"), "--image-size is for images"),
+    "tokens for images": (
+        ("estimate", "vit", "--batch-size", "4", "--sequence-length", "8"),
+        "--sequence-length is for text",
+    ),
+    "pixels for text": (("estimate", "bert", "--batch-size", "4", "--image-size", "8"), "--image-size is for images"),
     "too many tokens": (
-        ("estimate", "bert", *ESTIMATED, "--sequence-length", "13"),
+        ("estimate", "bert", "--batch-size", "4", "--sequence-length", "13"),
         "must be at most 12 for this model",
     ),
     "task of another kind": (
-        ("estimate", "vit", *ESTIMATED, "--task", "causal-lm"),
+        ("estimate", "vit", "--batch-size", "4", "--task", "causal-lm"),
         "Unrecognized configuration class",
     ),
     "no budget": (("plan", "vit", "--data", "images", *ESTIMATED), "one of the arguments --weight-share"),

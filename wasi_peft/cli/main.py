@@ -42,6 +42,7 @@ from ..planner.planner import BUDGETS, DEFAULT_FORMS, plan_wasi
 from ..ranks.plan import FORMS, WasiPlan
 from ..ranks.spectrum import FACTORS
 from ..report import plots as report
+from ..report.kinds import kinds_table, stored_rows
 from ..report.profiles import GROUPINGS, costs_table, plot_profiles, profiles_table
 from ..tuner.config import AUTO, RESIDUAL_RANK, WasiConfig
 from ..tuner.summary import LayerSummary, WasiSummary
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "model", metavar="WHAT", help="model (hub id or folder), compressed checkpoint, adapter, plan, calibration"
     )
+    _add_layers_option(command)
     _add_model_options(command)
 
     command = commands.add_parser("estimate", help="memory and FLOPs of a training step, without running one")
@@ -165,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", metavar="DIR", help="keep the calibration here, or use the one that is there"
     )
     command.add_argument("--output", metavar="JSON", help="where to write the plan")
+    _add_layers_option(command)
     _add_batch_options(command)
     _add_model_options(command)
 
@@ -210,6 +213,12 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_output_options(command)
     return parser
+
+
+def _add_layers_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--layers", action="store_true", help="a line for each layer, and not for all of a kind and form"
+    )
 
 
 def _add_output_options(command: argparse.ArgumentParser) -> None:
@@ -330,7 +339,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     what = Path(arguments.model)
     if what.is_file():
         plan = WasiPlan.load(what)
-        _show(arguments, report.plan_table(plan), plan.to_dict())
+        _show(arguments, _plan_text(arguments, plan), plan.to_dict())
         if arguments.plot:
             report.plot_plan(plan, path=arguments.plot)
     elif (what / "adapter_config.json").is_file():
@@ -351,14 +360,12 @@ def _inspect_checkpoint(arguments: argparse.Namespace, folder: Path) -> None:
     if arguments.plot:
         raise ValueError("--plot needs a plan, an adapter or a calibration, got a compressed checkpoint.")
     checkpoint = read_headers(folder)
-    rows = [
-        {"layer": layer.name, "form": layer.form, "rank": layer.rank, "stored, KiB": layer.stored_bytes / 1024}
-        for layer in checkpoint.layers
-    ]
     compressed = sum(layer.stored_bytes for layer in checkpoint.layers)
+    unit, size = report.byte_unit(compressed)
+    rows = stored_rows(checkpoint.layers, unit, size, every=arguments.layers)
     line = (
-        f"compressed checkpoint: {len(rows)} layers in {compressed / 1024:,.2f} KiB, "
-        f"all tensors {checkpoint.stored_bytes / 1024:,.2f} KiB"
+        f"compressed checkpoint: {len(checkpoint.layers)} layers in {compressed / size:,.2f} {unit}, "
+        f"all tensors {checkpoint.stored_bytes / size:,.2f} {unit}"
     )
     data = {
         "layers": [layer._asdict() for layer in checkpoint.layers],
@@ -377,7 +384,7 @@ def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
         "update": config.update,
         "kept_share": summary.kept_share,
     }
-    lines = [report.plan_table(shown), f"update {config.update}, base model {config.base_model_name_or_path}"]
+    lines = [_plan_text(arguments, shown), f"update {config.update}, base model {config.base_model_name_or_path}"]
     if config.plan is None:
         lines.append(f"input kept for backward: {next(iter(inputs.values()))}")
     layers = [
@@ -606,23 +613,37 @@ def _plan(arguments: argparse.Namespace) -> None:
         calibration = Calibration.load(arguments.calibration)
     else:
         calibration = calibrate_wasi(model, data, directory=arguments.calibration)
+    heads = task_heads(model, task)
     plan = plan_wasi(
         model,
         calibration,
         **{name: getattr(arguments, name) for name in BUDGETS},
         batch=batch,
         optimizer=arguments.optimizer,
-        config=WasiConfig(
-            weight_rank=arguments.addition_rank, modules_to_save=task_heads(model, task), **_training(arguments)
-        ),
+        config=WasiConfig(weight_rank=arguments.addition_rank, modules_to_save=heads, **_training(arguments)),
         forms=arguments.forms,
         memory_modes=arguments.memory_modes or (MEMORY_MODES if arguments.peak_bytes else None),
     )
     if arguments.output:
         plan.save(arguments.output)
-    _show(arguments, report.plan_table(plan), plan.to_dict())
+    text = _plan_text(arguments, plan)
+    if arguments.output:
+        text += f"\nto train under it: {_how_to_train(arguments, heads)}"
+    _show(arguments, text, plan.to_dict())
     if arguments.plot:
         report.plot_plan(plan, calibration, arguments.plot)
+
+
+def _plan_text(arguments: argparse.Namespace, plan: WasiPlan | WasiSummary) -> str:
+    return report.plan_table(plan) if arguments.layers else kinds_table(plan)
+
+
+def _how_to_train(arguments: argparse.Namespace, heads: list[str] | None) -> str:
+    """The configuration that a plan was made for, as Python."""
+    fields = {"plan": arguments.output, "modules_to_save": heads}
+    fields |= {name: getattr(arguments, name) or None for name in ("skip_padding", "token_keep")}
+    given = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value is not None)
+    return f"WasiConfig({given})"
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

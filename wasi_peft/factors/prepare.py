@@ -106,9 +106,7 @@ def preprocess_wasi(
             "model.dequantize() restores the dense layers."
         )
     if not targets:
-        raise ValueError(
-            "preprocess_wasi prepares packed experts beside other layers, got no other target."
-        )
+        raise ValueError("preprocess_wasi prepares packed experts beside other layers, got no other target.")
     if adds_only and (data is None or (calibration is not None and not residuals)):
         given = "no data" if data is None else "a calibration"
         raise ValueError(f"additions to a residual are prepared from data, and nothing else; got {given}.")

@@ -195,15 +195,19 @@ class WasiPlan:
         forms = Counter(layer.form for layer in self.layers)
         ranks = sorted(layer.weight_rank for layer in self.layers if layer.form != DENSE)
         exact = [self.input_kept(layer) for layer in self.layers].count("exact")
-        asked = ", ".join(f"{key}={value}" for key, value in self.budget.items())
+        asked = ", ".join(_asked(key, value) for key, value in self.budget.items())
         text = f"WASI plan for {asked}" if asked else "WASI plan"
-        for name in ("memory_mode", "update", "update_rank", "frozen_dtype", "residual_update"):
+        names = ["memory_mode"]
+        names += ["update", "update_rank", "frozen_dtype"] if forms[FACTORS] else []
+        names += ["residual_update"] if self.residual_update is not None else []
+        for name in names:
             text += f", {name}={value!r}" if (value := getattr(self, name)) is not None else ""
         mixed = ", ".join(f"{forms[form]} {form}" for form in FORMS if forms[form])
+        spread = f"{ranks[0]} to {ranks[-1]} (median {ranks[len(ranks) // 2]})"
         return (
             f"{text}: {len(self.layers)} layers{f' ({mixed})' if set(forms) != {FACTORS} else ''}, "
-            f"rank {ranks[0]} to {ranks[-1]} (median {ranks[len(ranks) // 2]}), "
-            f"{self.kept_share:.1%} of their weights kept" + (f", {exact} with the exact input" if exact else "")
+            f"rank {spread if ranks[0] < ranks[-1] else ranks[0]}, {self.kept_share:.1%} of their bytes kept"
+            + (f", {exact} with the exact input" if exact else "")
         )
 
     def input_kept(self, layer: LayerPlan) -> str:
@@ -298,6 +302,13 @@ def layer_plan(name: str, entry: Any) -> LayerPlan:
     entry = {"experts": 1, **entry}  # which a file may leave out
     _check_keys(name, entry, tuple(each.name for each in fields(LayerPlan) if each.name != "name"))
     return LayerPlan(name, **entry)
+
+
+def _asked(name: str, value: Any) -> str:
+    """A budget as a person reads it."""
+    if name == "peak_bytes" and isinstance(value, (int, float)):
+        return f"a peak of {value / 2**20:,.1f} MiB"
+    return f"{name}={value}"
 
 
 def _check_keys(where: str, data: dict[str, Any], known: tuple[str, ...]) -> None:

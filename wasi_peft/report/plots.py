@@ -163,7 +163,8 @@ def estimates_table(estimates: Mapping[str, Estimate]) -> str:
     columns = dict(estimates)
     unit, size = byte_unit(max(estimate.peak_bytes for estimate in columns.values()))
     flop_unit, flops = _flop_unit(columns)
-    first = next(iter(columns.values())).peak_bytes
+    baseline, estimate = next(iter(columns.items()))
+    first = estimate.peak_bytes
     quantities: dict[str, Callable[[Estimate], Any]] = {
         f"weights, {unit}": lambda x: x.weights_bytes / size,
         f"kept by layers, {unit}": lambda x: x.state_bytes / size,
@@ -172,7 +173,7 @@ def estimates_table(estimates: Mapping[str, Estimate]) -> str:
         f"saved for backward, {unit}": lambda x: x.saved_bytes / size,
         f"temporary, {unit}": lambda x: x.temporary_bytes / size,
         f"peak, {unit}": lambda x: x.peak_bytes / size,
-        "peak, of the first": lambda x: f"{x.peak_bytes / first:.1%}",
+        f"peak, of {baseline}": lambda x: f"{x.peak_bytes / first:.1%}",
         f"training step, {flop_unit}": lambda x: x.training_flops / flops,
         f"inference, {flop_unit}": lambda x: x.inference_flops / flops,
     }

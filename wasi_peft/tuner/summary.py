@@ -119,7 +119,7 @@ def wasi_summary(model: nn.Module, adapter_name: str = "default") -> WasiSummary
     """
     layers = tuple(
         LayerSummary(
-            name.removeprefix("base_model.").removeprefix("model."),
+            name.removeprefix("base_model.model."),
             layer.out_features,
             layer.in_features,
             layer.form_of(adapter_name).weight_rank,
