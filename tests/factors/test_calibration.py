@@ -606,6 +606,14 @@ def test_the_token_mode_needs_one_number_of_tokens_everywhere() -> None:
             assert set(spectrum.gradient_energies) == {"feature"}
 
 
+def test_the_token_mode_of_long_inputs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take a decomposition of tokens x tokens for each layer."""
+    for most, modes in ((5, {"feature", "token"}), (4, {"feature"})):  # of 5 tokens
+        monkeypatch.setattr(statistics, "MOST_TOKENS", most)
+        for spectrum in calibrate(reference.tiny_net(6), batches()).spectra():
+            assert set(spectrum.gradient_energies) == modes
+
+
 def test_bias_correction_is_off_for_layers_without_bias() -> None:
     """A layer keeps the structure that its architecture says."""
     net = reference.tiny_net(7, bias=False)

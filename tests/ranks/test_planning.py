@@ -162,6 +162,7 @@ def test_plan_round_trip(tmp_path: Path) -> None:
                 "activation_ranks": {"feature": 3, "token": 5},
                 "kept_energy": 0.75,
                 "form": "factors",
+                "experts": 1,
             },
             "blocks.0.up": {
                 "out_features": 8,
@@ -170,6 +171,7 @@ def test_plan_round_trip(tmp_path: Path) -> None:
                 "activation_ranks": None,
                 "kept_energy": 1.0,
                 "form": "factors",
+                "experts": 1,
             },
         },
     }

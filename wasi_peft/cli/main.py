@@ -629,6 +629,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     text = _plan_text(arguments, plan)
     if arguments.output:
         text += f"\nto train under it: {_how_to_train(arguments, heads)}"
+        if any(layer.form == FACTORS for layer in plan.layers):
+            text += ", and preprocess_wasi(model, config, data) before, for the layers that became factors"
     _show(arguments, text, plan.to_dict())
     if arguments.plot:
         report.plot_plan(plan, calibration, arguments.plot)
