@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from expert_models import experts_model
 from models import ARCHITECTURES, wasi_model
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -125,6 +126,21 @@ def test_inspect_model(run: Any) -> None:
     assert data["architecture"] == "ViTForImageClassification" and data["task"] == "image-classification"
     assert {row["layers"]: row["break-even rank"] for row in data["kinds"]}["fc1"] == 9
     assert json.loads(run("inspect", "vit", "--json", "--task", "features"))["architecture"] == "ViTModel"
+
+
+def test_packed_experts_count(run: Any, tmp_path: Path) -> None:
+    model: Any = experts_model("mixtral", torch.float32)
+    model.save_pretrained(tmp_path / "experts")
+    data = json.loads(run("inspect", str(tmp_path / "experts"), "--json"))
+    packed = {row["layers"]: (row["count"], row["parameters"]) for row in data["kinds"] if "proj" in row["layers"]}
+    assert packed["gate_up_proj"] == (4, 4 * 32 * 16) and packed["down_proj"] == (4, 4 * 16 * 16)
+    elements = 4 * 16 * 16 + 4 * 32 * 16 + 4 * 16 * 16
+    assert data["target_share"] == elements / sum(parameter.numel() for parameter in model.parameters())
+    estimates = json.loads(run("estimate", str(tmp_path / "experts"), "--batch-size", "2", "--json"))["estimates"]
+    packed_names = [name for name, layer in data["layers"].items() if layer["experts"] > 1]
+    layers = sorted(set(data["layers"]) - set(packed_names))
+    lora = get_peft_model(model, LoraConfig(r=16, target_modules=layers, target_parameters=packed_names))
+    assert estimates["LoRA r=16"]["gradients_bytes"] == 4 * lora.get_nb_trainable_parameters()[0]
 
 
 def test_inspect_adapter(run: Any) -> None:
