@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..forms.residual import Int8Residual
 from ..models.calls import Arguments, call_arguments, hooked, layer_input, tensors_in, training_loss
-from ..models.experts import routed_rows
+from ..models.experts import packed_parameters, routed_rows
 from ..models.structure import Structure, linear_layers
 from ..ranks.plan import WasiPlan
 from ..tuner.config import WasiConfig
@@ -231,7 +231,8 @@ def watched_sizes(model: nn.Module, names: Collection[str]) -> Iterator[dict[str
             sizes[name] = tuple(layer_input(args, kwargs).shape)
             return
         for stack in packed[name]:
-            sizes[stack] = routed_rows(args, kwargs), min(model.get_parameter(stack).shape[1:])
+            transposed = packed_parameters(modules[name])[stack.rpartition(".")[2]]
+            sizes[stack] = routed_rows(args, kwargs), model.get_parameter(stack).shape[1 if transposed else 2]
 
     with hooked(model, [*(name for name in names if name in modules), *packed], before=look):
         yield sizes
