@@ -921,9 +921,9 @@ def test_another_format(tmp_path: Path) -> None:
     calibrate(net, batches(), directory=tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "format": 99}))
-    with pytest.raises(ValueError, match="must have format 5, got 99"):
+    with pytest.raises(ValueError, match="must have format 6, got 99"):
         Calibration.load(tmp_path)
-    with pytest.raises(ValueError, match="must have format 5, got 99"):
+    with pytest.raises(ValueError, match="must have format 6, got 99"):
         calibrate(net, batches(), directory=tmp_path)
 
 
