@@ -114,8 +114,14 @@ class Place:
         cls = getattr(transformers, self.model.auto_class)
         return cls.from_pretrained(self.dense_folder, dtype=torch.float32).eval()
 
-    def batches(self, count: int = 1, labels: bool = True) -> list[Batch]:
-        """Batches of the data, labels included if asked for; texts are padded to the longest of their batch."""
+    def batches(self, count: int = 1, labels: bool = True, spread: int = 1) -> list[Batch]:
+        """Batches of the data, labels included if asked for; texts are padded to the longest of their batch.
+
+        Args:
+            count: How many.
+            labels: Whether they have labels.
+            spread: How much shorter than the longest ones other texts are.
+        """
         size, samples = self.model.size, self.model.samples
         if self.model.images:
             images, _ = load_images(train=count * samples, test=1, image_size=size)
@@ -129,8 +135,9 @@ class Place:
             mails, batches = load_mails(count * samples), []
             for start in range(0, count * samples, samples):
                 texts, marks = zip(*mails[start : start + samples], strict=True)
-                # mails are long: words of one to all that fit, so that there is padding
-                cut = [" ".join(text.split()[: size // (1 + index % 3)]) for index, text in enumerate(texts)]
+                # mails are long: some are cut shorter, so that there is padding
+                words = [size // (1 + spread * (index % 3)) for index in range(len(texts))]
+                cut = [" ".join(text.split()[:most]) for text, most in zip(texts, words, strict=True)]
                 tokens = tokenizer(cut, return_tensors="pt", padding=True, truncation=True, max_length=size)
                 batch = {name: tokens[name] for name in ("input_ids", "attention_mask")}
                 mask = batch["attention_mask"]

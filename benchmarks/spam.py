@@ -71,11 +71,12 @@ def load_items(train_count: int) -> tuple[Items, Items, Items]:
     mails = load_mails(train_count + VALIDATION + TEST)
     texts, labels = [text for text, _ in mails], torch.tensor([label for _, label in mails])
     options: dict[str, Any] = {"truncation": True, "max_length": TOKENS, "padding": "max_length"}
-    # some at a time: a tokenizer holds all that it is given, and mails are long
-    encoded = [tokenizer(texts[start : start + 50], **options) for start in range(0, len(texts), 50)]
-    names = ("input_ids", "attention_mask")
-    fields = {name: torch.tensor([row for part in encoded for row in part[name]]) for name in names}
-    fields["labels"] = labels
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": []}
+    for start in range(0, len(texts), 50):  # what a tokenizer answers holds all that it cut off
+        encoded = tokenizer(texts[start : start + 50], **options)
+        for name, part in rows.items():
+            part += encoded[name]
+    fields = {**{name: torch.tensor(part) for name, part in rows.items()}, "labels": labels}
     items = [{name: tensor[index] for name, tensor in fields.items()} for index in range(len(mails))]
     return items[:train_count], items[train_count : train_count + VALIDATION], items[train_count + VALIDATION :]
 

@@ -145,7 +145,7 @@ def test_packed_experts_count(run: Any, tmp_path: Path) -> None:
 
 def test_inspect_adapter(run: Any) -> None:
     text = run("inspect", "adapter")
-    assert "12 layers, rank 3 to 3" in text
+    assert "12 layers, rank 3, " in text
     assert "update factor" in text and "input kept for backward: feature 4" in text
     data = json.loads(run("inspect", "adapter", "--json"))
     assert data["update"] == "factor"

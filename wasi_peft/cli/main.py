@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -79,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.run is None:
             parser.print_help()
         else:
-            arguments.run(arguments)
+            with warnings.catch_warnings():  # what libraries tell each other is not for users
+                warnings.simplefilter("ignore", FutureWarning)
+                arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -203,10 +203,9 @@ class WasiPlan:
         for name in names:
             text += f", {name}={value!r}" if (value := getattr(self, name)) is not None else ""
         mixed = ", ".join(f"{forms[form]} {form}" for form in FORMS if forms[form])
-        spread = f"{ranks[0]} to {ranks[-1]} (median {ranks[len(ranks) // 2]})"
         return (
             f"{text}: {len(self.layers)} layers{f' ({mixed})' if set(forms) != {FACTORS} else ''}, "
-            f"rank {spread if ranks[0] < ranks[-1] else ranks[0]}, {self.kept_share:.1%} of their bytes kept"
+            f"rank {rank_range(ranks)}, {self.kept_share:.1%} of their bytes kept"
             + (f", {exact} with the exact input" if exact else "")
         )
 
@@ -304,6 +303,16 @@ def layer_plan(name: str, entry: Any) -> LayerPlan:
     return LayerPlan(name, **entry)
 
 
+def rank_range(ranks: Sequence[int]) -> str:
+    """Ascending ranks in a few words.
+
+    Example:
+        >>> rank_range([32, 32]), rank_range([4, 8, 32])
+        ('32', '4 to 32 (median 8)')
+    """
+    return f"{ranks[0]} to {ranks[-1]} (median {ranks[len(ranks) // 2]})" if ranks[0] < ranks[-1] else f"{ranks[0]}"
+
+
 def _asked(name: str, value: Any) -> str:
     """A budget as a person reads it."""
     if name == "peak_bytes" and isinstance(value, (int, float)):
@@ -352,8 +361,7 @@ def build_plan(
         sizes = spectrum.out_features, spectrum.in_features
         if isinstance(chosen, Form):
             kept = min(1.0, max(LEAST_KEPT, 1 - chosen.error / total)) if total else 1.0
-            options = {"form": chosen.name, "experts": spectrum.experts}
-            layers.append(LayerPlan(spectrum.name, *sizes, chosen.rank, None, kept, **options))
+            layers.append(LayerPlan(spectrum.name, *sizes, chosen.rank, None, kept, chosen.name, spectrum.experts))
             updates |= {chosen.update.name} if chosen.name != DENSE else set()
             continue
         directions = chosen + spectrum.side_rank

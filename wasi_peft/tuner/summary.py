@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..forms.compressed import CompressedResidual
+from ..ranks.plan import rank_range
 from ..updates.base import Update
 from ..updates.costs import dense_elements
 from .layer import WasiLayer, wasi_layers
@@ -92,8 +93,8 @@ class WasiSummary:
         residuals = sorted({layer.frozen or "" for layer in self.layers} - {""})
         beside = f" beside weights in {' and '.join(residuals)}" if residuals else ""
         text = (
-            f"WASI adapter {self.adapter_name!r}: {len(self.layers)} layers, rank {ranks[0]} to {ranks[-1]} "
-            f"(median {ranks[len(ranks) // 2]}){beside}, {self.kept_share:.1%} of their bytes kept"
+            f"WASI adapter {self.adapter_name!r}: {len(self.layers)} layers, rank {rank_range(ranks)}{beside}, "
+            f"{self.kept_share:.1%} of their bytes kept"
         )
         past = len(self.past_break_even)
         return text + (f"; {past} layers are past break-even and cost more than dense" if past else "")
