@@ -125,7 +125,7 @@ def test_tables_count_what_the_update_stores(update: str) -> None:
         assert header.split()[:6] == ["layer", "out", "in", "form", "rank", "break-even"]
         dense, factored = (float(size.replace(",", "")) for size in total.split()[1:])
         assert factored / dense == pytest.approx(shown.kept_share, abs=0.02)
-        assert f"{shown.kept_share:.1%} of their {'weights' if shown is plan else 'bytes'} kept" in headline
+        assert f"{shown.kept_share:.1%} of their bytes kept" in headline
         assert [int(row.split()[4]) > int(row.split()[5]) for row in rows] == past
     assert {True, False} == {plan.past_break_even(layer) for layer in plan.layers}
 
