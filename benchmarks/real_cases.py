@@ -184,7 +184,9 @@ def _write_mixtral(folder: Path) -> None:
 
 CLASSIFIES, WRITES = "AutoModelFor{}Classification", "AutoModelForCausalLM"
 MODELS = {
-    "dinov2": Real("DINOv2-small", _write_dinov2, CLASSIFIES.format("Image"), 8, 98, True, "dinov2.layers.0.mlp.fc1"),
+    "dinov2": Real(
+        "DINOv2-small", _write_dinov2, CLASSIFIES.format("Image"), 8, 98, True, "dinov2.encoder.layer.0.mlp.fc1"
+    ),
     "minilm": Real(
         "MiniLM", _write_minilm, CLASSIFIES.format("Sequence"), 8, 64, False, "bert.encoder.layer.0.intermediate.dense"
     ),
