@@ -88,7 +88,12 @@ def page_of(entries: dict[str, Any]) -> str:
     sentences: dict[str, list[str]] = {}
     lines = [f"| tool | {' | '.join(MODELS[name].title for name in names)} |", f"|{' --- |' * (1 + len(names))}"]
     for tool in TOOLS:
-        cells = [_cell(entries.get(f"{name}: {tool}"), f"{MODELS[name].title}, {tool}", sentences) for name in names]
+        cells = []
+        for name in names:
+            absent = "not run" if tool in tools_of(MODELS[name]) else "-"
+            entry = entries.get(f"{name}: {tool}")
+            where = f"{MODELS[name].title}, {tool}"
+            cells.append(absent if entry is None else _cell(entry, where, sentences))
         lines.append(f"| {tool} | {' | '.join(cells)} |")
     models = [MODELS[name] for name in names]
     batches = ", ".join(f"{x.title} {x.samples} x {x.size} {'px' if x.images else 'tokens'}" for x in models)
@@ -106,9 +111,7 @@ def page_of(entries: dict[str, Any]) -> str:
     return "\n".join([*parts[:2], "", parts[2], *(["", "## Sentences", "", *found] if found else []), ""])
 
 
-def _cell(entry: dict[str, Any] | None, where: str, sentences: dict[str, list[str]]) -> str:
-    if entry is None:
-        return "-"
+def _cell(entry: dict[str, Any], where: str, sentences: dict[str, list[str]]) -> str:
     if entry["status"] == "works":
         return f"{entry['seconds']:.1f} s, {entry['peak_mib']:.0f}"
     places = sentences.setdefault(entry["sentence"], [])
@@ -136,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(run_cell(*args.cell, args.work)), flush=True)
         return
     for name in [] if args.summarise else args.models:
-        for tool in (tool for tool in tools_of(Place(name, args.work)) if tool in args.tools):
+        for tool in (tool for tool in tools_of(MODELS[name]) if tool in args.tools):
             key = f"{name}: {tool}"
             if read_json(args.results).get(key, {}).get("status") in ("works", "refused"):
                 continue

@@ -12,7 +12,7 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import nn
 
 import wasi_peft
 from common import Batch, adamw, step_peak_bytes
-from real_cases import Place
+from real_cases import Place, Real
 from wasi_peft.cli import main as cli
 from wasi_peft.training.resize import active_layers, ranks_in_use
 
@@ -538,19 +538,15 @@ def fewer_tokens(place: Place) -> Callable[[], Checks]:
     return verify
 
 
-def _all(place: Place) -> bool:
+def _all(model: Real) -> bool:
     return True
-
-
-def _texts(place: Place) -> bool:
-    return not place.model.images
 
 
 TRAINING = {
     f"{form}, {mode}": functools.partial(train, form=form, mode=mode)
     for form, mode in itertools.product(("residual", "factors"), ("exact", "fast", "small"))
 }
-TOOLS: dict[str, tuple[Tool, Callable[[Place], bool]]] = {
+TOOLS: dict[str, tuple[Tool, Callable[[Real], bool]]] = {
     "wasi-peft inspect": (inspect, _all),
     "wasi-peft estimate": (estimate, _all),
     "wasi-peft profile": (profile, _all),
@@ -566,12 +562,12 @@ TOOLS: dict[str, tuple[Tool, Callable[[Place], bool]]] = {
     "OptimizerInBackward": (in_backward, _all),
     "SubspaceSGD": (subspace_sgd, _all),
     "add_weighted_adapter": (weighted, _all),
-    "trainable_token_indices": (tokens_that_train, lambda place: place.model.is_lm),
-    "skip_padding": (padding, _texts),
-    "token_keep": (fewer_tokens, lambda place: place.model.images),
+    "trainable_token_indices": (tokens_that_train, lambda model: model.is_lm),
+    "skip_padding": (padding, lambda model: not model.images),
+    "token_keep": (fewer_tokens, lambda model: model.images),
 }
 
 
-def tools_of(place: Place) -> Iterable[str]:
+def tools_of(model: Real) -> Collection[str]:
     """Names of what a model goes through."""
-    return [name for name, (_, suits) in TOOLS.items() if suits(place)]
+    return [name for name, (_, suits) in TOOLS.items() if suits(model)]

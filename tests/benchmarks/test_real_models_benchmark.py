@@ -48,7 +48,7 @@ def test_what_is_wrong_is_told_from_what_is_refused(
         return lambda: tools.falling([1.0, 2.0])
 
     for tool in (wrong, lambda place: tools.command(place, "inspect", "none.json")):
-        monkeypatch.setitem(tools.TOOLS, "resize_rank", (tool, lambda place: True))
+        monkeypatch.setitem(tools.TOOLS, "resize_rank", (tool, lambda model: True))
         entry = module.run_cell("tiny", "resize_rank", tmp_path)
         expected = "fails" if tool is wrong else "refused"
         assert entry["status"] == expected
@@ -66,7 +66,11 @@ def test_the_page(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     results.write_text(json.dumps(entries))
     module.main(["--summarise", "--results", str(results), "--page", str(page)])
     text = page.read_text()
-    assert "| wasi-peft inspect | 1.2 s, 30 |" in text and "| SubspaceSGD | - |" in text
+    assert (
+        "| wasi-peft inspect | 1.2 s, 30 |" in text
+        and "| SubspaceSGD | not run |" in text
+        and "| token_keep | - |" in text
+    )
     assert "| resize_rank | refused (a) |" in text and "| skip_padding | **fails** (b) |" in text
     assert "a. Tiny, resize_rank: packed experts keep their rank." in text
     assert "Of 3 cells, 1 work, 1 are refused in a sentence, 1 fail." in text
