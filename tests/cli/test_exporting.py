@@ -114,8 +114,9 @@ def test_inspect_a_compressed_checkpoint(run: Any, assets: Path, monkeypatch: py
     assert {(layer["form"], layer["rank"]) for layer in data["layers"]} == {("factors", 3)}
     fc1 = next(layer for layer in data["layers"] if layer["name"] == "vit.layers.0.mlp.fc1")
     assert fc1["stored_bytes"] == 4 * (3 * (16 + 24) + 24)
+    assert "vit.layers.0.mlp.fc1" in run("inspect", "small", "--layers")
     text = run("inspect", "small")
-    assert "vit.layers.0.mlp.fc1" in text and "compressed checkpoint: 12 layers in" in text
+    assert "fc1         2     0-1  factors     3" in text and "compressed checkpoint: 12 layers in" in text
 
 
 def test_the_base_of_an_adapter_may_be_elsewhere(run: Any, assets: Path, tmp_path: Path) -> None:

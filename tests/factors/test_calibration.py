@@ -606,6 +606,14 @@ def test_the_token_mode_needs_one_number_of_tokens_everywhere() -> None:
             assert set(spectrum.gradient_energies) == {"feature"}
 
 
+def test_the_token_mode_of_long_inputs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take a decomposition of tokens x tokens for each layer."""
+    for most, modes in ((5, {"feature", "token"}), (4, {"feature"})):  # of 5 tokens
+        monkeypatch.setattr(statistics, "MOST_TOKENS", most)
+        for spectrum in calibrate(reference.tiny_net(6), batches()).spectra():
+            assert set(spectrum.gradient_energies) == modes
+
+
 def test_bias_correction_is_off_for_layers_without_bias() -> None:
     """A layer keeps the structure that its architecture says."""
     net = reference.tiny_net(7, bias=False)
@@ -913,9 +921,9 @@ def test_another_format(tmp_path: Path) -> None:
     calibrate(net, batches(), directory=tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "format": 99}))
-    with pytest.raises(ValueError, match="must have format 5, got 99"):
+    with pytest.raises(ValueError, match="must have format 6, got 99"):
         Calibration.load(tmp_path)
-    with pytest.raises(ValueError, match="must have format 5, got 99"):
+    with pytest.raises(ValueError, match="must have format 6, got 99"):
         calibrate(net, batches(), directory=tmp_path)
 
 

@@ -89,7 +89,7 @@ def test_by_default_experts_are_targets_and_routers_are_not(family: str) -> None
     assert len(stacks(model)) == len(packed_names(base)) == 2
     assert not any("router" in name or name.endswith("gate") for name, _ in wasi_layers(model))
     assert not any(parameter.dim() == 3 and "wasi_" not in name for name, parameter in model.named_parameters())
-    summary = {f"model.{layer.name}": layer for layer in model.wasi_summary().layers}
+    summary = {layer.name: layer for layer in model.wasi_summary().layers}
     for name in packed_names(base):
         weight = base.get_parameter(name)
         assert summary[name].dense_elements == weight.numel() and summary[name].experts == 4

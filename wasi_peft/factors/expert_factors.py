@@ -1,18 +1,20 @@
-"""Initial factors of packed experts, each from the inputs that the router gives it."""
+"""Packed experts, each by the inputs that the router gives it: what calibration measures of them, initial factors."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..forms.stacked import PackedWeight, Segment, StackedWeight
-from ..linalg.spectra import truncate, weight_spectrum
-from ..models.calls import evaluating, model_output
+from ..forms.residual import Int4Residual, Int8Residual
+from ..forms.stacked import PackedWeight, Segment, StackedWeight, residual_of
+from ..linalg.spectra import truncate, weighed_error, weight_spectrum
+from ..models.calls import differentiable, evaluating, model_output
 from ..models.experts import ExpertStack, conceal_experts, expose_experts
 from ..tuner.config import WasiConfig
 from ..tuner.experts import summed_shares
@@ -20,6 +22,7 @@ from ..tuner.model import rank_for, shared_ranks
 from ..tuner.prepared import ATTACHED, PreparedLayer
 from ..tuner.targets import asked_rank, check_targets, plain_name, resolve_targets, selected_modules
 from ..updates.base import InitialFactors
+from .collecting import Collector, Gradients, Run
 from .data import CalibrationData, limited
 
 
@@ -40,6 +43,7 @@ class ExpertInputs(PackedWeight, nn.Module):
         sizes = stack.experts, stack.in_features, stack.in_features
         self.sums: Any = weight.new_zeros(sizes, dtype=torch.float32)
         self.rows = [0] * stack.experts
+        self.gradients = torch.zeros(stack.experts, dtype=torch.float64)  # sums of their squares
 
     @property
     def weight(self) -> StackedWeight | Tensor:
@@ -57,9 +61,17 @@ class ExpertInputs(PackedWeight, nn.Module):
         for expert, start, stop in segments:
             rows = x[start:stop]
             y[start:stop] = rows @ matrices[expert].t().to(x.dtype)
-            self.sums[expert].addmm_(rows.t().float(), rows.float())
+            detached = rows.detach().float()
+            self.sums[expert].addmm_(detached.t(), detached)
             self.rows[expert] += stop - start
+        if torch.is_grad_enabled():
+            y = differentiable(y)
+            y.register_hook(lambda gradient: self._add_gradient(gradient, segments))
         return y
+
+    def _add_gradient(self, gradient: Tensor, segments: Sequence[Segment]) -> None:
+        for expert, start, stop in segments:
+            self.gradients[expert] += float(gradient[start:stop].double().square().sum())
 
     def moments(self) -> Tensor:
         """E[x x^T] of each expert, (E, in, in); an expert that few rows reach is taken to see what all see, too.
@@ -111,6 +123,76 @@ def groups_within(stacks: Mapping[str, ExpertStack], max_memory_bytes: int) -> I
         yield group
 
 
+class StackSpectrum(NamedTuple):
+    """What calibration knows of a packed weight, of all experts together: they get one rank.
+
+    Attributes:
+        energies: What dropping each direction costs, each expert's own directions, descending, (min(out, in),).
+        rounding: What rounding to a residual costs, by its name.
+        rows: That were seen by any expert.
+        weighed: Whether gradients say what an error costs.
+    """
+
+    energies: Tensor
+    rounding: dict[str, float]
+    rows: int
+    weighed: bool
+
+
+def measure_experts(
+    model: nn.Module,
+    stacks: Mapping[str, ExpertStack],
+    run: Run,
+    *,
+    gradients: Gradients | None = None,
+    seed: int = 0,
+    max_memory_bytes: int = 2**30,
+) -> Iterator[tuple[str, StackSpectrum]]:
+    """Spectra of packed weights, one after the other.
+
+    An expert's error counts as much as gradients of its output are large, in all directions alike: second moments of
+    these, out x out an expert, would take more memory than all else.
+
+    Args:
+        model: The dense model.
+        stacks: Its packed weights, by name.
+        run: A pass over the data, see :func:`collecting.through_model`.
+        gradients: Where output gradients come from, None for no backward passes.
+        seed: Of random projections.
+        max_memory_bytes: Bound on the memory for sums: more passes run where it is too little for all.
+    """
+    for group in _groups(stacks, max_memory_bytes):
+        collector = Collector({}, max_memory_bytes, gradients, seed)
+        expose_experts(model)
+        try:
+            with evaluating(model, bool(gradients)), _recording(model, group) as recorders:
+                with collector.attached(model):
+                    run(collector)
+        finally:
+            conceal_experts(model)
+        for name, recorder in recorders.items():
+            yield name, _spectrum(recorder)
+            recorder.sums = None
+
+
+@torch.no_grad()
+def _spectrum(recorder: _Recorder) -> StackSpectrum:
+    stack, weights, moments = recorder.stack, recorder.stack.matrices(), recorder.moments()
+    weighed = bool(recorder.gradients.sum() > 0)
+    weights_of_errors = (recorder.gradients / stack.out_features if weighed else torch.ones(stack.experts)).tolist()
+    energies = torch.zeros(min(weights.shape[1:]), dtype=torch.float64)
+    for one, moment, counts in zip(weights, moments, weights_of_errors, strict=True):
+        energies += counts * weight_spectrum(one, moment).energies.cpu()
+    rounding = {}
+    for name in (Int8Residual.name, Int4Residual.name):
+        lost = weights - residual_of(stack, name, None).dense_weight().view_as(weights)
+        errors = [weighed_error(one, moment) for one, moment in zip(lost, moments, strict=True)]
+        error = sum(counts * one for counts, one in zip(weights_of_errors, errors, strict=True))
+        if math.isfinite(error):
+            rounding[name] = error
+    return StackSpectrum(energies, rounding, sum(recorder.rows), weighed)
+
+
 @torch.no_grad()
 def prepare_experts(
     model: nn.Module,
@@ -124,7 +206,8 @@ def prepare_experts(
     """Attach factors to the packed experts that a configuration targets; the next injection takes them.
 
     Each expert's are the best for its own inputs: `W_e` is cut where `E |(W_e - L R) x|^2` grows least over the rows x
-    that are routed to it. Under a share they keep it among themselves. They are not repaired.
+    that are routed to it. Under a share they keep it among themselves, under a plan the ranks of those that become
+    factors. They are not repaired.
 
     Args:
         model: The dense model; its weights are not changed.
@@ -144,7 +227,11 @@ def prepare_experts(
         resolved = copy.copy(config)
         resolve_targets(model, resolved)
         selected = {plain_name(name): module for name, module in selected_modules(model, resolved)}
-        stacks = {name: module for name, module in selected.items() if isinstance(module, ExpertStack)}
+        stacks = {
+            name: module
+            for name, module in selected.items()
+            if isinstance(module, ExpertStack) and resolved.residual_of(name) is None
+        }
         if not stacks:
             return []
         check_targets(model, resolved)

@@ -16,6 +16,7 @@ from ..linalg.tucker import canonical
 from ..models.calls import real_rows
 
 _SKETCH = 32  # random output directions in which the token mode's gradient error is estimated
+MOST_TOKENS = 2048  # of an input whose token mode is looked at: it is decomposed, tokens x tokens
 
 
 @dataclass
@@ -184,6 +185,8 @@ def add_gradient_energies(
 ) -> None:
     """Add what compressed inputs do to the gradient of a module's weight, for one call of it.
 
+    Nothing is said of the token mode of inputs with more than :data:`MOST_TOKENS`.
+
     **Shape**
         - x: (..., in), gradient: (..., out)
     """
@@ -191,7 +194,7 @@ def add_gradient_energies(
         return  # the sums say so too
     statistics.update_errors(name, "feature", feature_gradient_energies(x, gradient))
     rows, gradients = canonical(x), canonical(gradient)
-    if rows.shape[0] > 1 and rows.shape[1] > 1:
+    if rows.shape[0] > 1 and 1 < rows.shape[1] <= MOST_TOKENS:
         generator = torch.Generator().manual_seed(sketch_seed)
         statistics.update_errors(name, "token", token_gradient_energies(rows, gradients, generator))
 

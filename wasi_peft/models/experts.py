@@ -7,10 +7,14 @@ parameter had; then it can be targeted, counted and replaced as linear layers ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .calls import tensors_in
 
 UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 _NOTES = "_wasi_notes"  # attribute of a module: what waits on its packed parameters
@@ -87,6 +91,21 @@ def packed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str,
         packed = packed_parameters(module)
         if packed:
             yield name, module, packed
+
+
+def routed_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Rows that meet an expert when a module of packed experts is called: one for each token and expert it goes to.
+
+    Modules that get no indices of experts (Llama 4's) are called with such rows.
+
+    Example:
+        >>> tokens, chosen = torch.zeros(5, 8), torch.zeros(5, 2, dtype=torch.long)
+        >>> routed_rows((tokens, chosen), {}), routed_rows((tokens,), {})
+        (10, 5)
+    """
+    tensors = tensors_in((args, dict(kwargs)))
+    indices = [tensor for tensor in tensors if not tensor.is_floating_point()]
+    return indices[0].numel() if indices else math.prod(tensors[0].shape[:-1])
 
 
 def expose_experts(model: nn.Module) -> list[str]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..forms.compressed import CompressedResidual
 from ..forms.compressed_stack import CompressedStackResidual
+from ..ranks.plan import rank_range
 from ..updates.base import Update
 from ..updates.costs import dense_elements
 from .layer import WasiLayer, wasi_layers
@@ -93,8 +94,8 @@ class WasiSummary:
         residuals = sorted({layer.frozen or "" for layer in self.layers} - {""})
         beside = f" beside weights in {' and '.join(residuals)}" if residuals else ""
         text = (
-            f"WASI adapter {self.adapter_name!r}: {len(self.layers)} layers, rank {ranks[0]} to {ranks[-1]} "
-            f"(median {ranks[len(ranks) // 2]}){beside}, {self.kept_share:.1%} of their bytes kept"
+            f"WASI adapter {self.adapter_name!r}: {len(self.layers)} layers, rank {rank_range(ranks)}{beside}, "
+            f"{self.kept_share:.1%} of their bytes kept"
         )
         past = len(self.past_break_even)
         return text + (f"; {past} layers are past break-even and cost more than dense" if past else "")
@@ -120,7 +121,7 @@ def wasi_summary(model: nn.Module, adapter_name: str = "default") -> WasiSummary
     """
     layers = tuple(
         LayerSummary(
-            name.removeprefix("base_model.").removeprefix("model."),
+            name.removeprefix("base_model.model."),
             layer.out_features,
             layer.in_features,
             layer.form_of(adapter_name).weight_rank,

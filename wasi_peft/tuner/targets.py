@@ -363,6 +363,11 @@ def _check_rank(name: str, module: nn.Module, config: WasiConfig) -> None:
             f"{name}: the plan is for another model: it has {planned.out_features} x {planned.in_features} there, "
             f"this model {shape[0]} x {shape[1]}."
         )
+    experts = getattr(module, "experts", 1)
+    if planned is not None and planned.experts != experts:
+        raise ValueError(
+            f"{name}: the plan is for another model: it has {planned.experts} weights there, this model {experts}."
+        )
     rank, factors = fixed_rank(name, config), _own_factors(module)
     if config.residual_of(plain_name(name)) is None:
         if factors is not None:
