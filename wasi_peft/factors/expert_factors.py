@@ -161,11 +161,11 @@ def measure_experts(
         seed: Of random projections.
         max_memory_bytes: Bound on the memory for sums: more passes run where it is too little for all.
     """
-    for group in _groups(stacks, max_memory_bytes):
+    for group in groups_within(stacks, max_memory_bytes):
         collector = Collector({}, max_memory_bytes, gradients, seed)
         expose_experts(model)
         try:
-            with evaluating(model, bool(gradients)), _recording(model, group) as recorders:
+            with evaluating(model, bool(gradients)), recording(model, group) as recorders:
                 with collector.attached(model):
                     run(collector)
         finally:
@@ -176,7 +176,7 @@ def measure_experts(
 
 
 @torch.no_grad()
-def _spectrum(recorder: _Recorder) -> StackSpectrum:
+def _spectrum(recorder: ExpertInputs) -> StackSpectrum:
     stack, weights, moments = recorder.stack, recorder.stack.matrices(), recorder.moments()
     weighed = bool(recorder.gradients.sum() > 0)
     weights_of_errors = (recorder.gradients / stack.out_features if weighed else torch.ones(stack.experts)).tolist()

@@ -257,7 +257,8 @@ def _read_back(folder: Path, arch: str, config: Any) -> nn.Module:
         return loaded.eval()
     reader, names = gguf.GGUFReader(folder / ADAPTER_FILE), _Names(arch, config)
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
-    alpha = reader.get_field(gguf.Keys.Adapter.LORA_ALPHA).contents()
+    scaling: Any = reader.get_field(gguf.Keys.Adapter.LORA_ALPHA)
+    alpha = scaling.contents()
     for name, weight in loaded.named_parameters():
         own = names.of(name)
         if f"{own}.lora_a" in tensors:

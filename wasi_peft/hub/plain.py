@@ -43,25 +43,28 @@ class LinearPair(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """Of the one layer, without values, (out, in)."""
-        like = self[1].weight
-        return torch.empty(self.out_features, self.in_features, dtype=like.dtype, device="meta")
+        outer: Any = self[1]
+        return torch.empty(self.out_features, self.in_features, dtype=outer.weight.dtype, device="meta")
 
     @property
     def bias(self) -> nn.Parameter | None:
         """(out,) or None."""
-        bias: nn.Parameter | None = self[1].bias
+        outer: Any = self[1]
+        bias: nn.Parameter | None = outer.bias
         return bias
 
     @property
     def in_features(self) -> int:
         """Of the one layer."""
-        size: int = self[0].in_features
+        inner: Any = self[0]
+        size: int = inner.in_features
         return size
 
     @property
     def out_features(self) -> int:
         """Of the one layer."""
-        size: int = self[1].out_features
+        outer: Any = self[1]
+        size: int = outer.out_features
         return size
 
 
