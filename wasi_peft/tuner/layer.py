@@ -11,7 +11,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..forms.compressed import CompressedLinear, base_beside, compressed, own_factors
+from ..forms.compressed import Compressed
+from ..forms.compressing import base_beside, compressed, own_factors
 from ..forms.dense import (
     FactoredWeight,
     ParkedLinear,
@@ -391,7 +392,7 @@ class WasiLayer(BaseTunerLayer):
         if base_form == "cpu":
             self._modules["base_layer"] = self._parked(dense)
         elif base_form in RESIDUALS:
-            if isinstance(dense, CompressedLinear) and dense.frozen is not None and products is not None:
+            if isinstance(dense, Compressed) and dense.frozen is not None and products is not None:
                 dense.frozen.products = products
             if is_quantized(dense):
                 return  # it is in few bits already, which the factors are beside as they are
@@ -457,7 +458,7 @@ class WasiLayer(BaseTunerLayer):
                 f"{self.merged_adapters} merged already."
             )
         if dense is None:
-            dense = not isinstance(self._modules.get("base_layer"), CompressedLinear)
+            dense = not isinstance(self._modules.get("base_layer"), Compressed)
         merged = (self.get_dense_layer if dense else self.get_compressed_layer)(names[0], safe_merge)
         self._unmerged_base = [self._modules["base_layer"]] if "base_layer" in self._modules else []
         self._modules["base_layer"] = merged
