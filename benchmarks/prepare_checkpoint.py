@@ -10,8 +10,8 @@ in a process of its own:
   checkpointing.
 
 Measured are the peak of the process (resident set) above what it held once everything was imported, and seconds.
-Weights are random, so this says nothing of accuracy. Eigenvectors of moments, in float64, take most of the time with
-data: factors, which need those of outputs too, take several times as long.
+Weights are random, so this says nothing of accuracy. Factors decompose moments of inputs and outputs in float64, which
+additions do not, and take many times as long.
 
 Results: docs/benchmarks/prepare_checkpoint.json.
 """

@@ -98,7 +98,7 @@ def comparison(entries: Entries, asked: Iterable[Settings], scores: Scores, colu
         entries: Finished runs.
         asked: Settings, learning rates and seed left open; those without a finished run with seed 0 are left out.
         scores: How rates are chosen and what is reported.
-        columns: Further fields, of which mean and spread are shown.
+        columns: Further fields, of which mean and spread are shown, of the runs that have them.
     """
     rows: list[tuple[Settings, list[dict[str, Any]], int]] = []
     for group in dict.fromkeys(group_of(settings) for settings in asked):
@@ -119,7 +119,8 @@ def comparison(entries: Entries, asked: Iterable[Settings], scores: Scores, colu
         rate = f"{runs[0]['settings']['lr']:g} ({tried})"
         seeds = str(len({entry["settings"]["seed"] for entry in runs}))
         cells = [group_of(own).removeprefix("method="), rate, seeds]
-        cells += [mean_and_spread([entry[field] for entry in runs]) for field in fields]
+        known = [[entry[field] for entry in runs if field in entry] for field in fields]
+        cells += [mean_and_spread(values) if values else "-" for values in known]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ CHAT = (
 )
 
 
-def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a byte, and a template for chats that tells what the assistant says."""
+def byte_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> transformers.PreTrainedTokenizerFast:
+    """One token a byte, some of merged ones, and a template for chats that tells what the assistant says."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "</s>", "<unk>", "<u>", "<a>"]
-    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(special + alphabet)}, [], unk_token="<unk>"))
+    tokens = [*special, *alphabet, *(first + second for first, second in merges)]
+    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, list(merges), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = transformers.PreTrainedTokenizerFast(
@@ -31,12 +33,12 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return fast
 
 
-def byte_llama(**options: Any) -> transformers.LlamaForCausalLM:
+def byte_llama(merges: int = 0, **options: Any) -> transformers.LlamaForCausalLM:
     """A tiny model of that tokenizer's tokens, the same each time."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.LlamaConfig(
-        vocab_size=len(byte_tokenizer()), num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1,
+        vocab_size=len(byte_tokenizer()) + merges, num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1,
         pad_token_id=0, bos_token_id=1, **sizes, **options,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)

@@ -17,6 +17,7 @@ from .hub.adapters import load_adapter
 from .hub.cards import write_card
 from .hub.compressed import compress
 from .hub.export import export
+from .hub.from_lora import start_from_lora
 from .hub.plain import to_plain
 from .hub.prepare import prepare_checkpoint
 from .planner.inference import fold_cores, merge_slow_layers
@@ -27,6 +28,7 @@ from .training.optimizer import create_wasi_optimizer
 from .training.optimizer_in_backward import OptimizerInBackward
 from .training.resize import resize_rank
 from .training.subspace_sgd import SubspaceSGD
+from .tuner import hotswap
 from .tuner.config import WasiConfig
 from .tuner.layer import WasiLayer
 from .tuner.model import WasiModel
@@ -69,6 +71,7 @@ __all__ = [
     "repair_tokens",
     "report",
     "resize_rank",
+    "start_from_lora",
     "to_plain",
     "wasi_summary",
     "write_card",
@@ -76,3 +79,4 @@ __all__ = [
 
 register(WasiConfig, WasiModel)
 cards.install()
+hotswap.install()

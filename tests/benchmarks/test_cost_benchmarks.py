@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import ARCHITECTURES
 from scripts import BENCHMARKS, ROOT, run_script
+from tokenizing import byte_llama, byte_tokenizer
 
 
 @pytest.mark.slow
@@ -189,6 +190,23 @@ def test_export_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert entries["dense, int8"]["faster_than_dense_of_its_precision"] == 1
         exact, rounded = (entries[f"factors, {name}"]["difference"] for name in ("fp32", "int8"))
         assert exact < 1e-4 < rounded
+
+
+def test_export_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp by pip install xllamacpp")
+    module, results = importlib.import_module("export_llama_cpp"), tmp_path / "llama.json"
+    byte_llama(merges=1).save_pretrained(tmp_path / "model")
+    byte_tokenizer(merges=[("a", "b")]).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(module, "smollm2_folder", lambda: tmp_path / "model")
+    monkeypatch.setattr(module, "load_mails", lambda count: [(f"{number} mail " * 99, 0) for number in range(count)])
+    monkeypatch.setattr(module, "PROMPT", 20)
+    command = ["--mails", "2", "--tokens", "3", "--rounds", "2", "--threads", "1", "--results", str(results)]
+    content = module.main(command)
+    assert content == json.loads(results.read_text()) and list(content["results"]) == list(module.VARIANTS)
+    assert all(entry["difference"] < 0.2 and len(entry["written"]) == 2 for entry in content["results"].values())
+    sizes = [entry["bytes"]["model.gguf"] for entry in content["results"].values()]
+    assert sizes[0] > sizes[1] == sizes[2] == sizes[4] > sizes[3]
+    assert "adapter.gguf" in content["results"]["adapter on codes of 8 bits"]["bytes"]
 
 
 @pytest.mark.slow

@@ -120,11 +120,14 @@ def test_spam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         return [{**item, "attention_mask": torch.ones(6, dtype=torch.long)} for item in made]
 
     monkeypatch.setattr(module, "load_items", lambda count: (items(count), items(30), items(33)))
-    module.main(["--train", "64", "--steps", "80", "--lr", "3e-3", "--results", str(results)])
+    monkeypatch.setattr(module, "in_a_process", module.run)  # where the functions above would not be known
+    repaired = ("--repair-steps", "2")
+    module.main(["--train", "64", "--steps", "80", "--lr", "3e-3", *repaired, "--results", str(results)])
     entries = json.loads(results.read_text())
-    assert [key.split()[0] for key in entries] == ["method=full", "method=lora", "method=residual"]
+    assert {key.split()[0] for key in entries} == {f"method={name}" for name in module.GRID}
     for entry in entries.values():
         assert entry["majority"] == pytest.approx(2 / 3) and entry["test_accuracy"] == 1
+        assert entry["job_seconds"] > 0 and entry["peak_mib"] >= 0
     assert "| residual | 0.003 (1) | 1 | 1.0000 | 1.0000 | 0.6667 |" in capsys.readouterr().out
 
 

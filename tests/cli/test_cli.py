@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from expert_models import experts_model
 from models import ARCHITECTURES, wasi_model
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,7 +34,7 @@ PLANNED = ("--batch-size", "4", "--weight-share", "0.6", "--update", "factor")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Saved models with processors, images and texts, an adapter, a calibration and a plan made of it."""
     folder = tmp_path_factory.mktemp("assets")
-    for name in ("vit", "bert", "t5", "llama"):
+    for name in ("vit", "bert", "t5", "llama", "swin"):
         ARCHITECTURES[name].model().save_pretrained(folder / name)
     processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
     (folder / "vit" / "preprocessor_config.json").write_text(json.dumps(processor))
@@ -127,9 +128,24 @@ def test_inspect_model(run: Any) -> None:
     assert json.loads(run("inspect", "vit", "--json", "--task", "features"))["architecture"] == "ViTModel"
 
 
+def test_packed_experts_count(run: Any, tmp_path: Path) -> None:
+    model: Any = experts_model("mixtral", torch.float32)
+    model.save_pretrained(tmp_path / "experts")
+    data = json.loads(run("inspect", str(tmp_path / "experts"), "--json"))
+    packed = {row["layers"]: (row["count"], row["parameters"]) for row in data["kinds"] if "proj" in row["layers"]}
+    assert packed["gate_up_proj"] == (4, 4 * 32 * 16) and packed["down_proj"] == (4, 4 * 16 * 16)
+    elements = 4 * 16 * 16 + 4 * 32 * 16 + 4 * 16 * 16
+    assert data["target_share"] == elements / sum(parameter.numel() for parameter in model.parameters())
+    estimates = json.loads(run("estimate", str(tmp_path / "experts"), "--batch-size", "2", "--json"))["estimates"]
+    packed_names = [name for name, layer in data["layers"].items() if layer["experts"] > 1]
+    layers = sorted(set(data["layers"]) - set(packed_names))
+    lora = get_peft_model(model, LoraConfig(r=16, target_modules=layers, target_parameters=packed_names))
+    assert estimates["LoRA r=16"]["gradients_bytes"] == 4 * lora.get_nb_trainable_parameters()[0]
+
+
 def test_inspect_adapter(run: Any) -> None:
     text = run("inspect", "adapter")
-    assert "12 layers, rank 3 to 3" in text
+    assert "12 layers, rank 3, " in text
     assert "update factor" in text and "input kept for backward: feature 4" in text
     data = json.loads(run("inspect", "adapter", "--json"))
     assert data["update"] == "factor"
@@ -169,7 +185,7 @@ def test_inspect_adapter_made_from_a_plan(run: Any, assets: Path, tmp_path: Path
     model.save_pretrained(tmp_path)
     text, data = run("inspect", str(tmp_path)), json.loads(run("inspect", str(tmp_path), "--json"))
     assert data["kept_share"] == model.wasi_summary().kept_share
-    assert f"update='{update}'" in text and f"{data['kept_share']:.1%} of their weights kept" in text
+    assert f"update='{update}'" in text and f"{data['kept_share']:.1%} of their bytes kept" in text
     assert ("  image" in text) == (update in ("frozen_basis", "core"))
     ranks = {layer["layer"]: layer["weight_rank"] for layer in data["layers"]}
     more = int(update == "low_rank")  # its direction is in the saved factors
@@ -195,6 +211,7 @@ def test_how_inputs_are_kept_in_words(options: dict[str, Any], expected: str) ->
 def test_inspect_plan(run: Any, assets: Path) -> None:
     plan = WasiPlan.load(assets / "plan.json")
     assert plan.headline() in run("inspect", "plan.json")
+    assert len(run("inspect", "plan.json").splitlines()) < len(run("inspect", "plan.json", "--layers").splitlines())
     assert json.loads(run("inspect", "plan.json", "--json")) == plan.to_dict()
 
 
@@ -260,20 +277,51 @@ def test_estimate_table(run: Any, estimated: dict[str, Any]) -> None:
 
 
 def test_estimates_that_are_asked_for(run: Any, estimated: dict[str, Any], assets: Path) -> None:
-    labels = json.loads(run("estimate", "llama", *ESTIMATED, "--json"))["estimates"]
-    assert list(labels) == ["dense", "LoRA r=16"]
+    labels = json.loads(run("estimate", "llama", "--batch-size", "4", "--json"))["estimates"]
+    assert list(labels) == ["dense", "LoRA r=16", "WASI K=32"]
     assert estimated["LORA"].modules_to_save is None
+    assert (estimated["WASI"].residual, estimated["WASI"].weight_rank) == ("int8", None)
     labels = json.loads(run("estimate", "vit", *ESTIMATED, "--json", "--weight-rank", "3"))["estimates"]
     assert list(labels) == ["dense", "LoRA r=16", "WASI K=3"]
     assert estimated["WASI"].compression_rule("fc1") is None
     for options, residual in (((), "int8"), (("--residual", "none"), None), (("--residual", "int4"), "int4")):
         run("estimate", "vit", "--batch-size", "4", "--weight-rank", "3", *options)
         assert estimated["WASI"].residual == residual
-    assert "--residual goes with --weight-rank" in run("estimate", "vit", *ESTIMATED, "--residual", "int4", code=2)
+    run("estimate", "vit", "--batch-size", "4", "--residual", "int4")
+    assert estimated["WASI"].residual == "int4"
     labels = json.loads(run("estimate", "vit", *ESTIMATED, "--json", "--dense"))["estimates"]
     assert list(labels) == ["dense"]
     run("estimate", "vit", *ESTIMATED, "--plan", "plan.json")
     assert estimated["WASI"].plan == WasiPlan.load(assets / "plan.json").to_dict()
+
+
+def test_how_a_step_runs_reaches_the_estimator(run: Any, estimated: dict[str, Any]) -> None:
+    run("estimate", "bert", "--batch-size", "4", "--skip-padding", "--padding", "0.5", "--sequence-length", "8")
+    mask = estimated["batch"]["attention_mask"]
+    assert estimated["WASI"].skip_padding and mask.sum(1).tolist() == [8, 4, 3, 2]
+    run("estimate", "vit", "--batch-size", "4", "--token-keep", "0.5")
+    assert (estimated["WASI"].token_keep, estimated["WASI"].skip_padding) == (0.5, False)
+
+
+def test_padding_gets_no_labels(run: Any, estimated: dict[str, Any]) -> None:
+    run("estimate", "llama", "--batch-size", "4", "--padding", "0.5", "--sequence-length", "8")
+    batch = estimated["batch"]
+    assert batch["labels"].eq(-100).equal(batch["attention_mask"] == 0)
+
+
+def test_plans_measure_padding_on_their_data(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def plan_wasi(*args: Any, **options: Any) -> WasiPlan:
+        asked.update(options)
+        return WasiPlan((LayerPlan("fc", 8, 8, 2, None, 0.9),))
+
+    monkeypatch.setattr(cli, "plan_wasi", plan_wasi)
+    run("plan", "bert", *PLANNED, "--data", "texts.txt", "--skip-padding", "--sequence-length", "6")
+    # texts of 4, 2, 6 and 5 tokens
+    assert asked["config"].skip_padding and asked["batch"]["attention_mask"].sum() in (17, 18)
+    run("plan", "bert", *PLANNED, "--data", "texts.txt", "--sequence-length", "6")
+    assert asked["batch"]["attention_mask"].all()
 
 
 @pytest.mark.parametrize(
@@ -393,7 +441,8 @@ def test_a_plan_with_forms_from_start_to_end(run: Any, assets: Path, tmp_path: P
     text = run("plan", "vit", "--calibration", "calibration", *asked, "--output", str(output))
     plan = WasiPlan.load(output)
     assert plan.headline() in text and {layer.form for layer in plan.layers} - {"factors"}
-    forms = {line.split()[0]: line.split()[3] for line in run("inspect", str(output)).splitlines()[1:-2]}
+    forms = {line.split()[0]: line.split()[3] for line in run("inspect", str(output), "--layers").splitlines()[1:-2]}
+    assert f"to train under it: WasiConfig(plan='{output}', modules_to_save=['classifier'])" in text
     assert forms == {layer.name: layer.form for layer in plan.layers}
     only = json.loads(run("plan", "vit", "--calibration", "calibration", *asked, "--forms", "int8", "int4", "--json"))
     assert {layer["form"] for layer in only["layers"].values()} <= {"int8", "int4"}
@@ -517,6 +566,30 @@ BAD = {
     "unknown optimizer": (("estimate", "vit", *ESTIMATED, "--optimizer", "lion"), "invalid choice: 'lion'"),
     "two methods": (("estimate", "vit", *ESTIMATED, "--plan", "plan.json", "--weight-rank", "2"), "not allowed with"),
     "dense with LoRA": (("estimate", "vit", *ESTIMATED, "--dense", "--lora", "2"), "give --lora or --dense, not both"),
+    "rank of factors unknown": (("estimate", "vit", *ESTIMATED), "need --weight-rank, or --plan"),
+    "residual of a plan": (("estimate", "vit", *ESTIMATED, "--plan", "p.json", "--residual", "int4"), "has its own"),
+    "padding unknown": (("estimate", "bert", "--batch-size", "4", "--skip-padding"), "give it with --padding"),
+    "padding of a plan unknown": (
+        ("plan", "bert", *PLANNED, "--calibration", "calibration", "--skip-padding"),
+        "or --data to measure it on",
+    ),
+    "too much padding": (
+        ("estimate", "bert", "--batch-size", "2", "--sequence-length", "4", "--padding", "0.6"),
+        "--padding must be at most 0.375 for 2 texts of which one has 4 tokens, got 0.6",
+    ),
+    "padding of images": (("estimate", "vit", "--batch-size", "4", "--padding", "0.6"), "--padding is for text"),
+    "patches of texts": (
+        ("estimate", "bert", "--batch-size", "4", "--token-keep", "0.6"),
+        "--token-keep is for image",
+    ),
+    "padding of the dense model": (
+        ("estimate", "bert", "--batch-size", "4", "--dense", "--skip-padding", "--padding", "0.5"),
+        "--skip-padding and --token-keep are for WASI",
+    ),
+    "patches where they are not alike": (
+        ("estimate", "swin", "--batch-size", "4", "--token-keep", "0.5"),
+        "token_keep needs blocks that work on any number of tokens",
+    ),
     "activation rank alone": (("estimate", "vit", *ESTIMATED, "--activation-rank", "2"), "goes with --weight-rank"),
     "rank too large": (
         ("estimate", "vit", *ESTIMATED, "--weight-rank", "99"),
@@ -527,14 +600,17 @@ BAD = {
         ("estimate", "bert", *ESTIMATED, "--plan", "plan.json"),
         "the plan is for another model",
     ),
-    "tokens for images": (("estimate", "vit", *ESTIMATED, "--sequence-length", "8"), "--sequence-length is for text"),
-    "pixels for text": (("estimate", "bert", *ESTIMATED, "--image-size", "8"), "--image-size is for images"),
+    "tokens for images": (
+        ("estimate", "vit", "--batch-size", "4", "--sequence-length", "8"),
+        "--sequence-length is for text",
+    ),
+    "pixels for text": (("estimate", "bert", "--batch-size", "4", "--image-size", "8"), "--image-size is for images"),
     "too many tokens": (
-        ("estimate", "bert", *ESTIMATED, "--sequence-length", "13"),
+        ("estimate", "bert", "--batch-size", "4", "--sequence-length", "13"),
         "must be at most 12 for this model",
     ),
     "task of another kind": (
-        ("estimate", "vit", *ESTIMATED, "--task", "causal-lm"),
+        ("estimate", "vit", "--batch-size", "4", "--task", "causal-lm"),
         "Unrecognized configuration class",
     ),
     "no budget": (("plan", "vit", "--data", "images", *ESTIMATED), "one of the arguments --weight-share"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import ARCHITECTURES, logits, wasi_model
 from safetensors.torch import load_file
+from tokenizing import byte_llama, byte_tokenizer
 from transformers import AutoModelForImageClassification
 
 from wasi_peft import WasiConfig, compress
@@ -93,6 +94,17 @@ def test_export_lora(run: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
+def test_export_gguf(run: Any, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    byte_llama(merges=1).save_pretrained(tmp_path / "model")
+    command = ["export", tmp_path / "model", "--format", "gguf", "--int8", "--output", tmp_path / "gguf"]
+    assert "tokenizer= is needed" in run(*command, code=2)
+    byte_tokenizer(merges=[("a", "b")]).save_pretrained(tmp_path / "tokenizer")
+    data = json.loads(run(*command, "--tokenizer", tmp_path / "tokenizer", "--tokens", "20", "--json"))
+    assert 0 < data["difference"] < 0.09 and data["format"] == "gguf"
+    assert "Q8_0" in {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
+
+
 def test_inspect_a_compressed_checkpoint(run: Any, assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "load_model", None)
     data = json.loads(run("inspect", "small", "--json"))
@@ -102,8 +114,9 @@ def test_inspect_a_compressed_checkpoint(run: Any, assets: Path, monkeypatch: py
     assert {(layer["form"], layer["rank"]) for layer in data["layers"]} == {("factors", 3)}
     fc1 = next(layer for layer in data["layers"] if layer["name"] == "vit.layers.0.mlp.fc1")
     assert fc1["stored_bytes"] == 4 * (3 * (16 + 24) + 24)
+    assert "vit.layers.0.mlp.fc1" in run("inspect", "small", "--layers")
     text = run("inspect", "small")
-    assert "vit.layers.0.mlp.fc1" in text and "compressed checkpoint: 12 layers in" in text
+    assert "fc1         2     0-1  factors     3" in text and "compressed checkpoint: 12 layers in" in text
 
 
 def test_the_base_of_an_adapter_may_be_elsewhere(run: Any, assets: Path, tmp_path: Path) -> None:
@@ -141,7 +154,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 BAD = {
     "no output": (("export", "vit"), "arguments are required: --output"),
-    "unknown format": (("export", "vit", "--output", "x", "--format", "gguf"), "invalid choice: 'gguf'"),
+    "unknown format": (("export", "vit", "--output", "x", "--format", "tflite"), "invalid choice: 'tflite'"),
+    "tokenizer elsewhere": (
+        ("export", "vit", "--output", "x", "--tokenizer", "x"),
+        "format 'plain' has the options []",
+    ),
+    "other models as GGUF": (("export", "vit", "--format", "gguf", "--output", "x"), "is for LlamaForCausalLM,"),
     "8 bits elsewhere": (("export", "vit", "--output", "x", "--int8"), "format 'plain' has the options [], got"),
     "there": (("export", "vit", "--output", "small"), "small: there is something already"),
     "merge into what is there": (("merge", "factors", "--output", "small"), "small: there is something already"),
@@ -154,7 +172,10 @@ BAD = {
     "damaged checkpoint": (("inspect", "damaged"), "the file is damaged or no safetensors file"),
     "checkpoint of a later version": (("inspect", "later"), "format_version 1, got 2"),
 }
-EARLY = ("no output", "unknown format", "8 bits elsewhere", "there", "merge into what is there", "merge of a model")
+EARLY = (
+    "no output", "unknown format", "8 bits elsewhere", "tokenizer elsewhere", "there", "merge into what is there",
+    "merge of a model",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

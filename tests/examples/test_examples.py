@@ -165,6 +165,21 @@ def test_image_classification(run: Callable[..., str], model_folder: Path, image
     assert (folder / "adapter_model.safetensors").is_file()
 
 
+def test_adversarial(run: Callable[..., str], model_folder: Path, image_folder: Path) -> None:
+    """Classes are 80 grey levels apart: a change of 30 fools a model that was trained without, and not one with."""
+    robust = {}
+    for steps in (0, 3):
+        text = run(
+            "adversarial", "--model", model_folder, "--dataset", image_folder, "--epochs", "8", "--batch-size", "8",
+            "--lr", "3e-3", "--epsilon", "30", "--attack-steps", str(steps), "--token-keep", "0.75",
+        )  # fmt: skip
+        clean, robust[steps] = (
+            number(rf"{kind} accuracy after training: (\S+)\n", text) for kind in ("clean", "robust")
+        )
+        assert clean > 0.6 and robust[steps] <= clean
+    assert robust[3] > robust[0] + 0.2
+
+
 def test_text_classification(run: Callable[..., str], text_model: Path, mails: Path) -> None:
     text = run(
         "text_classification", "--model", text_model, "--dataset", mails, "--metric", METRICS / "accuracy.py",

@@ -12,6 +12,7 @@ from strategies import relative_error
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, WasiFactors, preprocess_wasi, repair_blocks, repair_factors, repair_tokens
+from wasi_peft.factors.statistics import InputStatistics
 from wasi_peft.forms.residual import RESIDUALS
 from wasi_peft.linalg.coordinates import ADDITION_SCALE, DAMPING, correction
 from wasi_peft.tuner.layer import wasi_layers
@@ -47,20 +48,47 @@ def prepared(model: nn.Module, **options: Any) -> tuple[WasiConfig, WasiFactors]
     return config, preprocess_wasi(model, config, batches(), progress_bar=False)
 
 
+def exact_correction(lost: Tensor, rank: int, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Directions of the output and all singular values, by the root of the damped moment, and that moment."""
+    damped = C + DAMPING * C.diagonal().mean() * torch.eye(len(C), dtype=torch.float64)
+    U, S, _ = torch.linalg.svd(lost @ torch.linalg.cholesky(damped), full_matrices=False)
+    return U[:, :rank], S, damped
+
+
+@pytest.mark.parametrize("rows", [10, 500], ids=["fewer rows than inputs", "more rows"])
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
-def test_the_correction_is_the_best_of_its_rank(shape: tuple[int, int]) -> None:
+def test_the_correction_is_the_best_of_its_rank(shape: tuple[int, int], rows: int) -> None:
     generator = torch.Generator().manual_seed(2)
     lost = torch.randn(*shape, generator=generator, dtype=torch.float64)
     spread = torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64)
-    C = spread @ spread.T
-    L, R = correction(lost, 5, C)
-    damped = C + DAMPING * C.diagonal().mean() * torch.eye(len(C), dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(damped)
-    root = (vectors * values.sqrt()) @ vectors.T
-    dropped = torch.linalg.svdvals(lost @ root)[5:].square().sum()
-    assert float(((lost - L @ R) @ root).square().sum()) == pytest.approx(float(dropped), rel=1e-3)
+    x = torch.randn(rows, shape[1], generator=generator, dtype=torch.float64) @ spread
+    statistics = InputStatistics.of_width("layer", shape[1])
+    for part in x.split(7):
+        statistics.update(part)
+    C = x.T @ x / rows
+    L, R = correction(lost, 5, statistics.times, statistics.mean_square)
+    U, S, damped = exact_correction(lost, 5, C)
+    left = lost - L @ R
+    assert float(torch.trace(left @ damped @ left.T)) == pytest.approx(float(S[5:].square().sum()), rel=1e-3)
+    angles = torch.linalg.svdvals(U.T @ torch.linalg.qr(L).Q)
+    assert float(angles.min()) > 1 - 1e-2  # the same directions of the output
     image = R @ damped @ R.T
-    assert relative_error(image, torch.eye(5, dtype=torch.float64) * ADDITION_SCALE**2 * C.diagonal().mean()) < 1e-8
+    assert relative_error(image, torch.eye(5, dtype=torch.float64) * ADDITION_SCALE**2 * C.diagonal().mean()) < 1e-5
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_directions_in_which_nothing_was_lost_still_train(left: int) -> None:
+    """Their rows are white beside the others, and they answer nothing at first."""
+    generator = torch.Generator().manual_seed(3)
+    lost = torch.randn(12, left, generator=generator) @ torch.randn(left, 9, generator=generator)
+    spread = torch.randn(9, 9, generator=generator).double()
+    C = spread @ spread.T
+    L, R = correction(lost.double(), 4, lambda columns: C @ columns, float(C.diagonal().mean()))
+    assert relative_error(L @ R, lost.double()) < 1e-4 if left else not bool(L.any())
+    assert [bool(column.any()) for column in L.T] == [True] * left + [False] * (4 - left)
+    damped = C + DAMPING * C.diagonal().mean() * torch.eye(9, dtype=torch.float64)
+    white = torch.eye(4, dtype=torch.float64) * ADDITION_SCALE**2 * C.diagonal().mean()
+    assert relative_error(R @ damped @ R.T, white) < 1e-6
 
 
 @pytest.mark.parametrize("residual", ["int8", "int4"])

@@ -196,7 +196,7 @@ def test_what_is_constant_goes_into_the_bias() -> None:
 
 def test_statistics_over_several_batches_of_any_shape() -> None:
     x = anisotropic(60, 6, seed=5)
-    statistics = InputStatistics(torch.zeros(6, 6), torch.zeros(6))
+    statistics = InputStatistics.of_width("fc", 6)
     for part in (x[:20].reshape(4, 5, 6), x[20:50].reshape(1, 2, 15, 6), x[50:59], x[59]):
         statistics.update(part.float())
     moment, mean = statistics.moments()
@@ -208,7 +208,7 @@ def test_statistics_over_several_batches_of_any_shape() -> None:
 
 def test_low_precision_inputs_are_summed_in_float32() -> None:
     """Adding one more row to a large bfloat16 sum would change nothing."""
-    statistics = InputStatistics(torch.zeros(2, 2), torch.zeros(2))
+    statistics = InputStatistics.of_width("fc", 2)
     for _ in range(20):
         statistics.update(torch.ones(100, 2, dtype=torch.bfloat16))
         statistics.update_output("fc", torch.ones(100, 2, dtype=torch.bfloat16))
@@ -550,7 +550,7 @@ def test_the_memory_bound_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     check = collecting.Collector.check
 
     def recorded(self: Any, fresh: bool) -> None:
-        sums = [[one.second_moment, one.total, *one.output_moments.values()] for one in self.collected]
+        sums = [[one.sums.total(), one.total, *one.output_moments.values()] for one in self.collected]
         held.append((len(sums), sum(part.numel() * 4 for parts in sums for part in parts), self.bytes_held))
         check(self, fresh)
 
@@ -604,6 +604,14 @@ def test_the_token_mode_needs_one_number_of_tokens_everywhere() -> None:
         data = [batches(1)[0][:, :tokens] for tokens in lengths]
         for spectrum in calibrate(net, data).spectra():
             assert set(spectrum.gradient_energies) == {"feature"}
+
+
+def test_the_token_mode_of_long_inputs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take a decomposition of tokens x tokens for each layer."""
+    for most, modes in ((5, {"feature", "token"}), (4, {"feature"})):  # of 5 tokens
+        monkeypatch.setattr(statistics, "MOST_TOKENS", most)
+        for spectrum in calibrate(reference.tiny_net(6), batches()).spectra():
+            assert set(spectrum.gradient_energies) == modes
 
 
 def test_bias_correction_is_off_for_layers_without_bias() -> None:
@@ -913,9 +921,9 @@ def test_another_format(tmp_path: Path) -> None:
     calibrate(net, batches(), directory=tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "format": 99}))
-    with pytest.raises(ValueError, match="must have format 5, got 99"):
+    with pytest.raises(ValueError, match="must have format 6, got 99"):
         Calibration.load(tmp_path)
-    with pytest.raises(ValueError, match="must have format 5, got 99"):
+    with pytest.raises(ValueError, match="must have format 6, got 99"):
         calibrate(net, batches(), directory=tmp_path)
 
 

@@ -404,7 +404,7 @@ def test_bad_configurations(config: WasiConfig, message: str) -> None:
     assert prepared(net) == {}
 
 
-@pytest.mark.parametrize("step", ["calibrate_wasi", "Calibration.factors", "repair", "with_moments"])
+@pytest.mark.parametrize("step", ["calibrate_layers", "Calibration.factors", "repair", "with_moments"])
 def test_nothing_is_attached_after_a_crash(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = reference.tiny_net(18)
     run(net, WasiConfig(residual=None, weight_rank=2), batches())

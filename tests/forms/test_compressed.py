@@ -11,14 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from wasi_peft.forms.compressed import (
-    CompressedLinear,
-    CompressedResidual,
-    StoredForm,
-    compressed,
-    from_stored,
-    stored_layout,
-)
+from wasi_peft.forms.compressed import CompressedLinear, CompressedResidual
+from wasi_peft.forms.compressing import compressed, from_stored
 from wasi_peft.forms.cored import CoredLinear
 from wasi_peft.forms.dense import dense_weight, is_quantized, weight_shape
 from wasi_peft.forms.factored import FactoredLinear
@@ -26,6 +20,7 @@ from wasi_peft.forms.frozen import FROZEN
 from wasi_peft.forms.products import ProductChoice
 from wasi_peft.forms.residual import ExactResidual, Int4Residual, Int8Residual, ResidualLinear
 from wasi_peft.forms.split import SplitLinear
+from wasi_peft.forms.stored import StoredForm, stored_layout
 
 OUT, IN = 24, 40
 EXACT = ProductChoice("restored")

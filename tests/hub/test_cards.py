@@ -106,6 +106,34 @@ def test_the_card_of_the_trainer_keeps_it_and_its_own_words(tmp_path: Path) -> N
     assert {"wasi", "mine"} <= set(ModelCard.load(tmp_path / "out/README.md").data.tags)
 
 
+def test_a_compressed_model_that_the_trainer_saves_has_a_card(tmp_path: Path) -> None:
+    """By its checkpoints, by `save_model`, and when the Trainer has written a card of its own, as it does to push."""
+    base_of(LLAMA, tmp_path / "base")
+    compress(LLAMA.model(), WasiConfig(weight_share=0.6)).save_pretrained(tmp_path / "small")
+    model = type(LLAMA.model()).from_pretrained(tmp_path / "small")
+    data = [{"input_ids": row, "labels": row} for row in torch.randint(1, 20, (4, 6))]
+    out = tmp_path / "out"
+    arguments = transformers.TrainingArguments(str(out), max_steps=1, save_steps=1, use_cpu=True, report_to=[])
+    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    trainer.save_model()
+    expected = logits(model.eval(), LLAMA.batch())
+    for folder in (tmp_path / "small", out / "checkpoint-1", out):
+        names: dict[str, Any] = {}
+        exec(snippet(folder), names)
+        equal = torch.equal(logits(names["model"].eval(), LLAMA.batch()), expected)
+        assert equal == (folder != tmp_path / "small")
+    for _ in range(2):
+        trainer.create_model_card(model_name="my model", tags="mine")
+    text = (out / "README.md").read_text()
+    assert text.count("import wasi_peft") == 1 and "my model" in text and "| form | factors |" in text
+    assert {"wasi", "mine"} <= set(ModelCard.load(out / "README.md").data.tags)
+    dense = transformers.Trainer(LLAMA.model(), arguments, train_dataset=data)
+    dense.save_model(str(tmp_path / "dense"))
+    dense.create_model_card()
+    assert not (tmp_path / "dense/README.md").exists() and "wasi_peft" not in (out / "README.md").read_text()
+
+
 def test_words_of_the_user_stay(tmp_path: Path) -> None:
     model = compress(base_of(VIT, tmp_path / "base"))
     (tmp_path / "README.md").write_text("---\nlicense: mit\ntags:\n- own\n---\n# Title\n\nMy words.\n")

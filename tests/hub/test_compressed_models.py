@@ -449,7 +449,7 @@ DAMAGES: dict[str, tuple[str, Edit, str]] = {
     "another form": ("int8", entry(form="int4"), rf"{Q}: the checkpoint lacks 'wasi_smallest'"),
     "factors that are not there": ("int8", entry(rank=2), rf"{Q}: the checkpoint lacks 'wasi_added_L'"),
     "no such layer": ("int8", renamed, r"vit\.layers\.7\.q_proj: .* of another model; .* got no such module"),
-    "no linear layer": ("int8", not_linear, r"vit\.layernorm: .* must be a Linear, got LayerNorm"),
+    "no linear layer": ("int8", not_linear, r"vit\.layernorm: .* must be a Linear or packed experts, got LayerNorm"),
     "missing codes": (
         "int8",
         without("wasi_codes"),

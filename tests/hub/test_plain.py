@@ -20,6 +20,7 @@ from wasi_peft.forms.compressed import CompressedLinear
 from wasi_peft.forms.factored import FactoredLinear
 from wasi_peft.forms.products import ProductChoice
 from wasi_peft.forms.residual import Int8Residual
+from wasi_peft.hub.plain import LinearPair
 from wasi_peft.tuner.layer import wasi_layers
 
 NAMES = [name for name in ARCHITECTURES if name != "t5"]
@@ -39,7 +40,8 @@ def adapted(name: str, form: str, **options: Any) -> Any:
 
 
 def batch_of(name: str) -> dict[str, torch.Tensor]:
-    return ARCHITECTURES[name].inputs(3)
+    batch = ARCHITECTURES[name].inputs(3)
+    return {**batch, "decoder_input_ids": batch["input_ids"][:, :4]} if name == "t5" else batch
 
 
 @torch.no_grad()
@@ -126,18 +128,21 @@ def test_quantizers_of_torch_find_every_layer() -> None:
     assert len(kinds) == 2 * 12 + 1 and set(kinds) == {"torch.ao.nn.quantized.dynamic.modules.linear"}
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------- what model code asks
 
 
-def test_code_that_reads_a_weight_is_named() -> None:
+def test_two_layers_tell_what_code_asks_of_one() -> None:
     t5 = compress(ARCHITECTURES["t5"].model(), WasiConfig(residual=None, weight_rank=3))
-    with pytest.raises(
-        ValueError, match=r"encoder.block.0.layer.1.DenseReluDense.wo: .* reads 'weight' of this layer"
-    ):
-        to_plain(t5, ARCHITECTURES["t5"].batch())
-    with pytest.raises(ValueError, match="reads 'weight'"):
-        to_plain(t5)  # the batch that the configuration tells has a decoder's input too
-    to_plain(compress(ARCHITECTURES["t5"].model()))  # dense layers again, which have one
+    batch = ARCHITECTURES["t5"].batch()
+    plain = to_plain(t5, batch)
+    with torch.no_grad():
+        assert_same(plain(**batch).logits, t5(**batch).logits)
+    asked = plain.encoder.block[0].layer[1].DenseReluDense.wo
+    assert type(asked) is LinearPair and asked.weight.is_meta and "weight" not in asked.state_dict()
+    assert (asked.weight.shape, asked.weight.dtype) == ((16, 24), torch.float32)
+    assert (asked.in_features, asked.out_features, asked.bias) == (24, 16, None)
+    assert plain.to(torch.bfloat16).encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.bfloat16
+    assert type(plain.encoder.block[0].layer[1].DenseReluDense.wi) is nn.Sequential, "nobody asks it"
 
 
 class Peeking(nn.Module):
@@ -151,9 +156,28 @@ class Peeking(nn.Module):
         return self.fc(x) if getattr(self.fc, "weight", None) is not None else x
 
 
-def test_code_that_hides_that_it_reads_a_weight_is_named() -> None:
-    with pytest.raises(ValueError, match="fc: the model's code reads 'weight'"):
-        to_plain(Peeking(), torch.randn(2, 4))
+def test_they_have_what_code_looks_for() -> None:
+    model, x = Peeking(), torch.randn(2, 4)
+    assert_same(to_plain(model, x)(x), model(x))
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+class Computing(nn.Module):
+    """Multiplies with a weight by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = CompressedLinear(FactoredLinear(4, 4, rank=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.fc.weight.t() + self.fc.bias
+
+
+def test_code_that_computes_with_a_weight_is_named() -> None:
+    with pytest.raises(ValueError, match="fc: the model's code computes with the weight of this layer"):
+        to_plain(Computing(), torch.randn(2, 4))
 
 
 def test_wrong_answers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +227,9 @@ assert sys.modules["wasi_peft"] is None and sys.modules["peft"] is None
 """
 
 
-@pytest.mark.parametrize("name,form", [("vit", "factors"), ("llama_tied", "factors"), ("gpt2", "int8")])
+@pytest.mark.parametrize(
+    "name,form", [("vit", "factors"), ("llama_tied", "factors"), ("gpt2", "int8"), ("t5", "factors")]
+)
 def test_the_folder_needs_no_wasi_peft(name: str, form: str, tmp_path: Path) -> None:
     model = adapted(name, form)
     assert export(model, tmp_path / "plain", batch=batch_of(name)) < 1e-5

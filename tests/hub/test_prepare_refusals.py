@@ -176,13 +176,39 @@ def test_tied_weights_that_differ(tmp_path: Path) -> None:
     refused(dense, tmp_path / "small", "lm_head.weight: is tied to model.embed_tokens.weight, so they must be equal")
 
 
-def test_experts_that_transformers_puts_together(tmp_path: Path) -> None:
+FIRST = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
+EXPERTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "one is missing": (
+        lambda t: [t.pop(FIRST.format(1).replace("w1", w)) for w in ("w1", "w2", "w3")],
+        "must be of shape",
+    ),
+    "half of one is missing": (lambda t: t.pop(FIRST.format(1)), "transformers must make it of 3 tensors"),
+    "one has another shape": (
+        lambda t: t.update({FIRST.format(1): torch.zeros(24, 8)}),
+        r"experts\.gate_up_proj: transformers must make it of 4 tensors .*, which do not fit together",
+    ),
+    "one is of integers": (
+        lambda t: t.update({FIRST.format(1): torch.zeros(24, 16).int()}),
+        "dtype F64 or .* and I32",
+    ),
+    "both ways": (
+        lambda t: t.update({"model.layers.0.mlp.experts.down_proj": torch.zeros(2, 16, 24)}),
+        "a checkpoint must hold a tensor once",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_that_cannot_be_put_together(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tf.MixtralConfig(
         vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=2,
     )  # fmt: skip
     tf.MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
-    refused(tmp_path / "dense", tmp_path / "small", "transformers makes .*experts.* of several tensors.*use compress")
+    damage, message = EXPERTS[case]
+    rewrite(tmp_path / "dense", damage)
+    monkeypatch.setattr(DenseCheckpoint, "read", lambda self, name: pytest.fail("a tensor was read"))
+    refused(tmp_path / "dense", tmp_path / "small", message)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])

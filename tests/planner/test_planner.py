@@ -27,7 +27,14 @@ from wasi_peft.linalg.low_bit import quantize_rows
 from wasi_peft.linalg.tucker import Tucker
 from wasi_peft.planner.fit import AIM, GRADIENT_ERROR, Problem, next_bound
 from wasi_peft.planner.peak import MODE_TOLERANCE, PEAK_MARGIN
-from wasi_peft.planner.planner import BUDGETS, _comparable, _run_for_sizes, input_shapes, plan_wasi
+from wasi_peft.planner.planner import (
+    BUDGETS,
+    _comparable,
+    _fewer_tokens,
+    _run_for_sizes,
+    input_shapes,
+    plan_wasi,
+)
 from wasi_peft.planner.work import Flops
 from wasi_peft.ranks.choosing import plan_error
 from wasi_peft.ranks.plan import MEMORY_MODES, WasiPlan
@@ -752,6 +759,33 @@ def test_no_layer_of_a_plan_is_past_the_break_even_of_its_update(update: Any) ->
 
 def test_the_aim_of_the_search_leaves_room_for_the_margin() -> None:
     assert AIM * (1 - PEAK_MARGIN) > 0.85
+
+
+def test_patches_that_are_dropped_do_not_count() -> None:
+    model, batch = ARCHITECTURES["vit"].model(), ARCHITECTURES["vit"].batch(8)
+    config = WasiConfig(token_keep=0.5, modules_to_save=["classifier"])
+    shapes: dict[str, tuple[int, int]] = {}
+
+    def look(name: str) -> Any:
+        return lambda layer, args, kwargs, output: shapes.__setitem__(name, tuple(args[0].shape[:2]))
+
+    trained = get_peft_model(ARCHITECTURES["vit"].model(), config).train()
+    layers = {name: layer for name, layer in trained.base_model.model.named_modules() if hasattr(layer, "wasi_form")}
+    for name, layer in layers.items():
+        layer.register_forward_hook(look(name), with_kwargs=True)
+    trained(**batch)
+    targets = {name: model.get_submodule(name) for name in layers}
+    before = input_shapes(model, targets, batch)
+    assert _fewer_tokens(before, model, batch, 0.5) == shapes != before
+    products = {name: 6 * before[name][0] * before[name][1] * layer.weight.numel() for name, layer in targets.items()}
+    flops = 0.4 * sum(products.values())
+    whole, half = (
+        plan_wasi(
+            *calibrated("vit"), training_flops=flops, batch=batch, config=replace(WasiConfig(update="factor"), **given)
+        )
+        for given in ({}, {"token_keep": 0.5})
+    )
+    assert half.kept_share > whole.kept_share
 
 
 def test_rows_of_padding_do_not_count_where_it_is_skipped() -> None:

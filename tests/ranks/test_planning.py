@@ -129,7 +129,7 @@ PLAN = WasiPlan(
         LayerPlan("blocks.0.q", 8, 8, 2, {"feature": 3, "token": 5}, 0.75),
         LayerPlan("blocks.0.up", 8, 4, 4, None, 1.0),
     ),
-    {"peak_bytes": 1000, "batch": [32, 197], "optimizer": "adamw"},
+    {"peak_bytes": 2**21, "batch": [32, 197], "optimizer": "adamw"},
 )
 
 
@@ -147,7 +147,7 @@ def test_plan_round_trip(tmp_path: Path) -> None:
     assert WasiPlan.load(path) == WasiPlan.load(str(path)) == WasiPlan.from_dict(PLAN.to_dict()) == PLAN
     assert json.loads(path.read_text()) == {
         "format": 2,
-        "budget": {"peak_bytes": 1000, "batch": [32, 197], "optimizer": "adamw"},
+        "budget": {"peak_bytes": 2**21, "batch": [32, 197], "optimizer": "adamw"},
         "memory_mode": None,
         "update": None,
         "update_rank": None,
@@ -162,6 +162,7 @@ def test_plan_round_trip(tmp_path: Path) -> None:
                 "activation_ranks": {"feature": 3, "token": 5},
                 "kept_energy": 0.75,
                 "form": "factors",
+                "experts": 1,
             },
             "blocks.0.up": {
                 "out_features": 8,
@@ -170,6 +171,7 @@ def test_plan_round_trip(tmp_path: Path) -> None:
                 "activation_ranks": None,
                 "kept_energy": 1.0,
                 "form": "factors",
+                "experts": 1,
             },
         },
     }
@@ -196,8 +198,8 @@ def test_plan_numbers_and_text() -> None:
     assert lines[2] == "blocks.0.up          8 x 4  factors      4  100.0%  exact  costs more than dense"
     assert lines[3:] == [PLAN.headline()]
     assert PLAN.headline() == (
-        "WASI plan for peak_bytes=1000, batch=[32, 197], optimizer=adamw: 2 layers, rank 2 to 4 (median 4), "
-        "83.3% of their weights kept, 1 with the exact input"
+        "WASI plan for a peak of 2.0 MiB, batch=[32, 197], optimizer=adamw: 2 layers, rank 2 to 4 (median 4), "
+        "83.3% of their bytes kept, 1 with the exact input"
     )
     named = WasiPlan(PLAN.layers, memory_mode="small", update="low_rank", update_rank=1)
     assert named.headline().startswith("WASI plan, memory_mode='small', update='low_rank', update_rank=1: 2 layers")
@@ -207,9 +209,7 @@ def test_plan_numbers_and_text() -> None:
     image = WasiPlan(PLAN.layers, update="frozen_basis")
     assert [image.input_kept(layer) for layer in image.layers] == ["image", "image"]
     assert "exact" not in str(image)
-    assert WasiPlan(PLAN.layers[:1]).headline() == (
-        "WASI plan: 1 layers, rank 2 to 2 (median 2), 50.0% of their weights kept"
-    )
+    assert WasiPlan(PLAN.layers[:1]).headline() == ("WASI plan: 1 layers, rank 2, 50.0% of their bytes kept")
 
 
 @pytest.mark.parametrize("update", FACTOR_UPDATES)

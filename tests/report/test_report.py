@@ -13,9 +13,11 @@ from models import ARCHITECTURES, FACTOR_UPDATES, Architecture, wasi_model
 
 from wasi_peft import Calibration, WasiPlan, calibrate_wasi, wasi_summary
 from wasi_peft.cost.estimate import CATEGORIES, Estimate
+from wasi_peft.hub.headers import StoredLayer
 from wasi_peft.linalg.spectra import rank_for_threshold
 from wasi_peft.ranks.allocate import allocate_ranks
 from wasi_peft.ranks.plan import LayerPlan, build_plan
+from wasi_peft.report.kinds import kinds_table, stored_rows
 from wasi_peft.report.plots import (
     byte_unit,
     calibration_rows,
@@ -123,7 +125,7 @@ def test_tables_count_what_the_update_stores(update: str) -> None:
         assert header.split()[:6] == ["layer", "out", "in", "form", "rank", "break-even"]
         dense, factored = (float(size.replace(",", "")) for size in total.split()[1:])
         assert factored / dense == pytest.approx(shown.kept_share, abs=0.02)
-        assert f"{shown.kept_share:.1%} of their {'weights' if shown is plan else 'bytes'} kept" in headline
+        assert f"{shown.kept_share:.1%} of their bytes kept" in headline
         assert [int(row.split()[4]) > int(row.split()[5]) for row in rows] == past
     assert {True, False} == {plan.past_break_even(layer) for layer in plan.layers}
 
@@ -176,7 +178,7 @@ def test_estimates_table() -> None:
     values = {line.rsplit(None, 2)[0].strip(): line.split()[-2:] for line in lines[1:]}
     assert values["weights, MiB"] == ["100.00", "25.00"]
     assert values["peak, MiB"] == ["600.00", "150.00"]
-    assert values["peak, of the first"] == ["100.0%", "25.0%"]
+    assert values["peak, of dense"] == ["100.0%", "25.0%"]
     assert values["training step, GFLOP"] == ["4,000.00", "4,000.00"]
 
 
@@ -326,3 +328,35 @@ def test_calibration_of_another_model(calibration: Calibration) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj: the calibration must cover .*203 missing"):
         plot_plan(large_plan(), calibration)
+
+
+# ------------------------------------------------------------------------------------------------ kinds
+
+
+def test_layers_of_a_kind_and_form_are_one_line() -> None:
+    sizes = {"attn": (64, 64), "fc": (128, 64)}
+    layers = [
+        LayerPlan(f"blocks.{block}.{kind}", *size, 16, {"feature": 8 + block}, 0.9 + block / 100)
+        for block in range(4)
+        for kind, size in sizes.items()
+    ]
+    layers[2] = replace(layers[2], form="int8", activation_ranks=None, kept_energy=1.0)
+    layers[7] = replace(layers[7], weight_rank=24)
+    plan = WasiPlan(tuple(layers))
+    header, attn, int8, fc, total, headline = kinds_table(plan).splitlines()
+    assert header.split()[:6] == ["layers", "count", "blocks", "out", "in", "form"]
+    assert attn.split()[:10] == ["attn", "3", "0,", "2-3", "64", "64", "factors", "16", "90.0%", "feature"]
+    assert int8.split()[:9] == ["attn", "1", "1", "64", "64", "int8", "16", "100.0%", "8"]
+    assert fc.split()[:9] == ["fc", "4", "0-3", "128", "64", "factors", "16-24", "90.0%", "feature"]
+    assert headline == plan.headline()
+    assert total.split()[-2:] == plan_table(plan).splitlines()[-2].split()[-2:]
+    packed = WasiPlan((*layers, LayerPlan("blocks.0.experts.up", 64, 64, 8, None, 0.5, experts=4)))
+    assert "experts" in kinds_table(packed).splitlines()[0] and "experts" in plan_table(packed).splitlines()[0]
+
+
+def test_stored_layers_by_kind() -> None:
+    layers = [StoredLayer(f"blocks.{block}.fc", "int8", block, 1024 * (block + 1)) for block in range(3)]
+    assert stored_rows(layers, "KiB", 1024, every=False) == [
+        {"layers": "fc", "count": 3, "blocks": "0-2", "form": "int8", "rank": "0-2", "stored, KiB": 6.0}
+    ]
+    assert [row["stored, KiB"] for row in stored_rows(layers, "KiB", 1024, every=True)] == [1.0, 2.0, 3.0]

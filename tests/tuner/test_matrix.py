@@ -335,6 +335,66 @@ def test_mixed_adapter_batches_refuse_adapters_with_vectors() -> None:
 
 
 @matrix
+def test_mixed_batches_take_each_samples_head(form: str, kind: type[nn.Module]) -> None:
+    options: dict[str, Any] = {"train_vectors": False, "modules_to_save": ["head"]}
+    model = two_trained(form, kind, **options)
+    expected = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        expected[name] = answer(model)
+    names = ["default", "other", "other", "default", "other"]
+    with torch.no_grad():
+        mixed = model(inputs, adapter_names=names)
+    for index, name in enumerate(names):
+        torch.testing.assert_close(mixed[index], expected[name][index], atol=1e-5, rtol=1e-5)
+    model.add_adapter("headless", config(form, train_vectors=False))
+    with pytest.raises(ValueError, match=r"head: adapter_names can mix adapters that all train this module"):
+        model(inputs, adapter_names=["headless", *names[1:]])
+
+
+def two_trained(form: str, kind: type[nn.Module], **options: Any) -> PeftModel:
+    """A model with two adapters that answer differently, the first one active."""
+    model = adapted(kind, form, **options)
+    train(model)
+    model.add_adapter("other", config(form, **options))
+    model.set_adapter("other")
+    train(model, 6)
+    model.set_adapter("default")
+    return model
+
+
+@matrix
+@pytest.mark.parametrize("unload", [False, True])
+def test_merging_another_than_the_active_adapter_takes_its_vectors(
+    form: str, kind: type[nn.Module], unload: bool
+) -> None:
+    model = two_trained(form, kind)
+    active = answer(model)
+    model.set_adapter("other")
+    other = answer(model)
+    model.set_adapter("default")
+    assert not torch.allclose(active, other, atol=1e-3)
+    if unload:
+        torch.testing.assert_close(
+            answer(model.merge_and_unload(adapter_names=["other"])), other, atol=1e-5, rtol=1e-5
+        )
+        return
+    model.merge_adapter(["other"])
+    torch.testing.assert_close(answer(model), other, atol=1e-5, rtol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(answer(model), active)
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_merging_an_adapter_that_is_none_is_refused(call: str) -> None:
+    model = two_trained("addition int8", nn.Linear)
+    before = answer(model)
+    with pytest.raises(ValueError, match=r"must name adapters of the model, \['default', 'other'\], got none"):
+        getattr(model, call)(adapter_names=["none"])
+    assert torch.equal(answer(model), before)
+
+
+@matrix
 def test_adapters_without_a_common_layer_are_active_together(form: str, kind: type[nn.Module]) -> None:
     model = adapted(kind, form, target_modules=["lin0"], train_vectors=False)
     model.add_adapter("other", config(form, target_modules=["lin1"], train_vectors=False))

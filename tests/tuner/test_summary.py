@@ -46,8 +46,9 @@ def test_text() -> None:
     assert len(lines) == 2 + len(summary.layers)
 
 
-def test_reachable_from_the_peft_model_and_from_a_native_one() -> None:
-    architecture = ARCHITECTURES["bert"]
+@pytest.mark.parametrize("name", ["bert", "llama"])  # names of the latter begin with "model." themselves
+def test_reachable_from_the_peft_model_and_from_a_native_one(name: str) -> None:
+    architecture = ARCHITECTURES[name]
     peft_model = wasi_model(architecture.model(), weight_rank=4)
     assert isinstance(peft_model.base_model, WasiModel)
     assert peft_model.wasi_summary() == wasi_summary(peft_model) == wasi_summary(peft_model.get_base_model())

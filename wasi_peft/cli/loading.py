@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,12 +17,14 @@ import transformers
 from peft import PeftModel
 from torch.utils.data import DataLoader
 
-from ..forms.dense import dense_weight
+from ..forms.dense import weight_shape
+from ..models.experts import conceal_experts, expose_experts
 from ..tuner.config import WasiConfig
 from ..tuner.registration import NAME
 from ..tuner.targets import default_target_names
 
 SEQUENCE_LENGTH = 128
+IGNORED_LABEL = -100  # what losses of transformers leave out
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
@@ -120,11 +123,28 @@ def task_of(architecture: str) -> str:
     raise ValueError(f"the model's configuration says {architecture}; name one of {list(TASKS)} with --task.")
 
 
-def target_sizes(model: transformers.PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of the layers that WASI replaces by default, in the model's order."""
-    targets = default_target_names(model, WasiConfig())
-    modules = [(name, module) for name, module in model.named_modules() if name in targets]
-    return {name: (dense_weight(module).shape[0], dense_weight(module).shape[1]) for name, module in modules}
+class Target(NamedTuple):
+    """A layer that WASI replaces: its sizes, and how many weights it has, of packed experts one each."""
+
+    out_features: int
+    in_features: int
+    experts: int
+
+    @property
+    def elements(self) -> int:
+        """Elements of all of its weights."""
+        return self.experts * self.out_features * self.in_features
+
+
+def target_sizes(model: transformers.PreTrainedModel) -> dict[str, Target]:
+    """The layers that WASI replaces by default, in the model's order."""
+    expose_experts(model)
+    try:
+        targets = default_target_names(model, WasiConfig())
+        modules = [(name, module) for name, module in model.named_modules() if name in targets]
+        return {name: Target(*weight_shape(module), getattr(module, "experts", 1)) for name, module in modules}
+    finally:
+        conceal_experts(model)
 
 
 def task_heads(model: transformers.PreTrainedModel, task: str) -> list[str] | None:
@@ -161,14 +181,46 @@ def _dummy_batch(arguments: argparse.Namespace, model: transformers.PreTrainedMo
     else:
         # an id that is no padding
         tokens = torch.full((samples, _sequence_length(arguments, model)), int(config.pad_token_id == 0))
-        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        lengths = text_lengths(samples, tokens.shape[1], getattr(arguments, "padding", None) or 0.0)
+        mask = (torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]).long()
+        batch = {"input_ids": tokens, "attention_mask": mask}
     if TASKS[task].labels == "tokens":
-        batch["labels"] = tokens
+        assert tokens is not None
+        batch["labels"] = tokens if bool(mask.all()) else tokens.masked_fill(mask == 0, IGNORED_LABEL)
     elif TASKS[task].labels == "classes":
         several = config.problem_type == "multi_label_classification"
         kind = torch.float32 if several or config.num_labels == 1 else torch.long
         batch["labels"] = torch.zeros((samples, config.num_labels) if several else (samples,), dtype=kind)
     return batch
+
+
+def text_lengths(samples: int, longest: int, padding: float) -> list[int]:
+    """Tokens of each text of a batch as long as its first one; the others spread evenly, so that a share is padding.
+
+    Raises:
+        ValueError: If so much of a batch cannot be padding.
+
+    Example:
+        >>> text_lengths(4, 16, 0.5)
+        [16, 8, 5, 2]
+    """
+    others = samples - 1
+    left = (1 - padding) * samples * longest - longest  # tokens of the others
+    if left < others - 1e-6:
+        most = 1 - (longest + others) / (samples * longest)
+        raise ValueError(
+            f"--padding must be at most {math.floor(1000 * most) / 1000} for {samples} texts of which one has "
+            f"{longest} tokens, got {padding}."
+        )
+    mean = left / max(1, others)
+    spread = min(mean - 1, longest - mean)  # to either side
+    return [longest, *(round(mean + spread * (1 - (2 * index + 1) / others)) for index in range(others))]
+
+
+def padding_share(batches: Iterable[dict[str, Any]]) -> float:
+    """Share of tokens that are padding in batches of texts."""
+    masks = [batch["attention_mask"] for batch in batches]
+    return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def random_content(batch: dict[str, Any], model: transformers.PreTrainedModel) -> None:
@@ -185,8 +237,9 @@ def random_content(batch: dict[str, Any], model: transformers.PreTrainedModel) -
 
 
 def _image_size(arguments: argparse.Namespace, model: transformers.PreTrainedModel) -> tuple[int, int]:
-    if arguments.sequence_length:
-        raise ValueError(f"--sequence-length is for text, {type(model).__name__} reads images.")
+    for option in ("sequence_length", "padding", "skip_padding"):
+        if getattr(arguments, option, None):
+            raise ValueError(f"--{option.replace('_', '-')} is for text, {type(model).__name__} reads images.")
     size = arguments.image_size or getattr(model.config, "image_size", None)
     if size is None:
         raise ValueError("--image-size is needed: the model's configuration does not say.")
@@ -201,8 +254,9 @@ def _image_options(arguments: argparse.Namespace, model: transformers.PreTrained
 
 
 def _sequence_length(arguments: argparse.Namespace, model: transformers.PreTrainedModel) -> int:
-    if arguments.image_size:
-        raise ValueError(f"--image-size is for images, {type(model).__name__} reads text.")
+    for option in ("image_size", "token_keep"):
+        if getattr(arguments, option, None):
+            raise ValueError(f"--{option.replace('_', '-')} is for images, {type(model).__name__} reads text.")
     largest = getattr(model.config, "max_position_embeddings", None) or arguments.sequence_length or SEQUENCE_LENGTH
     length = arguments.sequence_length or min(SEQUENCE_LENGTH, largest)
     if length > largest:

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,10 +28,10 @@ from ..cost.profile import ROUNDS, StepProfile, profile_wasi
 from ..factors.calibration import Calibration, calibrate_wasi
 from ..files.folders import check_target, new_folder
 from ..files.headers import read_header
-from ..forms.compressed import STORABLE
 from ..forms.frozen import FROZEN
 from ..forms.residual import RESIDUALS
-from ..hub.cases import example_batch
+from ..forms.stored import STORABLE
+from ..hub.cases import EXAMPLE_SAMPLES, EXAMPLE_TOKENS, example_batch
 from ..hub.compressed import compress
 from ..hub.export import FORMATS, export, ready_format
 from ..hub.headers import is_compressed, read_headers
@@ -42,6 +43,7 @@ from ..planner.planner import BUDGETS, DEFAULT_FORMS, plan_wasi
 from ..ranks.plan import FORMS, WasiPlan
 from ..ranks.spectrum import FACTORS
 from ..report import plots as report
+from ..report.kinds import kinds_table, stored_rows
 from ..report.profiles import GROUPINGS, costs_table, plot_profiles, profiles_table
 from ..tuner.config import AUTO, RESIDUAL_RANK, WasiConfig
 from ..tuner.summary import LayerSummary, WasiSummary
@@ -54,6 +56,7 @@ from .loading import (
     dummy_batch,
     load_model,
     load_with_adapter,
+    padding_share,
     random_content,
     target_sizes,
     task_heads,
@@ -77,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.run is None:
             parser.print_help()
         else:
-            arguments.run(arguments)
+            with warnings.catch_warnings():  # what libraries tell each other is not for users
+                warnings.simplefilter("ignore", FutureWarning)
+                arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -110,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "model", metavar="WHAT", help="model (hub id or folder), compressed checkpoint, adapter, plan, calibration"
     )
+    _add_layers_option(command)
     _add_model_options(command)
 
     command = commands.add_parser("estimate", help="memory and FLOPs of a training step, without running one")
@@ -164,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", metavar="DIR", help="keep the calibration here, or use the one that is there"
     )
     command.add_argument("--output", metavar="JSON", help="where to write the plan")
+    _add_layers_option(command)
     _add_batch_options(command)
     _add_model_options(command)
 
@@ -201,7 +208,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_export)
     command.add_argument("model", metavar="MODEL_OR_ADAPTER", help="hub id, folder, or folder of a WASI adapter")
     command.add_argument("--format", choices=list(FORMATS), default=PlainFormat.name, help="(plain)")
-    command.add_argument("--int8", action="store_true", help="with --format onnx: weights in 8 bits")
+    command.add_argument("--int8", action="store_true", help="with --format onnx, openvino, gguf: weights in 8 bits")
+    command.add_argument("--tokenizer", metavar="FOLDER", help="with --format gguf: the tokenizer (the model's own)")
+    command.add_argument(
+        "--samples", metavar="N", type=_count, default=EXAMPLE_SAMPLES, help=f"of noise, to run ({EXAMPLE_SAMPLES})",
+    )  # fmt: skip
+    command.add_argument(
+        "--tokens", metavar="N", type=_count, default=EXAMPLE_TOKENS, help=f"of each text in it ({EXAMPLE_TOKENS})",
+    )  # fmt: skip
     command.add_argument("--image-size", metavar="P", type=_count, help="pixels of an image's side (the model's)")
     command.add_argument(
         "--tolerance", metavar="SHARE", type=_positive,
@@ -209,6 +223,12 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_output_options(command)
     return parser
+
+
+def _add_layers_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--layers", action="store_true", help="a line for each layer, and not for all of a kind and form"
+    )
 
 
 def _add_output_options(command: argparse.ArgumentParser) -> None:
@@ -221,13 +241,13 @@ def _add_output_options(command: argparse.ArgumentParser) -> None:
 
 def _add_variant_options(command: argparse.ArgumentParser) -> None:
     wasi = command.add_mutually_exclusive_group()
-    wasi.add_argument("--plan", metavar="JSON", help="add WASI with this plan")
-    wasi.add_argument("--weight-rank", metavar="K", type=_count, help="add WASI with this rank in every layer")
+    wasi.add_argument("--plan", metavar="JSON", help="forms and ranks of WASI from this plan")
+    wasi.add_argument("--weight-rank", metavar="K", type=_count, help=f"rank of WASI in every layer ({RESIDUAL_RANK})")
     wasi.add_argument("--dense", action="store_true", help="full fine-tuning only")
     command.add_argument(
         "--residual",
         choices=(*RESIDUALS, "none"),
-        help="with --weight-rank: the frozen weight beside the factors, none for factors alone (that of WasiConfig)",
+        help="without a plan: the frozen weight beside the factors, none for factors alone (int8)",
     )
     command.add_argument(
         "--activation-rank",
@@ -255,10 +275,21 @@ def _add_batch_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--frozen-dtype", choices=tuple(FROZEN), help="how factors that do not train are stored (what a plan says)"
     )
+    command.add_argument(
+        "--padding", metavar="SHARE", type=_share, help="texts: share of the batch's tokens that is padding"
+    )
+    command.add_argument(
+        "--skip-padding", action="store_true", help="texts: WASI neither computes nor keeps padded tokens in training"
+    )
+    command.add_argument(
+        "--token-keep", metavar="SHARE", type=_share, help="images: share of the patches that WASI trains on"
+    )
 
 
-def _update(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("update", "update_rank", "frozen_dtype")}
+def _training(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `WasiConfig` that say how a step runs."""
+    fields = ("update", "update_rank", "frozen_dtype", "skip_padding", "token_keep")
+    return {name: getattr(arguments, name) for name in fields}
 
 
 def _add_model_options(command: argparse.ArgumentParser, plot: bool = True) -> None:
@@ -318,7 +349,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     what = Path(arguments.model)
     if what.is_file():
         plan = WasiPlan.load(what)
-        _show(arguments, report.plan_table(plan), plan.to_dict())
+        _show(arguments, _plan_text(arguments, plan), plan.to_dict())
         if arguments.plot:
             report.plot_plan(plan, path=arguments.plot)
     elif (what / "adapter_config.json").is_file():
@@ -339,14 +370,12 @@ def _inspect_checkpoint(arguments: argparse.Namespace, folder: Path) -> None:
     if arguments.plot:
         raise ValueError("--plot needs a plan, an adapter or a calibration, got a compressed checkpoint.")
     checkpoint = read_headers(folder)
-    rows = [
-        {"layer": layer.name, "form": layer.form, "rank": layer.rank, "stored, KiB": layer.stored_bytes / 1024}
-        for layer in checkpoint.layers
-    ]
     compressed = sum(layer.stored_bytes for layer in checkpoint.layers)
+    unit, size = report.byte_unit(compressed)
+    rows = stored_rows(checkpoint.layers, unit, size, every=arguments.layers)
     line = (
-        f"compressed checkpoint: {len(rows)} layers in {compressed / 1024:,.2f} KiB, "
-        f"all tensors {checkpoint.stored_bytes / 1024:,.2f} KiB"
+        f"compressed checkpoint: {len(checkpoint.layers)} layers in {compressed / size:,.2f} {unit}, "
+        f"all tensors {checkpoint.stored_bytes / size:,.2f} {unit}"
     )
     data = {
         "layers": [layer._asdict() for layer in checkpoint.layers],
@@ -365,7 +394,7 @@ def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
         "update": config.update,
         "kept_share": summary.kept_share,
     }
-    lines = [report.plan_table(shown), f"update {config.update}, base model {config.base_model_name_or_path}"]
+    lines = [_plan_text(arguments, shown), f"update {config.update}, base model {config.base_model_name_or_path}"]
     if config.plan is None:
         lines.append(f"input kept for backward: {next(iter(inputs.values()))}")
     layers = [
@@ -448,8 +477,10 @@ def _inspect_model(arguments: argparse.Namespace) -> None:
     model, task = load_model(arguments, weights=False)
     sizes = target_sizes(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    targeted = sum(out * in_features for out, in_features in sizes.values())
-    rows = report.target_rows(sizes)
+    targeted = sum(target.elements for target in sizes.values())
+    rows = report.target_rows(
+        {name: target[:2] for name, target in sizes.items()}, {name: target.experts for name, target in sizes.items()}
+    )
     share = targeted / parameters
     text = f"{type(model).__name__} ({task}): {parameters:,} parameters, {share:.1%} in {len(sizes)} target layers"
     data = {
@@ -459,7 +490,7 @@ def _inspect_model(arguments: argparse.Namespace) -> None:
         "parameters": parameters,
         "target_share": share,
         "kinds": rows,
-        "layers": {name: {"out_features": size[0], "in_features": size[1]} for name, size in sizes.items()},
+        "layers": {name: target._asdict() for name, target in sizes.items()},
     }
     _show(arguments, f"{report.table(rows)}\n{text}", data)
 
@@ -471,18 +502,24 @@ def _variants(
     heads = task_heads(model, task)
     configs: dict[str, PeftConfig | None] = {"dense": None}
     if not arguments.dense:
-        rank, names = arguments.lora or LORA_RANK, sorted(target_sizes(model))
-        configs[f"LoRA r={rank}"] = LoraConfig(r=rank, target_modules=names, modules_to_save=heads)
+        rank, targets = arguments.lora or LORA_RANK, target_sizes(model)
+        layers, packed = (
+            sorted(name for name, target in targets.items() if (target.experts > 1) == several)
+            for several in (False, True)
+        )
+        configs[f"LoRA r={rank}"] = LoraConfig(
+            r=rank, target_modules=layers, target_parameters=packed or None, modules_to_save=heads
+        )
     if arguments.plan:
-        configs["WASI plan"] = WasiConfig(plan=arguments.plan, modules_to_save=heads, **_update(arguments))
-    if arguments.weight_rank:
-        configs[f"WASI K={arguments.weight_rank}"] = WasiConfig(
+        configs["WASI plan"] = WasiConfig(plan=arguments.plan, modules_to_save=heads, **_training(arguments))
+    elif not arguments.dense:
+        configs[f"WASI K={arguments.weight_rank or RESIDUAL_RANK}"] = WasiConfig(
             weight_rank=arguments.weight_rank,
             residual={None: AUTO, "none": None}.get(arguments.residual, arguments.residual),
             activation_ranks=arguments.activation_rank,
             activation_threshold=None,
             modules_to_save=heads,
-            **_update(arguments),
+            **_training(arguments),
         )
     return configs
 
@@ -490,10 +527,22 @@ def _variants(
 def _check_variants(arguments: argparse.Namespace) -> None:
     if arguments.activation_rank and not arguments.weight_rank:
         raise ValueError("--activation-rank goes with --weight-rank; a plan has its own.")
-    if arguments.residual and not arguments.weight_rank:
-        raise ValueError("--residual goes with --weight-rank; a plan has its own.")
+    if arguments.residual and (arguments.plan or arguments.dense):
+        raise ValueError("--residual is for one rank everywhere, --weight-rank; a plan has its own.")
     if arguments.dense and arguments.lora:
         raise ValueError("--dense leaves LoRA out; give --lora or --dense, not both.")
+    if arguments.dense and (arguments.skip_padding or arguments.token_keep):
+        raise ValueError("--skip-padding and --token-keep are for WASI, which --dense leaves out.")
+    replaces = arguments.residual == "none" or arguments.frozen_dtype
+    replaces = replaces or (arguments.update and not UPDATES[arguments.update].takes_residual)
+    if replaces and not (arguments.weight_rank or arguments.plan or arguments.dense):
+        raise ValueError("factors in place of the weights need --weight-rank, or --plan.")
+    _check_padding(arguments, "give it with --padding, such as 0.5.")
+
+
+def _check_padding(arguments: argparse.Namespace, way_out: str) -> None:
+    if arguments.skip_padding and arguments.padding is None:
+        raise ValueError(f"--skip-padding depends on how much of a batch is padding; {way_out}")
 
 
 Measured = TypeVar("Measured")
@@ -563,30 +612,50 @@ def _plan(arguments: argparse.Namespace) -> None:
     _check_outputs(arguments.plot, plot=True)
     if arguments.data is None and arguments.calibration is None:
         raise ValueError("--data is needed, or --calibration with a finished calibration; got neither.")
-    model, task = load_model(arguments, weights=True)
-    batch = dummy_batch(arguments, model, task)
     if arguments.data is None:
+        _check_padding(arguments, "give it with --padding, or --data to measure it on.")
+    model, task = load_model(arguments, weights=True)
+    data = None if arguments.data is None else calibration_batches(arguments, model, task)
+    if data is not None and arguments.skip_padding and arguments.padding is None:
+        arguments.padding = padding_share(data)
+    batch = dummy_batch(arguments, model, task)
+    if data is None:
         calibration = Calibration.load(arguments.calibration)
     else:
-        data = calibration_batches(arguments, model, task)
         calibration = calibrate_wasi(model, data, directory=arguments.calibration)
+    heads = task_heads(model, task)
     plan = plan_wasi(
         model,
         calibration,
         **{name: getattr(arguments, name) for name in BUDGETS},
         batch=batch,
         optimizer=arguments.optimizer,
-        config=WasiConfig(
-            weight_rank=arguments.addition_rank, modules_to_save=task_heads(model, task), **_update(arguments)
-        ),
+        config=WasiConfig(weight_rank=arguments.addition_rank, modules_to_save=heads, **_training(arguments)),
         forms=arguments.forms,
         memory_modes=arguments.memory_modes or (MEMORY_MODES if arguments.peak_bytes else None),
     )
     if arguments.output:
         plan.save(arguments.output)
-    _show(arguments, report.plan_table(plan), plan.to_dict())
+    text = _plan_text(arguments, plan)
+    if arguments.output:
+        text += f"\nto train under it: {_how_to_train(arguments, heads)}"
+        if any(layer.form == FACTORS for layer in plan.layers):
+            text += ", and preprocess_wasi(model, config, data) before, for the layers that became factors"
+    _show(arguments, text, plan.to_dict())
     if arguments.plot:
         report.plot_plan(plan, calibration, arguments.plot)
+
+
+def _plan_text(arguments: argparse.Namespace, plan: WasiPlan | WasiSummary) -> str:
+    return report.plan_table(plan) if arguments.layers else kinds_table(plan)
+
+
+def _how_to_train(arguments: argparse.Namespace, heads: list[str] | None) -> str:
+    """The configuration that a plan was made for, as Python."""
+    fields = {"plan": arguments.output, "modules_to_save": heads}
+    fields |= {name: getattr(arguments, name) or None for name in ("skip_padding", "token_keep")}
+    given = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value is not None)
+    return f"WasiConfig({given})"
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -637,6 +706,8 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {"int8": True} if arguments.int8 else {}
+    if arguments.tokenizer is not None:
+        options["tokenizer"] = arguments.tokenizer
     ready_format(arguments.format, **options)
     check_target(arguments.output, arguments.overwrite)
     model = load_with_adapter(arguments)
@@ -645,7 +716,7 @@ def _export(arguments: argparse.Namespace) -> None:
             model,
             arguments.output,
             arguments.format,
-            batch=example_batch(model, arguments.image_size),
+            batch=example_batch(model, arguments.image_size, arguments.samples, arguments.tokens),
             tolerance=arguments.tolerance,
             overwrite=arguments.overwrite,
             **options,

@@ -12,7 +12,7 @@ import gc
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..forms.residual import Int8Residual
 from ..models.calls import Arguments, call_arguments, hooked, layer_input, tensors_in, training_loss
+from ..models.experts import packed_parameters, routed_rows
 from ..models.structure import Structure, linear_layers
 from ..ranks.plan import WasiPlan
 from ..tuner.config import WasiConfig
@@ -181,12 +182,13 @@ def estimate_peak(
         return run.peak(_optimizer_factory(optimizer))
 
 
-def input_sizes(model: nn.Module, names: Iterable[str], batch: Any) -> dict[str, tuple[int, ...]] | None:
+def input_sizes(model: nn.Module, names: Collection[str], batch: Any) -> dict[str, tuple[int, ...]] | None:
     """Shapes of what modules read when the model runs on a batch, found without running it.
 
     Args:
         model: Any model. It is not changed.
-        names: Of the modules. Those that the batch does not reach are left out of what is returned.
+        names: Of the modules, and of packed experts. Those that the batch does not reach are left out of what is
+            returned.
         batch: As in :func:`estimate_wasi`.
 
     Returns:
@@ -199,19 +201,41 @@ def input_sizes(model: nn.Module, names: Iterable[str], batch: Any) -> dict[str,
     """
     arguments = call_arguments(batch)
     autocast = _active_autocast(model)
-    sizes: dict[str, tuple[int, ...]] = {}
-
-    def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sizes[name] = tuple(layer_input(args, kwargs).shape)
-
     with isolated(autocast.device):
         run = _prepared(model, None, arguments, autocast)
-        with hooked(run.model, names, before=look):
+        with watched_sizes(run.model, names) as sizes:
             try:
                 run.inference_flops()
             except (UnknownValue, ArrayError):
                 return None
     return sizes
+
+
+@contextmanager
+def watched_sizes(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Shapes of what modules and packed experts read in calls inside, by name; of the latter (rows, in).
+
+    Args:
+        model: The model that runs.
+        names: Of modules, and of packed parameters.
+    """
+    modules = dict(model.named_modules())
+    sizes: dict[str, tuple[int, ...]] = {}
+    packed: dict[str, list[str]] = {}  # by the module that owns them
+    for name in names:
+        if name not in modules:
+            packed.setdefault(name.rpartition(".")[0], []).append(name)
+
+    def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name not in packed:
+            sizes[name] = tuple(layer_input(args, kwargs).shape)
+            return
+        for stack in packed[name]:
+            transposed = packed_parameters(modules[name])[stack.rpartition(".")[2]]
+            sizes[stack] = routed_rows(args, kwargs), model.get_parameter(stack).shape[1 if transposed else 2]
+
+    with hooked(model, [*(name for name in names if name in modules), *packed], before=look):
+        yield sizes
 
 
 class ArrayError(ValueError):
@@ -427,8 +451,8 @@ class _Run:
                 adapter = layer.active_name
                 assert planned is not None and adapter is not None
                 form = layer.form
-                L = form.L.detach().new_empty(layer.out_features, planned.weight_rank)
-                R = form.R.detach().new_empty(planned.weight_rank, layer.in_features)
+                L = form.L.detach().new_empty(*form.L.shape[:-1], planned.weight_rank)
+                R = form.R.detach().new_empty(*form.R.shape[:-2], planned.weight_rank, layer.in_features)
                 bias = None if form.bias is None else form.bias.detach()
                 initial = InitialFactors(L, R, bias, residual=layer.residual, met_data=True)
                 layer.update_layer(adapter, config, name, planned.weight_rank, initial)

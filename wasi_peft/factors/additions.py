@@ -76,16 +76,17 @@ def prepared_addition(name: str, module: nn.Module, config: WasiConfig, statisti
     weight, bias = dense_weight(module), dense_bias(module)
     asked = asked_rank(name, config)
     rank = min(int(asked), *weight.shape)
-    second_moment, mean = (moment.to(weight.device) for moment in statistics.moments())
     update = config.update_of(name)
     assert update.residual is not None
     lost = weight.double() - RESIDUALS[update.residual](module).dense_weight().double()
     L: Tensor
     if bool(lost.any()):
-        L, R = correction(lost, rank, second_moment)
+        L, R = correction(lost, rank, statistics.times, statistics.mean_square)
         if bias is not None:  # and what the input's mean loses beside them
-            bias = (bias.double() + (lost - L @ R) @ mean).to(bias.dtype)
+            mean = statistics.mean.to(lost.device)
+            bias = (bias.double() + lost @ mean - L @ (R @ mean)).to(bias.dtype)
     else:
-        L, R = weight.new_zeros(len(weight), rank), addition_basis(weight, rank, second_moment)
+        L = weight.new_zeros(len(weight), rank)
+        R = addition_basis(weight, rank, statistics.times, statistics.mean_square)
     initial = InitialFactors(L.to(weight.dtype), R.to(weight.dtype), bias, met_data=True)
     return PreparedLayer(initial, rank, asked, None, update.name, residual=update.residual)

@@ -28,6 +28,7 @@ from ..forms.attention import with_projections
 from ..forms.convolution import CONVOLUTIONS
 from ..forms.dense import dense_bias, dense_weight
 from ..linalg.spectra import WeightSpectrum, truncate
+from ..models.experts import ExpertStack, conceal_experts, expose_experts
 from ..ranks.spectrum import LayerSpectrum
 from ..tuner.config import WasiConfig
 from ..tuner.layer import WasiLayer
@@ -35,6 +36,7 @@ from ..tuner.targets import check_targets, resolve_targets, selected_modules
 from ..updates import DEFAULT_UPDATE, InitialFactors, Update, make_update
 from .collecting import Gradients, log_unreached, passes, through_model
 from .data import CalibrationData, check_repeatable, describe_data
+from .expert_factors import StackSpectrum, measure_experts
 from .folder import (
     check_file,
     free_file_name,
@@ -140,6 +142,7 @@ class Calibration:
                     update,
                     {residual: error * scale for residual, error in entry["rounding"].items()},
                     self.bytes_per_element,
+                    experts=entry["experts"],
                 )
             )
         return spectra
@@ -214,8 +217,26 @@ def calibrate_wasi(
     """
     if gradients not in ("features", "loss", None):
         raise ValueError(f"gradients must be one of 'features', 'loss', None, got {gradients!r}.")
+    options: dict[str, Any] = {"max_batches": max_batches, "max_memory_bytes": max_memory_bytes, "seed": seed}
     check_repeatable(data)
-    targets = dense_targets(model, config)
+    return calibrate_layers(
+        model, data, all_targets(model, config), gradients, directory, **options, progress_bar=progress_bar
+    )
+
+
+def calibrate_layers(
+    model: nn.Module,
+    data: CalibrationData,
+    targets: dict[str, nn.Module],
+    gradients: Gradients | None = "features",
+    directory: str | os.PathLike[str] | None = None,
+    *,
+    max_batches: int | None = None,
+    max_memory_bytes: int = 2**30,
+    seed: int = 0,
+    progress_bar: bool = True,
+) -> Calibration:
+    """:func:`calibrate_wasi` of given layers, by name."""
     folder = tempfile.mkdtemp(prefix="wasi-") if directory is None else os.fspath(directory)
     settings = {"gradients": gradients, "seed": seed}
     index = open_index(folder, model, targets, settings, describe_data(data, max_batches))
@@ -223,7 +244,9 @@ def calibrate_wasi(
     calibration = Calibration(folder, index)
     if directory is None:
         weakref.finalize(calibration, shutil.rmtree, folder, ignore_errors=True)
-    pending = {name: module for name, module in targets.items() if name not in index["layers"]}
+    missing = {name: module for name, module in targets.items() if name not in index["layers"]}
+    stacks = {name: module for name, module in missing.items() if isinstance(module, ExpertStack)}
+    pending = {name: module for name, module in missing.items() if name not in stacks}
     for collector in passes(
         model,
         through_model(model, data, max_batches, "WASI calibration ({} layers)" if progress_bar else None),
@@ -239,6 +262,13 @@ def calibrate_wasi(
                     save_layer(folder, index, name, pending.pop(name), statistics)
                     bar.update()
                 write_index(folder, index)
+    run = through_model(
+        model, data, max_batches, f"WASI inputs of {len(stacks)} expert weights" if progress_bar else None
+    )
+    options: dict[str, Any] = {"gradients": gradients, "seed": seed, "max_memory_bytes": max_memory_bytes}
+    for name, spectrum in measure_experts(model, stacks, run, **options):
+        save_stack(folder, index, name, stacks[name], spectrum)
+        write_index(folder, index)
     index["complete"] = True
     write_index(folder, index)
     unreached = [name for name in targets if not index["layers"][name]["rows"]]
@@ -249,15 +279,27 @@ def calibrate_wasi(
 
 
 def dense_targets(model: nn.Module, config: WasiConfig | None) -> dict[str, nn.Module]:
-    """The layers that a configuration selects in a dense model, checked; without convolutions, which need no data.
+    """The same as :func:`all_targets`, of layers that models call alone."""
+    targets = all_targets(model, config)
+    return {name: module for name, module in targets.items() if not isinstance(module, ExpertStack)}
+
+
+def all_targets(model: nn.Module, config: WasiConfig | None) -> dict[str, nn.Module]:
+    """The layers and packed experts that a configuration selects in a dense model, checked; without convolutions.
+
+    Convolutions need no data.
 
     Raises:
         ValueError: Whatever :func:`targets.check_targets` finds, or if there is no layer, or a WASI layer already.
     """
     resolved = WasiConfig() if config is None else copy.copy(config)
-    resolve_targets(model, resolved)
-    check_targets(model, resolved, convolutions=True)
-    selected = dict(selected_modules(model, resolved))
+    expose_experts(model)
+    try:
+        resolve_targets(model, resolved)
+        check_targets(model, resolved, convolutions=True)
+        selected = dict(selected_modules(model, resolved))
+    finally:
+        conceal_experts(model)
     targets = {name: module for name, module in selected.items() if not isinstance(module, CONVOLUTIONS)}
     if len(targets) < len(selected):
         logger.info("%d convolutions are not prepared: they start from their weights.", len(selected) - len(targets))
@@ -270,7 +312,12 @@ def dense_targets(model: nn.Module, config: WasiConfig | None) -> dict[str, nn.M
 
 
 def save_layer(
-    directory: str, index: dict[str, Any], name: str, module: nn.Module, statistics: InputStatistics
+    directory: str,
+    index: dict[str, Any],
+    name: str,
+    module: nn.Module,
+    statistics: InputStatistics,
+    rounding: bool = True,
 ) -> None:
     """Write what the sums say of one layer, and enter it into the index, which the caller writes.
 
@@ -280,6 +327,7 @@ def save_layer(
         name: Of the layer, which is not in the index.
         module: The dense layer.
         statistics: Of the input that it reads.
+        rounding: Whether to find out what rounding the weight would lose, which plans need.
     """
     weight = dense_weight(module)
     spectrum = statistics.spectrum(name, weight, dense_bias(module))
@@ -293,17 +341,38 @@ def save_layer(
     for mode, energies in statistics.gradient_energies.get(name, {}).items():
         if mode == "feature" or len(statistics.tokens) == 1:
             tensors[f"gradient.{mode}"] = energies.double()
+    index["layers"][name] = {
+        "file": _save_tensors(directory, index, name, tensors),
+        "shape": list(weight.shape),
+        "experts": 1,
+        "input": statistics.modules[0],
+        "rows": statistics.rows,
+        "energy": float(spectrum.energies.sum()),
+        "rounding": statistics.rounding_errors(name, module) if rounding else {},
+        "weighed": statistics.output_moment(name) is not None,
+        "checksum": weight_checksum(module),
+    }
+
+
+def save_stack(directory: str, index: dict[str, Any], name: str, stack: ExpertStack, spectrum: StackSpectrum) -> None:
+    """The same of a packed weight, of which there are energies alone."""
+    index["layers"][name] = {
+        "file": _save_tensors(directory, index, name, {"energies": spectrum.energies}),
+        "shape": [stack.out_features, stack.in_features],
+        "experts": stack.experts,
+        "input": name,
+        "rows": spectrum.rows,
+        "energy": float(spectrum.energies.sum()),
+        "rounding": spectrum.rounding,
+        "weighed": spectrum.weighed,
+        "checksum": weight_checksum(stack),
+    }
+
+
+def _save_tensors(directory: str, index: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> str:
+    """Write the file of a layer; returns its name."""
     file_name = free_file_name(index)
     with whole_file(os.path.join(directory, file_name)) as temporary:
         stored_tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
         save_file(stored_tensors, temporary, metadata={"layer": name})
-    index["layers"][name] = {
-        "file": file_name,
-        "shape": list(weight.shape),
-        "input": statistics.modules[0],
-        "rows": statistics.rows,
-        "energy": float(spectrum.energies.sum()),
-        "rounding": statistics.rounding_errors(name, module),
-        "weighed": statistics.output_moment(name) is not None,
-        "checksum": weight_checksum(module),
-    }
+    return file_name

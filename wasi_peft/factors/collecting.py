@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 import zlib
 from collections import Counter
@@ -86,8 +87,7 @@ class Collector:
         if self.collected and self.bytes_held + needed > self.max_memory_bytes:
             return None  # left for the next pass
         self.bytes_held += needed
-        second_moment = torch.zeros(size, size, dtype=torch.float32, device=x.device)
-        statistics = InputStatistics(second_moment, torch.zeros_like(second_moment[0]), modules=[name])
+        statistics = InputStatistics.of_width(name, size, x.device)
         statistics.update(x, self.mask)
         self.collected.append(statistics)
         self.leaders[name] = statistics
@@ -157,7 +157,7 @@ class Collector:
                 f"target layers; got none for {next(iter(self.pending))}. Use gradients=None."
             )
         for statistics in self.collected:
-            if not bool(torch.isfinite(statistics.second_moment).all()):
+            if not math.isfinite(statistics.sums.trace):  # which no entry of the sum exceeds
                 raise ValueError(f"{statistics.modules[0]}: its input holds NaN or Inf on the calibration data.")
             for name, moment in statistics.output_moments.items():
                 if not bool(torch.isfinite(moment).all()):

@@ -19,16 +19,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files.whole import whole_file
-from ..forms.dense import dense_weight
+from ..forms.dense import dense_weight, weight_shape
+from ..models.experts import ExpertStack
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 5
+FORMAT = 6
 SUFFIX = ".safetensors"
 _KEYS = {"format": int, "complete": bool, "settings": dict, "data": dict, "bytes_per_element": int, "layers": dict}
 _LAYER_KEYS = {
     "file": str,
     "shape": list,
+    "experts": int,
     "input": str,
     "rows": int,
     "energy": float,
@@ -82,7 +84,8 @@ def check_file(directory: str, name: str, entry: Mapping[str, Any]) -> None:
     if owner != name:
         raise ValueError(f"{path} must be the file of {name}, as the index says, got that of {owner!r}.")
     out_features, in_features = entry["shape"]
-    if sizes.get("energies") != [min(out_features, in_features)] or sizes.get("mean") != [in_features]:
+    mean = sizes.get("mean", [in_features])  # packed experts have none
+    if sizes.get("energies") != [min(out_features, in_features)] or mean != [in_features]:
         raise DamagedFileError(f"{path}: the calibration's file of {name} must be of a {entry['shape']} weight.")
 
 
@@ -136,7 +139,7 @@ def open_index(
                 f"{directory!r} holds a calibration on other data: {what} {known}, got {value}. Use another folder."
             )
         index["data"][what] = known if value is None else value
-    modules = dict(model.named_modules())
+    modules = {**dict(model.named_modules()), **targets}
     for name, entry in list(index["layers"].items()):
         try:
             check_file(directory, name, entry)
@@ -148,7 +151,7 @@ def open_index(
         module = modules.get(name)
         if module is None or not isinstance(getattr(module, "weight", None), Tensor):
             raise ValueError(f"{name}: {directory!r} holds the calibration of another model, which has this layer.")
-        if list(dense_weight(module).shape) != entry["shape"] or weight_checksum(module) != entry["checksum"]:
+        if list(weight_shape(module)) != entry["shape"] or weight_checksum(module) != entry["checksum"]:
             raise ValueError(f"{name}: {directory!r} holds the calibration of another model. Use another folder.")
     return index
 
@@ -169,7 +172,7 @@ def new_index(
 
 def weight_checksum(module: nn.Module) -> int:
     """CRC-32 of a weight's bytes: tells whether a spectrum belongs to this very layer."""
-    return checksum(dense_weight(module))
+    return checksum(module.weight if isinstance(module, ExpertStack) else dense_weight(module))
 
 
 def read_tensor(path: str, name: str) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..forms.attention import with_projections
-from ..forms.compressed import CompressedLinear
+from ..forms.compressed import Compressed
 from ..forms.dense import dense_weight
 from ..ranks.allocate import allocate_ranks
 from ..tuner.config import WasiConfig
@@ -19,9 +19,9 @@ from ..tuner.model import initial_rank, rank_for
 from ..tuner.prepared import PreparedLayer, WasiFactors
 from ..tuner.targets import asked_rank, resolve_targets
 from .additions import prepare_additions
-from .calibration import Calibration, calibrate_wasi, dense_targets
+from .calibration import Calibration, calibrate_layers, dense_targets
 from .collecting import NoGradientsError
-from .data import CalibrationData
+from .data import CalibrationData, check_repeatable
 from .expert_factors import prepare_experts
 from .moments import MOMENT_BATCHES, with_moments
 from .repairs import REPAIRS, RepairName, default_repair
@@ -99,12 +99,14 @@ def preprocess_wasi(
     resolved = copy.copy(config)
     resolve_targets(model, resolved)
     targets = dense_targets(model, resolved)
-    compressed = next((name for name, module in targets.items() if isinstance(module, CompressedLinear)), None)
+    compressed = next((name for name, module in targets.items() if isinstance(module, Compressed)), None)
     if compressed is not None:
         raise ValueError(
             f"{compressed}: a compressed model needs no preparation: adapters train on what it stores. "
             "model.dequantize() restores the dense layers."
         )
+    if not targets:
+        raise ValueError("preprocess_wasi prepares packed experts beside other layers, got no other target.")
     if adds_only and (data is None or (calibration is not None and not residuals)):
         given = "no data" if data is None else "a calibration"
         raise ValueError(f"additions to a residual are prepared from data, and nothing else; got {given}.")
@@ -125,32 +127,41 @@ def preprocess_wasi(
             return prepared
         additions = dict(prepared.layers)
     targets = {name: module for name, module in targets.items() if name not in beside}
-    if calibration is None:
-        if data is None:
-            raise ValueError("preprocess_wasi needs data, a calibration, or both; got neither.")
-        options: dict[str, Any] = {"max_batches": max_batches, "max_memory_bytes": max_memory_bytes}
-        try:
-            calibration = calibrate_wasi(model, data, config, progress_bar=progress_bar, **options)
-        except NoGradientsError as error:
-            logger.warning("%s Its layers are prepared that way.", error)
-            calibration = calibrate_wasi(model, data, config, gradients=None, progress_bar=progress_bar, **options)
-    calibration.require(targets)
-    resolve_ranks(resolved, calibration, targets)
+    limits: dict[str, Any] = {"max_batches": max_batches, "max_memory_bytes": max_memory_bytes}
     layers: dict[str, PreparedLayer] = {}
-    for name, module in tqdm(targets.items(), desc="WASI initial factors", disable=not progress_bar):
-        layers[name] = prepared_factors(name, module, resolved, calibration)
-    factors, update = WasiFactors(layers), resolved.layer_update
-    if repair_steps and batches is not None:
-        factors = chosen.run(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
-    if update.keeps_image and batches is not None:
-        count = MOMENT_BATCHES if max_batches is None else min(max_batches, MOMENT_BATCHES)
-        factors = with_moments(model, factors, batches, max_batches=count, progress_bar=progress_bar)
-    factors = WasiFactors({**factors.layers, **additions})
+    if targets:
+        if calibration is None:
+            calibration = _calibrate(model, data, targets, **limits, progress_bar=progress_bar)
+        calibration.require(targets)
+        resolve_ranks(resolved, calibration, targets)
+        for name, module in tqdm(targets.items(), desc="WASI initial factors", disable=not progress_bar):
+            layers[name] = prepared_factors(name, module, resolved, calibration)
+        factors, update = WasiFactors(layers), resolved.layer_update
+        if repair_steps and batches is not None:
+            factors = chosen.run(model, factors, batches, steps=repair_steps, progress_bar=progress_bar)
+        if update.keeps_image and batches is not None:
+            count = MOMENT_BATCHES if max_batches is None else min(max_batches, MOMENT_BATCHES)
+            factors = with_moments(model, factors, batches, max_batches=count, progress_bar=progress_bar)
+        layers = dict(factors.layers)
+    factors = WasiFactors({**layers, **additions})
     factors.attach(model)
-    if data is not None and config.plan is None:
-        limits: dict[str, Any] = {"max_batches": max_batches, "max_memory_bytes": max_memory_bytes}
+    if data is not None:
         prepare_experts(model, config, data, **limits, progress_bar=progress_bar)
     return factors
+
+
+def _calibrate(
+    model: nn.Module, data: CalibrationData | None, targets: dict[str, nn.Module], **options: Any
+) -> Calibration:
+    """What the targets do with the data, by gradients where the model lets them flow."""
+    if data is None:
+        raise ValueError("preprocess_wasi needs data, a calibration, or both; got neither.")
+    check_repeatable(data)
+    try:
+        return calibrate_layers(model, data, targets, **options)
+    except NoGradientsError as error:
+        logger.warning("%s Its layers are prepared that way.", error)
+        return calibrate_layers(model, data, targets, None, **options)
 
 
 def resolve_ranks(config: WasiConfig, calibration: Calibration, names: Iterable[str]) -> None:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from ..forms.dense import dense_weight, is_quantized
 from ..forms.residual import Int4Residual, Int8Residual
+from ..linalg.row_sums import RowSums
 from ..linalg.spectra import WeightSpectrum, weighed_error, weight_spectrum
 from ..linalg.tucker import canonical
 from ..models.calls import real_rows
 
 _SKETCH = 32  # random output directions in which the token mode's gradient error is estimated
+MOST_TOKENS = 2048  # of an input whose token mode is looked at: it is decomposed, tokens x tokens
 
 
 @dataclass
@@ -22,7 +24,7 @@ class InputStatistics:
     """Sums over the rows of one input, and per module that reads it over the gradients of its output.
 
     **Shape**
-        - second_moment: (in, in), float32, sum of `x x^T`
+        - sums: of `x x^T`, (in, in), float32
         - total: (in,), float32, sum of `x`
         - tokens: every number of tokens that was seen
         - output_moments: per module (out, out), float32, sum of `g g^T`
@@ -30,7 +32,7 @@ class InputStatistics:
           of the gradient when the input is kept at rank r in that mode
     """
 
-    second_moment: Tensor
+    sums: RowSums
     total: Tensor
     rows: int = 0
     tokens: set[int] = field(default_factory=set)
@@ -41,14 +43,14 @@ class InputStatistics:
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Add the rows of a batch, shape (..., in), without padding."""
         self.tokens.add(canonical(x).shape[1])
-        rows = real_rows(x.detach(), mask).to(self.second_moment)
-        self.second_moment.addmm_(rows.T, rows)
+        rows = real_rows(x.detach(), mask).to(self.total)
+        self.sums.add(rows)
         self.total += rows.sum(0)
         self.rows += rows.shape[0]
 
     def update_output(self, name: str, gradient: Tensor) -> None:
         """Add the gradients of a module's output, shape (..., out)."""
-        rows = gradient.detach().reshape(-1, gradient.shape[-1]).to(self.second_moment)
+        rows = gradient.detach().reshape(-1, gradient.shape[-1]).to(self.total)
         if name not in self.output_moments:
             self.output_moments[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
         self.output_moments[name].addmm_(rows.T, rows)
@@ -63,14 +65,33 @@ class InputStatistics:
     def empty(cls, name: str, module: nn.Module) -> InputStatistics:
         """Of a layer that has seen nothing yet."""
         weight = dense_weight(module)
-        second_moment = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float32, device=weight.device)
-        return cls(second_moment, torch.zeros_like(second_moment[0]), modules=[name])
+        return cls.of_width(name, weight.shape[1], weight.device)
+
+    @classmethod
+    def of_width(cls, name: str, width: int, device: torch.device | None = None) -> InputStatistics:
+        """Of an input of a size, read by a module, before the first rows."""
+        total = torch.zeros(width, dtype=torch.float32, device=device)
+        return cls(RowSums(width, total.device), total, modules=[name])
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """`E[x x^T]` (in, in) and `E[x]` (in,), float64; those of white inputs where no row was seen."""
         if not self.rows:
-            return torch.eye(len(self.total)).to(self.second_moment).double(), self.total.double()
-        return self.second_moment.double() / self.rows, self.total.double() / self.rows
+            return torch.eye(len(self.total)).to(self.total).double(), self.total.double()
+        return self.sums.total().double() / self.rows, self.mean
+
+    @property
+    def mean(self) -> Tensor:
+        """`E[x]`, (in,), float64; zero where no row was seen."""
+        return self.total.double() / max(1, self.rows)
+
+    @property
+    def mean_square(self) -> float:
+        """Of the entries of x; that of white inputs where no row was seen."""
+        return self.sums.trace / (self.rows * self.sums.width) if self.rows else 1.0
+
+    def times(self, columns: Tensor) -> Tensor:
+        """`E[x x^T]` times columns, (in, k), in their dtype; as :meth:`moments`, without the matrix."""
+        return self.sums.times(columns) / self.rows if self.rows else columns
 
     def output_moment(self, name: str) -> Tensor | None:
         """Sum of `g g^T` of a module, (out, out), float64; None where nothing downstream depends on it.
@@ -164,6 +185,8 @@ def add_gradient_energies(
 ) -> None:
     """Add what compressed inputs do to the gradient of a module's weight, for one call of it.
 
+    Nothing is said of the token mode of inputs with more than :data:`MOST_TOKENS`.
+
     **Shape**
         - x: (..., in), gradient: (..., out)
     """
@@ -171,7 +194,7 @@ def add_gradient_energies(
         return  # the sums say so too
     statistics.update_errors(name, "feature", feature_gradient_energies(x, gradient))
     rows, gradients = canonical(x), canonical(gradient)
-    if rows.shape[0] > 1 and rows.shape[1] > 1:
+    if rows.shape[0] > 1 and 1 < rows.shape[1] <= MOST_TOKENS:
         generator = torch.Generator().manual_seed(sketch_seed)
         statistics.update_errors(name, "token", token_gradient_energies(rows, gradients, generator))
 

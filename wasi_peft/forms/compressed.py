@@ -2,53 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..linalg.low_bit import RoundedRows
-from ..models.experts import ExpertStack
-from .cored import CoredLinear
-from .dense import FactoredWeight, is_transposed
+from .dense import FactoredWeight, StandIn, is_transposed
 from .factored import FactoredLinear
-from .frozen import FROZEN
 from .products import Thin
-from .residual import RESIDUALS, ExactResidual, Layout, Residual, ResidualLinear
+from .residual import ExactResidual, Residual, ResidualLinear
 from .split import SplitLinear
-from .stacked import ExactStack
+from .stored import FACTORED, WEIGHT, StoredForm, factor_tensors, residual_tensors
 
-FACTORS = "factors"
-FACTORED: dict[str, type[FactoredLinear]] = {FACTORS: FactoredLinear, "split": SplitLinear, "core": CoredLinear}
 Form = FactoredLinear | Residual
-STORABLE = {name: kind for name, kind in RESIDUALS.items() if name != ExactResidual.name}
 
 
-class StoredForm(NamedTuple):
-    """What a compressed layer stores, as configurations name it.
+class Compressed(ABC):
+    """What a linear layer and packed experts (:mod:`compressed_stack`) have in common where a form is their weight.
 
     Attributes:
-        form: 'factors', the name of a residual in few bits, or, where factors are in few bits, 'split' for two pairs
-            of them and 'core' for two with a small matrix between them.
-        rank: Directions of the factors K, 0 for none beside a residual.
-        side_rank: Directions of the other pair of 'split'.
-        bits: What the factors L and R are stored as (:data:`frozen.FROZEN`), by name; others are parameters.
+        form: What is stored.
+        packed: Whether it takes the place of a parameter with the weights of all experts.
     """
 
-    form: str
-    rank: int
-    side_rank: int = 0
-    bits: Mapping[str, str] = MappingProxyType({})
+    form: Form
+    packed: ClassVar[bool]
+    weight: StandIn
 
-    def entry(self) -> dict[str, Any]:
-        """The same for JSON: what is as usual is left out."""
-        further = {"side_rank": self.side_rank, "bits": dict(self.bits)}
-        return {"form": self.form, "rank": self.rank, **{key: value for key, value in further.items() if value}}
+    @property
+    @abstractmethod
+    def stored_form(self) -> StoredForm:
+        """What is stored."""
+
+    @property
+    @abstractmethod
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape as :func:`stored.stored_layout` takes it."""
+
+    @abstractmethod
+    def to_dense(self) -> nn.Module:
+        """The dense layer that computes the same."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it answers."""
+        return self.weight.dtype
+
+    @property
+    def form_name(self) -> str:
+        """Name of what is stored (:class:`stored.StoredForm`)."""
+        return self.stored_form.form
+
+    @property
+    def frozen(self) -> Residual | None:
+        """The weight in few bits, None where there are factors alone."""
+        form = self.form
+        return form if isinstance(form, Residual) else form.residual if isinstance(form, ResidualLinear) else None
+
+    @property
+    def rank(self) -> int:
+        """Directions of the factors, 0 where there are none."""
+        return self.form.rank if isinstance(self.form, FactoredLinear) else 0
+
+    @property
+    def stored_names(self) -> dict[str, str]:
+        """What the tensors are called in a file (:func:`stored.stored_layout`), and in this module's state dict."""
+        form, stored = self.form, self.stored_form
+        if self.frozen is None:
+            tensors = factor_tensors(stored, self.stored_shape)
+            names = {name: f"form.{FactoredLinear.prefix}{tensor.place}" for name, tensor in tensors.items()}
+        else:
+            place = "residual" if isinstance(form, ResidualLinear) else "form"
+            parts = residual_tensors(stored.form, self.stored_shape)
+            names = {name: f"{place}.{buffer}" for buffer, name in parts.items()}
+        if isinstance(form, ResidualLinear):
+            names |= {form.prefix + name: f"form.{form.prefix}{name}" for name in form.parts}
+        return names if form.bias is None else {**names, "bias": "form.bias"}
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors as they are in a file (:func:`stored.stored_layout`)."""
+        state = self.state_dict()  # type: ignore[attr-defined]
+        return {name: state[own] for name, own in self.stored_names.items()}
 
 
-class CompressedLinear(nn.Linear):
+class CompressedLinear(Compressed, nn.Linear):
     """A linear layer that is stored as a form: two factors, a weight in few bits, or one with factors added to it.
 
     A Linear for all who ask: adapters of other methods go on top of it. Its `weight` answers what is asked of a dense
@@ -66,6 +105,8 @@ class CompressedLinear(nn.Linear):
         (True, torch.Size([6, 8]), 34)
     """
 
+    packed: ClassVar[bool] = False
+
     def __init__(self, form: Form) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = form.out_features, form.in_features
@@ -78,12 +119,6 @@ class CompressedLinear(nn.Linear):
     def dense_class(self) -> type[nn.Module]:
         """The class of the dense layer whose place this one takes."""
         return self.form.dense_class
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the layer answers."""
-        weight = self.form.weight
-        return weight.dtype
 
     @property
     def weight(self) -> FactoredWeight:  # type: ignore[override]
@@ -106,51 +141,18 @@ class CompressedLinear(nn.Linear):
         super().__setattr__(name, value)
 
     @property
-    def form_name(self) -> str:
-        """Name of what is stored (:class:`StoredForm`)."""
-        return self.stored_form.form
-
-    @property
     def stored_form(self) -> StoredForm:
-        """What is stored."""
         residual, form = self.frozen, self.form
         if residual is not None:
             return StoredForm(residual.name, self.rank)
         assert isinstance(form, FactoredLinear)
         name = next(name for name, cls in FACTORED.items() if type(form) is cls)
         side_rank = len(form.A) if isinstance(form, SplitLinear) else 0
-        return StoredForm(name, form.weight_rank, side_rank, _bits_of(form))
+        return StoredForm(name, form.weight_rank, side_rank, parts_in_few_bits(form))
 
     @property
-    def frozen(self) -> Residual | None:
-        """The weight in few bits, None where there are factors alone."""
-        form = self.form
-        return form if isinstance(form, Residual) else form.residual if isinstance(form, ResidualLinear) else None
-
-    @property
-    def stored_names(self) -> dict[str, str]:
-        """What the tensors are called in a file (:func:`stored_layout`), and in this layer's state dict."""
-        form, residual = self.form, self.frozen
-        if residual is None:
-            tensors = _factor_tensors(self.stored_form, (self.out_features, self.in_features))
-            names = {name: f"form.{FactoredLinear.prefix}{tensor.place}" for name, tensor in tensors.items()}
-        else:
-            first, *others = residual.layout(self.out_features, self.in_features)
-            place = "residual" if isinstance(form, ResidualLinear) else "form"
-            names = {"weight": f"{place}.{first}", **{f"wasi_{name}": f"{place}.{name}" for name in others}}
-        if isinstance(form, ResidualLinear):
-            names |= {form.prefix + name: f"form.{form.prefix}{name}" for name in form.parts}
-        return names if self.bias is None else {**names, "bias": "form.bias"}
-
-    def stored(self) -> dict[str, Tensor]:
-        """The tensors as they are in a file (:func:`stored_layout`)."""
-        state = self.state_dict()
-        return {name: state[own] for name, own in self.stored_names.items()}
-
-    @property
-    def rank(self) -> int:
-        """Directions of the factors, 0 where there are none."""
-        return self.form.rank if isinstance(self.form, FactoredLinear) else 0
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -160,8 +162,16 @@ class CompressedLinear(nn.Linear):
         weight = self.form.multiply_out()
         return weight.T if is_transposed(self.dense_class) else weight
 
+    @property
+    def W_q(self) -> FactoredWeight:
+        """The same as `weight`, by a name at which PEFT asks for :meth:`dequantize` where it needs values (DoRA)."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """The same as :meth:`dense_weight`."""
+        return self.dense_weight()
+
     def to_dense(self) -> nn.Module:
-        """The dense layer that computes the same."""
         return self.form.to_dense().train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,7 +190,7 @@ class CompressedLinear(nn.Linear):
 
 def _take_stored_names(layer: CompressedLinear, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Have a layer load what a file holds, as well as what its own state dict does."""
-    if f"{prefix}weight" in state_dict:
+    if f"{prefix}{WEIGHT}" in state_dict:
         for stored, own in layer.stored_names.items():
             if prefix + stored in state_dict:
                 state_dict[prefix + own] = state_dict.pop(prefix + stored)
@@ -220,207 +230,6 @@ class CompressedResidual(ExactResidual):
         return self.form.transposed_product(dY)
 
 
-def _bits_of(form: FactoredLinear) -> dict[str, str]:
+def parts_in_few_bits(form: FactoredLinear) -> dict[str, str]:
     """What the parts in few bits are stored as, by name."""
     return {part: form.frozen(part).name for part in form.parts if form.frozen(part) is not None}
-
-
-def own_factors(base: nn.Module | None) -> FactoredLinear | None:
-    """The two factors that a layer of a compressed model is stored as; None where there is something else."""
-    form = base.form if isinstance(base, CompressedLinear) else None
-    return form if type(form) is FactoredLinear else None
-
-
-def base_beside(base: nn.Module) -> Residual:
-    """What factors of adapters are beside where a dense or compressed layer stays in place as it is."""
-    if isinstance(base, ExpertStack):
-        return ExactStack(base)
-    return CompressedResidual(base) if isinstance(base, CompressedLinear) else ExactResidual(base)
-
-
-# ---------------------------------------------------------------- what is compressed
-
-
-@torch.no_grad()
-def compressed(form: FactoredLinear, dtype: torch.dtype) -> CompressedLinear | None:
-    """A compressed layer that computes what an adapter's form computes; None where that would not be smaller.
-
-    An addition to a compressed layer adds its directions to those that are there; one to a weight in few bits stays
-    beside it, since rounding the sum again would lose it.
-
-    Args:
-        form: Of an adapter; not changed.
-        dtype: Of factors.
-    """
-    if not isinstance(form, ResidualLinear):
-        if _bits_of(form):
-            return _in_few_bits(form, dtype)
-        outer, inner = form.factors()
-        if not form.shared_parts and outer.shape[1] * sum(form.weight.shape) >= form.weight.numel():
-            return None
-        return _of_factors(outer, inner, form.bias, form.dense_class, dtype)
-    base, outer, inner = form.residual, *form.factors()
-    if isinstance(base, CompressedResidual):
-        below = base.form
-        if isinstance(below, FactoredLinear) and _bits_of(below):
-            return CompressedLinear(_joined(below, outer, inner, form.bias, dtype))
-        if isinstance(below, FactoredLinear):
-            lower = below.factors()
-            outer, inner = (torch.cat([*pair], dim) for *pair, dim in ((lower[0], outer, 1), (lower[1], inner, 0)))
-            if not isinstance(below, ResidualLinear):
-                return _of_factors(outer, inner, form.bias, form.dense_class, dtype)
-            base = below.residual
-        else:
-            base = below
-    if isinstance(base, ExactResidual):
-        return None
-    frozen = base.copy(form.bias)
-    if not bool(outer.any()):
-        return CompressedLinear(frozen)
-    parts = {"L": outer.to(dtype, copy=True), "R": inner.to(dtype, copy=True)}
-    bias = None if form.bias is None else form.bias.to(dtype)
-    frozen.register_parameter("bias", None)
-    return CompressedLinear(ResidualLinear.beside(frozen, parts, bias))
-
-
-def _in_few_bits(form: FactoredLinear, dtype: torch.dtype) -> CompressedLinear | None:
-    """All parts as they are; those in few bits share their codes."""
-    parts = {name: _part(form, name, dtype) for name in form.parts}
-    bias = None if form.bias is None else form.bias.to(dtype)
-    layer = CompressedLinear(type(form).from_parts(parts, bias, form.dense_class))
-    stored = sum(tensor.nbytes for tensor in layer.state_dict().values())
-    dense = form.out_features * form.in_features + (0 if bias is None else len(bias))
-    return None if stored >= dense * dtype.itemsize and not form.shared_parts else layer
-
-
-def _part(form: FactoredLinear, name: str, dtype: torch.dtype) -> Tensor | Residual:
-    frozen: Residual | None = form.frozen(name)
-    return form.part(name).to(dtype, copy=True) if frozen is None else frozen.copy(None)
-
-
-def _joined(
-    below: FactoredLinear, outer: Tensor, inner: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> SplitLinear:
-    """Factors in few bits, and those of an addition beside them."""
-    B, A = outer.to(dtype, copy=True), inner.to(dtype, copy=True)
-    if isinstance(below, SplitLinear):
-        B, A = torch.cat([below.B.to(dtype), B], 1), torch.cat([below.A.to(dtype), A])
-    L = (below.L @ below.M).to(dtype) if isinstance(below, CoredLinear) else _part(below, "L", dtype)
-    parts = {"L": L, "R": _part(below, "R", dtype), "B": B, "A": A}
-    return SplitLinear.from_parts(parts, None if bias is None else bias.to(dtype), below.dense_class)
-
-
-def _of_factors(
-    outer: Tensor, inner: Tensor, bias: Tensor | None, dense_class: type[nn.Module], dtype: torch.dtype
-) -> CompressedLinear | None:
-    if outer.shape[1] > min(len(outer), inner.shape[1]):
-        return None  # more directions than a weight can have
-    parts = {"L": outer.to(dtype, copy=True), "R": inner.to(dtype, copy=True)}
-    return CompressedLinear(FactoredLinear.from_parts(parts, None if bias is None else bias.to(dtype), dense_class))
-
-
-# ---------------------------------------------------------------- in files
-
-# Under `weight` is a tensor of another shape than the dense one: who does not know the format stops there, instead of
-# starting from random numbers.
-
-
-class _FactorTensor(NamedTuple):
-    """A tensor of factors in a file: the part of the form that it is, or `part.buffer`; None for the model's dtype."""
-
-    place: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-
-
-def _factor_tensors(stored: StoredForm, shape: tuple[int, int]) -> dict[str, _FactorTensor]:
-    sizes = FACTORED[stored.form].part_shapes(*shape, stored.rank, side_rank=stored.side_rank)
-    tensors = {}
-    for part, size in sizes.items():
-        if part in stored.bits:
-            for buffer, (inner, dtype) in FROZEN[stored.bits[part]].layout(*size).items():
-                tensors[f"wasi_{part}_{buffer}"] = _FactorTensor(f"{part}.{buffer}", inner, dtype)
-        else:
-            tensors[f"wasi_{part}"] = _FactorTensor(part, size, None)
-    first = next(name for name, tensor in tensors.items() if tensor.place.startswith("R"))
-    return {"weight" if name == first else name: tensor for name, tensor in tensors.items()}
-
-
-def stored_layout(stored: StoredForm, shape: tuple[int, int], bias: bool, dtype: torch.dtype) -> Layout:
-    """Names, shapes and dtypes of the tensors of a compressed layer in a file.
-
-    Args:
-        stored: What it stores.
-        shape: (out, in).
-        bias: Whether there is a bias.
-        dtype: Of factors and bias; files may have another floating one.
-
-    Raises:
-        ValueError: If there is no such form, no such rank, or the form has no such parts.
-    """
-    form, rank, side_rank, bits = stored
-    if form not in FACTORED and form not in STORABLE:
-        raise ValueError(f"a form must be one of {[*FACTORED, *STORABLE]}, got {form!r}.")
-    if not (set(bits) <= set(FactoredLinear.parts) and set(bits.values()) <= set(FROZEN)):
-        raise ValueError(f"bits must say of L and R which of {[*FROZEN]} they are stored as, got {dict(bits)!r}.")
-    if (side_rank and FACTORED.get(form) is not SplitLinear) or (bits and form not in FACTORED):
-        raise ValueError(f"form {form!r} has no side_rank and bits like these, got {side_rank} and {dict(bits)!r}.")
-    layout: Layout
-    if form in FACTORED:
-        tensors = _factor_tensors(stored, shape)
-        layout = {name: (tensor.shape, tensor.dtype or dtype) for name, tensor in tensors.items()}
-    else:
-        first, *others = STORABLE[form].layout(*shape).items()
-        layout = {"weight": first[1], **{f"wasi_{name}": sizes for name, sizes in others}}
-        if rank:
-            added = FactoredLinear.part_shapes(*shape, rank)
-            layout |= {f"{ResidualLinear.prefix}{name}": (size, dtype) for name, size in added.items()}
-    return {**layout, "bias": ((shape[0],), dtype)} if bias else layout
-
-
-def from_stored(
-    stored: StoredForm,
-    parts: Mapping[str, Tensor],
-    shape: tuple[int, int],
-    dense_class: type[nn.Module],
-    dtype: torch.dtype,
-) -> CompressedLinear:
-    """A layer from the tensors of a file.
-
-    Args:
-        stored: As for :func:`stored_layout`.
-        parts: The tensors, as that says; taken over.
-        shape: (out, in).
-        dense_class: Of the layer whose place it takes.
-        dtype: In which the layer answers.
-    """
-    bias = parts.get("bias")
-    if stored.form in FACTORED:
-        return CompressedLinear(_factors_from_stored(stored, parts, shape, dense_class, dtype))
-    kind, prefix = STORABLE[stored.form], ResidualLinear.prefix
-    first, *others = kind.layout(*shape)
-    buffers = {first: parts["weight"], **{name: parts[f"wasi_{name}"] for name in others}}
-    added = {name: parts[prefix + name] for name in ResidualLinear.parts if prefix + name in parts}
-    frozen = kind.from_buffers(buffers, None if added else bias, shape, dense_class, dtype)
-    return CompressedLinear(ResidualLinear.beside(frozen, added, bias) if added else frozen)
-
-
-def _factors_from_stored(
-    stored: StoredForm,
-    tensors: Mapping[str, Tensor],
-    shape: tuple[int, int],
-    dense_class: type[nn.Module],
-    dtype: torch.dtype,
-) -> FactoredLinear:
-    cls = FACTORED[stored.form]
-    sizes = cls.part_shapes(*shape, stored.rank, side_rank=stored.side_rank)
-    places = {tensor.place: tensors[name] for name, tensor in _factor_tensors(stored, shape).items()}
-    parts: dict[str, Any] = {}
-    for part, size in sizes.items():
-        if part in stored.bits:
-            kind = FROZEN[stored.bits[part]]
-            buffers = {name: places[f"{part}.{name}"] for name in kind.layout(*size)}
-            parts[part] = kind.from_buffers(buffers, None, size, nn.Linear, dtype)
-        else:
-            parts[part] = places[part]
-    return cls.from_parts(parts, tensors.get("bias"), dense_class)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,31 @@ def _refuse_in_place(name: str) -> None:
         raise AttributeError(LOST.format(what=f"{name} cannot be applied"))
 
 
-class FactoredWeight:
+class StandIn(ABC):
+    """What answers for a dense weight that is not stored: its shape, dtype and device at no cost, values on use."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def multiplied_out(self) -> Tensor:
+        """The dense weight, as model code sees it, a tensor of its own."""
+
+    def is_floating_point(self) -> bool:
+        """Whether the dense weight is of floating point numbers, as `Tensor.is_floating_point`."""
+        return self.dtype.is_floating_point
+
+    def size(self, dim: int | None = None) -> Any:
+        """Shape, or one size of it, as `Tensor.size`."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """Elements of the dense weight."""
+        return self.shape.numel()
+
+
+class FactoredWeight(StandIn):
     """Stand-in for a dense weight: knows shape, dtype and device at no cost, and is multiplied out only on use.
 
     Model code reads `layer.weight.dtype` and the like in its forward pass (T5 does); multiplying out `L R` for that
@@ -66,6 +91,8 @@ class FactoredWeight:
         return getattr(self._dense(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "requires_grad" and not value:
+            return  # as it is: nobody trains a stand-in
         if "_made" in self.__dict__:
             raise AttributeError(LOST.format(what=f"{name} cannot be set"))
         super().__setattr__(name, value)
@@ -82,21 +109,8 @@ class FactoredWeight:
         """Divide the weight by a number, for good."""
         return self.mul_(1 / divisor)
 
-    def is_floating_point(self) -> bool:
-        """Whether the dense weight is of floating point numbers, as `Tensor.is_floating_point`."""
-        return self.dtype.is_floating_point
-
-    def size(self, dim: int | None = None) -> Any:
-        """Shape, or one size of it, as `Tensor.size`."""
-        return self.shape if dim is None else self.shape[dim]
-
     def multiplied_out(self) -> Tensor:
-        """The dense weight, a tensor of its own."""
         return self._dense()
-
-    def numel(self) -> int:
-        """Elements of the dense weight."""
-        return self.shape.numel()
 
     @classmethod
     def __torch_function__(
@@ -123,7 +137,7 @@ def is_quantized(layer: nn.Module) -> bool:
     """Whether there is no dense weight: a library keeps it in few bits (bitsandbytes, torchao, HQQ), or a form."""
     weight = getattr(layer, "weight", None)
     return (
-        isinstance(weight, FactoredWeight)
+        isinstance(weight, StandIn)
         or hasattr(layer, "W_q")
         or type(weight).__module__.partition(".")[0] in ("bitsandbytes", "torchao")
     )
@@ -136,7 +150,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     One in few bits is restored, and one in shards gathered, for which all processes must ask: a tensor of its own.
     """
     stored: Any = layer.weight
-    if isinstance(stored, FactoredWeight):
+    if isinstance(stored, StandIn):
         return stored.multiplied_out()
     if type(stored).__name__ == "Int8Params":
         return _of_bitsandbytes(layer)
@@ -166,7 +180,7 @@ def weight_shape(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a layer's weight, which is not restored for that; of packed experts, those of one."""
     if isinstance(layer, ExpertStack):
         return layer.out_features, layer.in_features
-    if isinstance(layer.weight, FactoredWeight):
+    if isinstance(layer.weight, StandIn):
         return layer.weight.shape[0], layer.weight.shape[1]
     out_features, in_features = dense_weight(layer).shape
     return out_features, in_features
@@ -174,7 +188,7 @@ def weight_shape(layer: nn.Module) -> tuple[int, int]:
 
 def empty_like_weight(layer: nn.Module) -> Tensor:
     """A tensor without elements, of the dtype and device of a layer's weight, which is not restored for that."""
-    if isinstance(layer.weight, FactoredWeight):
+    if isinstance(layer.weight, StandIn):
         return torch.empty(0, dtype=layer.weight.dtype, device=layer.weight.device)
     return dense_weight(layer).new_empty(0)
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import is_fake
 from typing_extensions import Self
 
 from ..models.experts import ExpertStack
-from .dense import ParkedLinear, build_dense
+from .dense import ParkedLinear, StandIn, build_dense
 from .factored import FactoredLinear, check_rank
 from .products import ProductChoice
 from .residual import RESIDUALS, ExactResidual, Residual, ResidualLinear
@@ -52,7 +52,7 @@ def segments_of(offsets: Tensor, rows: int) -> list[Segment]:
     return [Segment(index, *ends) for index, ends in enumerate(zip(starts, ends, strict=True)) if ends[0] < ends[1]]
 
 
-class StackedWeight:
+class StackedWeight(StandIn):
     """Stand-in for packed weights: what model code multiplies by them goes through `multiply`.
 
     Served without the dense weight: `F.linear(x, w[e])` and `x @ w[e]` of one expert; `w[experts]` in `torch.bmm`, one
@@ -105,21 +105,9 @@ class StackedWeight:
         other.__dict__.update(state)
         return other
 
-    def size(self, dim: int | None = None) -> Any:
-        """Shape, or one size of it, as `Tensor.size`."""
-        return self.shape if dim is None else self.shape[dim]
-
     def dim(self) -> int:
         """Number of dimensions, as `Tensor.dim`."""
         return self.ndim
-
-    def numel(self) -> int:
-        """Elements of the dense weight."""
-        return self.shape.numel()
-
-    def is_floating_point(self) -> bool:
-        """Whether the dense weight is of floating point numbers, as `Tensor.is_floating_point`."""
-        return self.dtype.is_floating_point
 
     def transpose(self, first: int, second: int) -> Any:
         """The same with rows and columns exchanged, as `Tensor.transpose`."""
@@ -143,7 +131,6 @@ class StackedWeight:
         return self.t() if self.ndim == 2 else self.multiplied_out().T
 
     def multiplied_out(self) -> Tensor:
-        """The dense weight, as model code sees it."""
         weight = self._dense()
         if self._chosen is not None:
             weight = weight[self._chosen]
@@ -269,9 +256,16 @@ def residual_of(stack: ExpertStack, name: str, products: ProductChoice | None) -
         name: Of the residual.
         products: How layers multiply by int8 codes.
     """
-    matrices = stack.matrices()
-    flat = build_dense(nn.Linear, matrices.reshape(-1, matrices.shape[-1]), None)
-    return RESIDUALS[name](flat, products)
+    kind, rows = RESIDUALS[name], stack.out_features
+    shape, weight = (stack.experts * rows, stack.in_features), stack.weight
+    buffers = {
+        part: torch.empty(size, dtype=dtype, device=weight.device)
+        for part, (size, dtype) in kind.layout(*shape).items()
+    }
+    for expert, matrix in enumerate(stack.matrices()):  # one at a time: all may be most of a model
+        for part, buffer in kind(build_dense(nn.Linear, matrix, None)).named_buffers():
+            buffers[part][expert * rows : (expert + 1) * rows] = buffer
+    return kind.from_buffers(buffers, None, shape, nn.Linear, weight.dtype, products)
 
 
 class ExactStack(ExactResidual):

@@ -1,13 +1,15 @@
 """Model cards: what a published adapter or compressed model is, and lines that load it as they stand.
 
-PEFT writes an adapter's card whenever it is saved, and again when the Trainer has written its own; `push_to_hub` puts
-that of the repository, or an empty one, in its place. :func:`install` has this package add its part each time.
+PEFT writes an adapter's card whenever it is saved, and again when the Trainer has written its own; transformers writes
+none for a model, and its Trainer one that knows nothing of this package; `push_to_hub` puts that of the repository, or
+an empty one, in the place of either. :func:`install` has this package add its part each time.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..files.whole import whole_file
-from ..forms.compressed import CompressedLinear
+from ..forms.compressed import Compressed
 from ..tuner.model import WasiModel
 from ..tuner.summary import WasiSummary, wasi_summary
 
@@ -67,8 +69,8 @@ def _facts(model: nn.Module) -> list[tuple[str, str]]:
     """Rows of a card's table."""
     if isinstance(model, PeftModel):
         return _facts_of_adapter(wasi_summary(model, model.active_adapter), model)
-    layers = [layer for layer in model.modules() if isinstance(layer, CompressedLinear)]
-    kept = sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
+    layers = [layer for layer in model.modules() if isinstance(layer, Compressed)]
+    kept = sum(tensor.nbytes for layer in layers for tensor in layer.stored().values())
     dense = sum(layer.weight.numel() * layer.weight.dtype.itemsize for layer in layers)
     forms = sorted({layer.form_name for layer in layers})
     ranks = sorted(layer.rank for layer in layers if layer.rank)
@@ -105,7 +107,7 @@ def card_section(model: nn.Module) -> str:
 def write_card(model: nn.Module, folder: str | os.PathLike[str], metrics: Mapping[str, float] | None = None) -> Path:
     """Write a model card into a folder, or this package's part of the one that is there.
 
-    Adapters get theirs whenever they are saved; compressed models, which transformers saves, by this call.
+    Adapters and compressed models get theirs whenever they are saved; this call adds results.
 
     Args:
         model: A PEFT model with a WASI adapter, or a compressed model.
@@ -145,7 +147,10 @@ def write_card(model: nn.Module, folder: str | os.PathLike[str], metrics: Mappin
 
 
 def install() -> None:
-    """Have PEFT's cards of WASI adapters say what they are, whoever writes them; calling it again changes nothing."""
+    """Have cards of WASI adapters and compressed models say what they are, whoever writes them.
+
+    Calling it again changes nothing.
+    """
     write = PeftModel.create_or_update_model_card
     if getattr(write, "_wasi", False):
         return
@@ -167,13 +172,45 @@ def install() -> None:
     PeftModel.create_or_update_model_card = create_or_update_model_card
     for cls in (PeftModel, PreTrainedModel):
         cls._upload_modified_files = _with_card(cls._upload_modified_files)
+    PreTrainedModel.save_pretrained = _saved_with_card(PreTrainedModel.save_pretrained)
+
+
+def _saved_with_card(save: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(save)
+    def save_pretrained(
+        self: PreTrainedModel, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        saved = save(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process and _is_compressed_alone(self) and os.path.isdir(save_directory):
+            write_card(self, save_directory)
+            _complete_cards_of_trainer()
+        return saved
+
+    return save_pretrained
+
+
+def _complete_cards_of_trainer() -> None:
+    """The Trainer, if there is one, writes a card over that of the model that it has saved."""
+    trainer = sys.modules.get("transformers.trainer")  # which takes long to import
+    if trainer is None or getattr(trainer.Trainer.create_model_card, "_wasi", False):
+        return
+    create = trainer.Trainer.create_model_card
+
+    @functools.wraps(create)
+    def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
+        create(self, *args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_world_process_zero() and _is_compressed_alone(model):
+            write_card(model, self.args.output_dir)
+
+    create_model_card._wasi = True  # type: ignore[attr-defined]
+    trainer.Trainer.create_model_card = create_model_card
 
 
 def _with_card(upload: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(upload)
     def upload_with_card(self: Any, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        native = getattr(self, "_hf_peft_config_loaded", False)  # what is in the folder then is that adapter alone
-        if _is_adapter(self) or (_is_compressed(self) and not isinstance(self, PeftModel) and not native):
+        if _is_adapter(self) or _is_compressed_alone(self):
             write_card(self, working_dir)
         return upload(self, working_dir, *args, **kwargs)
 
@@ -184,5 +221,11 @@ def _is_adapter(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and isinstance(model.base_model, WasiModel)
 
 
+def _is_compressed_alone(model: nn.Module) -> bool:
+    """Whether what is saved of a model is a compressed one, and not an adapter on it alone."""
+    native = getattr(model, "_hf_peft_config_loaded", False)
+    return _is_compressed(model) and not isinstance(model, PeftModel) and not native
+
+
 def _is_compressed(model: nn.Module) -> bool:
-    return any(isinstance(layer, CompressedLinear) for layer in model.modules())
+    return any(isinstance(layer, Compressed) for layer in model.modules())

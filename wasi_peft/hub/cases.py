@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..models.calls import LABEL_KEYS, call_arguments
 
-SAMPLES, TOKENS = 2, 16
+EXAMPLE_SAMPLES, EXAMPLE_TOKENS = 2, 16
 BATCH_AXIS, SEQUENCE_AXIS = "batch", "sequence"
 
 
@@ -30,12 +30,16 @@ class Case(NamedTuple):
     answers: dict[str, Tensor]
 
 
-def example_batch(model: nn.Module, image_size: int | None = None) -> dict[str, Tensor]:
-    """Two samples of noise for a transformers model: images of its size, or 16 tokens, that of a decoder too.
+def example_batch(
+    model: nn.Module, image_size: int | None = None, samples: int = EXAMPLE_SAMPLES, tokens: int = EXAMPLE_TOKENS
+) -> dict[str, Tensor]:
+    """Samples of noise for a transformers model: images of its size, or tokens, those of a decoder too.
 
     Args:
         model: Or a PEFT model around one.
         image_size: Pixels of a side, where it is not that of the configuration.
+        samples: How many.
+        tokens: Of each text, where the model takes as many.
 
     Raises:
         ValueError: If it reads something else, or its configuration does not tell the size of images.
@@ -46,7 +50,7 @@ def example_batch(model: nn.Module, image_size: int | None = None) -> dict[str, 
     if config is not None and reads == "pixel_values" and (image_size or getattr(config, "image_size", None)):
         size = image_size or config.image_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        pixels = torch.randn(SAMPLES, getattr(config, "num_channels", 3), height, width, generator=generator)
+        pixels = torch.randn(samples, getattr(config, "num_channels", 3), height, width, generator=generator)
         return {"pixel_values": pixels.to(next(model.parameters()).dtype)}
     if config is None or reads != "input_ids":
         raise ValueError(
@@ -54,12 +58,12 @@ def example_batch(model: nn.Module, image_size: int | None = None) -> dict[str, 
             "images of which size, or what else, it reads."
         )
     config = config.get_text_config()
-    length = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
+    length = min(tokens, getattr(config, "max_position_embeddings", None) or tokens)
     ordinary = [token for token in range(config.vocab_size) if token not in (config.pad_token_id, config.eos_token_id)]
-    chosen = torch.randint(len(ordinary), (SAMPLES, length), generator=generator)
-    tokens = torch.tensor(ordinary)[chosen]
-    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    return {**batch, "decoder_input_ids": tokens.clone()} if config.is_encoder_decoder else batch
+    chosen = torch.randint(len(ordinary), (samples, length), generator=generator)
+    ids = torch.tensor(ordinary)[chosen]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**batch, "decoder_input_ids": ids.clone()} if config.is_encoder_decoder else batch
 
 
 def inputs_of(model: nn.Module, batch: Any) -> Inputs:
@@ -163,15 +167,25 @@ def check_difference(difference: float, tolerance: float) -> float:
     return difference
 
 
+def farthest(run: Callable[[Inputs], Mapping[str, Tensor]], cases: list[Case]) -> float:
+    """How far answers are from what they must be, at most.
+
+    Args:
+        run: Answers inputs, by name.
+        cases: What must be answered.
+    """
+    return max(largest_difference(run(case.inputs), case) for case in cases)
+
+
+@torch.no_grad()
 def answered(model: nn.Module, cases: list[Case], tolerance: float) -> float:
     """How far a module's answers are from what they must be.
 
     Raises:
         ValueError: If that is further than the tolerance.
     """
-    with torch.no_grad():
-        found = [
-            largest_difference(answers_of(model(**case.inputs.tensors, **case.inputs.constants)), case)
-            for case in cases
-        ]
-    return check_difference(max(found), tolerance)
+
+    def run(inputs: Inputs) -> dict[str, Tensor]:
+        return answers_of(model(**inputs.tensors, **inputs.constants))
+
+    return check_difference(farthest(run, cases), tolerance)

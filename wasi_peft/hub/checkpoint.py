@@ -8,44 +8,26 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..factors.folder import checksum
 from ..files.headers import read_header
+from .conversion import FLOATS, Conversion, ConvertedTensor, StoredTensor
 
 logger = logging.getLogger(__name__)
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHERS = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL"}
 _NOT_READ = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.tflite", "*/*"]
 _SHOWN = 5  # names of tensors in a message
 _CHECKSUM_BYTES = 2**20  # from either end of a file
-
-
-class StoredTensor(NamedTuple):
-    """A tensor in a file, as its header says.
-
-    Attributes:
-        path: Of the file.
-        key: Its name there.
-        shape: Its shape.
-        dtype: As safetensors call it: "BF16".
-    """
-
-    path: str
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def checkpoint_folder(model: str | os.PathLike[str], revision: str | None = None) -> str:
@@ -116,8 +98,9 @@ def _read_weight_map(folder: str) -> dict[str, str]:
 class DenseCheckpoint:
     """The tensors of a model by the names that they have in it.
 
-    Where transformers has renamed modules since the checkpoint was written, its own table of names is used. As it does
-    there, the prefix of the base model is added or taken away, and tensors that the model lacks are left out.
+    Where transformers has renamed modules since the checkpoint was written, or puts tensors together (experts), its
+    own table is used. As it does there, the prefix of the base model is added or taken away, and tensors that the
+    model lacks are left out.
 
     Args:
         model: Without weights; says what there must be, and in which dtype it is read.
@@ -128,8 +111,8 @@ class DenseCheckpoint:
         aliases: All names of each parameter, by any of them.
 
     Raises:
-        ValueError: If a tensor is missing, has another shape or no floating dtype, or must be put together from
-            several; or if weights that are tied differ.
+        ValueError: If a tensor is missing, has another shape or no floating dtype, or those that it is to be put
+            together from do not fit; or if weights that are tied differ.
     """
 
     def __init__(self, model: PreTrainedModel, stored: list[StoredTensor]) -> None:
@@ -153,34 +136,34 @@ class DenseCheckpoint:
                 self._stored[name] = self._stored[there[0]]
 
     @staticmethod
-    def _matched(model: PreTrainedModel, stored: list[StoredTensor]) -> dict[str, StoredTensor]:
+    def _matched(model: PreTrainedModel, stored: list[StoredTensor]) -> dict[str, StoredTensor | ConvertedTensor]:
         transforms = get_model_conversion_mapping(model)
         renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         expected, prefix = model.state_dict(), model.base_model_prefix
         made = {name for name, _ in model.named_buffers()} - set(expected)  # by the model itself; old files hold them
         ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq"]
-        matched: dict[str, StoredTensor] = {}
+        matched: dict[str, StoredTensor | ConvertedTensor] = {}
+        conversions: dict[str, Conversion] = {}
         left_out: list[str] = []
-        for tensor in stored:
+        for tensor in sorted(stored, key=lambda tensor: dot_natural_key(tensor.key)):  # experts by their numbers
             name, converted = rename_source_key(tensor.key, renamings, converters, prefix, expected)
             if name not in expected and tensor.key in expected:
                 name, converted = tensor.key, None
-            if converted is not None:
-                raise ValueError(
-                    f"{tensor.key}: transformers makes {name} of several tensors, which takes the whole model: load "
-                    "it by from_pretrained and use compress."
-                )
             if name not in expected:
                 if name in made or any(re.search(pattern, tensor.key) for pattern in ignored):
                     continue
                 left_out.append(tensor.key)
                 continue
-            if name in matched:
-                raise ValueError(
-                    f"{name}: a checkpoint must hold a tensor once, got {matched[name].key} and {tensor.key}."
-                )
-            matched[name] = tensor
+            if converted is not None:
+                conversion = conversions.setdefault(name, Conversion(model, by_pattern[converted], name))
+                conversion.add(converted, tensor)
+                continue
+            _enter(matched, name, tensor)
+        for conversion in conversions.values():
+            for name, converted_tensor in conversion.made().items():
+                _enter(matched, name, converted_tensor)
         if left_out:
             shown = ", ".join(left_out[:_SHOWN]) + (", ..." if len(left_out) > _SHOWN else "")
             logger.warning(
@@ -215,21 +198,26 @@ class DenseCheckpoint:
 
     def read(self, name: str) -> Tensor:
         """A tensor of its own, in the model's dtype."""
-        stored = self._stored[name]
-        with safe_open(stored.path, framework="pt") as file:  # for one tensor: pages of the file do not add up
-            tensor: Tensor = file.get_tensor(stored.key)
-            return tensor.to(self.expected[name].dtype, copy=True)
+        return self._stored[name].read(self.expected[name].dtype)
 
     @property
     def identity(self) -> dict[str, list[int]]:
         """Size and a checksum of the ends of every file, by name."""
         found = {}
-        for path in sorted({tensor.path for tensor in self._stored.values()}):
+        for path in sorted(set().union(*(tensor.paths for tensor in self._stored.values()))):
             with open(path, "rb") as file:
                 size, start = os.path.getsize(path), file.read(_CHECKSUM_BYTES)
                 file.seek(max(0, size - _CHECKSUM_BYTES))
                 found[os.path.basename(path)] = [size, zlib.crc32(file.read(), zlib.crc32(start))]
         return found
+
+
+def _enter(
+    matched: dict[str, StoredTensor | ConvertedTensor], name: str, tensor: StoredTensor | ConvertedTensor
+) -> None:
+    if name in matched:
+        raise ValueError(f"{name}: a checkpoint must hold a tensor once, got {matched[name].key} and {tensor.key}.")
+    matched[name] = tensor
 
 
 def checkpoint_dtype(stored: list[StoredTensor]) -> torch.dtype:

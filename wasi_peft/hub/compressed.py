@@ -1,7 +1,8 @@
 """Compressed checkpoints: forms in a model without an adapter, saved and loaded by transformers itself.
 
 A compressed model is an ordinary transformers model some of whose Linear layers are
-:class:`forms.compressed.CompressedLinear`. What is which is in its config (:class:`WasiQuantizationConfig`), so
+:class:`forms.compressed.CompressedLinear`, and packed experts
+:class:`forms.compressed_stack.CompressedStack`. What is which is in its config (:class:`WasiQuantizationConfig`), so
 `save_pretrained` and `from_pretrained` need nothing but the import of this package: transformers asks the quantizer
 registered here to put empty layers of the right sizes into the skeleton, and no dense weight is ever allocated.
 """
@@ -9,8 +10,6 @@ registered here to put empty layers of the right sizes into the skeleton, and no
 from __future__ import annotations
 
 import copy
-import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -26,26 +25,27 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..factors.data import CalibrationData
 from ..factors.prepare import preprocess_wasi
-from ..files.headers import Header, read_header
-from ..forms.compressed import CompressedLinear, StoredForm, from_stored, stored_layout
+from ..forms.compressed import Compressed
+from ..forms.compressed_stack import accept_stored_names
+from ..forms.compressing import from_stored, stack_from_stored
 from ..forms.dense import weight_shape
 from ..forms.residual import Layout
+from ..forms.stored import StoredForm, key_of, stored_layout
+from ..models.experts import ExpertStack, conceal_experts, expose_experts
 from ..tuner.config import WasiConfig
 from ..tuner.layer import wasi_layers
 from ..tuner.model import WasiModel
-from ..tuner.targets import resolve_targets
+from .claims import check_files
 
 METHOD = "wasi"
 FORMAT_VERSION = 1
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_INTEGERS = {torch.int8: "I8", torch.uint8: "U8"}
 
 
 class WasiQuantizationConfig(QuantizationConfigMixin):
     """What a compressed model's `config.json` says of its layers.
 
     Args:
-        layers: By module name, what :class:`forms.compressed.StoredForm` says of it:
+        layers: By name of the module, or of the packed parameter, what :class:`forms.stored.StoredForm` says of it:
             `{"form": "factors" | "int8" | "int4" | ..., "rank": directions of the factors}`.
         format_version: Of the checkpoint, 1.
 
@@ -103,17 +103,22 @@ class WasiQuantizer(HfQuantizer):
         dtype = dtype or model.dtype
         loading: dict[str, _Loading] = {}
         layouts: dict[str, Layout] = {}
+        expose_experts(model)
         for name, module_name in _names_in(model, self.quantization_config.layers).items():
             module, entry = model.get_submodule(module_name), StoredForm(**self.quantization_config.layers[name])
-            shape = weight_shape(module)
+            shape: tuple[int, ...] = weight_shape(module)
+            transposed = None
+            if isinstance(module, ExpertStack):
+                shape, transposed = (module.experts, *shape), module.transposed
             try:
                 layouts[name] = stored_layout(entry, shape, module.bias is not None, dtype)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            loading[module_name] = _Loading(entry, shape, type(module), dtype)
-        _check_files(model, layouts, checkpoint_files)
-        for module_name, layout in zip(loading, layouts.values(), strict=True):
-            model.set_submodule(module_name, _Stored(layout))
+            loading[module_name] = _Loading(entry, shape, type(module), dtype, layouts[name], transposed)
+        conceal_experts(model)
+        check_files(model, layouts, checkpoint_files)
+        for module_name, each in loading.items():
+            each.make_room(model, module_name)
         self._loading = loading
         self._shapes = shapes_of(model)
         layers = self.quantization_config.layers
@@ -122,21 +127,15 @@ class WasiQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         check_shapes(model, self._shapes)
-        for name, (entry, shape, dense_class, dtype) in self._loading.items():
-            stored = model.get_submodule(name)
-            parts = {part: tensor.detach() for part, tensor in stored.named_parameters()}
-            layer = from_stored(entry, parts, shape, dense_class, dtype).train(stored.training)
-            hook = getattr(stored, "_hf_hook", None)
-            if hook is not None:
-                remove_hook_from_module(stored)
-                add_hook_to_module(layer, hook)
-            model.set_submodule(name, layer)
+        for name, each in self._loading.items():
+            each.finish(model, name)
+        accept_stored_names(model)
         del self._loading, self._shapes
         _own_names(model)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with the tensors of compressed layers under the names that they have in files."""
-        found = {name: layer for name, layer in model.named_modules() if isinstance(layer, CompressedLinear)}
+        found = dict(compressed_layers(model))
         if not getattr(model, "_hf_peft_config_loaded", False):  # of transformers' own adapters no base is saved
             adapted = next((name for name in found if name.endswith(".base_layer")), None)
             if adapted is not None:
@@ -148,14 +147,14 @@ class WasiQuantizer(HfQuantizer):
         state = model.state_dict()
         for name, layer in found.items():
             for stored, own in layer.stored_names.items():
-                state[f"{name}.{stored}"] = state.pop(f"{name}.{own}")
+                state[key_of(name, stored, layer.packed)] = state.pop(f"{name}.{own}")
         return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, CompressedLinear):
-                model.set_submodule(name, layer.to_dense().to(dtype))
+        for name, layer in list(compressed_layers(model)):
+            model.set_submodule(name, layer.to_dense().to(dtype))
+        conceal_experts(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -175,22 +174,73 @@ class WasiQuantizer(HfQuantizer):
 
 
 class _Loading(NamedTuple):
-    """What a layer becomes once its tensors are there: arguments of :func:`forms.compressed.from_stored`."""
+    """What a layer becomes once its tensors are there (:mod:`forms.compressing`).
+
+    While transformers loads them, they have the names of the file.
+    """
 
     stored: StoredForm
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dense_class: type[nn.Module]
     dtype: torch.dtype
+    layout: Layout
+    transposed: bool | None  # of packed experts, whether model code reads them so; None for a linear layer
+
+    def make_room(self, model: nn.Module, name: str) -> None:
+        """Put empty tensors where those of a file go."""
+        tensors = {
+            part: torch.empty(shape, dtype=dtype, device="meta") for part, (shape, dtype) in self.layout.items()
+        }
+        parameters = {part: nn.Parameter(tensor, requires_grad=False) for part, tensor in tensors.items()}
+        if self.transposed is None:
+            model.set_submodule(name, _Stored(parameters))
+            return
+        parent, leaf = _place(model, name)
+        del parent._parameters[leaf]
+        for part, parameter in parameters.items():
+            parent.register_parameter(key_of(leaf, part, packed=True), parameter)
+
+    def finish(self, model: nn.Module, name: str) -> None:
+        """Make a layer of the tensors that have come."""
+        layer: nn.Module
+        if self.transposed is None:
+            stored = model.get_submodule(name)
+            parts = {part: tensor.detach() for part, tensor in stored.named_parameters()}
+            out_features, in_features = self.shape
+            sizes = (out_features, in_features)
+            layer = from_stored(self.stored, parts, sizes, self.dense_class, self.dtype).train(stored.training)
+            hook = getattr(stored, "_hf_hook", None)
+            if hook is not None:
+                remove_hook_from_module(stored)
+                add_hook_to_module(layer, hook)
+            model.set_submodule(name, layer)
+            return
+        parent, leaf = _place(model, name)
+        keys = {part: key_of(leaf, part, packed=True) for part in self.layout}
+        parts = {part: parent.get_parameter(key).detach() for part, key in keys.items()}
+        for key in keys.values():
+            del parent._parameters[key]
+        layer = stack_from_stored(self.stored, parts, self.shape, self.transposed, self.dtype)
+        parent.add_module(leaf, layer.train(parent.training))
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, leaf = name.rpartition(".")
+    return model.get_submodule(parent), leaf
+
+
+def compressed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and modules of the compressed layers and packed experts of a model."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Compressed))
 
 
 class _Stored(nn.Module):
     """The tensors of a layer under the names that they have in the file, while transformers loads them."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
-        for name, (shape, dtype) in layout.items():
-            tensor = torch.empty(shape, dtype=dtype, device="meta")
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
@@ -231,7 +281,9 @@ def _candidates(model: PreTrainedModel, name: str) -> Iterator[str]:
 
 
 def _names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Names of layers in the model by those in a checkpoint; models with another head or none lack those of the head.
+    """Names of layers in the model by those in a checkpoint, in the model's order.
+
+    Models with another head or none lack those of the head.
 
     Raises:
         ValueError: If the model does not have one, or it is no linear layer.
@@ -242,64 +294,15 @@ def _names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
         known = next((other for other in _candidates(model, name) if other in modules), None)
         if known is None and not same and not name.startswith(f"{model.base_model_prefix}."):
             continue
-        if known is None or not isinstance(modules[known], (nn.Linear, Conv1D)):
+        if known is None or not isinstance(modules[known], (nn.Linear, Conv1D, ExpertStack)):
             kind = "no such module" if known is None else type(modules[known]).__name__
             raise ValueError(
-                f"{name}: the compressed checkpoint is of another model; it must be a Linear, got {kind}."
+                f"{name}: the compressed checkpoint is of another model; it must be a Linear or packed experts, got "
+                f"{kind}."
             )
         found[name] = known
-    return found
-
-
-# ---------------------------------------------------------------- what the files claim
-
-
-def _check_files(model: PreTrainedModel, layouts: Mapping[str, Layout], files: Iterable[str] | None) -> None:
-    """Refuse, by their headers alone, files that do not hold what the config says.
-
-    Raises:
-        ValueError: If a tensor of a compressed layer is missing, there is one that its form does not have, or one has
-            another shape or kind of dtype; if another tensor of the architecture that was saved is missing; or if a
-            file is damaged or no safetensors file.
-    """
-    if files is None:
-        return
-    present: dict[str, Header] = {}
-    for path in files:
-        if not str(path).endswith(".safetensors"):
-            raise ValueError(f"compressed checkpoints are safetensors files only, got {os.path.basename(path)}.")
-        present |= read_header(path)
-    for name, layout in layouts.items():
-        own = {key.rpartition(".")[2] for key in present if key.rpartition(".")[0] == name}
-        for part in sorted(own.symmetric_difference(layout)):
-            lacks = "lacks" if part in layout else "has, besides what its form stores,"
-            raise ValueError(f"{name}: the checkpoint {lacks} {part!r}; it is damaged or was put together wrongly.")
-        for part, (shape, dtype) in layout.items():
-            there = present[f"{name}.{part}"]
-            kinds = _FLOATS if dtype.is_floating_point else (_INTEGERS[dtype],)
-            if there.shape != shape or there.dtype not in kinds:
-                raise ValueError(
-                    f"{name}.{part}: must be of shape {shape} and dtype {' or '.join(kinds)} as its form says, got "
-                    f"{there.shape} and {there.dtype}."
-                )
-    _check_rest(model, layouts, present)
-
-
-def _check_rest(model: PreTrainedModel, layouts: Mapping[str, Layout], present: Iterable[str]) -> None:
-    """Refuse tensors of forms without a layer, and an architecture that was saved and is not complete."""
-    others = [key for key in present if key.rpartition(".")[0] not in layouts]
-    stray = next((key for key in others if key.rpartition(".")[2].startswith("wasi_")), None)
-    if type(model).__name__ not in (model.config.architectures or ()):
-        return  # with another head or none; transformers says what is missing and what is left
-    if stray is not None:
-        raise ValueError(f"{stray}: the checkpoint holds a part of a layer that its configuration does not name.")
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    known = set(others)
-    for key in model.state_dict():
-        skipped = key in tied or key.rpartition(".")[0] in layouts or any(each.search(key) for each in optional)
-        if not skipped and key not in known:
-            raise ValueError(f"{key}: the checkpoint lacks this tensor; it is damaged or was put together wrongly.")
+    order = {name: index for index, name in enumerate(modules)}
+    return dict(sorted(found.items(), key=lambda names: order[names[1]]))
 
 
 # ---------------------------------------------------------------- making one
@@ -317,7 +320,8 @@ def compress(
 
     `save_pretrained` and `push_to_hub` write it, and after `import wasi_peft` anybody reads it by
     `AutoModel....from_pretrained` in one line, without the dense weights. Adapters (WASI, LoRA) train on it, and
-    `dequantize()` is the dense model again. Layers that a form would not make smaller stay dense.
+    `dequantize()` is the dense model again. Layers that a form would not make smaller stay dense. Packed experts are
+    compressed with the linear layers.
 
     Args:
         model: A dense transformers model, which is changed; or a PEFT model with a WASI adapter, whose layers become
@@ -340,8 +344,8 @@ def compress(
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> vit = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
         >>> model = compress(ViTForImageClassification(vit))
-        >>> sum(isinstance(module, CompressedLinear) for module in model.modules())
-        6
+        >>> [name for name, _ in compressed_layers(model)][-2:]
+        ['vit.layers.0.mlp.fc1', 'vit.layers.0.mlp.fc2']
     """
     if not isinstance(model, nn.Module) or not isinstance(config, (WasiConfig, type(None))):
         raise TypeError(
@@ -359,13 +363,12 @@ def compress(
     else:
         if adapter_name is not None:
             raise ValueError(f"adapter_name is for a PEFT model; leave it out for a dense one, got {adapter_name!r}.")
-        if any(isinstance(layer, CompressedLinear) for layer in model.modules()):
+        if any(compressed_layers(model)):
             raise ValueError("the model is compressed already; restore its dense layers first, by model.dequantize().")
         config = WasiConfig() if config is None else copy.copy(config)
         config.inference_mode = True  # nothing is going to train
         if config.residual == "exact":
             raise ValueError("residual='exact' keeps the dense weights; choose 'int8', 'int4' or factors.")
-        resolve_targets(model, config)  # packed experts, which an injection would find, have no compressed form
         if data is not None:
             preprocess_wasi(model, config, data, **options)
         tuner = get_peft_model(model, config).base_model
@@ -379,9 +382,9 @@ def mark_compressed(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If it has none.
     """
-    compressed = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, CompressedLinear))
-    layers = {name: layer.stored_form.entry() for name, layer in compressed}
+    layers = {name: layer.stored_form.entry() for name, layer in compressed_layers(model)}
     config = quantization_config(layers)
+    accept_stored_names(model)
     if isinstance(model, PreTrainedModel):
         quantizer = WasiQuantizer(config, pre_quantized=True)
         model.hf_quantizer = quantizer
@@ -405,7 +408,7 @@ def quantization_config(layers: Mapping[str, Mapping[str, Any]]) -> WasiQuantiza
 def _renew_mark(model: nn.Module) -> None:
     """Have a model whose layers have changed saved as what it is now: compressed, in these forms, or dense."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
-    if any(isinstance(layer, CompressedLinear) for layer in model.modules()):
+    if any(compressed_layers(model)):
         mark_compressed(model)
     elif isinstance(model, PreTrainedModel) and isinstance(quantizer, WasiQuantizer):
         quantizer.remove_quantization_config(model)

@@ -8,13 +8,19 @@ from typing import Any
 from torch import nn
 
 from ..files.folders import Location, new_folder
+from .executorch import ExecutorchFormat
 from .formats import Format, Source
+from .gguf import GgufFormat
 from .lora import LoraFormat
 from .onnx import OnnxFormat
+from .openvino import OpenvinoFormat
 from .plain import PlainFormat
 from .programs import TorchFormat
 
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (PlainFormat, OnnxFormat, TorchFormat, LoraFormat)}
+FORMATS: dict[str, type[Format]] = {
+    cls.name: cls
+    for cls in (PlainFormat, OnnxFormat, OpenvinoFormat, TorchFormat, ExecutorchFormat, LoraFormat, GgufFormat)
+}
 
 
 def ready_format(format: str, **options: Any) -> Format:
@@ -53,13 +59,16 @@ def export(
         model: A compressed model, a PEFT model with a WASI adapter, or a dense one; not changed.
         folder: To be made.
         format: 'plain': safetensors of ordinary layers, two for two factors, with a `load.py` that needs torch,
-            transformers and safetensors. 'onnx': a graph in float32; with `int8=True` weights in 8 bits. 'torch': a
-            program of `torch.export`. 'lora': factors beside a weight as a LoRA adapter for the dense base.
+            transformers and safetensors. 'onnx' and 'openvino': a graph in float32; with `int8=True` weights in 8
+            bits. 'torch': a program of `torch.export`. 'executorch': one for devices. 'lora': factors beside a weight
+            as a LoRA adapter for the dense base. 'gguf': a language model for llama.cpp, factors beside its weights as
+            an adapter; with `int8=True` all matrices in 8 bits, with `tokenizer=` another tokenizer than the model's.
         batch: What the model is called with, as for [`estimate_wasi`]; by default noise, for transformers models of
-            images or texts. Images have its size in 'onnx' and 'torch', samples and lengths of texts are free.
+            images or texts. Images have its size in graphs and programs, samples and lengths of texts are free; in
+            'executorch' they are at most its own.
         adapter_name: Of a PEFT model; by default the active one.
         tolerance: Largest difference of answers, relative to their largest element, that is no error; by default the
-            square root of the dtype's precision, and none with `int8=True`.
+            square root of the dtype's precision, and none with `int8=True`; in 'gguf' that of what is written.
         overwrite: Whether a folder that is there may be replaced, with all that is in it.
         **options: Of the format.
 

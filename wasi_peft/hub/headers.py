@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files.headers import read_header
+from ..forms.stored import layer_of
 from .compressed import METHOD, WasiQuantizationConfig
 
 
@@ -46,11 +47,15 @@ def read_headers(folder: Path) -> Checkpoint:
     for path in sorted(folder.glob("*.safetensors")):
         sizes |= {key: math.prod(header.shape) * _width(header.dtype) for key, header in read_header(path).items()}
     layers = []
+    own: dict[str, list[int]] = {name: [] for name in config.layers}
+    for key, size in sizes.items():
+        owner = layer_of(key, config.layers)
+        if owner is not None:
+            own[owner[0]].append(size)
     for name, entry in config.layers.items():
-        own = [size for key, size in sizes.items() if key.rpartition(".")[0] == name]
-        if not own:
+        if not own[name]:
             raise ValueError(f"{folder}: {name} is in config.json and in no file; the checkpoint is not complete.")
-        layers.append(StoredLayer(name, entry["form"], entry["rank"] + entry.get("side_rank", 0), sum(own)))
+        layers.append(StoredLayer(name, entry["form"], entry["rank"] + entry.get("side_rank", 0), sum(own[name])))
     return Checkpoint(tuple(layers), sum(sizes.values()))
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .cases import Case, check_difference, free_axes, largest_difference
+from .cases import Case, Inputs, check_difference, farthest, free_axes
 from .formats import Format, Source
 from .plain import PlainForm, plain_form
 from .programs import trace
@@ -39,9 +39,9 @@ class OnnxFormat(Format):
     int8: bool = False
 
     def write(self, source: Source, folder: Path) -> float:
-        form = _in_float32(plain_form(source))
+        form = in_float32(plain_form(source))
         path = folder / MODEL_FILE
-        _convert(form, path)
+        write_graph(form, path)
         config: Any = getattr(form.module, "config", None)
         if config is not None:
             config.save_pretrained(folder)
@@ -54,8 +54,8 @@ class OnnxFormat(Format):
         )
 
 
-def _in_float32(form: PlainForm) -> PlainForm:
-    """On the CPU: there are few kernels for 16 bits in onnxruntime, and the graph must run where it is verified."""
+def in_float32(form: PlainForm) -> PlainForm:
+    """The same on the CPU: runtimes have few kernels for 16 bits, and the graph must run where it is verified."""
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu()
@@ -67,8 +67,8 @@ def _in_float32(form: PlainForm) -> PlainForm:
     return form._replace(module=form.module.cpu().float(), cases=[moved(case) for case in form.cases])
 
 
-def _convert(form: PlainForm, path: Path) -> None:
-    """Write the graph of a plain form.
+def write_graph(form: PlainForm, path: Path) -> None:
+    """Write the graph of a plain form, with weights beyond 2 GiB beside it.
 
     Raises:
         ValueError: If it cannot be traced or converted.
@@ -120,9 +120,8 @@ def _difference(path: Path, cases: list[Case]) -> float:
     reads = {each.name for each in session.get_inputs()}
     names = [each.name for each in session.get_outputs()]
 
-    def difference(case: Case) -> float:
-        inputs = {name: tensor.numpy() for name, tensor in case.inputs.tensors.items() if name in reads}
-        answers = {name: torch.from_numpy(array) for name, array in zip(names, session.run(None, inputs), strict=True)}
-        return largest_difference(answers, case)
+    def run(inputs: Inputs) -> dict[str, Tensor]:
+        arrays = {name: tensor.numpy() for name, tensor in inputs.tensors.items() if name in reads}
+        return dict(zip(names, map(torch.from_numpy, session.run(None, arrays)), strict=True))
 
-    return max(difference(case) for case in cases)
+    return farthest(run, cases)

@@ -10,24 +10,62 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..forms.compressed import CompressedLinear
+from ..forms.compressed_stack import CompressedStack
 from ..forms.dense import build_dense, dense_bias, is_quantized
 from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
 from ..forms.residual import Int8Residual
+from ..models.experts import conceal_experts
 from ..tuner.model import WasiModel
 from .cases import Case, answered, cases_of, example_batch, tolerance_of
 from .formats import Format, Source
 
 _OF_A_LINEAR = ("weight", "bias", "in_features", "out_features")
+
+
+class LinearPair(nn.Sequential):
+    """Two thin layers, `x -> L (R x) + b`, which tell what model code asks of the one whose place they take.
+
+    T5 reads `layer.weight.dtype`. The weight has the shape and dtype of the product L R, and is on the meta device:
+    who computes with it gets an error and no wrong numbers.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the one layer, without values, (out, in)."""
+        outer: Any = self[1]
+        return torch.empty(self.out_features, self.in_features, dtype=outer.weight.dtype, device="meta")
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """(out,) or None."""
+        outer: Any = self[1]
+        bias: nn.Parameter | None = outer.bias
+        return bias
+
+    @property
+    def in_features(self) -> int:
+        """Of the one layer."""
+        inner: Any = self[0]
+        size: int = inner.in_features
+        return size
+
+    @property
+    def out_features(self) -> int:
+        """Of the one layer."""
+        outer: Any = self[1]
+        size: int = outer.out_features
+        return size
 
 
 def to_plain(
@@ -37,10 +75,12 @@ def to_plain(
 
     Two factors become `nn.Sequential(nn.Linear(in, K, bias=False), nn.Linear(K, out))`. A weight in few bits has no
     ordinary module: it is restored to the dense layer that it was made of, with factors beside it multiplied in.
-    torchao, torch's dynamic quantisation and exporters then find every layer.
+    torchao, torch's dynamic quantisation and exporters then find every layer. Packed experts, which are parameters,
+    are restored too.
 
-    The copy is run, and must answer as the model does. A model whose code reads more of a layer than what it answers,
-    such as `layer.weight.dtype`, is refused where two layers would be in its place.
+    The copy is run, and must answer as the model does. Where the model's code asks for more than what a layer answers,
+    such as `layer.weight.dtype`, two layers are a :class:`LinearPair`, which tells it; code that computes with the
+    weight itself is refused.
 
     Args:
         model: A compressed model, a PEFT model with a WASI adapter, or a dense one; not changed, and nothing of it is
@@ -55,7 +95,7 @@ def to_plain(
         The copy, in evaluation mode.
 
     Raises:
-        ValueError: If code reads attributes of a layer that became two, answers differ, or no batch is known.
+        ValueError: If code computes with the weight of a layer that became two, answers differ, or no batch is known.
         TypeError: If the adapter is no WASI adapter, or a layer is kept in few bits by another library.
 
     Example:
@@ -97,17 +137,26 @@ def plain_form(source: Source) -> PlainForm:
     cases = cases_of(plain, batch)
     pairs = _replace(plain)
     for name, module in plain.named_modules():
-        if isinstance(module, BaseTunerLayer) or is_quantized(module):
-            raise TypeError(
-                f"{name}: {type(module).__name__} has no plain form; merge adapters, and dequantize() layers that "
-                "another library keeps in few bits, first."
-            )
+        check_ordinary(name, module)
     _forget_quantizer(plain)
     tolerance = tolerance_of(plain) if source.tolerance is None else source.tolerance
     form = PlainForm(plain, pairs, cases, tolerance)
     with _watched(pairs):
         form.differs(plain)
     return form
+
+
+def check_ordinary(name: str, module: nn.Module) -> None:
+    """Refuse a module of which nobody knows what it holds.
+
+    Raises:
+        TypeError: If another adapter is in it, or another library keeps its weight in few bits.
+    """
+    if isinstance(module, BaseTunerLayer) or is_quantized(module):
+        raise TypeError(
+            f"{name}: {type(module).__name__} has no plain form; merge adapters, and dequantize() layers that "
+            "another library keeps in few bits, first."
+        )
 
 
 def standalone(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
@@ -162,9 +211,13 @@ def plain_layer(layer: CompressedLinear) -> nn.Module:
 
 
 def _replace(model: nn.Module) -> dict[str, nn.Sequential]:
-    """Put plain layers in place of compressed ones; those that became two, by name."""
+    """Put plain layers in place of compressed ones; those that became two, by name. Packed experts become dense."""
     made: dict[int, nn.Module] = {}  # a layer may be in a model twice
     names = [name for name, module in _every_name(model) if isinstance(module, CompressedLinear)]
+    for name, stack in _every_name(model):
+        if isinstance(stack, CompressedStack):
+            model.set_submodule(name, stack.to_dense())
+    conceal_experts(model)
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, CompressedLinear)
@@ -183,29 +236,43 @@ def _forget_quantizer(model: nn.Module) -> None:
         model.hf_quantizer.remove_quantization_config(model)
 
 
-class _Watched(nn.Sequential):
-    """Two layers in the place of one, of which somebody may read what only one has."""
+class _Watched(LinearPair):
+    """A pair that notes what it is asked."""
 
-    def __getattr__(self, name: str) -> Any:
+    asked: list[str]
+    own_name: str
+
+    def __getattribute__(self, name: str) -> Any:
         if name in _OF_A_LINEAR:
-            raise ValueError(
-                f"{self._wasi_name}: the model's code reads {name!r} of this layer, which two layers do not have. "
-                "Leave it dense (exclude_modules), or give it a weight in few bits (residual)."
-            )
-        return super().__getattr__(name)
+            self.asked.append(self.own_name)
+        return super().__getattribute__(name)
 
 
 @contextmanager
 def _watched(pairs: dict[str, nn.Sequential]) -> Iterator[None]:
+    """While the model runs, find the pairs that its code asks; they stay :class:`LinearPair`, the others ordinary.
+
+    Raises:
+        ValueError: If the code computes with a weight.
+    """
+    asked: list[str] = []
     for name, pair in pairs.items():
-        pair.__dict__["_wasi_name"] = name
+        pair.__dict__.update(asked=asked, own_name=name)
         pair.__class__ = _Watched
     try:
         yield
+    except RuntimeError as error:
+        if not asked:
+            raise
+        raise ValueError(
+            f"{asked[-1]}: the model's code computes with the weight of this layer, which two layers do not have. "
+            "Leave it dense (exclude_modules), or give it a weight in few bits (residual)."
+        ) from error
     finally:
-        for pair in pairs.values():
-            pair.__class__ = nn.Sequential
-            pair.__dict__.pop("_wasi_name", None)
+        for name, pair in pairs.items():
+            for note in ("asked", "own_name"):
+                pair.__dict__.pop(note, None)
+            pair.__class__ = LinearPair if name in asked else nn.Sequential
 
 
 # ---------------------------------------------------------------- as a folder
@@ -217,11 +284,25 @@ Layers in `factored_layers` of config.json are two thin ones here: `<layer>.0.we
 
 from pathlib import Path
 
+import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
 
 FOLDER = Path(__file__).resolve().parent
+
+
+class Pair(nn.Sequential):
+    """Model code may ask for the dtype and shape of the one weight, and not compute with it."""
+
+    @property
+    def weight(self):
+        shape = self[1].out_features, self[0].in_features
+        return torch.empty(shape, dtype=self[1].weight.dtype, device="meta")
+
+    @property
+    def bias(self):
+        return self[1].bias
 
 
 class Model(transformers.MODEL_CLASS):
@@ -230,7 +311,7 @@ class Model(transformers.MODEL_CLASS):
         for name, (inputs, rank, outputs) in config.factored_layers.items():
             bias = self.get_submodule(name).bias is not None
             pair = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias)
-            self.set_submodule(name, nn.Sequential(*pair))
+            self.set_submodule(name, Pair(*pair))
 
 
 def load(**options):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import convert_file_size_to_int
 
 from ..factors.additions import ADDITION_BATCHES, prepared_addition
@@ -34,16 +33,20 @@ from ..factors.prepare import prepared_factors, resolve_ranks
 from ..factors.statistics import InputStatistics
 from ..files.headers import read_header
 from ..files.joining import join_files
-from ..forms.compressed import STORABLE, CompressedLinear, StoredForm, compressed, from_stored, stored_layout
-from ..forms.dense import dense_weight, weight_shape
+from ..forms.compressed import CompressedLinear
+from ..forms.compressed_stack import CompressedStack
+from ..forms.compressing import compressed
+from ..forms.dense import dense_weight
 from ..forms.products import ProductChoice
 from ..forms.residual import RESIDUALS
+from ..forms.stored import STORABLE, key_of
+from ..models.experts import ExpertStack, conceal_experts, expose_experts
 from ..tuner.config import WasiConfig
 from ..tuner.prepared import PreparedLayer
 from ..tuner.targets import check_targets, check_weight, log_left_dense, resolve_targets, selected_modules
-from .cards import write_card
 from .checkpoint import checkpoint_dtype, checkpoint_folder, stored_tensors_of
-from .compressed import quantization_config
+from .packed import RANKS_STEP, ExpertPreparation
+from .settings import write_settings
 from .skeleton import Skeleton
 from .sweeps import BlockSweeps, Keep
 from .working import WorkingFolder, check_output, write_json, write_tensors
@@ -52,8 +55,6 @@ SHARD_SIZE = "5GB"
 _PARTS = "parts"  # in the working folder
 PART_BYTES = 2**26  # of tensors outside of blocks that are written together
 SUMS_WORK = 16  # how many times as long as writing a block it takes about to find out what the data say of it
-_COPIED = (".json", ".txt", ".model", ".jinja", ".spm", ".vocab", ".tiktoken")  # tokenizers and processors
-_LICENCES = ("license", "licence", "notice")
 Prepare = Callable[[str, nn.Module], PreparedLayer]
 
 
@@ -82,7 +83,7 @@ def prepare_checkpoint(
     samples are kept in files, beside the output.
 
     Layers are what they become in memory, without the repair that follows there: factors lose more here, so prefer
-    [`compress`] for models that fit.
+    [`compress`] for models that fit. Packed experts are read from a checkpoint that holds them one by one, too.
 
     An interrupted run leaves a folder `output + ".partial"`; the same call goes on from there.
 
@@ -144,9 +145,7 @@ def prepare_checkpoint(
     stored = stored_tensors_of(folder)
     dtype = dtype or loaded.dtype or checkpoint_dtype(stored)
     skeleton = Skeleton(loaded, dtype, stored, runs=data is not None)
-    log_left_dense(resolve_targets(skeleton.model, config), config)
-    check_targets(skeleton.model, config, skeleton=True)
-    targets = dict(selected_modules(skeleton.model, config))
+    targets = _targets(skeleton.model, config)
     if not targets:
         raise ValueError(f"target_modules must match at least one module, got {config.target_modules!r}.")
     makes_factors = _makes_factors(targets, config, data)
@@ -164,15 +163,18 @@ def prepare_checkpoint(
         "dtype": str(dtype),
         "max_shard_size": shard_bytes,
     }
-    sweeps = BlockSweeps(skeleton, batches, targets, max_memory_bytes) if batches else None
+    linear = {name: module for name, module in targets.items() if not isinstance(module, ExpertStack)}
+    sweeps = BlockSweeps(skeleton, batches, linear, max_memory_bytes) if batches else None
     work = WorkingFolder(output, fingerprint, overwrite)
     preparation = _Preparation(skeleton, config, targets, work, progress_bar)
     if sweeps is None:
         preparation.write_rounded()
     else:
         sweeps.begin(work)
-        if makes_factors:
+        if makes_factors and linear:
             preparation.write_factors(sweeps, gradients)
+        elif makes_factors:
+            preparation.write_experts(sweeps)
         else:
             preparation.write_additions(sweeps)
     preparation.write_rest(folder, shard_bytes)
@@ -186,7 +188,7 @@ class _Preparation:
     Args:
         skeleton: Of the dense model.
         config: With targets resolved.
-        targets: Layers to compress, by name.
+        targets: Layers and packed experts to compress, by name.
         work: Where the result is made.
         progress_bar: Whether to show one.
     """
@@ -200,6 +202,7 @@ class _Preparation:
         progress_bar: bool,
     ) -> None:
         self.skeleton, self.config, self.targets, self.work = skeleton, config, targets, work
+        self.experts = ExpertPreparation(skeleton, config, targets, work)
         self.parts = [skeleton.inside(block) for block in skeleton.blocks] + list(_packed(skeleton))
         self.progress_bar = progress_bar
         self._work: dict[str, int] = {}  # of each step, for the progress bar
@@ -234,15 +237,25 @@ class _Preparation:
             sweeps.forget("hidden", part)
         log_unreached(unreached)
 
+    def write_experts(self, sweeps: BlockSweeps) -> None:
+        """Factors in place of packed experts alone."""
+        self._begin(experts=SUMS_WORK, forward=1, part=1)
+        self._step(RANKS_STEP, self.experts.ranks)
+        for block in range(len(sweeps.blocks)):
+            self._step(f"experts {block}", sweeps.experts, block, self.experts.stacks, self.experts.keep)
+            self._step(f"forward {block}", sweeps.forward, block)
+            sweeps.forget("hidden", block)
+        for part in range(len(self.parts)):
+            self._step(f"part {part}", self._write_part, part)
+
     def write_factors(self, sweeps: BlockSweeps, gradients: Gradients | None) -> None:
         """Factors in place of the weights: spectra of all layers, then their ranks, then the factors."""
-        if gradients is None:
-            self._begin(forward=SUMS_WORK, part=1)
-        else:
-            self._begin(forward=1, backward=SUMS_WORK, part=1)
+        kinds = {"forward": SUMS_WORK} if gradients is None else {"forward": 1, "backward": SUMS_WORK}
+        self._begin(**({"experts": SUMS_WORK} if self.experts.stacks else {}), **kinds, part=1)
         folder, settings = self.work.at("calibration"), {"gradients": gradients, "seed": sweeps.seed}
         os.makedirs(folder, exist_ok=True)
-        index = read_index(folder) or new_index(self.targets, settings, describe_data(sweeps.batches, None))
+        linear = {name: module for name, module in self.targets.items() if name not in self.experts.stacks}
+        index = read_index(folder) or new_index(linear, settings, describe_data(sweeps.batches, None))
 
         def collect(block: int, run: Callable[[int, Keep], None]) -> None:
             for name in [name for name in index["layers"] if name.startswith(f"{sweeps.blocks[block]}.")]:
@@ -250,13 +263,16 @@ class _Preparation:
 
             def keep(name: str, module: nn.Module, statistics: InputStatistics) -> None:
                 check_weight(name, dense_weight(module), self.config)
-                save_layer(folder, index, name, module, statistics)
+                save_layer(folder, index, name, module, statistics, rounding=False)
 
             run(block, keep)
             write_index(folder, index)
 
         order = range(len(sweeps.blocks))
+        self._step(RANKS_STEP, self.experts.ranks)
         for block in order:
+            if self.experts.stacks:
+                self._step(f"experts {block}", sweeps.experts, block, self.experts.stacks, self.experts.keep)
             if gradients is None:
                 self._step(f"forward {block}", collect, block, sweeps.forward)
                 sweeps.forget("hidden", block)
@@ -270,7 +286,7 @@ class _Preparation:
                 sweeps.forget("gradient", block + 1)
         log_unreached([name for name, entry in index["layers"].items() if not entry["rows"]])
         calibration = Calibration(folder, index)
-        resolve_ranks(self.config, calibration, self.targets)
+        resolve_ranks(self.config, calibration, linear)
 
         def prepare(name: str, module: nn.Module) -> PreparedLayer:
             return prepared_factors(name, module, self.config, calibration)
@@ -308,7 +324,14 @@ class _Preparation:
         skeleton, tensors, layers = self.skeleton, dict[str, Tensor](), dict[str, Any]()
         for name in self.parts[part]:
             owner = name.rpartition(".")[0]
-            if owner not in self.targets:
+            if name in self.experts.stacks:
+                stack = self.experts.compressed(name)
+                if isinstance(stack, CompressedStack):
+                    layers[name] = stack.stored_form.entry()
+                    tensors |= {key_of(name, part, packed=True): tensor for part, tensor in stack.stored().items()}
+                else:
+                    tensors[name] = stack.weight
+            elif owner not in self.targets:
                 tensors[name] = skeleton.checkpoint.read(name)
             elif f"{owner}.weight" == name:
                 module = self.targets[owner]
@@ -355,22 +378,9 @@ class _Preparation:
         """
         result, parts = self.work.result, [self.work.steps[f"part {part}"] for part in range(len(self.parts))]
         layers = {name: entry for part in parts for name, entry in part["layers"].items()}
-        model = self.skeleton.model
         self._write_shards([part["bytes"] for part in parts], shard_bytes)
-        model.config.quantization_config = quantization_config({n: layers[n] for n in self.targets if n in layers})
-        model.config.dtype, model.config.architectures = model.dtype, [type(model).__name__]
-        model.config.save_pretrained(result)
-        if model.can_generate() and not os.path.isfile(os.path.join(folder, GENERATION_CONFIG_NAME)):
-            model.generation_config.save_pretrained(result)
-        for name in sorted(os.listdir(folder)):
-            lowered = name.lower()
-            wanted = lowered.endswith(_COPIED) or lowered.startswith(_LICENCES)
-            own = name == CONFIG_NAME or lowered.endswith(".index.json") or lowered.startswith("adapter_")
-            if wanted and not own and os.path.isfile(os.path.join(folder, name)):
-                shutil.copyfile(os.path.join(folder, name), os.path.join(result, name))
-        for name, entry in layers.items():
-            model.set_submodule(name, _without_numbers(StoredForm(**entry), self.targets[name], model.dtype))
-        write_card(model, result)
+        entries = {name: layers[name] for name in self.targets if name in layers}
+        write_settings(self.skeleton.model, folder, result, entries, self.targets)
         self.bar.close()
 
     def _write_shards(self, sizes: list[int], shard_bytes: int) -> None:
@@ -399,12 +409,15 @@ class _Preparation:
 # ---------------------------------------------------------------- what is asked for
 
 
-def _without_numbers(stored: StoredForm, dense: nn.Module, dtype: torch.dtype) -> CompressedLinear:
-    """What a layer has become, on the meta device."""
-    shape = weight_shape(dense)
-    layout = stored_layout(stored, shape, dense.bias is not None, dtype)
-    tensors = {name: torch.empty(size, dtype=kind, device="meta") for name, (size, kind) in layout.items()}
-    return from_stored(stored, tensors, shape, type(dense), dtype)
+def _targets(model: nn.Module, config: WasiConfig) -> dict[str, nn.Module]:
+    """Layers and packed experts that a configuration selects in a skeleton, checked, by name."""
+    expose_experts(model)
+    try:
+        log_left_dense(resolve_targets(model, config), config)
+        check_targets(model, config, skeleton=True)
+        return dict(selected_modules(model, config))
+    finally:
+        conceal_experts(model)
 
 
 def _read_config(folder: str) -> PretrainedConfig:

@@ -8,7 +8,7 @@ way, through each block that is run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from ..factors.block_states import Answer, BlockStates, answer_form, passing_on, segments
 from ..factors.collecting import Collector, Gradients, Run, passes
+from ..factors.expert_factors import ExpertInputs, groups_within, recording
 from ..factors.statistics import InputStatistics, backpropagate_signs
 from ..models.calls import evaluating, features_of, model_output
+from ..models.experts import ExpertStack, conceal_experts, expose_experts
 from .skeleton import Skeleton
 from .working import TensorFiles, WorkingFolder
 
+KeepInputs = Callable[[str, ExpertInputs], None]
 Keep = Callable[[str, nn.Module, InputStatistics], None]  # takes what the sums over its input say of a layer
 
 
@@ -30,7 +33,7 @@ class BlockSweeps:
     Args:
         skeleton: Of the model; all its blocks run one after the other, each once.
         batches: Without labels.
-        targets: The layers to collect, by name; all in blocks.
+        targets: The linear layers to collect, by name; all in blocks.
         max_memory_bytes: Bound on the memory for sums; a block runs again for those that exceed it.
         seed: Of random projections.
 
@@ -179,6 +182,29 @@ class BlockSweeps:
                 for statistics in collector.take():
                     for name in statistics.modules:
                         keep(name, pending.pop(name), statistics)
+
+    def experts(self, index: int, stacks: Mapping[str, ExpertStack], keep: KeepInputs) -> None:
+        """Run a block on the hidden states before it for the inputs of its packed experts alone.
+
+        Args:
+            index: Of the block.
+            stacks: Packed weights by name, of any block.
+            keep: Gets what has seen the inputs of each in the block, with its weights.
+        """
+        block, prefix = self._inner[index], f"{self.blocks[index]}."
+        module, before = self.skeleton.model.get_submodule(self.blocks[index]), self._files("hidden", index)
+        inside = {name.removeprefix(prefix): stack for name, stack in stacks.items() if name.startswith(prefix)}
+        with self.skeleton.filled(self.skeleton.inside(self.blocks[index])):
+            expose_experts(module)
+            try:
+                for group in groups_within(inside, self.max_memory_bytes):
+                    with evaluating(self.skeleton.model, gradients=False), recording(module, group) as recorders:
+                        for batch in range(len(self.batches)):
+                            self._states.run(block, batch, before[batch])
+                    for name, recorder in recorders.items():
+                        keep(prefix + name, recorder)
+            finally:
+                conceal_experts(module)
 
     def forget(self, kind: str, boundary: int) -> None:
         """Hidden states or gradients before a block are not needed any more."""

@@ -9,17 +9,20 @@ on both sides (:func:`core_form`, a core between L and R trains).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .spectra import lower_root
-from .subspaces import range_finder
+from .subspaces import range_finder, symmetric_range_finder
 
 DAMPING = 0.01
 BASIS_SCALE = 0.2  # measured: L then trains best at the learning rates of everything else
 ADDITION_SCALE = 1.0  # measured, at the learning rates of LoRA
+NEGLIGIBLE = 1e-6  # of the largest energy: sums over data are in float32
+
+Times = Callable[[Tensor], Tensor]  # a matrix times columns
 
 
 class ImageMoments(NamedTuple):
@@ -96,7 +99,7 @@ def basis_form(L: Tensor, R: Tensor, moments: ImageMoments | None = None) -> tup
     return (left @ core / BASIS_SCALE).to(L.dtype), (BASIS_SCALE * right).to(R.dtype)
 
 
-def addition_basis(weight: Tensor, rank: int, second_moment: Tensor | None = None) -> Tensor:
+def addition_basis(weight: Tensor, rank: int, times: Times | None = None, mean_square: float = 1.0) -> Tensor:
     """R of an addition `L R` to a weight of which L is zero at first and trains alone: directions, and coordinates.
 
     Those input directions through which the weight lets most pass: with C = E[x x^T], damped, `C = T T^T`, and V the
@@ -109,38 +112,66 @@ def addition_basis(weight: Tensor, rank: int, second_moment: Tensor | None = Non
     Args:
         weight: The dense weight.
         rank: K, at most min(out, in).
-        second_moment: C, (in, in); None for white inputs of variance 1.
+        times: Multiplies columns by C, as in :func:`correction`; None for white inputs of variance 1.
+        mean_square: Of the entries of x.
 
     Example:
         >>> addition_basis(torch.diag(torch.tensor([1.0, 3.0])), 1).abs().round(decimals=3)
         tensor([[0., 1.]])
     """
-    if second_moment is None:
+    if times is None:
         return ADDITION_SCALE * range_finder(weight.float(), rank, iterations=1).T.to(weight.dtype)
-    return correction(weight.double(), rank, second_moment)[1].to(weight.dtype)
+    return correction(weight.double(), rank, times, mean_square)[1].to(weight.dtype)
 
 
-def correction(lost: Tensor, rank: int, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+def correction(lost: Tensor, rank: int, times: Times, mean_square: float) -> tuple[Tensor, Tensor]:
     """The best L and R for what rounding a weight has lost: they minimise `E |(lost - L R) x|^2`.
 
-    With C = E[x x^T], damped, `C = T T^T`, and the singular value decomposition of `lost T`, cut to K directions. R is
-    in the coordinates of :func:`addition_basis`, its image white. Source: CLoQ (arXiv 2501.18475), LQER (arXiv
-    2402.02446).
+    With C = E[x x^T], damped, and U the leading eigenvectors of `lost C lost^T`, of eigenvalues D^2: `L R` is
+    `U U^T lost`, with R = c D^-1 U^T lost in the coordinates of :func:`addition_basis`, its image white. U comes from
+    subspace iteration (:func:`subspaces.symmetric_range_finder`), so that C is met in products with few columns only:
+    a root of it would take width^3. Source: CLoQ (arXiv 2501.18475), LQER (arXiv 2402.02446).
 
     **Shape**
-        - lost: (out, in); second_moment: C, (in, in); returns L (out, K), R (K, in), in the dtype of `lost`
+        - lost: (out, in); returns L (out, K), R (K, in), in the dtype of `lost`
+
+    Args:
+        lost: What is to be made good for.
+        rank: K, at most min(out, in).
+        times: Multiplies columns, (in, k), by E[x x^T].
+        mean_square: Of the entries of x.
 
     Example:
-        >>> L, R = correction(torch.diag(torch.tensor([1.0, 3.0])), 1, torch.eye(2))
+        >>> L, R = correction(torch.diag(torch.tensor([1.0, 3.0])), 1, lambda columns: columns, 1.0)
         >>> (L @ R).abs().round(decimals=2).tolist()
         [[0.0, 0.0], [0.0, 3.0]]
     """
-    C = _damped(second_moment.to(lost))
-    T = lower_root(C)
-    weighed = lost @ T
-    V = range_finder(weighed, rank)
-    scale = ADDITION_SCALE * (math.sqrt(float(second_moment.diagonal().mean())) or 1.0)
-    return weighed @ V / scale, scale * torch.linalg.solve_triangular(T, V.T, upper=False, left=False)
+    damping, scale = DAMPING * (mean_square or 1.0), ADDITION_SCALE * (math.sqrt(mean_square) or 1.0)
+
+    def damped(columns: Tensor) -> Tensor:
+        return times(columns).to(columns) + damping * columns
+
+    def weighed(columns: Tensor) -> Tensor:
+        return lost @ damped(lost.T @ columns)
+
+    energies, U = symmetric_range_finder(weighed, lost, rank)
+    present = int((energies > NEGLIGIBLE * energies[:1]).sum())
+    D, U = energies[:present].sqrt(), U[:, :present]
+    L, R = U * D / scale, scale * (U / D).T @ lost
+    if present < rank:  # where nothing was lost R may still train
+        L = torch.cat([L, L.new_zeros(len(L), rank - present)], 1)
+        R = torch.cat([R, _further_rows(R, rank - present, damped, scale)])
+    return L, R
+
+
+def _further_rows(R: Tensor, count: int, damped: Times, scale: float) -> Tensor:
+    """Random rows beside others whose image is white, so that the image of all is."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, R.shape[1], generator=generator, dtype=torch.float64).to(R)
+    for _ in range(2):  # the second time for what rounding left of the first
+        rows = rows - (damped(rows.T).T @ R.T) @ R / scale**2
+    values, vectors = torch.linalg.eigh(rows @ damped(rows.T))
+    return scale * (vectors * values.rsqrt()).T @ rows
 
 
 def whitened_rows(R: Tensor, image: Tensor, mean_square: float) -> Tensor:

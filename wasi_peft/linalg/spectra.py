@@ -105,6 +105,15 @@ def lower_root(moment: Tensor) -> Tensor:
     return triangle.T * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
 
 
+def _root(moment: Tensor) -> Tensor:
+    """Some T with `T T^T = C`: by Cholesky, or where C has directions without any data, by its eigenvectors."""
+    root, info = torch.linalg.cholesky_ex(moment)
+    if int(info) == 0 and bool(torch.isfinite(root).all()):
+        return root
+    values, vectors = _symmetric_eigen(moment)
+    return vectors * values.sqrt()
+
+
 def weight_spectrum(
     weight: Tensor, second_moment: Tensor | None = None, output_moment: Tensor | None = None, damping: float = 0.01
 ) -> WeightSpectrum:
@@ -147,8 +156,7 @@ def weight_spectrum(
         # the in x in side is the smaller one
         scaled = work
         if moment is not None:
-            values, vectors = _symmetric_eigen(moment)
-            scaled = work @ (vectors * values.sqrt())
+            scaled = work @ _root(moment)
         weighed = scaled if output is None else output @ scaled
         energies, vectors = _symmetric_eigen(scaled.T @ weighed)
         left = scaled @ vectors

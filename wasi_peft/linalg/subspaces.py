@@ -7,6 +7,8 @@ the product `L R`, always held as two thin factors `G = left @ right`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -102,6 +104,37 @@ def range_finder(matrix: Tensor, rank: int, iterations: int = 3) -> Tensor:
     image = matrix @ basis
     _, vectors = _symmetric_eigen(image.T @ image)
     return basis @ vectors[:, :rank]
+
+
+def symmetric_range_finder(
+    times: Callable[[Tensor], Tensor], like: Tensor, rank: int, iterations: int = 3
+) -> tuple[Tensor, Tensor]:
+    """The same for a positive semi-definite matrix that is known by its products, with Rayleigh's values.
+
+    **Shape**
+        - returns values (rank,), descending, and vectors (m, rank), orthonormal columns
+
+    Args:
+        times: Multiplies columns, (m, k), by the matrix.
+        like: Of m rows, in the dtype and on the device of the vectors; no more directions than it has sides are
+            iterated.
+        rank: At most min(like.shape).
+        iterations: Block power iterations.
+
+    Example:
+        >>> matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0]))
+        >>> values, vectors = symmetric_range_finder(lambda columns: matrix @ columns, matrix, 2)
+        >>> [round(value, 3) for value in values.tolist()]
+        [4.0, 2.0]
+    """
+    block = min(rank + _OVERSAMPLING, *like.shape)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(like), block, generator=generator, dtype=torch.float64).to(like)
+    basis = orthonormalize(times(start))
+    for _ in range(iterations):
+        basis = orthonormalize(times(basis))
+    values, vectors = _symmetric_eigen(basis.T @ times(basis))
+    return values[:rank], basis @ vectors[:, :rank]
 
 
 def subspace_iteration(matrix: Tensor, basis: Tensor) -> Tensor:

@@ -7,10 +7,14 @@ parameter had; then it can be targeted, counted and replaced as linear layers ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .calls import tensors_in
 
 UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 _NOTES = "_wasi_notes"  # attribute of a module: what waits on its packed parameters
@@ -56,10 +60,13 @@ class ExpertStack(nn.Module):
 def packed_parameters(module: nn.Module) -> dict[str, bool]:
     """Names of the packed parameters that a module owns itself, and whether they are transposed.
 
-    transformers says the latter of most modules (`is_transposed`). Of others with gates the shapes do: what goes up
-    is twice as wide as what comes down; others are left alone.
+    transformers says the latter of most modules (`is_transposed`), and so does one that is a module already. Of others
+    with gates the shapes do: what goes up is twice as wide as what comes down; others are left alone.
     """
     parameters = module._parameters
+    beside = next((child for child in module._modules.values() if isinstance(child, ExpertStack)), None)
+    if beside is not None:
+        return {name: beside.transposed for name in (*UP, DOWN) if parameters.get(name) is not None}
     up = next((name for name in UP if parameters.get(name) is not None), None)
     if up is None or parameters.get(DOWN) is None:
         return {}
@@ -86,6 +93,21 @@ def packed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str,
             yield name, module, packed
 
 
+def routed_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Rows that meet an expert when a module of packed experts is called: one for each token and expert it goes to.
+
+    Modules that get no indices of experts (Llama 4's) are called with such rows.
+
+    Example:
+        >>> tokens, chosen = torch.zeros(5, 8), torch.zeros(5, 2, dtype=torch.long)
+        >>> routed_rows((tokens, chosen), {}), routed_rows((tokens,), {})
+        (10, 5)
+    """
+    tensors = tensors_in((args, dict(kwargs)))
+    indices = [tensor for tensor in tensors if not tensor.is_floating_point()]
+    return indices[0].numel() if indices else math.prod(tensors[0].shape[:-1])
+
+
 def expose_experts(model: nn.Module) -> list[str]:
     """Put every packed parameter of a model into a module of its own; their names."""
     exposed = []
@@ -101,10 +123,13 @@ def expose_experts(model: nn.Module) -> list[str]:
 
 
 def conceal_experts(model: nn.Module) -> None:
-    """Make parameters of their modules again of all :class:`ExpertStack`, but for those inside of adapters' layers."""
+    """Make parameters of their modules again of all :class:`ExpertStack`, but for those inside of adapters' layers.
+
+    Those of subclasses, which hold no parameter to put back, stay modules.
+    """
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
-            if isinstance(child, ExpertStack) and name != "base_layer":
+            if type(child) is ExpertStack and name != "base_layer":
                 notes = {key: value for key, value in child.__dict__.items() if key.startswith(_PREFIX)}
                 if notes:
                     module.__dict__.setdefault(_NOTES, {})[name] = notes

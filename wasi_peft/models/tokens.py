@@ -65,7 +65,7 @@ def drop_patches(states: Tensor, prefix: int, keep: float) -> Tensor:
         keep: Share of the others that stays, of which at least one does.
 
     Returns:
-        (batch, prefix + round(keep * patches), features).
+        (batch, prefix + patches_left(patches, keep), features).
 
     Example:
         >>> drop_patches(torch.randn(2, 1 + 8, 4), prefix=1, keep=0.5).shape
@@ -73,11 +73,21 @@ def drop_patches(states: Tensor, prefix: int, keep: float) -> Tensor:
     """
     batch, tokens, features = states.shape
     patches = tokens - prefix
-    kept = max(1, round(keep * patches))
-    order = torch.rand(batch, patches, device=states.device).topk(kept).indices.sort(1).values + prefix
+    left = patches_left(patches, keep)
+    order = torch.rand(batch, patches, device=states.device).topk(left).indices.sort(1).values + prefix
     first = torch.arange(prefix, device=states.device).expand(batch, prefix)
     index = torch.cat([first, order], 1)
     return states.gather(1, index.unsqueeze(2).expand(-1, -1, features))
+
+
+def patches_left(patches: int, keep: float) -> int:
+    """Number of an image's patches that stay.
+
+    Example:
+        >>> patches_left(16, 0.4), patches_left(3, 0.1)
+        (6, 1)
+    """
+    return max(1, round(keep * patches))
 
 
 def _tensors(values: list[Any]) -> list[Tensor]:

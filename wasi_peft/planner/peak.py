@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from ..cost.estimate import MIB, OptimizerFactory, PlannedPeaks, estimate_peak
-from ..forms.dense import dense_weight
 from ..forms.residual import RESIDUALS
 from ..ranks.choosing import least_error_of, plan_error
 from ..ranks.knapsack import InfeasibleError
@@ -101,22 +100,24 @@ def _plan_in_mode(
 
     def lasting(spectrum: LayerSpectrum, rank: int) -> float:
         sizes, update = (spectrum.out_features, spectrum.in_features, rank), spectrum.update
-        rows, state = problem.rows(spectrum), bytes_per_element * states * update.trained_elements(*sizes)
+        trained = spectrum.experts * update.trained_elements(*sizes)
+        rows, state = problem.rows(spectrum), bytes_per_element * states * trained
         kept = float(rows * rank * bytes_per_element) if update.keeps_image or update.residual is not None else 0.0
         if update.residual is not None and update.reads_input is not None and rank:
             width = 1 if RESIDUALS[update.residual].rounds_inputs else bytes_per_element
             kept += rows * spectrum.in_features * width / readers[spectrum.shared_input]
-        return update.stored_bytes(*sizes, bytes_per_element) + state + kept
+        return spectrum.stored_bytes(rank) + state + kept
 
     def kept(group: InputGroup, ranks: dict[str, int] | None) -> float:
         return 0.0 if config.layer_update.keeps_image else problem.kept_elements(group, ranks)
 
     peaks = PlannedPeaks(model, batch=batch, optimizer=optimizer)
-    planned = [model.get_submodule(spectrum.name) for spectrum in problem.spectra]
+    names = tuple(f"{spectrum.name}." for spectrum in problem.spectra)  # of packed experts, a parameter is named so
+    trains = [parameter.requires_grad for name, parameter in model.named_parameters() if f"{name}.".startswith(names)]
     dense = fixed = None
-    if all(parameter.requires_grad for module in planned for parameter in module.parameters()):
+    if all(trains):
         dense = estimate_peak(model, batch=batch, optimizer=optimizer)
-        weights = sum(dense_weight(module).numel() for module in planned)
+        weights = sum(spectrum.dense_bytes for spectrum in problem.spectra) // bytes_per_element
         inputs = sum(problem.kept_elements(group, None) for group in input_groups(problem.spectra))
         # at the peak there are the inputs (before backward) or the gradients of the weights (in the optimizer's step)
         fixed = dense - bytes_per_element * ((1 + states) * weights + max(weights, inputs))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,15 +18,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..cost.estimate import GIGA, MIB, OptimizerFactory, input_sizes
+from ..cost.estimate import GIGA, MIB, OptimizerFactory, input_sizes, watched_sizes
 from ..cost.timing import LayerTimer
-from ..factors.calibration import Calibration, dense_targets
+from ..factors.calibration import Calibration, all_targets
 from ..forms.attention import with_projections
-from ..forms.dense import dense_weight
+from ..forms.dense import dense_weight, weight_shape
 from ..forms.residual import RESIDUALS
 from ..linalg.tucker import canonical
 from ..memory.modes import MEMORY_MODES
-from ..models.calls import evaluating, hooked, layer_input, model_output, token_mask
+from ..models.calls import evaluating, model_output, token_mask
+from ..models.tokens import patches_left, token_places
 from ..ranks.allocate import allocate_ranks
 from ..ranks.choosing import plan_error
 from ..ranks.knapsack import InfeasibleError
@@ -141,6 +142,8 @@ def plan_wasi(
         shapes = input_shapes(model, targets, batch)
         if asked.skip_padding:
             shapes = _real_shapes(shapes, token_mask(batch))
+        if asked.token_keep is not None:
+            shapes = _fewer_tokens(shapes, model, batch, asked.token_keep)
     exact = config.compression_rule("") is None
     spectra = _comparable(calibration.spectra(targets, config.layer_update), shapes, exact)
     beside = asked.update if asked.residual is not None else None
@@ -234,15 +237,15 @@ def _planned_targets(model: nn.Module, calibration: Calibration, config: WasiCon
         if config is not None and getattr(config, field):
             raise ValueError(f"a plan decides all ranks; leave {field} out, got {getattr(config, field)!r}.")
     if config is None:
-        modules = dict(model.named_modules())
-        missing = [name for name in calibration.layers if name not in modules]
+        known = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
+        missing = [name for name in calibration.layers if name not in known]
         if missing:
             raise ValueError(f"{missing[0]}: the calibration belongs to another model, which has this layer.")
         config = WasiConfig(residual=None, target_modules=list(calibration.layers))
-    targets = dense_targets(model, config)
+    targets = all_targets(model, config)
     calibration.require(targets)
     update = config.layer_update
-    sizes = {name: dense_weight(module).shape for name, module in targets.items()}
+    sizes = {name: weight_shape(module) for name, module in targets.items()}
     saving = {name: module for name, module in targets.items() if update.break_even_rank(*sizes[name]) > 0}
     if not saving:
         raise ValueError(
@@ -255,8 +258,9 @@ def _planned_targets(model: nn.Module, calibration: Calibration, config: WasiCon
 def input_shapes(model: nn.Module, targets: Mapping[str, nn.Module], batch: Any) -> dict[str, tuple[int, int]]:
     """Samples and tokens that each layer meets when the model runs on a batch, by layer name.
 
-    A layer that it does not reach (an expert without tokens, a weight that is read and not called) counts as one that
-    meets as much as any other does.
+    Packed experts meet a row for each token and expert that it goes to, as one sample. A layer that the batch does not
+    reach (an expert without tokens, a weight that is read and not called) counts as one that meets as much as any
+    other does.
 
     Raises:
         ValueError: If the batch reaches none of the layers.
@@ -282,14 +286,22 @@ def _real_shapes(shapes: dict[str, tuple[int, int]], mask: torch.Tensor | None) 
     return {name: real if shape == tuple(mask.shape) else shape for name, shape in shapes.items()}
 
 
-def _run_for_sizes(model: nn.Module, targets: Mapping[str, nn.Module], batch: Any) -> dict[str, tuple[int, ...]]:
+def _fewer_tokens(
+    shapes: dict[str, tuple[int, int]], model: nn.Module, batch: Any, keep: float
+) -> dict[str, tuple[int, int]]:
+    """Samples and tokens where blocks see a share of an image's patches, of layers that read all of its tokens."""
+    embedding, block = token_places(model)
+    sizes = input_sizes(model, (embedding, block), batch) or _run_for_sizes(model, (embedding, block), batch)
+    stride: Any = model.get_submodule(embedding).stride
+    patches = math.prod(side // step for side, step in zip(sizes[embedding][2:], stride, strict=True))
+    samples, tokens, _ = sizes[block]
+    fewer = samples, tokens - patches + patches_left(patches, keep)
+    return {name: fewer if shape == (samples, tokens) else shape for name, shape in shapes.items()}
+
+
+def _run_for_sizes(model: nn.Module, names: Collection[str], batch: Any) -> dict[str, tuple[int, ...]]:
     """What :func:`estimate.input_sizes` gives, by running the model."""
-    sizes: dict[str, tuple[int, ...]] = {}
-
-    def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sizes[name] = tuple(layer_input(args, kwargs).shape)
-
-    with evaluating(model, gradients=False), hooked(model, targets, before=look):
+    with evaluating(model, gradients=False), watched_sizes(model, names) as sizes:
         model_output(model, batch, with_labels=True)
     return sizes
 

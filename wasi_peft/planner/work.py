@@ -130,7 +130,7 @@ class Seconds:
     """Seconds of a few ranks of every shape, linear in between; at least as much for a larger rank.
 
     Forward and backward with the rank r are taken as a part of K, measured at r = 1, and a part of r, measured at a
-    middle K, so that they add up.
+    middle K, so that they add up. Packed experts are as many layers, among which rows are spread evenly.
     """
 
     def __init__(self, problem: Problem, timer: LayerTimer) -> None:
@@ -138,10 +138,10 @@ class Seconds:
         self._curves: dict[Any, tuple[list[int], Any]] = {}
 
     def forward(self, spectrum: LayerSpectrum, rank: int | None) -> float:
-        return self._layer(spectrum, rank, None, training=False)
+        return spectrum.experts * self._layer(spectrum, rank, None, training=False)
 
     def weight(self, spectrum: LayerSpectrum, rank: int | None, exact: bool) -> float:
-        return self._layer(spectrum, rank, None if exact else 1, training=True)
+        return spectrum.experts * self._layer(spectrum, rank, None if exact else 1, training=True)
 
     def _layer(self, spectrum: LayerSpectrum, rank: int | None, feature_rank: int | None, training: bool) -> float:
         sizes = self._sizes(spectrum)
@@ -178,7 +178,8 @@ class Seconds:
         return 0.0
 
     def _sizes(self, spectrum: LayerSpectrum) -> tuple[int, int, int]:
-        return self._problem.rows(spectrum), spectrum.out_features, spectrum.in_features
+        rows = max(1, self._problem.rows(spectrum) // spectrum.experts)
+        return rows, spectrum.out_features, spectrum.in_features
 
     def _curve(self, key: Any, points: list[int], measure: Callable[[int], float], rank: int) -> float:
         if key not in self._curves:

@@ -41,6 +41,7 @@ class LayerPlan:
         kept_energy: Share of the weight energy kept, in (0, 1].
         form: "factors", which replace the weight; the name of a residual, "int8", "int4" or "exact", beside which an
             addition trains; or "dense", for a layer that stays as it is and does not train.
+        experts: How many weights of this size it has, all in one form and of one rank: packed experts.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -53,9 +54,11 @@ class LayerPlan:
     activation_ranks: dict[str, int] | None
     kept_energy: float
     form: str = FACTORS
+    experts: int = 1
 
     def __post_init__(self) -> None:
         _check_layer(self.name, self.out_features, self.in_features)
+        _check_whole(f"{self.name}: experts", self.experts)
         if self.form not in FORMS:
             raise ValueError(f"{self.name}: form must be one of {list(FORMS)}, got {self.form!r}.")
         if self.form != DENSE:
@@ -172,14 +175,14 @@ class WasiPlan:
 
     def dense_bytes(self, layer: LayerPlan) -> int:
         """Bytes of a layer's dense weight."""
-        return dense_elements(layer.out_features, layer.in_features) * self.bytes_per_element
+        return layer.experts * dense_elements(layer.out_features, layer.in_features) * self.bytes_per_element
 
     def stored_bytes(self, layer: LayerPlan) -> int:
         """Bytes that a layer stores under the plan."""
         if layer.form == DENSE:
             return self.dense_bytes(layer)
         sizes = layer.out_features, layer.in_features, layer.weight_rank
-        return self.update_of(layer).stored_bytes(*sizes, self.bytes_per_element)
+        return layer.experts * self.update_of(layer).stored_bytes(*sizes, self.bytes_per_element)
 
     def past_break_even(self, layer: LayerPlan) -> bool:
         """Whether factors cost more memory and compute than the dense weight."""
@@ -192,15 +195,18 @@ class WasiPlan:
         forms = Counter(layer.form for layer in self.layers)
         ranks = sorted(layer.weight_rank for layer in self.layers if layer.form != DENSE)
         exact = [self.input_kept(layer) for layer in self.layers].count("exact")
-        asked = ", ".join(f"{key}={value}" for key, value in self.budget.items())
+        asked = ", ".join(_asked(key, value) for key, value in self.budget.items())
         text = f"WASI plan for {asked}" if asked else "WASI plan"
-        for name in ("memory_mode", "update", "update_rank", "frozen_dtype", "residual_update"):
+        names = ["memory_mode"]
+        names += ["update", "update_rank", "frozen_dtype"] if forms[FACTORS] else []
+        names += ["residual_update"] if self.residual_update is not None else []
+        for name in names:
             text += f", {name}={value!r}" if (value := getattr(self, name)) is not None else ""
         mixed = ", ".join(f"{forms[form]} {form}" for form in FORMS if forms[form])
         return (
             f"{text}: {len(self.layers)} layers{f' ({mixed})' if set(forms) != {FACTORS} else ''}, "
-            f"rank {ranks[0]} to {ranks[-1]} (median {ranks[len(ranks) // 2]}), "
-            f"{self.kept_share:.1%} of their weights kept" + (f", {exact} with the exact input" if exact else "")
+            f"rank {rank_range(ranks)}, {self.kept_share:.1%} of their bytes kept"
+            + (f", {exact} with the exact input" if exact else "")
         )
 
     def input_kept(self, layer: LayerPlan) -> str:
@@ -223,6 +229,7 @@ class WasiPlan:
         lines = [f"{'layer':<{width}}  {'out x in':>13}  {'form':>7}  {'rank':>5}  {'energy':>6}  input"]
         for layer in self.layers:
             shape = f"{layer.out_features} x {layer.in_features}"
+            shape = shape if layer.experts == 1 else f"{layer.experts} x {shape}"
             note = "  costs more than dense" if self.past_break_even(layer) else ""
             energy = f"{layer.kept_energy:>6.1%}"
             lines.append(
@@ -291,8 +298,26 @@ def layer_plan(name: str, entry: Any) -> LayerPlan:
     """
     if not isinstance(entry, dict):
         raise ValueError(f"{name}: a layer of a plan must be a dict, got {_shortened(entry)}.")
+    entry = {"experts": 1, **entry}  # which a file may leave out
     _check_keys(name, entry, tuple(each.name for each in fields(LayerPlan) if each.name != "name"))
     return LayerPlan(name, **entry)
+
+
+def rank_range(ranks: Sequence[int]) -> str:
+    """Ascending ranks in a few words.
+
+    Example:
+        >>> rank_range([32, 32]), rank_range([4, 8, 32])
+        ('32', '4 to 32 (median 8)')
+    """
+    return f"{ranks[0]} to {ranks[-1]} (median {ranks[len(ranks) // 2]})" if ranks[0] < ranks[-1] else f"{ranks[0]}"
+
+
+def _asked(name: str, value: Any) -> str:
+    """A budget as a person reads it."""
+    if name == "peak_bytes" and isinstance(value, (int, float)):
+        return f"a peak of {value / 2**20:,.1f} MiB"
+    return f"{name}={value}"
 
 
 def _check_keys(where: str, data: dict[str, Any], known: tuple[str, ...]) -> None:
@@ -336,12 +361,13 @@ def build_plan(
         sizes = spectrum.out_features, spectrum.in_features
         if isinstance(chosen, Form):
             kept = min(1.0, max(LEAST_KEPT, 1 - chosen.error / total)) if total else 1.0
-            layers.append(LayerPlan(spectrum.name, *sizes, chosen.rank, None, kept, chosen.name))
+            layers.append(LayerPlan(spectrum.name, *sizes, chosen.rank, None, kept, chosen.name, spectrum.experts))
             updates |= {chosen.update.name} if chosen.name != DENSE else set()
             continue
         directions = chosen + spectrum.side_rank
         kept = min(1.0, sum(spectrum.weight_energies[:directions]) / total) if total else 1.0
-        layers.append(LayerPlan(spectrum.name, *sizes, chosen, None if ranks is None else dict(ranks), kept))
+        ranks = None if ranks is None else dict(ranks)
+        layers.append(LayerPlan(spectrum.name, *sizes, chosen, ranks, kept, experts=spectrum.experts))
     return WasiPlan(
         tuple(layers),
         budget,

@@ -89,13 +89,18 @@ def _unit(largest: float, names: Sequence[str], base: int) -> tuple[str, int]:
     return names[power], base**power
 
 
-def target_rows(sizes: Mapping[str, tuple[int, int]]) -> list[Row]:
-    """One row per kind of layer and shape, from (out_features, in_features) by layer name."""
+def target_rows(sizes: Mapping[str, tuple[int, int]], experts: Mapping[str, int] | None = None) -> list[Row]:
+    """One row per kind of layer and shape, from (out_features, in_features) by layer name.
+
+    Args:
+        sizes: By layer name.
+        experts: How many weights of that size a layer has, where it has more than one: packed experts.
+    """
     places = layer_places(sizes)
     counts: dict[tuple[str, tuple[int, int]], int] = {}
     for name, size in sizes.items():
         key = places[name].kind, size
-        counts[key] = counts.get(key, 0) + 1
+        counts[key] = counts.get(key, 0) + (experts or {}).get(name, 1)
     return [
         {
             "layers": kind,
@@ -114,9 +119,12 @@ def plan_table(plan: WasiPlan | WasiSummary) -> str:
     layers = _planned(plan)
     unit, size = byte_unit(sum(layer.dense for layer in layers))
     inputs = {x.name: plan.input_kept(x) for x in plan.layers} if isinstance(plan, WasiPlan) else {}
+    experts = {x.name: x.experts for x in plan.layers}
     rows = []
     for layer in layers:
-        row: Row = {"layer": layer.name, "out": layer.out_features, "in": layer.in_features}
+        row: Row = {"layer": layer.name}
+        row |= {"experts": experts[layer.name]} if max(experts.values()) > 1 else {}
+        row |= {"out": layer.out_features, "in": layer.in_features}
         row |= {"form": layer.form, "rank": layer.rank, "break-even": layer.break_even}
         if inputs:
             row["energy share"] = layer.energy
@@ -135,8 +143,10 @@ def calibration_rows(calibration: Calibration) -> list[Row]:
     spectra = calibration.spectra()
     total = sum(sum(spectrum.weight_energies) for spectrum in spectra) or 1.0
     rows = []
+    several = any(spectrum.experts > 1 for spectrum in spectra)
     for spectrum in spectra:
-        row: Row = {"layer": spectrum.name, "out": spectrum.out_features, "in": spectrum.in_features}
+        row: Row = {"layer": spectrum.name, **({"experts": spectrum.experts} if several else {})}
+        row |= {"out": spectrum.out_features, "in": spectrum.in_features}
         row["break-even"] = spectrum.update.break_even_rank(spectrum.out_features, spectrum.in_features)
         row.update({f"rank at {share:.0%}": _rank_at(spectrum, share) for share in SHOWN_ENERGIES})
         row["energy share"] = sum(spectrum.weight_energies) / total
@@ -153,7 +163,8 @@ def estimates_table(estimates: Mapping[str, Estimate]) -> str:
     columns = dict(estimates)
     unit, size = byte_unit(max(estimate.peak_bytes for estimate in columns.values()))
     flop_unit, flops = _flop_unit(columns)
-    first = next(iter(columns.values())).peak_bytes
+    baseline, estimate = next(iter(columns.items()))
+    first = estimate.peak_bytes
     quantities: dict[str, Callable[[Estimate], Any]] = {
         f"weights, {unit}": lambda x: x.weights_bytes / size,
         f"kept by layers, {unit}": lambda x: x.state_bytes / size,
@@ -162,7 +173,7 @@ def estimates_table(estimates: Mapping[str, Estimate]) -> str:
         f"saved for backward, {unit}": lambda x: x.saved_bytes / size,
         f"temporary, {unit}": lambda x: x.temporary_bytes / size,
         f"peak, {unit}": lambda x: x.peak_bytes / size,
-        "peak, of the first": lambda x: f"{x.peak_bytes / first:.1%}",
+        f"peak, of {baseline}": lambda x: f"{x.peak_bytes / first:.1%}",
         f"training step, {flop_unit}": lambda x: x.training_flops / flops,
         f"inference, {flop_unit}": lambda x: x.inference_flops / flops,
     }

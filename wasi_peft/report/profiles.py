@@ -24,25 +24,25 @@ GROUPINGS: dict[str, Callable[[StepProfile], dict[str, Cost]]] = {
 
 def profiles_table(profiles: Mapping[str, StepProfile]) -> str:
     """Time and memory of a step, one column per profile; step, inference and peak also relative to the first one."""
-    first = next(iter(profiles.values()))
+    baseline = next(iter(profiles))
     unit = byte_unit(max(profile.peak_bytes for profile in profiles.values()))
-    columns = {label: _quantities(profile, first, unit) for label, profile in profiles.items()}
+    columns = {label: _quantities(profile, baseline, profiles[baseline], unit) for label, profile in profiles.items()}
     names = next(iter(columns.values()))
     return table([{"": name} | {label: column[name] for label, column in columns.items()} for name in names])
 
 
-def _quantities(profile: StepProfile, first: StepProfile, unit: tuple[str, int]) -> Row:
+def _quantities(profile: StepProfile, baseline: str, first: StepProfile, unit: tuple[str, int]) -> Row:
     name, size = unit
     return {
         **{f"{phase}, ms": getattr(profile, f"{phase}_seconds") * MILLI for phase in TRAINING},
         "step, ms": profile.step_seconds * MILLI,
-        "step, of the first": f"{profile.step_seconds / first.step_seconds:.1%}",
+        f"step, of {baseline}": f"{profile.step_seconds / first.step_seconds:.1%}",
         **{f"of it {kind}, ms": seconds * MILLI for kind, seconds in profile.seconds_by_kind.items()},
         "inference, ms": profile.inference_seconds * MILLI,
-        "inference, of the first": f"{profile.inference_seconds / first.inference_seconds:.1%}",
+        f"inference, of {baseline}": f"{profile.inference_seconds / first.inference_seconds:.1%}",
         f"saved for backward, {name}": profile.saved_bytes / size,
         f"peak, {name}": profile.peak_bytes / size,
-        "peak, of the first": f"{profile.peak_bytes / first.peak_bytes:.1%}",
+        f"peak, of {baseline}": f"{profile.peak_bytes / first.peak_bytes:.1%}",
         **{f"of it {category}, {name}": held / size for category, held in profile.at_peak.items()},
     }
 

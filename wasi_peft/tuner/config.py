@@ -276,6 +276,7 @@ class WasiConfig(PeftConfig):
         super().__post_init__()
         # ranks of every layer once injected; no field: a configuration that was used is still a fresh one
         self.resolved_ranks: dict[str, int] | None = None
+        self.names_fitted = False  # whether they are of a model with other names than the one that was saved
         from_file = getattr(self, "peft_type", None) is not None  # PEFT names the type of what it reads
         self.peft_type = PEFT_TYPE
         for name in ("target_modules", "exclude_modules"):

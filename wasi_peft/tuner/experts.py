@@ -97,10 +97,6 @@ class Experts(PackedWeight, Linear):
             original = original.restore(self._like.device, self._like.dtype)
         return original.matrices(), None
 
-    def get_compressed_layer(self, adapter_name: str, safe_merge: bool = False) -> nn.Module:
-        """A dense one: no compressed form holds packed weights."""
-        return self.get_dense_layer(adapter_name, safe_merge)
-
     # ---------------------------------------------------------------- what model code reads
 
     @property
@@ -161,7 +157,8 @@ class Experts(PackedWeight, Linear):
         for expert, start, stop in segments:
             if expert in unmet:
                 unmet.discard(expert)
-                whiten(form.L[expert], form.R[expert], rows[start:stop].detach())
+                # no new version of R: where experts are called one by one, backward of another may have kept it
+                whiten(form.L.data[expert], form.R.data[expert], rows[start:stop].detach())
         if not unmet:
             self._fresh.discard(name)
 
@@ -176,6 +173,12 @@ def _start(update: Update, initial: InitialFactors, rank: int) -> list[tuple[str
 
 
 # ---------------------------------------------------------------- where factors start
+
+
+def stored_factors(factors: FactoredStack) -> InitialFactors:
+    """Those that a compressed model stores, to start from, L with orthonormal columns; the adapter gets its own."""
+    L, corner = torch.linalg.qr(factors.L.detach().double())
+    return InitialFactors(L, corner @ factors.R.detach().double(), None)
 
 
 def stack_energies(weight: Tensor) -> Tensor:

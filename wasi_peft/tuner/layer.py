@@ -11,7 +11,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..forms.compressed import CompressedLinear, base_beside, compressed, own_factors
+from ..forms.compressed import Compressed
+from ..forms.compressing import base_beside, compressed, own_factors
 from ..forms.dense import (
     FactoredWeight,
     ParkedLinear,
@@ -76,6 +77,7 @@ class WasiLayer(BaseTunerLayer):
         self._unmerged_base: list[nn.Module] = []
         self._sinks: dict[str, weakref.ref[ProductGradientSink]] = {}
         self._awaiting: set[str] = set()  # adapters whose factors have not been loaded yet
+        self._answers_before = True  # whether the dense layer answers until then
         self._loading_group: dict[str, WasiLayer] = {}  # all layers of an adapter that is being loaded, by name
         self._release_to: str | None = None
         self._products: ProductChoice | None = None  # of a residual to come
@@ -172,7 +174,7 @@ class WasiLayer(BaseTunerLayer):
             return True
         if self._awaiting:
             self._settle()  # not every loader tells when factors have arrived: transformers' own does not
-            return self.active_name in self._awaiting and "base_layer" in self._modules
+            return self._answers_before and self.active_name in self._awaiting and "base_layer" in self._modules
         return False
 
     @property
@@ -233,6 +235,7 @@ class WasiLayer(BaseTunerLayer):
                 if tensor.is_floating_point():  # codes have no NaN, but their scales do
                     tensor.data.fill_(torch.nan)
             self._awaiting.add(adapter_name)
+            self._answers_before = not config.names_fitted
         fresh = isinstance(initial, InitialFactors) and initial.residual is not None and not initial.met_data
         (self._fresh.add if fresh else self._fresh.discard)(adapter_name)
         (self.frozen_biases.add if config.bias == "none" else self.frozen_biases.discard)(adapter_name)
@@ -391,7 +394,7 @@ class WasiLayer(BaseTunerLayer):
         if base_form == "cpu":
             self._modules["base_layer"] = self._parked(dense)
         elif base_form in RESIDUALS:
-            if isinstance(dense, CompressedLinear) and dense.frozen is not None and products is not None:
+            if isinstance(dense, Compressed) and dense.frozen is not None and products is not None:
                 dense.frozen.products = products
             if is_quantized(dense):
                 return  # it is in few bits already, which the factors are beside as they are
@@ -457,17 +460,23 @@ class WasiLayer(BaseTunerLayer):
                 f"{self.merged_adapters} merged already."
             )
         if dense is None:
-            dense = not isinstance(self._modules.get("base_layer"), CompressedLinear)
+            dense = not isinstance(self._modules.get("base_layer"), Compressed)
         merged = (self.get_dense_layer if dense else self.get_compressed_layer)(names[0], safe_merge)
         self._unmerged_base = [self._modules["base_layer"]] if "base_layer" in self._modules else []
         self._modules["base_layer"] = merged
         self.merged_adapters.append(names[0])
+        self.vectors.activate_one_of(names)  # which may not be those of the active adapter
 
     def unmerge(self) -> None:
         """Undo :meth:`merge` exactly: the base layer of before comes back."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self._take_apart()
+        self.vectors.activate_one_of([] if self._disable_adapters else self.active_adapters)
+
+    def _take_apart(self) -> None:
+        """What :meth:`unmerge` does to this layer alone."""
         self.merged_adapters.clear()
         if self._unmerged_base:
             self._modules["base_layer"] = self._unmerged_base.pop()  # in its place: a state dict has an order
@@ -491,7 +500,7 @@ class WasiLayer(BaseTunerLayer):
             if self.merged:
                 return self.base_layer
         if self.merged:
-            self.unmerge()
+            self._take_apart()
         if self.base_is_released:
             raise ValueError(RELEASED.format(action="unloading without merging"))
         base = self.base_layer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,14 +13,16 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..forms.attention import conceal_projections, expose_projections, pack_projections
-from ..forms.compressed import base_beside, own_factors
+from ..forms.compressing import base_beside, own_factors
 from ..forms.convolution import CONVOLUTIONS, Patches
 from ..forms.dense import dense_bias, dense_weight, empty_like_weight
 from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
+from ..forms.stacked import FactoredStack
 from ..linalg.coordinates import addition_basis
 from ..linalg.spectra import factorize_weight, rank_for_threshold
 from ..memory.modes import check_memory_mode, enter_memory_mode, leave_memory_mode
@@ -28,15 +31,17 @@ from ..models.rescaling import undo_rescaling
 from ..models.tokens import drop_tokens, keep_tokens, token_places
 from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
-from ..updates.base import InitialFactors
+from ..updates.base import InitialFactors, Update
+from .borrowed import borrowed_bytes, own_remainder
 from .config import WasiConfig
 from .convolution import Convolution
 from .coverage import coverage
-from .experts import Experts, stack_energies, stack_factors
+from .experts import Experts, stack_energies, stack_factors, stored_factors
 from .heads import FRESH_HEAD, fresh_heads
 from .inputs import SharedInputs
 from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
 from .prepared import PreparedLayer, check_prepared, drop_prepared, prepared_for
+from .renaming import fit_names
 from .saving import allow_saving, guard_saving
 from .state import FORM, check_loadable, shared_vectors, take_ranks, vectors_by_key, with_model_keys
 from .summary import WasiSummary, wasi_summary
@@ -101,25 +106,34 @@ def shared_ranks(
                 "never prepares, take a weight_rank."
             )
         targets = stacks
-    spectra = []
-    for name, module in targets.items():
-        weight, _ = _dense_parts(module)
-        stack = weight if weight.dim() == 3 else weight[None]
-        experts, out_features, in_features = stack.shape
-        spectra.append(
-            LayerSpectrum(
-                name,
-                out_features,
-                in_features,
-                name,
-                tuple(stack_energies(stack).tolist()),
-                update=config.layer_update,
-                bytes_per_element=weight.element_size(),
-                experts=experts,
-            )
-        )
+    spectra = [plain_spectrum(name, _dense_parts(module)[0], config.layer_update) for name, module in targets.items()]
     assert config.weight_share is not None
     return {**ranks, **(allocate_ranks(spectra, config.weight_share) if spectra else {})}
+
+
+def plain_spectrum(name: str, weight: torch.Tensor, update: Update) -> LayerSpectrum:
+    """What ranks are allocated by where there are no data: shares of the energies of a weight.
+
+    **Shape**
+        - weight: (out, in), or (E, out, in) of packed experts
+
+    Args:
+        name: Of the layer.
+        weight: Its dense weight.
+        update: What is going to train.
+    """
+    stack = weight if weight.dim() == 3 else weight[None]
+    experts, out_features, in_features = stack.shape
+    return LayerSpectrum(
+        name,
+        out_features,
+        in_features,
+        name,
+        tuple(stack_energies(stack).tolist()),
+        update=update,
+        bytes_per_element=weight.element_size(),
+        experts=experts,
+    )
 
 
 class WasiModel(BaseTuner):
@@ -182,6 +196,7 @@ class WasiModel(BaseTuner):
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         drops = config.token_keep is not None and shared is None
         places = token_places(model) if drops else None
+        borrowed = borrowed_bytes(self._tensors(model))
         before = Structure(model)
         try:
             expose_experts(model)
@@ -213,11 +228,16 @@ class WasiModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)  # PEFT does so too, but not after an interrupt
             raise
         guard_saving(model)
+        del before  # which holds the dense weights
         if config.uses_residuals and self._alone:
-            del before  # which holds the dense weights
             self._round(model, config, trained)
+        own_remainder(self._tensors(model), borrowed)
+
+    def _tensors(self, model: nn.Module) -> Iterator[torch.Tensor]:
+        yield from itertools.chain(model.parameters(), model.buffers(), self._vectors.tensors())
 
     def _prepare_adapter_config(self, peft_config: WasiConfig, model_config: dict[str, Any]) -> WasiConfig:
+        fit_names(self.model, peft_config)
         self._by_default = peft_config.target_modules is None and peft_config.plan is None
         log_left_dense(resolve_targets(self.model, peft_config), peft_config)
         return peft_config
@@ -314,6 +334,8 @@ class WasiModel(BaseTuner):
         update, base = config.update_of(plain_name(name)), target.original if isinstance(target, WasiLayer) else target
         factors = own_factors(base)
         if factors is not None and update.residual is None:
+            if isinstance(factors, FactoredStack):
+                return stored_factors(factors), factors.weight_rank
             return update.form_on(factors, empty_like_weight(base)), factors.weight_rank
         prepared = prepared_for(target)
         residual = None
@@ -454,7 +476,7 @@ class WasiModel(BaseTuner):
         handles = [
             layer.register_forward_pre_hook(add_names, with_kwargs=True)
             for layer in self.model.modules()
-            if isinstance(layer, WasiLayer)
+            if isinstance(layer, (WasiLayer, AuxiliaryTrainingWrapper))
         ]
         try:
             yield
@@ -471,6 +493,13 @@ class WasiModel(BaseTuner):
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE})
         if unknown:
             raise ValueError(f"adapter_names must name adapters of the model, got {', '.join(unknown)}.")
+        for key, module in self.model.named_modules():
+            missing = {*adapter_names, *self.active_adapters} - {BASE} - {*getattr(module, "_adapters", ())}
+            if missing and isinstance(module, AuxiliaryTrainingWrapper):
+                raise ValueError(
+                    f"{key}: adapter_names can mix adapters that all train this module, or all do not; "
+                    f"{', '.join(sorted(missing))} has none of its own."
+                )
         different = sorted(name for name in set(adapter_names) if self._vectors.names(name))
         if different and len(set(adapter_names)) > 1:
             raise ValueError(
@@ -540,6 +569,18 @@ class WasiModel(BaseTuner):
         self._vectors.activate(None)
         return super().unload()
 
+    def _check_names(self, adapter_names: Sequence[str] | None) -> None:
+        unknown = sorted(set(adapter_names or ()) - set(self.peft_config))
+        if unknown:
+            raise ValueError(
+                f"adapter_names must name adapters of the model, {sorted(self.peft_config)}, got {', '.join(unknown)}."
+            )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Put an adapter, by default the active one, into the base layers, its vectors too; see `unmerge_adapter`."""
+        self._check_names(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -556,10 +597,8 @@ class WasiModel(BaseTuner):
             dense: True multiplies forms out into dense layers, False keeps them ([`compress`] gives a model like
                 that); by default layers become what those of the base are.
         """
+        self._check_names(adapter_names)
         layers = [] if dense is None else [layer for _, layer in wasi_layers(self.model)]
-        stacks = sum(isinstance(layer, Experts) for layer in layers)
-        if dense is False and stacks:
-            logger.warning("%d packed expert weights are multiplied out: no compressed form holds them.", stacks)
         try:
             for layer in layers:
                 if not layer.merged:

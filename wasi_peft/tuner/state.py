@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 PEFT_PREFIX = "base_model.model."
 FORM = ".wasi_form."
+_MAPPING = "Where the model has other names for its modules, pass key_mapping to from_pretrained."
 
 
 def shared_vectors(model: nn.Module) -> AdapterVectors:
@@ -146,10 +147,14 @@ def check_loadable(model: nn.Module, config: WasiConfig, adapter_name: str, stat
     own.update(vectors_by_key(model, adapter_name))
     for key, (name, part, _) in forms.items():
         if key not in state_dict:
-            raise ValueError(f"{name}: the adapter lacks {part}; it is incomplete or of another model.")
+            raise ValueError(
+                f"{name}: the adapter lacks {part}: it is incomplete, or belongs to another model. {_MAPPING}"
+            )
     for key, _ in vectors_by_key(model, adapter_name):
         if key not in state_dict:
-            raise ValueError(f"{key}: the adapter lacks this vector; it is incomplete or of another model.")
+            raise ValueError(
+                f"{key}: the adapter lacks this vector: it is incomplete, or belongs to another model. {_MAPPING}"
+            )
     for key, value in state_dict.items():
         known = own.get(key, own.get(key.removeprefix(PEFT_PREFIX)))
         if known is None:

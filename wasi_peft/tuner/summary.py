@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..forms.compressed import CompressedResidual
+from ..forms.compressed_stack import CompressedStackResidual
+from ..ranks.plan import rank_range
 from ..updates.base import Update
 from ..updates.costs import dense_elements
 from .layer import WasiLayer, wasi_layers
@@ -92,8 +94,8 @@ class WasiSummary:
         residuals = sorted({layer.frozen or "" for layer in self.layers} - {""})
         beside = f" beside weights in {' and '.join(residuals)}" if residuals else ""
         text = (
-            f"WASI adapter {self.adapter_name!r}: {len(self.layers)} layers, rank {ranks[0]} to {ranks[-1]} "
-            f"(median {ranks[len(ranks) // 2]}){beside}, {self.kept_share:.1%} of their bytes kept"
+            f"WASI adapter {self.adapter_name!r}: {len(self.layers)} layers, rank {rank_range(ranks)}{beside}, "
+            f"{self.kept_share:.1%} of their bytes kept"
         )
         past = len(self.past_break_even)
         return text + (f"; {past} layers are past break-even and cost more than dense" if past else "")
@@ -119,7 +121,7 @@ def wasi_summary(model: nn.Module, adapter_name: str = "default") -> WasiSummary
     """
     layers = tuple(
         LayerSummary(
-            name.removeprefix("base_model.").removeprefix("model."),
+            name.removeprefix("base_model.model."),
             layer.out_features,
             layer.in_features,
             layer.form_of(adapter_name).weight_rank,
@@ -141,7 +143,7 @@ def _frozen(layer: WasiLayer) -> tuple[str | None, int]:
     residual = layer.residual
     if residual is None:
         return None, 0
-    if isinstance(residual, CompressedResidual):
+    if isinstance(residual, (CompressedResidual, CompressedStackResidual)):
         compressed = residual.layer
         return compressed.form_name, sum(tensor.nbytes for tensor in compressed.state_dict().values())
     sizes = residual.out_features, residual.in_features, layer._like.dtype.itemsize

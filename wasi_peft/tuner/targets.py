@@ -12,7 +12,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..forms.compressed import CompressedLinear, own_factors
+from ..forms.compressed import CompressedLinear
+from ..forms.compressing import own_factors
 from ..forms.convolution import CONVOLUTIONS, Patches, unsuited
 from ..forms.dense import dense_bias, dense_weight, is_quantized, weight_shape
 from ..forms.factored import FactoredLinear
@@ -324,7 +325,7 @@ def _check_stack(
     _check_not_tied(name, module.weight, shared)
     if module.weight.is_meta and not skeleton:
         return _check_absent(name, module, config)
-    if not skeleton:
+    if not skeleton and not is_quantized(module):
         check_weight(name, module.weight, config)
 
 
@@ -361,6 +362,11 @@ def _check_rank(name: str, module: nn.Module, config: WasiConfig) -> None:
         raise ValueError(
             f"{name}: the plan is for another model: it has {planned.out_features} x {planned.in_features} there, "
             f"this model {shape[0]} x {shape[1]}."
+        )
+    experts = getattr(module, "experts", 1)
+    if planned is not None and planned.experts != experts:
+        raise ValueError(
+            f"{name}: the plan is for another model: it has {planned.experts} weights there, this model {experts}."
         )
     rank, factors = fixed_rank(name, config), _own_factors(module)
     if config.residual_of(plain_name(name)) is None:
