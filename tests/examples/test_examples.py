@@ -219,6 +219,14 @@ def test_federated(run: Callable[..., str], text_model: Path, mails: Path, tmp_p
     assert (tmp_path / "outputs" / "federated" / "server" / "adapter_model.safetensors").is_file()
 
 
+def test_federated_flower(run: Callable[..., str], text_model: Path, mails: Path, tmp_path: Path) -> None:
+    pytest.importorskip("flwr")
+    text = run("federated_flower", "--model", text_model, "--dataset", mails, "--rounds", "3", "--lr", "3e-3")
+    accuracies = [float(value) for value in re.findall(r"round \d: accuracy (\S+),", text)]
+    assert len(accuracies) == 3 and accuracies[-1] > 0.8
+    assert (tmp_path / "outputs" / "federated_flower" / "adapter_model.safetensors").is_file()
+
+
 def test_semantic_segmentation(run: Callable[..., str], segmentation_model: Path, maps: Path) -> None:
     text = run(
         "semantic_segmentation", "--model", segmentation_model, "--dataset", maps, "--classes", "2",

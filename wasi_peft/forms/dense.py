@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ..models.experts import ExpertStack
@@ -146,7 +147,7 @@ def is_quantized(layer: nn.Module) -> bool:
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight of a Linear, Conv1D or parked layer in Linear layout, (out, in), detached.
 
-    One in few bits is restored: a tensor of its own then.
+    One in few bits is restored, and one in shards gathered, for which all processes must ask: a tensor of its own.
     """
     stored: Any = layer.weight
     if isinstance(stored, StandIn):
@@ -157,8 +158,13 @@ def dense_weight(layer: nn.Module) -> Tensor:
         weight = dequantize_module_weight(layer).detach()
     else:
         assert isinstance(layer.weight, Tensor)
-        weight = layer.weight.detach()
+        weight = _whole(layer.weight.detach())
     return weight.T if is_transposed(getattr(layer, "dense_class", type(layer))) else weight
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A parameter, gathered where FSDP2 keeps it in shards."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _of_bitsandbytes(layer: Any) -> Tensor:
@@ -190,7 +196,7 @@ def empty_like_weight(layer: nn.Module) -> Tensor:
 def dense_bias(layer: nn.Module) -> Tensor | None:
     """The bias of such a layer, detached, or None."""
     bias = layer.bias
-    return bias.detach() if isinstance(bias, Tensor) else None
+    return _whole(bias.detach()) if isinstance(bias, Tensor) else None
 
 
 def build_dense(dense_class: type[nn.Module], weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -28,6 +28,7 @@ from ..forms.residual import RESIDUALS, ExactResidual, Residual, ResidualLinear
 from ..updates.base import InitialFactors, ProductGradientSink, Update
 from .config import WasiConfig
 from .inputs import InputCompression, SharedInputs
+from .meeting import MetFactor
 from .steps import check_convergence, watch
 from .vectors import AdapterVectors
 
@@ -81,6 +82,7 @@ class WasiLayer(BaseTunerLayer):
         self._release_to: str | None = None
         self._products: ProductChoice | None = None  # of a residual to come
         self._fresh: set[str] = set()  # adapters whose factors have met no data yet
+        self._met: dict[str, MetFactor] = {}  # of those, what the first batch made of factors that may be in shards
 
     # ---------------------------------------------------------------- what is in the layer's place
 
@@ -340,7 +342,7 @@ class WasiLayer(BaseTunerLayer):
         """Drop what is known of an adapter beside its form."""
         for known in (self._awaiting, self._fresh, self.frozen_biases):
             known.discard(adapter_name)
-        for table in (self.wasi_update, self.wasi_input, self._sinks):
+        for table in (self.wasi_update, self.wasi_input, self._sinks, self._met):
             table.pop(adapter_name, None)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
@@ -585,7 +587,7 @@ class Linear(nn.Module, WasiLayer):
         self.register_load_state_dict_post_hook(_settle_after_load)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sinks": {}}  # a copy is stepped by another optimizer
+        return {**self.__dict__, "_sinks": {}, "_met": {}}  # a copy is stepped by another optimizer
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -636,8 +638,17 @@ class Linear(nn.Module, WasiLayer):
 
     @torch.compiler.disable
     def _meet(self, name: str, rows: Tensor) -> None:
+        met = self._met.get(name)
+        if met is None:
+            form = self.form_of(name)
+            self.wasi_update[name].meet(form, rows.detach().reshape(-1, rows.shape[-1]))
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                self._met[name] = MetFactor(form)
+                return
+        elif met.restore():
+            return
+        self._met.pop(name, None)
         self._fresh.discard(name)
-        self.wasi_update[name].meet(self.form_of(name), rows.detach().reshape(-1, rows.shape[-1]))
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Every sample by an adapter of its own, without gradients for the factors.
