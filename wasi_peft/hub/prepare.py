@@ -269,7 +269,8 @@ class _Preparation:
             write_index(folder, index)
 
         order = range(len(sweeps.blocks))
-        self._step(RANKS_STEP, self.experts.ranks)
+        if self.experts.stacks:
+            self._step(RANKS_STEP, self.experts.ranks)
         for block in order:
             if self.experts.stacks:
                 self._step(f"experts {block}", sweeps.experts, block, self.experts.stacks, self.experts.keep)
