@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def borrowed_bytes(tensors: Iterable[Tensor]) -> int:
@@ -38,8 +38,9 @@ def own_remainder(tensors: Iterable[Tensor], before: int) -> None:
 
 def _borrowed(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     for tensor in tensors:
-        plain = type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided
-        if plain and tensor.numel() and not tensor.untyped_storage().resizable():
+        # not what quantisers and simulations have in place of tensors
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+        if plain and tensor.layout == torch.strided and tensor.numel() and not tensor.untyped_storage().resizable():
             yield tensor
 
 
