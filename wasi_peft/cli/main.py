@@ -41,7 +41,7 @@ from ..memory.modes import MEMORY_MODES
 from ..planner.planner import BUDGETS, DEFAULT_FORMS, plan_wasi
 from ..ranks.plan import FORMS, WasiPlan
 from ..ranks.spectrum import FACTORS
-from ..report import plots as report
+from ..report import plots, tables
 from ..report.profiles import GROUPINGS, costs_table, plot_profiles, profiles_table
 from ..tuner.config import AUTO, RESIDUAL_RANK, WasiConfig
 from ..tuner.summary import LayerSummary, WasiSummary
@@ -300,7 +300,7 @@ def _size(text: str) -> int:
         >>> _size("1.5GiB"), _size("20 MB")
         (1610612736, 20000000)
     """
-    units = {unit.lower(): 1024**power for power, unit in enumerate(report.BYTE_UNITS)}
+    units = {unit.lower(): 1024**power for power, unit in enumerate(tables.BYTE_UNITS)}
     units.update({unit: 1000**power for power, unit in enumerate(("b", "kb", "mb", "gb", "tb"))})
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([a-z]+)", text.strip().lower())
     if match is None or match[2] not in units:
@@ -318,17 +318,17 @@ def _inspect(arguments: argparse.Namespace) -> None:
     what = Path(arguments.model)
     if what.is_file():
         plan = WasiPlan.load(what)
-        _show(arguments, report.plan_table(plan), plan.to_dict())
+        _show(arguments, tables.plan_table(plan), plan.to_dict())
         if arguments.plot:
-            report.plot_plan(plan, path=arguments.plot)
+            plots.plot_plan(plan, path=arguments.plot)
     elif (what / "adapter_config.json").is_file():
         _inspect_adapter(arguments, what)
     elif (what / "index.json").is_file():
         calibration = Calibration.load(what)
-        rows = report.calibration_rows(calibration)
-        _show(arguments, report.table(rows), {"layers": rows})
+        rows = tables.calibration_rows(calibration)
+        _show(arguments, tables.table(rows), {"layers": rows})
         if arguments.plot:
-            report.plot_calibration(calibration, arguments.plot)
+            plots.plot_calibration(calibration, arguments.plot)
     elif is_compressed(what):
         _inspect_checkpoint(arguments, what)
     else:
@@ -353,7 +353,7 @@ def _inspect_checkpoint(arguments: argparse.Namespace, folder: Path) -> None:
         "layers_bytes": compressed,
         "stored_bytes": checkpoint.stored_bytes,
     }
-    _show(arguments, f"{report.table(rows)}\n{line}", data)
+    _show(arguments, f"{tables.table(tables.merge_blocks(rows))}\n{line}", data)
 
 
 def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
@@ -365,7 +365,7 @@ def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
         "update": config.update,
         "kept_share": summary.kept_share,
     }
-    lines = [report.plan_table(shown), f"update {config.update}, base model {config.base_model_name_or_path}"]
+    lines = [tables.plan_table(shown), f"update {config.update}, base model {config.base_model_name_or_path}"]
     if config.plan is None:
         lines.append(f"input kept for backward: {next(iter(inputs.values()))}")
     layers = [
@@ -381,7 +381,7 @@ def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
     ]
     _show(arguments, "\n".join(lines), {**settings, "layers": layers})
     if arguments.plot:
-        report.plot_plan(shown, path=arguments.plot)
+        plots.plot_plan(shown, path=arguments.plot)
 
 
 def _plan_as_injected(config: WasiConfig) -> WasiPlan:
@@ -449,7 +449,7 @@ def _inspect_model(arguments: argparse.Namespace) -> None:
     sizes = target_sizes(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     targeted = sum(out * in_features for out, in_features in sizes.values())
-    rows = report.target_rows(sizes)
+    rows = tables.target_rows(sizes)
     share = targeted / parameters
     text = f"{type(model).__name__} ({task}): {parameters:,} parameters, {share:.1%} in {len(sizes)} target layers"
     data = {
@@ -461,7 +461,7 @@ def _inspect_model(arguments: argparse.Namespace) -> None:
         "kinds": rows,
         "layers": {name: {"out_features": size[0], "in_features": size[1]} for name, size in sizes.items()},
     }
-    _show(arguments, f"{report.table(rows)}\n{text}", data)
+    _show(arguments, f"{tables.table(rows)}\n{text}", data)
 
 
 def _variants(
@@ -532,9 +532,9 @@ def _estimate(arguments: argparse.Namespace) -> None:
     estimates = _for_each(_variants(arguments, model, task), "Estimates", estimate)
     line, data = _compared(arguments, task, batch, model)
     data["estimates"] = {label: estimate.to_dict() for label, estimate in estimates.items()}
-    _show(arguments, f"{report.estimates_table(estimates)}\n{line}", data)
+    _show(arguments, f"{tables.estimates_table(estimates)}\n{line}", data)
     if arguments.plot:
-        report.plot_estimates(estimates, arguments.plot)
+        plots.plot_estimates(estimates, arguments.plot)
 
 
 def _profile(arguments: argparse.Namespace) -> None:
@@ -584,9 +584,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
     if arguments.output:
         plan.save(arguments.output)
-    _show(arguments, report.plan_table(plan), plan.to_dict())
+    _show(arguments, tables.plan_table(plan), plan.to_dict())
     if arguments.plot:
-        report.plot_plan(plan, calibration, arguments.plot)
+        plots.plot_plan(plan, calibration, arguments.plot)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -614,7 +614,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     size = read_headers(folder).stored_bytes
     forms = Counter(layer["form"] for layer in layers.values())
     ranks = [layer["rank"] for layer in layers.values()]
-    unit, divisor = report.byte_unit(size)
+    unit, divisor = tables.byte_unit(size)
     counted = ", ".join(f"{count} {form}" for form, count in forms.items())
     ranked = f" of rank {min(ranks)} to {max(ranks)}" if max(ranks) else ""
     text = f"{arguments.output}: {counted} layers{ranked}, {size / divisor:.1f} {unit} in all"
@@ -668,13 +668,20 @@ def _check_outputs(path: str | None, plot: bool = False) -> None:
     if path is None:
         return
     if plot:
-        report.require_matplotlib()
+        plots.require_matplotlib()
     if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"{path}: the folder must exist.")
 
 
 def _show(arguments: argparse.Namespace, text: str, data: Any) -> None:
-    print(json.dumps(data, indent=2) if arguments.json else text)
+    if arguments.json:
+        print(json.dumps(data, indent=2))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(tables.coloured(text), soft_wrap=True)
+    else:
+        print(text)
 
 
 if __name__ == "__main__":

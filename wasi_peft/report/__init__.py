@@ -3,16 +3,19 @@
 Plots need matplotlib: `pip install wasi_peft[plot]`.
 """
 
-from .plots import estimates_table, plan_table, plot_calibration, plot_estimates, plot_plan
+from .plots import plot_calibration, plot_estimates, plot_plan
 from .profiles import costs_table, plot_profiles, profiles_table
+from .tables import estimates_table, markdown_table, plan_table, print_table
 
 __all__ = [
     "costs_table",
     "estimates_table",
+    "markdown_table",
     "plan_table",
     "plot_calibration",
     "plot_estimates",
     "plot_plan",
     "plot_profiles",
+    "print_table",
     "profiles_table",
 ]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ..cost.estimate import CATEGORIES
 from ..cost.profile import MILLI, TRAINING, Cost, StepProfile
 from ..cost.trace import KINDS
-from .plots import Path, Row, _finished, _short, byte_unit, require_matplotlib, table
+from .plots import Path, _finished, _short, require_matplotlib
+from .tables import Row, byte_unit, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
