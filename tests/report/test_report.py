@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ from wasi_peft.cost.estimate import CATEGORIES, Estimate
 from wasi_peft.linalg.spectra import rank_for_threshold
 from wasi_peft.ranks.allocate import allocate_ranks
 from wasi_peft.ranks.plan import LayerPlan, build_plan
-from wasi_peft.report.plots import (
+from wasi_peft.report import plot_training, print_table
+from wasi_peft.report.places import layer_places
+from wasi_peft.report.plots import plot_calibration, plot_estimates, plot_plan
+from wasi_peft.report.tables import (
     byte_unit,
     calibration_rows,
+    coloured,
     estimates_table,
-    layer_places,
+    markdown_table,
+    merge_blocks,
     plan_table,
-    plot_calibration,
-    plot_estimates,
-    plot_plan,
     table,
     target_rows,
 )
@@ -82,6 +85,51 @@ def test_table_is_aligned() -> None:
     assert text.splitlines() == ["layer      rank", "a             1", "longer  123,456", "b             -"]
 
 
+def test_rows_are_printed_for_whoever_reads_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Markdown where standard output is no terminal, else a table in colour, of the same cells."""
+    rows = [{"method": "WASI", "kept share": 0.5, "layers": 1200}, {"method": "LoRA", "kept share": None, "layers": 3}]
+    print_table(rows)
+    assert capsys.readouterr().out == markdown_table(rows) + "\n"
+    assert markdown_table(rows).splitlines()[2:] == ["| WASI | 50.0% | 1,200 |", "| LoRA | - | 3 |"]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    print_table(rows)
+    shown = capsys.readouterr().out
+    assert "\x1b[" in shown and all(cell in shown for cell in ("method", "WASI", "50.0%", "1,200"))
+
+
+def test_colours_leave_a_table_as_it_is(plan: WasiPlan) -> None:
+    text = plan_table(plan)
+    shown = coloured(text)
+    assert shown.plain == text
+    styled = {text[span.start : span.end].strip(): span.style for span in shown.spans}
+    header, *_, total, _ = text.splitlines()
+    assert styled[header] == styled[total] == "bold" and styled["factors"] == "green"
+
+
+def test_equal_layers_of_successive_blocks_share_a_row() -> None:
+    """Only those of one kind, without a gap, alike in everything but bytes and shares, which are added and ranged."""
+    rows = [
+        {"layer": f"h.{block}.{kind}", "rank": 8 if block != 2 else 9, "energy share": block / 10, "stored, MiB": 1.0}
+        for block in (0, 1, 2, 3, 4, 6)
+        for kind in ("fc1", "fc2")
+    ]
+    merged = merge_blocks(rows)
+    assert [row["layer"] for row in merged] == [
+        f"h.{blocks}.{kind}" for kind in ("fc1", "fc2") for blocks in ("[0-1]", "2", "[3-4]", "6")
+    ]
+    assert [row["stored, MiB"] for row in merged] == [2.0, 1.0, 2.0, 1.0] * 2
+    assert sum(row["stored, MiB"] for row in merged) == len(rows)
+    assert table(merged).splitlines()[1].split() == ["h.[0-1].fc1", "8", "0.0%-10.0%", "2.00"]
+    assert table(merged).splitlines()[2].split() == ["h.2.fc1", "9", "20.0%", "1.00"]
+    other = [{"layer": "a.0.x.1.fc", "rank": 1}, {"layer": "a.1.x.2.fc", "rank": 1}, {"layer": "head", "rank": 1}]
+    assert merge_blocks(other) == other  # two numbers differ; a name without one
+
+
 @pytest.mark.parametrize(
     ("size", "unit"), [(0, "B"), (10_239, "B"), (10_240, "KiB"), (10 * 2**30, "GiB"), (10**20, "TiB")]
 )
@@ -89,16 +137,31 @@ def test_byte_unit(size: int, unit: str) -> None:
     assert byte_unit(size)[0] == unit
 
 
+def expanded(name: str) -> list[str]:
+    """Names of the layers that share a row."""
+    match = re.search(r"\[(\d+)-(\d+)\]", name)
+    if match is None:
+        return [name]
+    return [name.replace(match[0], str(block)) for block in range(int(match[1]), int(match[2]) + 1)]
+
+
 def test_plan_table_says_what_the_plan_says(plan: WasiPlan) -> None:
     lines = plan_table(plan).splitlines()
     assert lines[-1] == plan.headline()
-    assert len(lines) == len(plan.layers) + 3
-    for layer, line in zip(plan.layers, lines[1:], strict=False):
+    layers, shown = {layer.name: layer for layer in plan.layers}, []
+    for line in lines[1:-2]:
         name, out, in_features, form, rank, _, energy, *inputs, _, _ = line.split()
-        assert (name, int(out), int(in_features)) == (layer.name, layer.out_features, layer.in_features)
+        these = [layers[layer] for layer in expanded(name)]
+        shown += expanded(name)
+        assert {(layer.out_features, layer.in_features, layer.weight_rank) for layer in these} == {
+            (int(out), int(in_features), int(rank))
+        }
         assert form == "factors"
-        assert int(rank) == layer.weight_rank and energy == f"{layer.kept_energy:.1%}"
-        assert inputs == (["exact"] if layer.activation_ranks is None else ["feature", "5"])
+        energies = sorted(layer.kept_energy for layer in these)
+        assert energy == "-".join(dict.fromkeys(f"{share:.1%}" for share in (energies[0], energies[-1])))
+        exact = {layer.activation_ranks is None for layer in these}
+        assert inputs == (["exact"] if exact == {True} else ["feature", "5"])
+    assert sorted(shown) == sorted(layers)
     dense, factored = map(float, lines[-2].split()[1:])
     assert factored / dense == pytest.approx(plan.kept_share, abs=0.01)
     half = plan_table(replace(plan, bytes_per_element=2)).splitlines()  # 7 KiB, shown in bytes
@@ -124,7 +187,7 @@ def test_tables_count_what_the_update_stores(update: str) -> None:
         dense, factored = (float(size.replace(",", "")) for size in total.split()[1:])
         assert factored / dense == pytest.approx(shown.kept_share, abs=0.02)
         assert f"{shown.kept_share:.1%} of their {'weights' if shown is plan else 'bytes'} kept" in headline
-        assert [int(row.split()[4]) > int(row.split()[5]) for row in rows] == past
+        assert [int(row.split()[4]) > int(row.split()[5]) for row in rows for _ in expanded(row.split()[0])] == past
     assert {True, False} == {plan.past_break_even(layer) for layer in plan.layers}
 
 
@@ -282,6 +345,26 @@ def test_plot_of_a_calibration(calibration: Calibration) -> None:
     figure = plot_calibration(calibration)
     spectra = [ax for ax in figure.get_axes() if ax.get_title() in ("q_proj", "fc1")]
     assert [len(lines_of(ax)) for ax in spectra] == [2, 2]
+
+
+def test_plot_of_a_training_run(tmp_path: Path) -> None:
+    """Panels for what changes; what stays as it is, as ranks do by default, takes none."""
+    pytest.importorskip("matplotlib")
+    log = [
+        {"step": step, "loss": 3 / step, "wasi/rank_mean": 8.0, "wasi/rank_min": 8, "wasi/weight_drift": 0.1 * step}
+        for step in (1, 2, 3)
+    ]
+    log.append({"step": 3, "eval_loss": 1.5})
+    figure = plot_training(log, tmp_path / "log.png")
+    assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
+    loss, drift = figure.get_axes()
+    assert [label.get_text() for label in loss.get_legend().get_texts()] == ["training", "evaluation"]
+    assert list(loss.get_lines()[0].get_ydata()) == [3, 1.5, 1]
+    assert list(drift.get_lines()[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
+    log[2]["wasi/rank_mean"] = 6.0
+    assert len(plot_training(log).get_axes()) == 3
+    with pytest.raises(ValueError, match="must hold a loss"):
+        plot_training([{"step": 1, "train_runtime": 3.0}])
 
 
 def test_plot_of_estimates(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def plot_plan(
     if spectra:
         ranks = {layer.name: layer.rank for layer in layers if layer.form == FACTORS}
         _draw_spectra(figure.subfigs[1], spectra, kinds, ranks)
-    return _finished(figure, path)
+    return finished(figure, path)
 
 
 def plot_calibration(calibration: Calibration, path: Path | None = None) -> Figure:
@@ -93,7 +93,7 @@ def plot_calibration(calibration: Calibration, path: Path | None = None) -> Figu
     right.set_yscale("log")
     right.set_title("Energy: what dropping the whole layer would cost")
     _draw_spectra(figure.subfigs[1], spectra, kinds, {})
-    return _finished(figure, path)
+    return finished(figure, path)
 
 
 def plot_estimates(estimates: Mapping[str, Estimate], path: Path | None = None) -> Figure:
@@ -130,7 +130,7 @@ def plot_estimates(estimates: Mapping[str, Estimate], path: Path | None = None) 
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(y=0.1)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, frameon=False, fontsize="small")
-    return _finished(figure, path)
+    return finished(figure, path)
 
 
 def _short(number: float) -> str:
@@ -195,7 +195,8 @@ def _figure(panels: int, kinds: _Kinds, spectra: Sequence[LayerSpectrum]) -> tup
     return figure, [parts[0].add_subplot(place) for place in places]
 
 
-def _finished(figure: Figure, path: Path | None) -> Figure:
+def finished(figure: Figure, path: Path | None) -> Figure:
+    """The figure, saved where a path is given."""
     if path is not None:
         figure.savefig(path, dpi=130)
     return figure
