@@ -42,8 +42,8 @@ class OneBar(transformers.TrainerCallback):
 def trainer_of(method, dtype, steps):
     config, lr = METHODS[method]
     transformers.set_seed(0)
-    classes = images["train"].features["label"].num_classes
-    model = transformers.AutoModelForImageClassification.from_pretrained(args.model, num_labels=classes)
+    head = {"num_labels": images["train"].features["label"].num_classes, "ignore_mismatched_sizes": True}
+    model = transformers.AutoModelForImageClassification.from_pretrained(args.model, **head)
     model = peft.get_peft_model(model, config) if config else model  # the line that is another for each method
     training = transformers.TrainingArguments(
         output / f"{method} {dtype}", max_steps=steps, per_device_train_batch_size=32, per_device_eval_batch_size=96,

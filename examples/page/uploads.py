@@ -44,9 +44,7 @@ def split(images):
         seen[label] = seen.get(label, 0) + 1
         test += [index] if seen[label] % 4 == 2 else []
     if len(names) < 2:
-        raise RefusedError(
-            f"Two classes are needed to tell apart, there is {f'only {names[0]!r}' if names else 'none'}."
-        )
+        raise RefusedError(f"Two classes are needed to tell apart, got {names[0] if names else 'no images'}.")
     if few := [name for name in names if seen[name] < 2]:
         raise RefusedError(f"{few[0]!r} needs at least two images: one to learn from, one to test with.")
     return names, [index for index in range(len(images)) if index not in set(test)], test

@@ -179,15 +179,17 @@ def test_tables_count_what_the_update_stores(update: str) -> None:
         wasi_model(ARCHITECTURES["vit"].model(), residual=None, weight_rank=5, update=update, update_rank=3)
     )
     for shown, past in (
-        (plan, [plan.past_break_even(layer) for layer in plan.layers]),
-        (summary, [layer.past_break_even for layer in summary.layers]),
+        (plan, {layer.name: plan.past_break_even(layer) for layer in plan.layers}),
+        (summary, {layer.name: layer.past_break_even for layer in summary.layers}),
     ):
         header, *rows, total, headline = plan_table(shown).splitlines()
         assert header.split()[:6] == ["layer", "out", "in", "form", "rank", "break-even"]
         dense, factored = (float(size.replace(",", "")) for size in total.split()[1:])
         assert factored / dense == pytest.approx(shown.kept_share, abs=0.02)
         assert f"{shown.kept_share:.1%} of their {'weights' if shown is plan else 'bytes'} kept" in headline
-        assert [int(row.split()[4]) > int(row.split()[5]) for row in rows for _ in expanded(row.split()[0])] == past
+        for name, *_, rank, break_even in (row.split()[:6] for row in rows):
+            assert {past.pop(layer) for layer in expanded(name)} == {int(rank) > int(break_even)}
+        assert not past
     assert {True, False} == {plan.past_break_even(layer) for layer in plan.layers}
 
 
