@@ -14,7 +14,7 @@ TORCH ?= torch
 SLOW ?= not slow
 PYTEST_FLAGS ?= -n logical --maxprocesses 4 --dist worksteal
 DEMO_FLAGS ?=
-BENCHMARKS ?= $(filter-out %/demo.py %/layer_overhead.py %/overhead_probe.py,$(sort $(shell grep -l __main__ benchmarks/*.py)))
+BENCHMARKS ?= $(filter-out %/local_copies.py %/layer_overhead.py %/overhead_probe.py,$(sort $(shell grep -l __main__ benchmarks/*.py)))
 BENCHMARK_FLAGS ?=
 
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.10
@@ -59,7 +59,8 @@ $(READY): $(CONSTRAINTS) setup.cfg pyproject.toml
 	@touch $@
 
 demo: $(READY)  ## fine-tune a small vision transformer in full, with LoRA and with WASI, and compare
-	$(BIN)/python benchmarks/demo.py $(DEMO_FLAGS)
+	$(BIN)/python benchmarks/local_copies.py .cache/local
+	$(BIN)/python examples/demo.py --model .cache/local/dinov2-small --dataset .cache/local/fashion-mnist $(DEMO_FLAGS)
 
 test: lint pytest  ## lint, type-check and run the tests but the slow ones
 

@@ -34,7 +34,13 @@ args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", args.tokens))
+if args.tokens > limit:
+    parser.error(f"--tokens must be at most {limit} for this model, got {args.tokens}")
 split = datasets.load_dataset(args.dataset, split="train").train_test_split(0.1, seed=0)
+columns = split["train"].column_names
+if not {"text", "messages", "prompt"} & set(columns):
+    parser.error(f"the dataset must have a column 'text', 'messages' or 'prompt', got {', '.join(columns)}")
 
 training = SFTConfig(
     output_dir=args.output, max_steps=args.steps, per_device_train_batch_size=args.batch_size, learning_rate=args.lr,
@@ -46,6 +52,8 @@ trainer = SFTTrainer(
     peft_config=wasi_peft.WasiConfig(task_type="CAUSAL_LM", memory_mode=args.memory),  # 2
 )  # fmt: skip
 print(f"perplexity before training: {math.exp(trainer.evaluate()['eval_loss']):.2f}")
-trainer.train()
+try:
+    trainer.train()
+finally:  # whatever ends the training
+    trainer.save_model()
 print(f"perplexity after training: {math.exp(trainer.evaluate()['eval_loss']):.2f}")
-trainer.save_model()

@@ -32,6 +32,12 @@ args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", args.tokens))
+if args.tokens > limit:
+    parser.error(f"--tokens must be at most {limit} for this model, got {args.tokens}")
+pairs = datasets.load_dataset(args.dataset, split="train")
+if not {"chosen", "rejected"} <= set(pairs.column_names):
+    parser.error(f"the dataset must have columns 'chosen' and 'rejected', got {', '.join(pairs.column_names)}")
 if args.adapter:
     model = PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
 
@@ -40,11 +46,13 @@ training = DPOConfig(
     max_length=args.tokens, bf16=args.bf16, logging_steps=1, save_strategy="no", report_to="none", seed=0,
 )  # fmt: skip
 trainer = DPOTrainer(
-    model, args=training, train_dataset=datasets.load_dataset(args.dataset, split="train"), processing_class=tokenizer,
+    model, args=training, train_dataset=pairs, processing_class=tokenizer,
     peft_config=None if args.adapter else wasi_peft.WasiConfig(task_type="CAUSAL_LM"),  # 2
 )  # fmt: skip
-trainer.train()
+try:
+    trainer.train()
+finally:  # whatever ends the training
+    trainer.save_model()
 steps = [line for line in trainer.state.log_history if "rewards/margins" in line]
 print(f"margin at the first step: {steps[0]['rewards/margins']:.6f}")  # 0: the model is its own reference
 print(f"margin at the last steps: {sum(line['rewards/margins'] for line in steps[-10:]) / len(steps[-10:]):.4f}")
-trainer.save_model()

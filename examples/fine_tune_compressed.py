@@ -38,12 +38,17 @@ args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 texts = datasets.load_dataset(args.dataset, split="train")
+if args.text_column not in texts.column_names:
+    parser.error(f"the dataset must have a column {args.text_column!r}, got {', '.join(texts.column_names)}")
 tokens = texts.map(
     lambda batch: tokenizer(batch[args.text_column], truncation=True, max_length=args.tokens),
     batched=True, remove_columns=texts.column_names,
 )  # fmt: skip
 
 model = AutoModelForCausalLM.from_pretrained(args.model)
+limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", args.tokens))
+if args.tokens > limit:
+    parser.error(f"--tokens must be at most {limit} for this model, got {args.tokens}")
 print(f"the base takes {model.get_memory_footprint() / 2**20:.1f} MiB")
 model = get_peft_model(model, wasi_peft.WasiConfig(task_type="CAUSAL_LM", memory_mode=args.memory))
 training = TrainingArguments(
@@ -52,5 +57,7 @@ training = TrainingArguments(
 )  # fmt: skip
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 trainer = Trainer(model, training, train_dataset=tokens, data_collator=collator, processing_class=tokenizer)
-print(f"loss: {trainer.train().training_loss:.3f}")
-trainer.save_model()  # what trained, and the name of its compressed base
+try:
+    print(f"loss: {trainer.train().training_loss:.3f}")
+finally:  # whatever ends the training
+    trainer.save_model()  # what trained, and the name of its compressed base

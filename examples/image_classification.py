@@ -30,6 +30,9 @@ parser.add_argument("--output", default="outputs/image_classification")
 args = parser.parse_args()
 
 images = datasets.load_dataset(args.dataset, split="train")
+for column in (args.image_column, args.label_column):
+    if column not in images.column_names:
+        parser.error(f"the dataset must have a column {column!r}, got {', '.join(images.column_names)}")
 if not isinstance(images.features[args.label_column], datasets.ClassLabel):
     images = images.class_encode_column(args.label_column)
 processor = transformers.AutoImageProcessor.from_pretrained(args.model)
@@ -49,7 +52,11 @@ model = transformers.AutoModelForImageClassification.from_pretrained(
 model = get_peft_model(model, wasi_peft.WasiConfig(modules_to_save=["classifier"]))  # 2
 model.print_trainable_parameters()
 
-accuracy = evaluate.load(args.metric)
+metric, numbers = evaluate.load(args.metric), list(range(len(names)))
+try:  # before anything is trained
+    score = next(iter(metric.compute(predictions=numbers, references=numbers)))
+except Exception as error:
+    parser.error(f"--metric must take class numbers, as accuracy does; {args.metric} answers: {error}")
 training = transformers.TrainingArguments(
     output_dir=args.output, num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
     learning_rate=args.lr, bf16=args.bf16, eval_strategy="epoch", remove_unused_columns=False, label_names=["labels"],
@@ -57,10 +64,10 @@ training = transformers.TrainingArguments(
 )  # fmt: skip
 trainer = transformers.Trainer(
     model, training, train_dataset=split["train"], eval_dataset=split["test"], processing_class=processor,
-    compute_metrics=lambda answers: accuracy.compute(
-        predictions=answers.predictions.argmax(-1), references=answers.label_ids
-    ),
+    compute_metrics=lambda x: metric.compute(predictions=x.predictions.argmax(-1), references=x.label_ids),
 )  # fmt: skip
-trainer.train()
-print(f"accuracy after training: {trainer.evaluate()['eval_accuracy']:.3f}")
-trainer.save_model()  # the adapter, the processor and a card; trainer.push_to_hub() shares them
+try:
+    trainer.train()
+finally:  # whatever ends the training
+    trainer.save_model()  # the adapter, the processor and a card; trainer.push_to_hub() shares them
+print(f"{score} after training: {trainer.evaluate()['eval_' + score]:.3f}")

@@ -10,7 +10,6 @@ import argparse
 
 import datasets
 import evaluate
-import numpy as np
 import torch
 import transformers
 from peft import get_peft_model
@@ -35,7 +34,11 @@ processor = transformers.AutoImageProcessor.from_pretrained(args.model, do_reduc
 
 def prepare(batch):
     images = [image.convert("RGB") for image in batch[args.image_column]]
-    return dict(processor(images, segmentation_maps=batch[args.map_column], return_tensors="pt"))
+    prepared = processor(images, segmentation_maps=batch[args.map_column], return_tensors="pt")
+    numbers = set(prepared["labels"].unique().tolist()) - {255}
+    if max(numbers, default=0) >= args.classes:
+        raise SystemExit(f"the maps must hold numbers below --classes {args.classes}, or 255, got {max(numbers)}")
+    return dict(prepared)
 
 
 def classes_of(logits, labels):
@@ -43,14 +46,22 @@ def classes_of(logits, labels):
     return torch.nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear").argmax(1)
 
 
-split = datasets.load_dataset(args.dataset, split="train").train_test_split(0.2, seed=0).with_transform(prepare)
+images = datasets.load_dataset(args.dataset, split="train")
+for column in (args.image_column, args.map_column):
+    if column not in images.column_names:
+        parser.error(f"the dataset must have a column {column!r}, got {', '.join(images.column_names)}")
+split = images.train_test_split(0.2, seed=0).with_transform(prepare)
 model = transformers.AutoModelForSemanticSegmentation.from_pretrained(
     args.model, num_labels=args.classes, ignore_mismatched_sizes=True
 )
 model = get_peft_model(model, wasi_peft.WasiConfig(modules_to_save=["decode_head"]))  # 2
 model.print_trainable_parameters()
 
-mean_iou = evaluate.load(args.metric)
+metric, settings = evaluate.load(args.metric), {"num_labels": args.classes, "ignore_index": 255}
+try:  # before anything is trained
+    metric.compute(predictions=[[[0]]], references=[[[0]]], **settings)["mean_iou"]
+except Exception as error:
+    parser.error(f"--metric must answer as mean_iou does; {args.metric} answers: {error}")
 training = transformers.TrainingArguments(
     output_dir=args.output, num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
     learning_rate=args.lr, eval_strategy="epoch", remove_unused_columns=False, label_names=["labels"],
@@ -59,11 +70,10 @@ training = transformers.TrainingArguments(
 trainer = transformers.Trainer(
     model, training, train_dataset=split["train"], eval_dataset=split["test"], processing_class=processor,
     preprocess_logits_for_metrics=classes_of,
-    compute_metrics=lambda answers: mean_iou.compute(
-        predictions=np.asarray(answers.predictions), references=np.asarray(answers.label_ids),
-        num_labels=args.classes, ignore_index=255,
-    ),
+    compute_metrics=lambda x: metric.compute(predictions=x.predictions, references=x.label_ids, **settings),
 )  # fmt: skip
-trainer.train()
+try:
+    trainer.train()
+finally:  # whatever ends the training
+    trainer.save_model()
 print(f"mean IoU after training: {trainer.evaluate()['eval_mean_iou']:.3f}")
-trainer.save_model()

@@ -31,6 +31,9 @@ parser.add_argument("--output", default="outputs/text_classification")
 args = parser.parse_args()
 
 texts = datasets.load_dataset(args.dataset, split="train")
+for column in (args.text_column, args.label_column):
+    if column not in texts.column_names:
+        parser.error(f"the dataset must have a column {column!r}, got {', '.join(texts.column_names)}")
 if not isinstance(texts.features[args.label_column], datasets.ClassLabel):
     texts = texts.class_encode_column(args.label_column)
 names = texts.features[args.label_column].names
@@ -47,10 +50,17 @@ split = split.map(prepare, batched=True, remove_columns=texts.column_names)
 model = transformers.AutoModelForSequenceClassification.from_pretrained(
     args.model, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
 )
+limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", args.tokens))
+if args.tokens > limit:
+    parser.error(f"--tokens must be at most {limit} for this model, got {args.tokens}")
 model = get_peft_model(model, wasi_peft.WasiConfig(task_type="SEQ_CLS"))  # 2: the new head trains with it
 model.print_trainable_parameters()
 
-accuracy = evaluate.load(args.metric)
+metric, numbers = evaluate.load(args.metric), list(range(len(names)))
+try:  # before anything is trained
+    score = next(iter(metric.compute(predictions=numbers, references=numbers)))
+except Exception as error:
+    parser.error(f"--metric must take class numbers, as accuracy does; {args.metric} answers: {error}")
 training = transformers.TrainingArguments(
     output_dir=args.output, num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
     learning_rate=args.lr, bf16=args.bf16, eval_strategy="epoch", label_names=["labels"], save_strategy="no",
@@ -58,10 +68,10 @@ training = transformers.TrainingArguments(
 )  # fmt: skip
 trainer = transformers.Trainer(
     model, training, train_dataset=split["train"], eval_dataset=split["test"], processing_class=tokenizer,
-    compute_metrics=lambda answers: accuracy.compute(
-        predictions=answers.predictions.argmax(-1), references=answers.label_ids
-    ),
+    compute_metrics=lambda x: metric.compute(predictions=x.predictions.argmax(-1), references=x.label_ids),
 )  # fmt: skip
-trainer.train()
-print(f"accuracy after training: {trainer.evaluate()['eval_accuracy']:.3f}")
-trainer.save_model()
+try:
+    trainer.train()
+finally:  # whatever ends the training
+    trainer.save_model()
+print(f"{score} after training: {trainer.evaluate()['eval_' + score]:.3f}")

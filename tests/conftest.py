@@ -77,6 +77,17 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def split_images(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images as `train/<class>/*.png` and `test/<class>/*.png`."""
+    folder = tmp_path_factory.mktemp("split")
+    for path in sorted(image_folder.rglob("*.png")):
+        part = folder / ("test" if int(path.stem) % 5 == 0 else "train") / path.parent.name
+        part.mkdir(parents=True, exist_ok=True)
+        (part / path.name).hardlink_to(path)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def importable_benchmarks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In tests of benchmarks, what `python benchmarks/NAME.py` does for its own imports."""

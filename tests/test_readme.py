@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from wasi_peft.report import markdown_table
 from wasi_peft.updates import UPDATES
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +72,12 @@ def test_what_a_page_names_exists(page: Path) -> None:
             pkgutil.resolve_name(f"wasi_peft.{room}.{rest}")
     for path in re.findall(r"\b(?:tests|benchmarks|examples)/[\w/]*\.py\b", text):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_demo_s_table_is_that_of_its_record() -> None:
+    record = json.loads((ROOT / "docs" / "benchmarks" / "demo.json").read_text())
+    assert markdown_table(record["rows"]) in (ROOT / "README.md").read_text()
+    assert record["settings"] == {"steps": 150, "default model and images": True}
 
 
 def test_every_room_is_in_the_index() -> None:

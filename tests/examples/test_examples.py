@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,21 @@ def test_examples_are_short_scripts() -> None:
     assert tested == {path.stem for path in EXAMPLES}
 
 
+def test_demo(run: Callable[..., str], model_folder: Path, split_images: Path, tmp_path: Path) -> None:
+    """A table in Markdown, since this is no terminal; six rows at most, those in 16 bits where they are fast."""
+    text = run("demo", "--model", model_folder, "--dataset", split_images, "--steps", "2")
+    rows = json.loads((tmp_path / "outputs" / "demo" / "demo.json").read_text())
+    header, _, *lines = (line.strip("| ").split(" | ") for line in text.splitlines())
+    assert header == list(rows[0]) == ["method", "dtype", "job, s", "peak, MiB", "accuracy, %", "to share, MiB"]
+    assert [line[:2] for line in lines] == [[row["method"], row["dtype"]] for row in rows]
+    assert [row["method"] for row in rows[:3]] == ["full fine-tuning", "LoRA r=16", "WASI"]
+    full, lora, wasi = rows[:3]
+    assert all(row["peak, MiB"] > row["to share, MiB"] > 0 and 0 <= row["accuracy, %"] <= 100 for row in rows)
+    assert full["to share, MiB"] > lora["to share, MiB"]
+    folder = tmp_path / "outputs" / "demo" / "WASI fp32" / "adapter_model.safetensors"
+    assert wasi["to share, MiB"] == pytest.approx(folder.stat().st_size / 2**20)
+
+
 def test_image_classification(run: Callable[..., str], model_folder: Path, image_folder: Path, tmp_path: Path) -> None:
     text = run(
         "image_classification", "--model", model_folder, "--dataset", image_folder,
@@ -183,7 +199,7 @@ def test_adversarial(run: Callable[..., str], model_folder: Path, image_folder: 
 def test_text_classification(run: Callable[..., str], text_model: Path, mails: Path) -> None:
     text = run(
         "text_classification", "--model", text_model, "--dataset", mails, "--metric", METRICS / "accuracy.py",
-        "--epochs", "5", "--batch-size", "8", "--lr", "3e-3",
+        "--tokens", "32", "--epochs", "5", "--batch-size", "8", "--lr", "3e-3",
     )  # fmt: skip
     assert number(r"accuracy after training: (\S+)\n", text) > 0.8
 
@@ -263,6 +279,100 @@ def test_any_model_memory(run: Callable[..., str]) -> None:
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.fixture
+def sentence(run: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The sentence with which an example ends that refuses what it is given, before it trains anything."""
+
+    def sentence_of(name: str, *arguments: str | Path) -> str:
+        with pytest.raises(SystemExit) as ended:
+            run(name, *arguments)
+        assert ended.value.code not in (0, None)
+        return f"{capsys.readouterr().err}{ended.value.code}"
+
+    return sentence_of
+
+
+def test_columns_that_are_not_there_are_named(
+    sentence: Callable[..., str], model_folder: Path, image_folder: Path, split_images: Path, text_model: Path,
+    mails: Path, language_model: Path, preferences: Path, segmentation_model: Path, maps: Path,
+) -> None:  # fmt: skip
+    images, texts, masks = ("--dataset", image_folder), ("--dataset", mails), ("--dataset", maps)
+    for name, model, options, answer in (
+        ("image_classification", model_folder, (*images, "--label-column", "kind"), "column 'kind', got image, label"),
+        ("image_classification", model_folder, texts, "column 'image', got text, label"),
+        ("demo", model_folder, texts, "it lacks image"),
+        ("text_classification", text_model, (*texts, "--text-column", "mail"), "column 'mail', got text, label"),
+        ("causal_lm", language_model, ("--dataset", preferences), "'prompt', got chosen, rejected"),
+        ("dpo", language_model, texts, "'chosen' and 'rejected', got text, label"),
+        ("fine_tune_compressed", language_model, (*texts, "--text-column", "mail"), "'mail', got text, label"),
+        (
+            "semantic_segmentation",
+            segmentation_model,
+            (*masks, "--classes", "2", "--map-column", "mask"),
+            "'mask', got",
+        ),
+    ):
+        assert answer in sentence(name, "--model", model, *options), name
+
+
+def test_more_tokens_than_the_model_takes(
+    sentence: Callable[..., str], text_model: Path, mails: Path, language_model: Path, preferences: Path
+) -> None:
+    for name, model, data in (
+        ("text_classification", text_model, mails), ("causal_lm", language_model, mails),
+        ("dpo", language_model, preferences), ("fine_tune_compressed", language_model, mails),
+    ):  # fmt: skip
+        answer = sentence(name, "--model", model, "--dataset", data, "--tokens", "100000")
+        assert re.search(r"--tokens must be at most \d+ for this model, got 100000", answer), name
+
+
+def test_a_metric_that_does_not_fit(
+    sentence: Callable[..., str], model_folder: Path, image_folder: Path, text_model: Path, mails: Path,
+    segmentation_model: Path, maps: Path,
+) -> None:  # fmt: skip
+    for name, model, data, metric in (
+        ("image_classification", model_folder, image_folder, "mean_iou"),
+        ("text_classification", text_model, mails, "mean_iou"),
+        ("semantic_segmentation", segmentation_model, maps, "accuracy"),
+    ):
+        options = {"text_classification": ("--tokens", "32"), "semantic_segmentation": ("--classes", "2")}.get(
+            name, ()
+        )
+        answer = sentence(name, "--model", model, "--dataset", data, "--metric", METRICS / f"{metric}.py", *options)
+        assert re.search(rf"--metric must .*{metric}\.py answers: \w+", answer), name
+
+
+def test_a_processor_of_another_size(
+    model_folder: Path, image_folder: Path, run: Callable[..., str], tmp_path: Path
+) -> None:
+    model = tmp_path / "outputs" / "other"
+    shutil.copytree(model_folder, model)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (model / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"size \(32\*32\) doesn't match model \(16\*16\)"):
+        run("image_classification", "--model", model, "--dataset", image_folder, "--metric", METRICS / "accuracy.py")
+
+
+def test_what_is_trained_is_kept_when_an_image_is_none(
+    model_folder: Path, image_folder: Path, run: Callable[..., str], tmp_path: Path
+) -> None:
+    images = tmp_path / "outputs" / "images"
+    shutil.copytree(image_folder, images)
+    (images / "class1" / "7.png").write_text("no image")
+    with pytest.raises(OSError, match=r"class1.7\.png"):
+        run("image_classification", "--model", model_folder, "--dataset", images, "--metric", METRICS / "accuracy.py")
+    assert (tmp_path / "outputs" / "image_classification" / "adapter_model.safetensors").is_file()
+
+
+def test_a_map_with_a_class_too_many(sentence: Callable[..., str], segmentation_model: Path, maps: Path) -> None:
+    options = ("--classes", "1", "--metric", METRICS / "mean_iou.py")
+    answer = sentence("semantic_segmentation", "--model", segmentation_model, "--dataset", maps, *options)
+    assert "the maps must hold numbers below --classes 1, or 255, got 1" in answer
+
+
 # ------------------------------------------------------------------------------------------------------ metrics
 
 
@@ -284,7 +394,8 @@ def test_two_processes_train_one_model(text_model: Path, mails: Path, tmp_path: 
     text = run_script(
         launch[0], *launch[1:], "--mixed_precision", "no", "--dynamo_backend", "no",
         ROOT / "examples" / "text_classification.py", "--model", text_model, "--dataset", mails,
-        "--metric", METRICS / "accuracy.py", "--epochs", "5", "--batch-size", "4", "--lr", "3e-3", folder=tmp_path,
+        "--metric", METRICS / "accuracy.py", "--tokens", "32", "--epochs", "5", "--batch-size", "4", "--lr", "3e-3",
+        folder=tmp_path,
     )  # fmt: skip
     accuracies = set(re.findall(r"accuracy after training: (\S+)\n", text))
     assert len(accuracies) == 1 and float(accuracies.pop()) > 0.8

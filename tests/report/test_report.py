@@ -17,16 +17,17 @@ from wasi_peft.hub.headers import StoredLayer
 from wasi_peft.linalg.spectra import rank_for_threshold
 from wasi_peft.ranks.allocate import allocate_ranks
 from wasi_peft.ranks.plan import LayerPlan, build_plan
+from wasi_peft.report import plot_training, print_table
 from wasi_peft.report.kinds import kinds_table, stored_rows
-from wasi_peft.report.plots import (
+from wasi_peft.report.places import layer_places
+from wasi_peft.report.plots import plot_calibration, plot_estimates, plot_plan
+from wasi_peft.report.tables import (
     byte_unit,
     calibration_rows,
+    coloured,
     estimates_table,
-    layer_places,
+    markdown_table,
     plan_table,
-    plot_calibration,
-    plot_estimates,
-    plot_plan,
     table,
     target_rows,
 )
@@ -82,6 +83,32 @@ def estimate(mebibytes: int) -> Estimate:
 def test_table_is_aligned() -> None:
     text = table([{"layer": "a", "rank": 1}, {"layer": "longer", "rank": 123456}, {"layer": "b", "rank": None}])
     assert text.splitlines() == ["layer      rank", "a             1", "longer  123,456", "b             -"]
+
+
+def test_rows_are_printed_for_whoever_reads_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Markdown where standard output is no terminal, else a table in colour, of the same cells."""
+    rows = [{"method": "WASI", "kept share": 0.5, "layers": 1200}, {"method": "LoRA", "kept share": None, "layers": 3}]
+    print_table(rows)
+    assert capsys.readouterr().out == markdown_table(rows) + "\n"
+    assert markdown_table(rows).splitlines()[2:] == ["| WASI | 50.0% | 1,200 |", "| LoRA | - | 3 |"]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    print_table(rows)
+    shown = capsys.readouterr().out
+    assert "\x1b[" in shown and all(cell in shown for cell in ("method", "WASI", "50.0%", "1,200"))
+
+
+def test_colours_leave_a_table_as_it_is(plan: WasiPlan) -> None:
+    text = plan_table(plan)
+    shown = coloured(text)
+    assert shown.plain == text
+    styled = {text[span.start : span.end].strip(): span.style for span in shown.spans}
+    header, *_, total, _ = text.splitlines()
+    assert styled[header] == styled[total] == "bold" and styled["factors"] == "green"
 
 
 @pytest.mark.parametrize(
@@ -284,6 +311,26 @@ def test_plot_of_a_calibration(calibration: Calibration) -> None:
     figure = plot_calibration(calibration)
     spectra = [ax for ax in figure.get_axes() if ax.get_title() in ("q_proj", "fc1")]
     assert [len(lines_of(ax)) for ax in spectra] == [2, 2]
+
+
+def test_plot_of_a_training_run(tmp_path: Path) -> None:
+    """Panels for what changes; what stays as it is, as ranks do by default, takes none."""
+    pytest.importorskip("matplotlib")
+    log = [
+        {"step": step, "loss": 3 / step, "wasi/rank_mean": 8.0, "wasi/rank_min": 8, "wasi/weight_drift": 0.1 * step}
+        for step in (1, 2, 3)
+    ]
+    log.append({"step": 3, "eval_loss": 1.5})
+    figure = plot_training(log, tmp_path / "log.png")
+    assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
+    loss, drift = figure.get_axes()
+    assert [label.get_text() for label in loss.get_legend().get_texts()] == ["training", "evaluation"]
+    assert list(loss.get_lines()[0].get_ydata()) == [3, 1.5, 1]
+    assert list(drift.get_lines()[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
+    log[2]["wasi/rank_mean"] = 6.0
+    assert len(plot_training(log).get_axes()) == 3
+    with pytest.raises(ValueError, match="must hold a loss"):
+        plot_training([{"step": 1, "train_runtime": 3.0}])
 
 
 def test_plot_of_estimates(tmp_path: Path) -> None:

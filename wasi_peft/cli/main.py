@@ -42,7 +42,7 @@ from ..memory.modes import MEMORY_MODES
 from ..planner.planner import BUDGETS, DEFAULT_FORMS, plan_wasi
 from ..ranks.plan import FORMS, WasiPlan
 from ..ranks.spectrum import FACTORS
-from ..report import plots as report
+from ..report import plots, tables
 from ..report.kinds import kinds_table, stored_rows
 from ..report.profiles import GROUPINGS, costs_table, plot_profiles, profiles_table
 from ..tuner.config import AUTO, RESIDUAL_RANK, WasiConfig
@@ -331,7 +331,7 @@ def _size(text: str) -> int:
         >>> _size("1.5GiB"), _size("20 MB")
         (1610612736, 20000000)
     """
-    units = {unit.lower(): 1024**power for power, unit in enumerate(report.BYTE_UNITS)}
+    units = {unit.lower(): 1024**power for power, unit in enumerate(tables.BYTE_UNITS)}
     units.update({unit: 1000**power for power, unit in enumerate(("b", "kb", "mb", "gb", "tb"))})
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([a-z]+)", text.strip().lower())
     if match is None or match[2] not in units:
@@ -351,15 +351,15 @@ def _inspect(arguments: argparse.Namespace) -> None:
         plan = WasiPlan.load(what)
         _show(arguments, _plan_text(arguments, plan), plan.to_dict())
         if arguments.plot:
-            report.plot_plan(plan, path=arguments.plot)
+            plots.plot_plan(plan, path=arguments.plot)
     elif (what / "adapter_config.json").is_file():
         _inspect_adapter(arguments, what)
     elif (what / "index.json").is_file():
         calibration = Calibration.load(what)
-        rows = report.calibration_rows(calibration)
-        _show(arguments, report.table(rows), {"layers": rows})
+        rows = tables.calibration_rows(calibration)
+        _show(arguments, tables.table(rows), {"layers": rows})
         if arguments.plot:
-            report.plot_calibration(calibration, arguments.plot)
+            plots.plot_calibration(calibration, arguments.plot)
     elif is_compressed(what):
         _inspect_checkpoint(arguments, what)
     else:
@@ -371,7 +371,7 @@ def _inspect_checkpoint(arguments: argparse.Namespace, folder: Path) -> None:
         raise ValueError("--plot needs a plan, an adapter or a calibration, got a compressed checkpoint.")
     checkpoint = read_headers(folder)
     compressed = sum(layer.stored_bytes for layer in checkpoint.layers)
-    unit, size = report.byte_unit(compressed)
+    unit, size = tables.byte_unit(compressed)
     rows = stored_rows(checkpoint.layers, unit, size, every=arguments.layers)
     line = (
         f"compressed checkpoint: {len(checkpoint.layers)} layers in {compressed / size:,.2f} {unit}, "
@@ -382,7 +382,7 @@ def _inspect_checkpoint(arguments: argparse.Namespace, folder: Path) -> None:
         "layers_bytes": compressed,
         "stored_bytes": checkpoint.stored_bytes,
     }
-    _show(arguments, f"{report.table(rows)}\n{line}", data)
+    _show(arguments, f"{tables.table(rows)}\n{line}", data)
 
 
 def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
@@ -410,7 +410,7 @@ def _inspect_adapter(arguments: argparse.Namespace, folder: Path) -> None:
     ]
     _show(arguments, "\n".join(lines), {**settings, "layers": layers})
     if arguments.plot:
-        report.plot_plan(shown, path=arguments.plot)
+        plots.plot_plan(shown, path=arguments.plot)
 
 
 def _plan_as_injected(config: WasiConfig) -> WasiPlan:
@@ -478,7 +478,7 @@ def _inspect_model(arguments: argparse.Namespace) -> None:
     sizes = target_sizes(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     targeted = sum(target.elements for target in sizes.values())
-    rows = report.target_rows(
+    rows = tables.target_rows(
         {name: target[:2] for name, target in sizes.items()}, {name: target.experts for name, target in sizes.items()}
     )
     share = targeted / parameters
@@ -492,7 +492,7 @@ def _inspect_model(arguments: argparse.Namespace) -> None:
         "kinds": rows,
         "layers": {name: target._asdict() for name, target in sizes.items()},
     }
-    _show(arguments, f"{report.table(rows)}\n{text}", data)
+    _show(arguments, f"{tables.table(rows)}\n{text}", data)
 
 
 def _variants(
@@ -581,9 +581,9 @@ def _estimate(arguments: argparse.Namespace) -> None:
     estimates = _for_each(_variants(arguments, model, task), "Estimates", estimate)
     line, data = _compared(arguments, task, batch, model)
     data["estimates"] = {label: estimate.to_dict() for label, estimate in estimates.items()}
-    _show(arguments, f"{report.estimates_table(estimates)}\n{line}", data)
+    _show(arguments, f"{tables.estimates_table(estimates)}\n{line}", data)
     if arguments.plot:
-        report.plot_estimates(estimates, arguments.plot)
+        plots.plot_estimates(estimates, arguments.plot)
 
 
 def _profile(arguments: argparse.Namespace) -> None:
@@ -643,11 +643,11 @@ def _plan(arguments: argparse.Namespace) -> None:
             text += ", and preprocess_wasi(model, config, data) before, for the layers that became factors"
     _show(arguments, text, plan.to_dict())
     if arguments.plot:
-        report.plot_plan(plan, calibration, arguments.plot)
+        plots.plot_plan(plan, calibration, arguments.plot)
 
 
 def _plan_text(arguments: argparse.Namespace, plan: WasiPlan | WasiSummary) -> str:
-    return report.plan_table(plan) if arguments.layers else kinds_table(plan)
+    return tables.plan_table(plan) if arguments.layers else kinds_table(plan)
 
 
 def _how_to_train(arguments: argparse.Namespace, heads: list[str] | None) -> str:
@@ -683,7 +683,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     size = read_headers(folder).stored_bytes
     forms = Counter(layer["form"] for layer in layers.values())
     ranks = [layer["rank"] for layer in layers.values()]
-    unit, divisor = report.byte_unit(size)
+    unit, divisor = tables.byte_unit(size)
     counted = ", ".join(f"{count} {form}" for form, count in forms.items())
     ranked = f" of rank {min(ranks)} to {max(ranks)}" if max(ranks) else ""
     text = f"{arguments.output}: {counted} layers{ranked}, {size / divisor:.1f} {unit} in all"
@@ -739,13 +739,20 @@ def _check_outputs(path: str | None, plot: bool = False) -> None:
     if path is None:
         return
     if plot:
-        report.require_matplotlib()
+        plots.require_matplotlib()
     if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"{path}: the folder must exist.")
 
 
 def _show(arguments: argparse.Namespace, text: str, data: Any) -> None:
-    print(json.dumps(data, indent=2) if arguments.json else text)
+    if arguments.json:
+        print(json.dumps(data, indent=2))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(tables.coloured(text), soft_wrap=True)
+    else:
+        print(text)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
-"""Tables and plots of plans, calibrations, estimates and profiles.
+"""Tables and plots of plans, calibrations, estimates, profiles and training.
 
 Plots need matplotlib: `pip install wasi_peft[plot]`.
 """
 
-from .plots import estimates_table, plan_table, plot_calibration, plot_estimates, plot_plan
+from .plots import plot_calibration, plot_estimates, plot_plan
 from .profiles import costs_table, plot_profiles, profiles_table
+from .tables import estimates_table, markdown_table, plan_table, print_table
+from .training import plot_training
 
 __all__ = [
     "costs_table",
     "estimates_table",
+    "markdown_table",
     "plan_table",
     "plot_calibration",
     "plot_estimates",
     "plot_plan",
     "plot_profiles",
+    "plot_training",
+    "print_table",
     "profiles_table",
 ]

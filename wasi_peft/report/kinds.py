@@ -9,13 +9,14 @@ from typing import Any
 from ..hub.headers import StoredLayer
 from ..ranks.plan import WasiPlan
 from ..tuner.summary import WasiSummary
-from .plots import Row, _Planned, _planned, byte_unit, layer_places, table
+from .places import PlannedLayer, layer_places, planned_layers
+from .tables import Row, byte_unit, table
 
 
 def kinds_table(plan: WasiPlan | WasiSummary) -> str:
     """One line for the layers of a kind that have one form: in which blocks, their ranks, the least energy kept.
 
-    What :func:`plots.plan_table` says of every layer, in sums and ranges; totals and headline at the end.
+    What :func:`tables.plan_table` says of every layer, in sums and ranges; totals and headline at the end.
 
     Example:
         >>> from wasi_peft.ranks.plan import LayerPlan
@@ -23,13 +24,13 @@ def kinds_table(plan: WasiPlan | WasiSummary) -> str:
         >>> print(kinds_table(WasiPlan(tuple(layers))).splitlines()[1])
         fc          3     0-2   64  64  factors  8-10         90.0%  exact       48.00        13.50
     """
-    layers = _planned(plan)
+    layers = planned_layers(plan)
     places = layer_places([layer.name for layer in layers])
     unit, size = byte_unit(sum(layer.dense for layer in layers))
     planned = isinstance(plan, WasiPlan)
     inputs = {x.name: plan.input_kept(x) for x in plan.layers} if isinstance(plan, WasiPlan) else {}
     experts = {x.name: x.experts for x in plan.layers}
-    groups: dict[tuple[Any, ...], list[_Planned]] = {}
+    groups: dict[tuple[Any, ...], list[PlannedLayer]] = {}
     for layer in layers:
         sizes = experts[layer.name], layer.out_features, layer.in_features
         groups.setdefault((places[layer.name].kind, *sizes, layer.form), []).append(layer)
@@ -57,7 +58,7 @@ def kinds_table(plan: WasiPlan | WasiSummary) -> str:
 
 
 def stored_rows(layers: Sequence[StoredLayer], unit: str, size: int, every: bool) -> list[Row]:
-    """Rows for :func:`plots.table` of what a compressed checkpoint stores, a layer each or a kind and form.
+    """Rows for :func:`tables.table` of what a compressed checkpoint stores, a layer each or a kind and form.
 
     Args:
         layers: All of them.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ..cost.estimate import CATEGORIES
 from ..cost.profile import MILLI, TRAINING, Cost, StepProfile
 from ..cost.trace import KINDS
-from .plots import Path, Row, _finished, _short, byte_unit, require_matplotlib, table
+from .plots import Path, _short, finished, require_matplotlib
+from .tables import Row, byte_unit, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +105,7 @@ def plot_profiles(profiles: Mapping[str, StepProfile], path: Path | None = None)
     _draw_bars(right, {label: profile.inference_seconds_by_kind for label, profile in profiles.items()})
     right.set_title("Inference, ms")
     below.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
-    return _finished(figure, path)
+    return finished(figure, path)
 
 
 def _draw_timeline(ax: Axes, profile: StepProfile, size: int) -> None:
