@@ -80,7 +80,9 @@ def difference(model: Any, llama: Any, windows: torch.Tensor) -> float:
     largest = 0.0
     for window in windows:
         expected = model(window[None, :PROMPT]).logits[0, -1].log_softmax(-1)
-        request = {"prompt": window[:PROMPT].tolist(), "n_predict": 1, "n_probs": LIKELIEST, "temperature": 0.0}
+        prompt = window[:PROMPT].tolist()
+        bias = [[prompt[0], 100.0]]  # half a letter would be answered with no probabilities, which lack the bias
+        request = {"prompt": prompt, "n_predict": 1, "n_probs": LIKELIEST, "logit_bias": bias}
         answer = llama.handle_completions(request)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         largest = max(largest, *(abs(entry["logprob"] - float(expected[entry["id"]])) for entry in answer))
     return largest

@@ -335,7 +335,9 @@ def llama_cpp_answers(folder: Path, prompt: Any, adapter: bool) -> tuple[torch.T
     params.warmup, params.verbosity, params.cpuparams.n_threads = False, -1, 1
     if adapter:
         params.lora_adapters = [llama.CommonAdapterLoraInfo(str(folder / "adapter.gguf"), 1.0)]
-    request = {"prompt": prompt, "n_predict": 1, "n_probs": 266, "temperature": 0.0}
+    # with half a letter it would answer no probabilities; those that it answers are without the bias
+    bias = [[byte_tokenizer(MERGES)("a")["input_ids"][0], 100.0]]
+    request = {"prompt": prompt, "n_predict": 1, "n_probs": 266, "logit_bias": bias}
     answer = llama.Server(params).handle_completions(request)
     values = torch.full((266,), torch.nan)
     for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -36,15 +36,16 @@ _OF_A_LINEAR = ("weight", "bias", "in_features", "out_features")
 class LinearPair(nn.Sequential):
     """Two thin layers, `x -> L (R x) + b`, which tell what model code asks of the one whose place they take.
 
-    T5 reads `layer.weight.dtype`. The weight has the shape and dtype of the product L R, and is on the meta device:
-    who computes with it gets an error and no wrong numbers.
+    T5 reads `layer.weight.dtype`. The weight has shape, dtype and device of the product L R, and NaN for numbers, so
+    that nothing wrong comes of computing with it unnoticed.
     """
 
     @property
     def weight(self) -> Tensor:
-        """Of the one layer, without values, (out, in)."""
-        outer: Any = self[1]
-        return torch.empty(self.out_features, self.in_features, dtype=outer.weight.dtype, device="meta")
+        """Of the one layer, without its numbers, (out, in)."""
+        outer: Any = self[1].weight
+        weight: Tensor = outer.new_full((), math.nan).expand(len(outer), self.in_features)
+        return weight
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -253,7 +254,7 @@ def _watched(pairs: dict[str, nn.Sequential]) -> Iterator[None]:
     """While the model runs, find the pairs that its code asks; they stay :class:`LinearPair`, the others ordinary.
 
     Raises:
-        ValueError: If the code computes with a weight.
+        ValueError: If the model answers something else, as it does where its code computes with a weight.
     """
     asked: list[str] = []
     for name, pair in pairs.items():
@@ -261,12 +262,13 @@ def _watched(pairs: dict[str, nn.Sequential]) -> Iterator[None]:
         pair.__class__ = _Watched
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if not asked:
             raise
         raise ValueError(
-            f"{asked[-1]}: the model's code computes with the weight of this layer, which two layers do not have. "
-            "Leave it dense (exclude_modules), or give it a weight in few bits (residual)."
+            f"{error} The model's code asks {asked[-1]} for its weight, of which two layers know shape and dtype "
+            "alone. If it computes with it, leave that layer dense (exclude_modules), or give it a weight in few "
+            "bits (residual)."
         ) from error
     finally:
         for name, pair in pairs.items():
@@ -284,7 +286,6 @@ Layers in `factored_layers` of config.json are two thin ones here: `<layer>.0.we
 
 from pathlib import Path
 
-import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
@@ -297,8 +298,8 @@ class Pair(nn.Sequential):
 
     @property
     def weight(self):
-        shape = self[1].out_features, self[0].in_features
-        return torch.empty(shape, dtype=self[1].weight.dtype, device="meta")
+        outer = self[1].weight
+        return outer.new_full((), float("nan")).expand(len(outer), self[0].in_features)
 
     @property
     def bias(self):
