@@ -19,7 +19,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", default="facebook/dinov2-small", help="hub id or folder")
 parser.add_argument("--dataset", required=True, help="hub id or folder, with columns 'image' and 'label'")
 parser.add_argument("--steps", type=int, default=150, help="of 32 images")
-args, output = parser.parse_args(), Path("outputs/demo")
+args, output, peaks, seconds, rows = parser.parse_args(), Path("outputs/demo"), {}, {}, []
 LORA = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", modules_to_save=["classifier"])
 WASI = wasi_peft.WasiConfig(modules_to_save=["classifier"])
 METHODS = {"full fine-tuning": (None, 2e-5), "LoRA r=16": (LORA, 5e-4), "WASI": (WASI, 2e-4)}  # and learning rates
@@ -49,13 +49,13 @@ def trainer_of(method, dtype, steps):
         output / f"{method} {dtype}", max_steps=steps, per_device_train_batch_size=32, per_device_eval_batch_size=96,
         learning_rate=lr, warmup_steps=0.1, lr_scheduler_type="cosine", bf16=dtype == "bf16", label_names=["labels"],
         remove_unused_columns=False, disable_tqdm=True, save_strategy="no", report_to="none",
+        use_cpu=not transformers.utils.is_torch_cuda_available(),
     )  # fmt: skip
     trainer = transformers.Trainer(model, training, train_dataset=images["train"], callbacks=[OneBar])
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
-peaks, seconds, rows = {}, {}, []
 with progress.Progress(console=console.Console(stderr=True)) as bar:
     task = bar.add_task("two steps of each", total=None)
     for job in [(method, dtype) for dtype in ("fp32", "bf16") for method in METHODS]:

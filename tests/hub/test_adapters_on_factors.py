@@ -182,7 +182,7 @@ def test_the_base_is_checked(tmp_path: Path) -> None:
         ValueError, match=r"trains on factors of rank \d+, got a base model with 2\. It belongs to ano"
     ):
         peft.PeftModel.from_pretrained(other, tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"the adapter lacks wasi_L; it is incomplete or of another model"):
+    with pytest.raises(ValueError, match=r"the adapter lacks wasi_L: it is incomplete, or belongs to another model"):
         peft.PeftModel.from_pretrained(LLAMA.model(), tmp_path / "adapter")
 
 

@@ -241,7 +241,7 @@ def test_cards_and_inspect_know_them(tmp_path: Path, capsys: pytest.CaptureFixtu
     exec(loading_snippet(model).replace(FOLDER, str(tmp_path)), scope)
     assert torch.equal(answers(scope["model"]), answers(model))
     assert main(["inspect", str(tmp_path)]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "experts.gate_up_proj" in line)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "gate_up_proj" in line)
     assert "int8" in line
 
 

@@ -188,7 +188,7 @@ def test_misuse(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "wasi")
     with pytest.raises(ValueError, match="must be a LoRA adapter, got"):
         start_from_lora(model, tmp_path / "wasi")
-    lora("bert", tmp_path / "bert", target_modules=["query"])
+    lora("bert", tmp_path / "bert", target_modules=["query"], modules_to_save=None)
     with pytest.raises(ValueError, match="LoRA has trained this layer"):
         start_from_lora(wasi("vit", modules_to_save=None), tmp_path / "bert")
     lora("vit", tmp_path / "vit")

@@ -122,7 +122,7 @@ def test_the_model_takes_a_good_adapter_after_a_bad_one(saved: Path, tmp_path: P
     rewrite(saved, lambda tensors: tensors.pop(a_key(tensors, "wasi_R")))
     good = save(tmp_path / "good", **{**HEAD, "weight_rank": 3})
     base = VIT.model()
-    with pytest.raises(ValueError, match="incomplete or of another model"):
+    with pytest.raises(ValueError, match="incomplete, or belongs to another model"):
         PeftModel.from_pretrained(base, saved)
     reference = PeftModel.from_pretrained(VIT.model(), good)
     again = PeftModel.from_pretrained(base, good)

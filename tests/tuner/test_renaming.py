@@ -65,14 +65,14 @@ def test_key_mapping_of_some_layers(options: dict[str, Any], low_cpu_mem_usage: 
 
 def test_key_mapping_of_a_plan(tmp_path: Path) -> None:
     names = [f"vit.layers.{block}.mlp.fc1" for block in range(2)]
-    plan = WasiPlan((LayerPlan(names[0], 24, 16, 4), LayerPlan(names[1], 24, 16, 4, form="int8")))
+    plan = WasiPlan((LayerPlan(names[0], 24, 16, 4, None, 0.9), LayerPlan(names[1], 24, 16, 4, None, 0.9, "int8")))
     expected = saved(tmp_path, plan=plan)
     model = PeftModel.from_pretrained(Moved(), tmp_path, key_mapping=MAPPING)
     torch.testing.assert_close(logits(model, VIT.inputs()), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_without_the_mapping_the_base_is_left_as_it_was(tmp_path: Path) -> None:
-    saved(tmp_path)
+    saved(tmp_path, modules_to_save=None)
     base = Moved().eval()
     expected = logits(base, VIT.inputs())
     with pytest.raises(ValueError, match=r"lacks wasi_added_L: .* pass key_mapping to from_pretrained"):

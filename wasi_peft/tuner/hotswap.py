@@ -56,7 +56,7 @@ def swap(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str, 
     Raises:
         ValueError: If there is no such adapter, it is merged, or the two do not fit. Nothing has changed then.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = model._modules.get("_orig_mod") or model  # what PEFT's model would look up in its base, too
     configs: Mapping[str, WasiConfig] = model.peft_config  # type: ignore[assignment]
     if adapter_name not in configs:
         raise ValueError(f"adapter_name must name an adapter of the model, {sorted(configs)}, got {adapter_name!r}.")
