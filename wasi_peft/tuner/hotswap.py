@@ -60,6 +60,11 @@ def swap(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str, 
     configs: Mapping[str, WasiConfig] = model.peft_config  # type: ignore[assignment]
     if adapter_name not in configs:
         raise ValueError(f"adapter_name must name an adapter of the model, {sorted(configs)}, got {adapter_name!r}.")
+    if any(plain_name(name) != name for name, _ in wasi_layers(model)):
+        raise ValueError(
+            "an adapter cannot be swapped inside a base model that was compiled before it had one, got "
+            "torch.compile's module in it. Compile what get_peft_model answers instead."
+        )
     layers = {
         plain_name(name).removeprefix(PEFT_PREFIX): layer
         for name, layer in wasi_layers(model)
