@@ -47,8 +47,8 @@ def trainer_of(method, dtype, steps):
     model = peft.get_peft_model(model, config) if config else model  # the line that is another for each method
     training = transformers.TrainingArguments(
         output / f"{method} {dtype}", max_steps=steps, per_device_train_batch_size=32, per_device_eval_batch_size=96,
-        learning_rate=lr, warmup_steps=0.1, lr_scheduler_type="cosine", bf16=dtype == "bf16", label_names=["labels"],
-        remove_unused_columns=False, disable_tqdm=True, save_strategy="no", report_to="none",
+        learning_rate=lr, bf16=dtype == "bf16", remove_unused_columns=False, save_strategy="no", disable_tqdm=True,
+        label_names=["labels"], report_to="none", use_cpu=not transformers.utils.is_torch_cuda_available(),
     )  # fmt: skip
     trainer = transformers.Trainer(model, training, train_dataset=images["train"], callbacks=[OneBar])
     trainer.remove_callback(transformers.PrinterCallback)
