@@ -60,7 +60,7 @@ $(READY): $(CONSTRAINTS) setup.cfg pyproject.toml
 
 demo: $(READY)  ## fine-tune a small vision transformer in full, with LoRA and with WASI, and compare
 	$(BIN)/python benchmarks/local_copies.py .cache/local
-	$(BIN)/python examples/demo.py --model .cache/local/dinov2-small --dataset .cache/local/fashion-mnist $(DEMO_FLAGS)
+	$(BIN)/python -W ignore examples/demo.py --model .cache/local/dinov2-small --dataset .cache/local/fashion-mnist $(DEMO_FLAGS)
 
 test: lint pytest  ## lint, type-check and run the tests but the slow ones
 

@@ -33,7 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = ["--model", str(model), "--dataset", str(dataset), "--steps", str(args.steps)]
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
-        subprocess.run([sys.executable, str(REPOSITORY / "examples" / "demo.py"), *options], cwd=folder, check=True)
+        subprocess.run(
+            [sys.executable, "-W", "ignore", str(REPOSITORY / "examples" / "demo.py"), *options],
+            cwd=folder,
+            check=True,
+        )
         seconds = time.monotonic() - start
         rows = json.loads((Path(folder) / "outputs" / "demo" / "demo.json").read_text())
     settings = {"steps": args.steps, "default model and images": args.model is None and args.dataset is None}

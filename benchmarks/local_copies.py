@@ -57,6 +57,7 @@ def ensure(folder: Path, write: Callable[[Path], None]) -> None:
 def write(folder: Path) -> None:
     """Makes both folders below `folder`."""
     datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()  # of a faster processor, which needs torchvision
     ensure(folder / "dinov2-small", copy_model)
     ensure(folder / "fashion-mnist", copy_images)
 

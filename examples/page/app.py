@@ -49,15 +49,15 @@ with gr.Blocks(title="wasi_peft") as page:
     with gr.Row():
         with gr.Column():
             label = gr.Textbox(label="Class", placeholder="cat")
-            files = gr.File(label="Images of this class", file_count="multiple", height=140)
-            archive = gr.File(label="or a zip with a folder for each class", height=140)
+            files = gr.File(label="Images of this class", file_count="multiple", height=140, elem_id="files")
+            archive = gr.File(label="or a zip with a folder for each class", height=140, elem_id="zip")
             button = gr.Button("Add")
             status = gr.Markdown(counted([]))
         gallery = gr.Gallery(label="Images", columns=6, height=430, interactive=False)
     button.click(add, [images, files, label, archive], [images, gallery, status, files, archive])
     with gr.Row():
         model = gr.Dropdown(list(dict.fromkeys([MODEL, *MODELS])), value=MODEL, label="Model", allow_custom_value=True)
-        budget = gr.Slider(50, 8000, 1000, step=10, label="Memory of a training step, MiB")
+        budget = gr.Slider(50, 8000, 1000, step=10, label="Memory of a step, MiB")
         steps = gr.Slider(5, 500, 60, step=5, label="Steps")
         with_lora = gr.Checkbox(label="LoRA too")
     start = gr.Button("Fine-tune", variant="primary")

@@ -116,7 +116,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, modules: tuple[Any, Any], model_fold
 
 def test_in_a_browser(opened: Any, archive: Path, image_folder: Path, tmp_path: Path) -> None:
     """Wrong uploads are answered with a sentence and lose nothing; then images, fine-tuning, comparison, download."""
-    upload_files, upload_zip = opened.locator("input[type=file]").nth(0), opened.locator("input[type=file]").nth(1)
+    upload_files, upload_zip = opened.locator("#files input[type=file]"), opened.locator("#zip input[type=file]")
     (tmp_path / "notes.png").write_text("no image")
     (tmp_path / "empty.zip").write_bytes(b"PK\x05\x06" + bytes(18))
 
@@ -129,22 +129,24 @@ def test_in_a_browser(opened: Any, archive: Path, image_folder: Path, tmp_path: 
         opened.get_by_role("button", name=button, exact=True).click()
         opened.get_by_text(sentence).wait_for(timeout=60_000)
 
+    opened.get_by_role("button", name="Fine-tune").wait_for(timeout=60_000)
     shoot("start")
     upload_zip.set_input_files(tmp_path / "empty.zip")
-    opened.get_by_text("empty.zip").wait_for()
+    opened.get_by_label("empty.zip").first.wait_for()
     click_and_read("Add", "one folder for each class")
-    opened.get_by_label("Remove this file").first.click()
+    opened.get_by_label("Clear").first.click()
     opened.get_by_label("Class", exact=True).fill("class0")
     upload_files.set_input_files(sorted((image_folder / "class0").glob("*.png"))[:8])
-    opened.get_by_text("11.png").wait_for()
+    opened.get_by_label("11.png").first.wait_for()
     click_and_read("Add", "class0: 8")
     click_and_read("Fine-tune", "Two classes are needed")
     upload_files.set_input_files([tmp_path / "notes.png"])
-    opened.get_by_text("notes.png").wait_for()
+    opened.get_by_label("notes.png").first.wait_for()
     click_and_read("Add", "notes.png is no image")
     shoot("refused")
+    opened.get_by_label("Clear").first.click()
     upload_zip.set_input_files(archive)
-    opened.get_by_text("images.zip").wait_for()
+    opened.get_by_label("images.zip").first.wait_for()
     click_and_read("Add", "class0: 19, class2: 11")  # the eight are still there
     click_and_read("Fine-tune", "Done.")
     assert opened.get_by_text("start: class").count() > 0

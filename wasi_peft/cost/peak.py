@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,12 @@ class PeakMemory:
 
     peak_bytes: int
     left_bytes: int
+
+
+def profiler(**options: Any) -> torch.profiler.profile:
+    """The profiler of the CPU, which else logs every start and stop; a level that the user has set stays."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], **options)
 
 
 def measure_peak_memory(function: Callable[[], Any]) -> PeakMemory:
@@ -40,7 +47,7 @@ def measure_peak_memory(function: Callable[[], Any]) -> PeakMemory:
         function()
         torch.cuda.synchronize()
         return PeakMemory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with profiler(profile_memory=True) as profile:
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0

@@ -23,7 +23,6 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity
 from torch.utils._pytree import tree_map
 
 from ..models.calls import Arguments, call_arguments, tensors_in, training_loss
@@ -41,6 +40,7 @@ from .estimate import (
     _check_config,
     _optimizer_factory,
 )
+from .peak import profiler
 from .simulation import isolated
 from .trace import KINDS, MemoryTrace, Site, Times, kept_by, marked_modules, one_round, phase, read_memory, read_times
 
@@ -346,7 +346,7 @@ class _Runner:
 
     def trace_times(self, modules: dict[str, nn.Module], rounds: int) -> list[Times]:
         """Nanoseconds of each of several steps and inference passes."""
-        with marked_modules(modules), _profiler() as profile:
+        with marked_modules(modules), profiler() as profile:
             for _ in range(rounds):
                 with one_round():
                     self.step(phase)
@@ -372,7 +372,7 @@ class _Runner:
 
         gc.collect()
         snapshots = []
-        with marked_modules(modules), _profiler(profile_memory=True) as profile:
+        with marked_modules(modules), profiler(profile_memory=True) as profile:
             for age in (_rest_bases, _age_bases):
                 age(self.model)
                 before = self.kept()
@@ -400,10 +400,6 @@ def _attributes(model: nn.Module) -> Iterator[Tensor]:
     for _, layer in wasi_layers(model):
         yield from tensors_in([state.bases for state in layer.wasi_input.values()])
         yield from layer.vectors.tensors()
-
-
-def _profiler(**options: Any) -> torch.profiler.profile:
-    return torch.profiler.profile(activities=[ProfilerActivity.CPU], **options)
 
 
 def _rest_bases(model: nn.Module) -> None:

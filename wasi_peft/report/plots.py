@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,14 @@ SHOWN_DECADES = 8  # of a spectrum, below its largest energy
 SPECTRA_COLUMNS = 4
 MARKERS = "osD^vP*X<>"
 MOST_TICKS = 16
+CATEGORY_TITLES = {
+    "weights": "weights",
+    "state": "kept by layers",
+    "optimizer": "optimizer",
+    "gradients": "gradients",
+    "saved": "saved for backward",
+    "temporary": "temporary",
+}
 FORM_TITLES = {
     FACTORS: "factors",
     "int4": "4 bits + addition",
@@ -70,7 +79,7 @@ def plot_plan(
     figure, axes = _figure(len(draws), kinds, spectra)
     for draw, ax in zip(draws, axes, strict=True):
         draw(ax, layers, kinds)
-    figure.suptitle(plan.headline(), fontsize="medium")
+    figure.suptitle(textwrap.fill(plan.headline(), 120), fontsize="medium")
     if spectra:
         ranks = {layer.name: layer.rank for layer in layers if layer.form == FACTORS}
         _draw_spectra(figure.subfigs[1], spectra, kinds, ranks)
@@ -114,7 +123,7 @@ def plot_estimates(estimates: Mapping[str, Estimate], path: Path | None = None) 
     for category, color in zip(CATEGORIES, colormaps["tab10"].colors, strict=False):  # type: ignore[attr-defined]
         heights = [estimate.at_peak[category] / size for estimate in estimates.values()]
         if any(heights):
-            memory.bar(positions, heights, 0.6, bottoms, label=category, color=color)
+            memory.bar(positions, heights, 0.6, bottoms, label=CATEGORY_TITLES[category], color=color)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for position, top in zip(positions, bottoms, strict=True):
         memory.annotate(_short(top), (position, top), (0, 3), textcoords="offset points", ha="center")

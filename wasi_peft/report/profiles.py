@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..cost.estimate import CATEGORIES
 from ..cost.profile import MILLI, TRAINING, Cost, StepProfile
 from ..cost.trace import KINDS
-from .plots import Path, _short, finished, require_matplotlib
+from .plots import CATEGORY_TITLES, Path, _short, finished, require_matplotlib
 from .tables import Row, byte_unit, table
 
 if TYPE_CHECKING:
@@ -104,7 +104,9 @@ def plot_profiles(profiles: Mapping[str, StepProfile], path: Path | None = None)
     left.set_title("Training step, ms")
     _draw_bars(right, {label: profile.inference_seconds_by_kind for label, profile in profiles.items()})
     right.set_title("Inference, ms")
-    below.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    below.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False, fontsize="small"
+    )
     return finished(figure, path)
 
 
@@ -114,7 +116,7 @@ def _draw_timeline(ax: Axes, profile: StepProfile, size: int) -> None:
     moments = profile.timeline
     stacks = [[moment.held[name] / size for moment in moments] for name in CATEGORIES]
     colors = colormaps["tab10"].colors[: len(CATEGORIES)]  # type: ignore[attr-defined]
-    ax.stackplot(range(len(moments)), stacks, labels=CATEGORIES, colors=colors)
+    ax.stackplot(range(len(moments)), stacks, labels=CATEGORY_TITLES.values(), colors=colors)
     begin = 0
     for name, group in itertools.groupby(moments, key=lambda moment: moment.phase):
         ax.axvline(begin, color="0.4", linewidth=0.8, linestyle=":")

@@ -26,7 +26,7 @@ STYLES = {  # of a terminal
     r"(?m)^all\b.*$": "bold",
     r"\bfactors\b": "green",
     r"\b(int8|int4)\b": "cyan",
-    r"\bdense(?=  )": "dim",
+    r"\bdense(?= +\d)": "dim",
 }
 
 
