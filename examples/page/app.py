@@ -39,7 +39,10 @@ def train(images, model, budget, steps, with_lora, progress=gr.Progress()):  # n
         rows, compared, archive = fine_tune(images, model, int(budget), int(steps), with_lora, progress)
     except RefusedError as error:
         return gr.skip(), gr.skip(), gr.skip(), f"⚠️ {error}"
-    shown = [(image, f"{label}; start: {before}, WASI: {after}") for (image, label), before, after in compared]
+    shown = [
+        (image, f"{'✓' if after == label else '✗'} {after}, start: {before}")
+        for (image, label), before, after in compared
+    ]
     return rows, shown, gr.DownloadButton(value=archive, interactive=True), "Done."
 
 
@@ -53,7 +56,7 @@ with gr.Blocks(title="wasi_peft") as page:
             archive = gr.File(label="or a zip with a folder for each class", height=140, elem_id="zip")
             button = gr.Button("Add")
             status = gr.Markdown(counted([]))
-        gallery = gr.Gallery(label="Images", columns=6, height=430, interactive=False)
+        gallery = gr.Gallery(label="Images", columns=4, height=430, interactive=False)
     button.click(add, [images, files, label, archive], [images, gallery, status, files, archive])
     with gr.Row():
         model = gr.Dropdown(list(dict.fromkeys([MODEL, *MODELS])), value=MODEL, label="Model", allow_custom_value=True)
@@ -63,7 +66,7 @@ with gr.Blocks(title="wasi_peft") as page:
     start = gr.Button("Fine-tune", variant="primary")
     outcome = gr.Markdown()
     table = gr.Dataframe(headers=COLUMNS, label="Comparison", interactive=False)
-    compared = gr.Gallery(label="Test images", columns=6, interactive=False)
+    compared = gr.Gallery(label="Test images", columns=4, interactive=False)
     download = gr.DownloadButton("Download the adapter", interactive=False)
     start.click(train, [images, model, budget, steps, with_lora], [table, compared, download, outcome])
 

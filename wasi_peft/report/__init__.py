@@ -3,6 +3,7 @@
 Plots need matplotlib: `pip install wasi_peft[plot]`.
 """
 
+from .kinds import kinds_table
 from .plots import plot_calibration, plot_estimates, plot_plan
 from .profiles import costs_table, plot_profiles, profiles_table
 from .tables import estimates_table, markdown_table, plan_table, print_table
@@ -11,6 +12,7 @@ from .training import plot_training
 __all__ = [
     "costs_table",
     "estimates_table",
+    "kinds_table",
     "markdown_table",
     "plan_table",
     "plot_calibration",
