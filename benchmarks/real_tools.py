@@ -241,6 +241,16 @@ def difference(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first - second).norm() / second.norm())
 
 
+def loaded_difference(model: nn.Module, dense: nn.Module, batch: Batch) -> float:
+    """Saves an adapter, loads it on a dense model and compares answers, which must be the same."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        loaded = peft.PeftModel.from_pretrained(dense, scratch)
+        away = difference(answers(loaded, batch), answers(model, batch))
+    require(away < 1e-4, f"answers of the loaded model are {away:.1e} off")
+    return away
+
+
 def size_of(folder: Path) -> int:
     """Bytes of a folder's weights."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -472,11 +482,7 @@ def tokens_that_train(place: Place) -> Callable[[], Checks]:
     losses = fit(model, batch, place.model.rate)
 
     def verify() -> Checks:
-        with tempfile.TemporaryDirectory() as scratch:
-            model.save_pretrained(scratch)
-            loaded = peft.PeftModel.from_pretrained(place.dense(), scratch)
-            away = difference(answers(loaded, batch), answers(model, batch))
-        require(away < 1e-4, f"answers of the loaded model are {away:.1e} off")
+        away = loaded_difference(model, place.dense(), batch)
         merged = model.merge_and_unload()
         after = merged.get_input_embeddings().weight.detach()
         changed = (after != before).any(1).nonzero()[:, 0].tolist()
@@ -525,11 +531,7 @@ def fewer_tokens(place: Place) -> Callable[[], Checks]:
     losses = fit(model, batch, place.model.rate)
 
     def verify() -> Checks:
-        with tempfile.TemporaryDirectory() as scratch:
-            model.save_pretrained(scratch)
-            loaded = peft.PeftModel.from_pretrained(place.dense(), scratch)
-            away = difference(answers(loaded, batch), answers(model, batch))
-        require(away < 1e-4, f"answers of the loaded model are {away:.1e} off")
+        loaded_difference(model, place.dense(), batch)
         known = estimated_and_measured(place.dense(), config, injected(place, config), batch)
         whole = wasi_peft.estimate_wasi(place.dense(), config_of(place, "residual"), batch=batch).peak_bytes
         ratio = known["measured, MiB"] * MIB / whole
