@@ -54,7 +54,8 @@ def swap(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str, 
         config: Of the other one.
 
     Raises:
-        ValueError: If there is no such adapter, it is merged, or the two do not fit. Nothing has changed then.
+        ValueError: If there is no such adapter, it is merged, its base was compiled before it had one, or the two do
+            not fit. Nothing has changed then.
     """
     model = model._modules.get("_orig_mod") or model  # what PEFT's model would look up in its base, too
     configs: Mapping[str, WasiConfig] = model.peft_config  # type: ignore[assignment]
