@@ -84,3 +84,12 @@ def test_the_check_sees_every_kind_of_import() -> None:
     for absolute in ("import wasi_peft.linalg", "from wasi_peft.linalg import retract", "from ...other import x"):
         with pytest.raises(AssertionError):
             imported(absolute, "room")
+
+
+def test_torch_may_be_built_without_distributed() -> None:
+    """Its submodules are imported in functions that asked `torch.distributed.is_available()` first."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.startswith("torch.distributed") for name in names), path

@@ -163,6 +163,16 @@ def test_nan_in_a_row_gives_nan_and_spares_the_others(kind: str, product: str) -
     assert bool(y[4].isnan().all()) and bool(y[others].isfinite().all())
 
 
+@pytest.mark.parametrize("outputs_train", [True, False])
+@pytest.mark.parametrize(("kind", "product"), WAYS)
+def test_export_where_autograd_records(kind: str, product: str, outputs_train: bool) -> None:
+    """The input needs a gradient, as behind layers that train, so what is rounded must not."""
+    form = form_beside(make(kind, product=product)).eval().requires_grad_(outputs_train)
+    x = normal(40, IN, seed=12, dtype=torch.float32).requires_grad_()
+    program = torch.export.export(form, (x,))
+    torch.testing.assert_close(program.module()(x), form(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @kinds
 def test_dense_layers_of_other_dtypes(kind: str, dtype: torch.dtype) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ..models.experts import ExpertStack
+from .shards import whole
 
 LOST = (
     "{what}: this weight is multiplied out of what is stored for each use, so what is written to it would be lost. "
@@ -158,13 +158,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
         weight = dequantize_module_weight(layer).detach()
     else:
         assert isinstance(layer.weight, Tensor)
-        weight = _whole(layer.weight.detach())
+        weight = whole(layer.weight.detach())
     return weight.T if is_transposed(getattr(layer, "dense_class", type(layer))) else weight
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A parameter, gathered where FSDP2 keeps it in shards."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _of_bitsandbytes(layer: Any) -> Tensor:
@@ -196,7 +191,7 @@ def empty_like_weight(layer: nn.Module) -> Tensor:
 def dense_bias(layer: nn.Module) -> Tensor | None:
     """The bias of such a layer, detached, or None."""
     bias = layer.bias
-    return _whole(bias.detach()) if isinstance(bias, Tensor) else None
+    return whole(bias.detach()) if isinstance(bias, Tensor) else None
 
 
 def build_dense(dense_class: type[nn.Module], weight: Tensor, bias: Tensor | None) -> nn.Module:

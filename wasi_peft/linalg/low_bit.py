@@ -65,6 +65,7 @@ def quantize_rows(x: Tensor, outliers: int = 0, factor: Tensor | None = None) ->
         >>> codes.tolist(), scale.mul(127).tolist()
         ([[64, -127, 32], [0, 0, 0]], [[2.0], [0.0]])
     """
+    x = x.detach()  # codes have no gradient, and an exported program runs this where autograd records
     dtype = torch.promote_types(x.dtype, torch.float32)  # 16 bits hold no more digits than the code
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty(len(x), 1, dtype=dtype)
@@ -76,7 +77,8 @@ def quantize_rows(x: Tensor, outliers: int = 0, factor: Tensor | None = None) ->
     tiles = row_tiles(len(x), x.shape[1], x.device)
     work = x.new_empty(2, tiles[0].stop if tiles else 0, x.shape[1], dtype=dtype)
     for rows in tiles:
-        part, magnitude = work[:, : rows.stop - rows.start]
+        count = rows.stop - rows.start
+        part, magnitude = work[0, :count], work[1, :count]
         part.copy_(x[rows])
         if factor is not None:
             part.mul_(factor)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..forms.factored import FactoredLinear
+from ..forms.shards import write_shard
 
 
 class MetFactor:
@@ -48,15 +48,10 @@ class MetFactor:
             R.data.copy_(self.value)  # autograd must not see it: L is zero, so no gradient depends on R yet
         return True
 
-    @torch.no_grad()
     def write(self, optimizer: torch.optim.Optimizer) -> None:
         """Write the shard of this process, if this optimizer moves the form."""
         moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if self.value is None or not any(id(parameter) in moved for parameter in self.form.parameters()):
             return
-        R: Tensor = self.form.R
-        if isinstance(R, DTensor):
-            mesh = R.device_mesh
-            whole = DTensor.from_local(self.value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-            R.to_local().copy_(whole.redistribute(placements=R.placements).to_local())
+        write_shard(self.form.R, self.value)
         self.value = None

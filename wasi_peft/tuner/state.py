@@ -9,9 +9,9 @@ from contextlib import suppress
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..forms.factored import FactoredLinear
+from ..forms.shards import is_sharded
 from .config import WasiConfig
 from .layer import wasi_layers
 from .targets import plain_name
@@ -80,7 +80,7 @@ def forms_in(
             continue
         stored = next(part for part, _ in form.tensors() if part.partition(".")[0] == f"{form.prefix}R")
         saved = state_dict.get(f"{name}{FORM}{adapter_name}.{stored}")
-        if config.awaits_loading or saved is None or saved.dim() != 2 or isinstance(form.part("L"), DTensor):
+        if config.awaits_loading or saved is None or saved.dim() != 2 or is_sharded(form.part("L")):
             continue
         rank = len(saved)
         if rank != form.weight_rank and 1 <= rank <= min(form.out_features, form.in_features):
