@@ -42,7 +42,7 @@ from wasi_peft.training import federated
 
 RESULTS = RESULTS_FOLDER / "federated.json"
 JUDGED = Scores("validation_accuracy", "test_accuracy")
-GRID = (1e-3, 3e-3, 1e-2)
+GRID = (3e-4, 1e-3, 3e-3)
 RANKS = {
     "lora": [8] * 4,
     "lora frozen": [16] * 4,
