@@ -42,7 +42,7 @@ from wasi_peft.training import federated
 
 RESULTS = RESULTS_FOLDER / "federated.json"
 JUDGED = Scores("validation_accuracy", "test_accuracy")
-GRID = (3e-4, 1e-3, 3e-3)
+GRID = (5e-4, 1e-3, 2e-3)
 RANKS = {
     "lora": [8] * 4,
     "lora frozen": [16] * 4,
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--blocks", type=int, nargs="+", help="wasi: of each client, how many of the last blocks train (default: all)")
     add("--dirichlet", type=float, default=0.3, help="concentration; the smaller, the more uneven are labels")
     add("--train", type=int, default=1600, help="mails of all clients")
-    add("--rounds", type=int, default=6)
+    add("--rounds", type=int, default=8)
     add("--steps", type=int, default=8, help="of a client in a round, of 8 mails")
     add("--lr", nargs="+", help="learning rates, or best: that of the finished runs of seed 0 (default: GRID, best)")
     add("--seed", type=int, nargs="+", help="seeds (default: 0 with --lr, else 0, 1 and 2; 0 must come first)")
@@ -216,8 +216,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
-    for settings in [] if args.summarise else every_settings(args):
-        run_missing(settings, plan_of(args, GRID), args.results, JUDGED, run)
+    plan = [] if args.summarise else plan_of(args, GRID)
+    for one in plan:  # the first seed of all methods, then the next
+        for settings in every_settings(args):
+            run_missing(settings, [one], args.results, JUDGED, run)
     print(comparison(read_json(args.results), every_settings(args), JUDGED, ("majority", *COSTS)))
 
 

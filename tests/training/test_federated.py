@@ -28,6 +28,7 @@ from wasi_peft.training.federated import (
 
 VIT = ARCHITECTURES["vit"]
 PREFIX = "base_model.model.layer.wasi_form.wasi_added_"
+BLOCK = "base_model.model.vit.layers.1.attention.q_proj.wasi_form.wasi_added_"
 LEFT, RIGHT = f"{PREFIX}L", f"{PREFIX}R"
 
 
@@ -203,6 +204,21 @@ def test_a_round_of_clients_with_budgets(form: str) -> None:
     assert all(torch.equal(after[key], result[key].to(after[key])) for key in after)
     changed = [key for key in after if not torch.equal(after[key], state[key])]
     assert any(key.endswith("_L") for key in changed)
+
+
+def test_a_model_that_clients_share_is_to_each_as_a_new_one() -> None:
+    """Also in what the first batch makes of R."""
+    state, shared = whole_state(adapted()), adapted()
+    for seed in (1, 7):
+        for model in (shared, alone := adapted()):
+            load_state(model, state)
+            trained(model, seed)
+        assert all(torch.equal(value, whole_state(alone)[key]) for key, value in whole_state(shared).items())
+        assert not torch.equal(whole_state(alone)[f"{BLOCK}L"], state[f"{BLOCK}L"])
+    later = whole_state(shared)
+    load_state(shared, later)
+    shared(**VIT.batch(4, 3))
+    assert all(torch.equal(value, later[key]) for key, value in whole_state(shared).items())
 
 
 def test_one_client_alone_gives_what_it_has_trained() -> None:

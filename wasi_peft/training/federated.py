@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..linalg.sums import Pair, compressed_sum, stacked_sum
 from ..models.structure import Structure
 from ..tuner.config import check_positive_integer
+from ..tuner.layer import wasi_layers
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ def train_last_blocks(model: nn.Module, count: int) -> None:
 def load_state(model: nn.Module, state: State, adapter_name: str = "default") -> None:
     """Load a whole state, whatever its ranks are; the parameters stay the same objects.
 
+    Where nothing has been learnt yet, the next batch gives R its coordinates, as the first one does in a new adapter.
+
     Args:
         model: The PEFT model.
         state: From the server.
@@ -103,6 +106,8 @@ def load_state(model: nn.Module, state: State, adapter_name: str = "default") ->
         ValueError: If the state is not one of this adapter; nothing has changed then.
     """
     set_peft_model_state_dict(model, dict(state), adapter_name=adapter_name)
+    for _, layer in wasi_layers(model):
+        layer.meet_again(adapter_name)
 
 
 def trained_state(model: nn.Module, received: State, adapter_name: str = "default") -> dict[str, Tensor]:
