@@ -326,7 +326,7 @@ def test_flower_refuses_answers_of_other_shapes_and_kinds(caplog: pytest.LogCapt
     assert len(lines) == 3
     assert lines[0].startswith("round 1: node 1 is left out: ") and "must have" in lines[0]
     assert "node 2 is left out: its message must hold one record of arrays and one of metrics" in lines[1]
-    assert "node 3 is left out: TypeError" in lines[2]
+    assert "node 3 is left out: num-examples must be a number, got [4, 4]" in lines[2]
     assert result.train_metrics_clientapp[1]["loss"] == 3
 
 

@@ -62,6 +62,7 @@ class ProductAverage(FedAvg):
                 by_rank[rank] = cut_state(state, rank)
             self._asked[node] = by_rank[rank]
             if rank is not None:
+                record: dict[str, ArrayRecord | MetricRecord | ConfigRecord]
                 record = {self.arrayrecord_key: ArrayRecord(by_rank[rank]), self.configrecord_key: config}
                 message.content = RecordDict(record)
         return messages
@@ -106,8 +107,10 @@ class ProductAverage(FedAvg):
         arrays, metrics = list(reply.content.array_records.values()), list(reply.content.metric_records.values())
         if len(arrays) != 1 or len(metrics) != 1 or self.weighted_by_key not in metrics[0]:
             return f"its message must hold one record of arrays and one of metrics with {self.weighted_by_key!r}."
-        sent = dict(arrays[0].to_torch_state_dict())
-        return Contribution(self._asked[node], sent, float(metrics[0][self.weighted_by_key]))
+        weight = metrics[0][self.weighted_by_key]
+        if isinstance(weight, list):
+            return f"{self.weighted_by_key} must be a number, got {weight}."
+        return Contribution(self._asked[node], dict(arrays[0].to_torch_state_dict()), float(weight))
 
 
 def _name(node: int) -> str:
