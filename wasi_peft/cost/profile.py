@@ -25,7 +25,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..models.calls import Arguments, call_arguments, tensors_in, training_loss
+from ..models.calls import Arguments, call_arguments, call_explained, tensors_in, training_loss
 from ..ranks.plan import WasiPlan
 from ..tuner.config import WasiConfig
 from ..tuner.layer import wasi_layers
@@ -322,7 +322,8 @@ class _Runner:
 
     def forward(self, batch: Arguments) -> Any:
         with torch.autocast(self.autocast.device, self.autocast.dtype, self.autocast.enabled):
-            return self.model(*batch.positional, **batch.named)
+            with call_explained(getattr(self.model, "get_base_model", lambda: self.model)(), batch):
+                return self.model(*batch.positional, **batch.named)
 
     def profile(self, rounds: int) -> StepProfile:
         modules = _modules(self.model)
