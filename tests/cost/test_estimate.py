@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,8 +27,6 @@ from wasi_peft.ranks.plan import LayerPlan, WasiPlan
 from wasi_peft.tuner.layer import WasiLayer
 from wasi_peft.updates import make_update
 from wasi_peft.updates.costs import factored_elements
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler behind measure_peak_memory logs every start and stop
 
 SAMPLES = 16
 MIB = 2**20

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from wasi_peft.cost.peak import PeakMemory, measure_peak_memory
 
 KIB = 1024
+LEVEL = "KINETO_LOG_LEVEL"
 
 
 def test_peak_counts_what_lives_at_the_same_time() -> None:
@@ -57,3 +60,20 @@ def test_errors_of_the_function_come_through() -> None:
     with pytest.raises(RuntimeError, match="inside"):
         measure_peak_memory(fail)
     assert measure_peak_memory(lambda: torch.zeros(KIB, dtype=torch.uint8)).peak_bytes == KIB
+
+
+@pytest.mark.parametrize("level", [None, "2"])
+def test_the_profilers_level_is_the_callers(level: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LEVEL, raising=False)
+    if level is not None:
+        monkeypatch.setenv(LEVEL, level)
+    measure_peak_memory(lambda: torch.ones(3))
+    assert os.environ.get(LEVEL) == level
+
+    def fail() -> None:
+        assert os.environ[LEVEL] == (level or "99")
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        measure_peak_memory(fail)
+    assert os.environ.get(LEVEL) == level

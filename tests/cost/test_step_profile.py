@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from wasi_peft.cost.trace import KINDS, marked_modules, one_round, operation_kin
 from wasi_peft.report import costs_table, plot_profiles, profiles_table
 from wasi_peft.tuner.config import MEMORY_MODES
 from wasi_peft.tuner.layer import wasi_layers
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs every start and stop
 
 SAMPLES = 16
 CONFIGS: dict[str, Callable[[], Any]] = {

@@ -89,6 +89,22 @@ def test_preparation_attaches_them_with_the_other_layers(caplog: pytest.LogCaptu
             assert 0.5 < model.wasi_summary().kept_share <= 0.6
 
 
+@pytest.mark.parametrize("options", [{"weight_share": 0.6}, {"residual": None, "weight_rank": 4}, {}], ids=str)
+def test_experts_as_the_only_targets(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Beside a residual there is nothing to prepare; factors are those for their rows."""
+    base = experts_model("mixtral", torch.float32)
+    config = wasi_peft.WasiConfig(target_modules=["gate_up_proj", "down_proj"], **options)
+    with pytest.raises(ValueError, match="packed experts are prepared from data, and nothing else; got none"):
+        wasi_peft.preprocess_wasi(copy.deepcopy(base), config, progress_bar=False)
+    prepared, plain = copy.deepcopy(base), copy.deepcopy(base)
+    assert not wasi_peft.preprocess_wasi(prepared, config, BATCHES, progress_bar=False).layers
+    layers = [dict(wasi_layers(get_peft_model(model, config))) for model in (prepared, plain)]
+    assert len(layers[0]) == 2
+    for name, layer in layers[0].items():
+        other = layers[1][name].form.multiply_out()
+        assert torch.equal(layer.form.multiply_out(), other) == (not options)
+
+
 @pytest.mark.parametrize("options", [{"update": "subspace"}, {"exclude_modules": ".*experts.*"}], ids=str)
 def test_experts_that_stay_dense_are_not_prepared(options: dict[str, Any]) -> None:
     base = experts_model("mixtral", torch.float32)

@@ -111,7 +111,7 @@ def micro_batches() -> State:
 
 
 def experts(form: str) -> Callable[[], State]:
-    """Factors in place of packed experts. Beside frozen weights processes differ, see docs/usage.md."""
+    """Factors in place of packed experts. Beside frozen weights one process starts R from data, many do not."""
 
     def run() -> State:
         base, ids = experts_model("mixtral", torch.float32), tokens()

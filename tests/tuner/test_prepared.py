@@ -266,5 +266,6 @@ def test_what_is_no_file_of_factors(tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "other")
     with pytest.raises(ValueError, match="must have format 'wasi-factors-1', got None"):
         WasiFactors.load(tmp_path / "other")
-    with pytest.raises(ValueError, match="factors must be of at least one layer, got none"):
-        wasi_factors({})
+    with pytest.raises(ValueError, match="factors must be of at least one layer to be saved, got none"):
+        wasi_factors({}).save(tmp_path / "none")
+    assert not (tmp_path / "none").exists() and repr(wasi_factors({})) == "WasiFactors(0 layers)"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+_LEVEL = "KINETO_LOG_LEVEL"
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,18 @@ class PeakMemory:
     left_bytes: int
 
 
-def profiler(**options: Any) -> torch.profiler.profile:
+@contextmanager
+def profiler(**options: Any) -> Iterator[torch.profiler.profile]:
     """The profiler of the CPU, which else logs every start and stop; a level that the user has set stays."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], **options)
+    quiet = _LEVEL not in os.environ
+    if quiet:
+        os.environ[_LEVEL] = "99"
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], **options) as profile:
+            yield profile
+    finally:
+        if quiet:
+            del os.environ[_LEVEL]
 
 
 def measure_peak_memory(function: Callable[[], Any]) -> PeakMemory:
@@ -49,7 +60,8 @@ def measure_peak_memory(function: Callable[[], Any]) -> PeakMemory:
         return PeakMemory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
     with profiler(profile_memory=True) as profile:
         function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    results: Any = profile.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()

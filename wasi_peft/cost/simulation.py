@@ -11,6 +11,7 @@ import itertools
 import logging
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -60,15 +61,30 @@ class Memory:
         self.events: list[tuple[int, int]] = []  # (number, bytes that come or go)
         self._numbers: dict[int, int] = {}  # id of a live storage -> its number
         self._ends: dict[int, weakref.ref[Any]] = {}  # id of a live storage -> what tells its end
+        self._storages: Counter[int] = Counter()  # number -> storages that stand for the same memory
 
     def follow(self, tensor: Tensor, counted: bool = True) -> int:
         """Number of the tensor's storage. One that is not counted takes no bytes."""
         storage = tensor.untyped_storage()
+        if id(storage) not in self._numbers:
+            self._join(storage, self._begin(storage.nbytes() if counted else 0))
+        return self._numbers[id(storage)]
+
+    def share(self, tensor: Tensor, other: Tensor) -> None:
+        """Take both for the same memory. Where the other is not followed it takes no bytes."""
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._numbers:
+            self._join(storage, self.follow(other, counted=False))
+
+    def _join(self, storage: torch.UntypedStorage, number: int) -> None:
         key = id(storage)
-        if key not in self._numbers:
-            self._numbers[key] = self._begin(storage.nbytes() if counted else 0)
-            self._ends[key] = weakref.ref(storage, lambda _: self._end(key))
-        return self._numbers[key]
+        self._numbers[key] = number
+        self._storages[number] += 1
+        self._ends[key] = weakref.ref(storage, lambda _: self._end(key))
+
+    def number_of(self, tensor: Tensor) -> int | None:
+        """Number of the tensor's storage, if it is followed."""
+        return self._numbers.get(id(tensor.untyped_storage()))
 
     def workspace(self, size: int) -> None:
         """A kernel's own memory, there and gone within one call."""
@@ -89,6 +105,10 @@ class Memory:
     def _end(self, key: int) -> None:
         del self._ends[key]
         number = self._numbers.pop(key)
+        self._storages[number] -= 1
+        if self._storages[number]:
+            return
+        del self._storages[number]
         self.live.discard(number)
         self.events.append((number, -self.sizes[number]))
 
@@ -118,6 +138,13 @@ def _grouped_shape(first: Tensor, second: Tensor, offs: Tensor | None, *_: Any, 
 def _grouped_flops(first: Tensor, second: Tensor, *_: Any, **__: Any) -> int:
     """Two for each element of the rows and column of a matrix, whichever group they are in."""
     return 2 * first.numel() * second.shape[-1]
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Tensors with values that an operation writes to."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    written = [given.get(argument.name) for argument in func._schema.arguments if argument.is_write]
+    return [tensor for tensor in operands(written, {}) if not isinstance(tensor, FakeTensor)]
 
 
 aten = torch.ops.aten
@@ -174,6 +201,7 @@ class Simulation(TorchDispatchMode):
         self._fake.cache_enabled = False  # the recipes are cheaper
         self._recipes = Recipes(self._fake)
         self._small_factories: set[Any] = set()  # signatures of operations without tensors
+        self._overwritten: set[int] = set()  # numbers of computed storages that got values which are not known
         self._injecting = False
 
     @classmethod
@@ -193,7 +221,11 @@ class Simulation(TorchDispatchMode):
             out, made = self._recipes.replay(recipe, tensors)
             self._note(made, recipe.flops, recipe.workspace_bytes)
             return out
-        symbolic = any(isinstance(tensor, FakeTensor) for tensor in operands(args, kwargs))
+        symbolic = any(self._is_symbolic(tensor) for tensor in operands(args, kwargs))
+        if symbolic:
+            if func._schema.is_mutable:
+                self._overwritten |= {self.memory.follow(tensor, False) for tensor in _written(func, args, kwargs)}
+            args, kwargs = tree_map(self._without_values, (args, kwargs))
         if symbolic and func is aten._local_scalar_dense.default:
             return self._number(args[0])
         without_memory = symbolic or self._injecting or not self._small(func, args, kwargs, signature)
@@ -208,6 +240,20 @@ class Simulation(TorchDispatchMode):
         if signature is not None and without_memory:
             self._recipes.learn(signature, tensors, out, flops, workspace)
         return out
+
+    def _is_symbolic(self, tensor: Tensor) -> bool:
+        """Whether the values of a tensor are not known."""
+        return isinstance(tensor, FakeTensor) or (
+            bool(self._overwritten) and self.memory.number_of(tensor) in self._overwritten
+        )
+
+    def _without_values(self, value: Any) -> Any:
+        """What stands for a computed tensor where others have no values."""
+        if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+            return value
+        own = self._fake.from_tensor(value)
+        self.memory.share(own, value)
+        return own
 
     def _note(self, outputs: list[Tensor], flops: int, workspace_bytes: int) -> None:
         """Write down what an operation gave and took."""

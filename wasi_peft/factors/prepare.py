@@ -105,8 +105,14 @@ def preprocess_wasi(
             f"{compressed}: a compressed model needs no preparation: adapters train on what it stores. "
             "model.dequantize() restores the dense layers."
         )
+    limits: dict[str, Any] = {"max_batches": max_batches, "max_memory_bytes": max_memory_bytes}
     if not targets:
-        raise ValueError("preprocess_wasi prepares packed experts beside other layers, got no other target.")
+        if data is None:
+            raise ValueError("packed experts are prepared from data, and nothing else; got none.")
+        factors = WasiFactors({})
+        factors.attach(model)
+        prepare_experts(model, config, data, **limits, progress_bar=progress_bar)
+        return factors
     if adds_only and (data is None or (calibration is not None and not residuals)):
         given = "no data" if data is None else "a calibration"
         raise ValueError(f"additions to a residual are prepared from data, and nothing else; got {given}.")
@@ -118,8 +124,7 @@ def preprocess_wasi(
             resolved,
             beside,
             data,
-            max_batches=max_batches,
-            max_memory_bytes=max_memory_bytes,
+            **limits,
             progress_bar=progress_bar,
         )
         if adds_only:  # there is nothing to repair
@@ -127,7 +132,6 @@ def preprocess_wasi(
             return prepared
         additions = dict(prepared.layers)
     targets = {name: module for name, module in targets.items() if name not in beside}
-    limits: dict[str, Any] = {"max_batches": max_batches, "max_memory_bytes": max_memory_bytes}
     layers: dict[str, PreparedLayer] = {}
     if targets:
         if calibration is None:

@@ -79,11 +79,9 @@ class WasiFactors:
 
     layers: Mapping[str, PreparedLayer]
 
-    def __post_init__(self) -> None:
-        if not self.layers:
-            raise ValueError("factors must be of at least one layer, got none.")
-
     def __repr__(self) -> str:
+        if not self.layers:
+            return "WasiFactors(0 layers)"
         ranks = sorted(self.ranks.values())
         updates = ", ".join(sorted({layer.update for layer in self.layers.values()}))
         return f"WasiFactors({len(ranks)} layers, ranks {ranks[0]} to {ranks[-1]}, for update {updates})"
@@ -140,8 +138,11 @@ class WasiFactors:
         """Write a safetensors file whose metadata say what is for which layer; it replaces another one as a whole.
 
         Raises:
+            ValueError: If there are none, as where packed experts alone were prepared.
             OSError: If the file cannot be written.
         """
+        if not self.layers:
+            raise ValueError("factors must be of at least one layer to be saved, got none.")
         tensors: dict[str, Tensor] = {}
         entries: dict[str, dict[str, Any]] = {}
         for name, layer in self.layers.items():
