@@ -38,6 +38,7 @@ from .estimate import (
     _age_bases,
     _Autocast,
     _check_config,
+    _decide_products,
     _optimizer_factory,
 )
 from .peak import profiler
@@ -266,6 +267,7 @@ def profile_wasi(
             twin = get_peft_model(twin, copy.deepcopy(config))
         if not any(parameter.requires_grad for parameter in twin.parameters()):
             raise ValueError(NOTHING_TRAINS)
+        _decide_products(twin, autocast)  # once a process, on operands of its own: no part of a step
         made = None if make_optimizer is None else make_optimizer(twin)
         if made is not None and isinstance(optimizer, str):
             for group in made.param_groups:
