@@ -10,7 +10,9 @@ method runs at one learning rate a part, the same for all: 3e-3, the best of fou
 Each run is a process of its own, whose peak counts, and one entry of docs/benchmarks/sft_then_dpo.json; finished runs
 are skipped. Time is processor time of training alone::
 
-    for method in lora residual "residual small"; do python benchmarks/sft_then_dpo.py --method "$method"; done
+    for method in lora "lora checkpointing" residual "residual small"; do
+        python benchmarks/sft_then_dpo.py --method "$method"
+    done
     python benchmarks/sft_then_dpo.py --summarise
 """
 
@@ -34,7 +36,7 @@ from runs import key_of
 from texts import load_mails, smollm2_folder
 
 RESULTS = RESULTS_FOLDER / "sft_then_dpo.json"
-METHODS = ("lora", "residual", "residual small")
+METHODS = ("lora", "lora checkpointing", "residual", "residual small")
 PROMPT, ANSWER = 48, 40  # tokens
 MIB = 2**20
 
@@ -64,7 +66,7 @@ def preferences(tokenizer: Any, rows: list[list[int]]) -> datasets.Dataset:
 
 def adapted(method: str, model: nn.Module) -> nn.Module:
     """Returns the model with a new adapter."""
-    if method == "lora":
+    if method.startswith("lora"):
         return with_lora(model)
     mode = method.partition(" ")[2] or "exact"
     return peft.get_peft_model(model, wasi_peft.WasiConfig(task_type="CAUSAL_LM", memory_mode=mode))
@@ -75,7 +77,8 @@ def options(settings: dict[str, Any], folder: Path, lr: float, steps: int) -> di
     return {
         "output_dir": str(folder), "max_steps": steps, "learning_rate": lr, "seed": settings["seed"],
         "lr_scheduler_type": "cosine", "warmup_steps": max(1, steps // 10), "logging_steps": 1,
-        "save_strategy": "no", "report_to": "none", "bf16": False, "gradient_checkpointing": False,
+        "save_strategy": "no", "report_to": "none", "bf16": False,
+        "gradient_checkpointing": settings["method"].endswith("checkpointing"),
         "per_device_eval_batch_size": 2, "use_cpu": True, "disable_tqdm": True,
     }  # fmt: skip
 
