@@ -37,10 +37,16 @@ model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
 limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", args.tokens))
 if args.tokens > limit:
     parser.error(f"--tokens must be at most {limit} for this model, got {args.tokens}")
-split = datasets.load_dataset(args.dataset, split="train").train_test_split(0.1, seed=0)
-columns = split["train"].column_names
-if not {"text", "messages", "prompt"} & set(columns):
-    parser.error(f"the dataset must have a column 'text', 'messages' or 'prompt', got {', '.join(columns)}")
+samples = datasets.load_dataset(args.dataset, split="train")
+present = set(samples.column_names)
+used = next((names for names in ({"messages"}, {"prompt", "completion"}, {"text"}) if names <= present), None)
+if used is None:
+    wanted = "'text', 'messages', or 'prompt' and 'completion'"
+    parser.error(f"the dataset must have a column {wanted}, got {', '.join(samples.column_names)}")
+for column in used:
+    if None in (cells := samples[column][:]):
+        parser.error(f"the column {column!r} must have a value in every row, row {cells.index(None)} has none")
+split = samples.train_test_split(0.1, seed=0)
 
 training = SFTConfig(
     output_dir=args.output, max_steps=args.steps, per_device_train_batch_size=args.batch_size, learning_rate=args.lr,

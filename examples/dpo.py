@@ -38,6 +38,9 @@ if args.tokens > limit:
 pairs = datasets.load_dataset(args.dataset, split="train")
 if not {"chosen", "rejected"} <= set(pairs.column_names):
     parser.error(f"the dataset must have columns 'chosen' and 'rejected', got {', '.join(pairs.column_names)}")
+for column in {"prompt", "chosen", "rejected"} & set(pairs.column_names):
+    if None in (cells := pairs[column][:]):
+        parser.error(f"the column {column!r} must have a value in every row, row {cells.index(None)} has none")
 if args.adapter:
     model = PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
 

@@ -40,6 +40,8 @@ tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 texts = datasets.load_dataset(args.dataset, split="train")
 if args.text_column not in texts.column_names:
     parser.error(f"the dataset must have a column {args.text_column!r}, got {', '.join(texts.column_names)}")
+if None in (cells := texts[args.text_column][:]):
+    parser.error(f"the column {args.text_column!r} must have a value in every row, row {cells.index(None)} has none")
 tokens = texts.map(
     lambda batch: tokenizer(batch[args.text_column], truncation=True, max_length=args.tokens),
     batched=True, remove_columns=texts.column_names,

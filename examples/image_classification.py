@@ -33,6 +33,8 @@ images = datasets.load_dataset(args.dataset, split="train")
 for column in (args.image_column, args.label_column):
     if column not in images.column_names:
         parser.error(f"the dataset must have a column {column!r}, got {', '.join(images.column_names)}")
+if None in (labels := images[args.label_column][:]):
+    parser.error(f"the column {args.label_column!r} must have a value in every row, row {labels.index(None)} has none")
 if not isinstance(images.features[args.label_column], datasets.ClassLabel):
     images = images.class_encode_column(args.label_column)
 processor = transformers.AutoImageProcessor.from_pretrained(args.model)

@@ -34,6 +34,8 @@ texts = datasets.load_dataset(args.dataset, split="train")
 for column in (args.text_column, args.label_column):
     if column not in texts.column_names:
         parser.error(f"the dataset must have a column {column!r}, got {', '.join(texts.column_names)}")
+    if None in (cells := texts[column][:]):
+        parser.error(f"the column {column!r} must have a value in every row, row {cells.index(None)} has none")
 if not isinstance(texts.features[args.label_column], datasets.ClassLabel):
     texts = texts.class_encode_column(args.label_column)
 names = texts.features[args.label_column].names

@@ -217,3 +217,23 @@ def test_merging_does_not_replace_the_adapter(run: Any, assets: Path, tmp_path: 
     error = run("merge", tmp_path / "adapter", "--output", tmp_path / "adapter", "--overwrite", code=2)
     assert "the output must be another folder than the adapter's" in error
     assert {each.name for each in (tmp_path / "adapter").iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_neither_base_nor_model_is_written_over(run: Any, assets: Path, tmp_path: Path, command: str) -> None:
+    """A tokenizer that lies there is in no new folder."""
+    shutil.copytree(assets / "factors", tmp_path / "adapter")
+    base = json.loads((assets / "factors/adapter_config.json").read_text())["base_model_name_or_path"]
+    shutil.copytree(base, tmp_path / "base")
+    before = {each.name for each in (tmp_path / "base").iterdir()}
+    options = ["--base", tmp_path / "base", "--output", tmp_path / "base", "--overwrite"]
+    error = run(command, tmp_path / "adapter", *options, code=2)
+    assert "the output must be another folder than the base's, and not around it." in error
+    assert {each.name for each in (tmp_path / "base").iterdir()} == before
+
+
+def test_export_does_not_replace_the_model(run: Any, assets: Path, tmp_path: Path) -> None:
+    base = json.loads((assets / "factors/adapter_config.json").read_text())["base_model_name_or_path"]
+    shutil.copytree(base, tmp_path / "base")
+    error = run("export", tmp_path / "base", "--output", tmp_path / "base", "--overwrite", code=2)
+    assert "the output must be another folder than the model's" in error

@@ -21,6 +21,7 @@ from wasi_peft.cost import profile as implementation
 from wasi_peft.cost.estimate import CATEGORIES, OPTIMIZERS, estimate_wasi
 from wasi_peft.cost.profile import TRAINING, Cost, StepProfile, profile_wasi
 from wasi_peft.cost.trace import KINDS, marked_modules, one_round, operation_kind, phase, read_times
+from wasi_peft.forms.products import measured_seconds
 from wasi_peft.report import costs_table, plot_profiles, profiles_table
 from wasi_peft.tuner.config import MEMORY_MODES
 from wasi_peft.tuner.layer import wasi_layers
@@ -475,3 +476,15 @@ def test_long_timelines_keep_the_peak() -> None:
     thinned = list(implementation._thinned(moments))
     assert len(thinned) <= implementation.TIMELINE_POINTS
     assert max(moment.held["saved"] for moment in thinned) == 999
+
+
+def test_measuring_the_products_is_no_part_of_a_step() -> None:
+    """It holds megabytes of operands, once a process."""
+    architecture = ARCHITECTURES["vit"]
+
+    def peak() -> int:
+        batch = architecture.batch()
+        return profile_wasi(architecture.model(), WasiConfig(), batch=batch, rounds=1).peak_bytes
+
+    measured_seconds.cache_clear()
+    assert peak() == peak()

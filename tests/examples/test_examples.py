@@ -83,6 +83,7 @@ def mails(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def json_folder(folder: Path, rows: list[dict[str, object]]) -> Path:
     """A folder with one file of json lines."""
+    folder.mkdir(exist_ok=True)
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -359,7 +360,7 @@ def test_columns_that_are_not_there_are_named(
         ("image_classification", model_folder, texts, "column 'image', got text, label"),
         ("demo", model_folder, texts, "it lacks image"),
         ("text_classification", text_model, (*texts, "--text-column", "mail"), "column 'mail', got text, label"),
-        ("causal_lm", language_model, ("--dataset", preferences), "'prompt', got chosen, rejected"),
+        ("causal_lm", language_model, ("--dataset", preferences), "'prompt' and 'completion', got chosen, rejected"),
         ("dpo", language_model, texts, "'chosen' and 'rejected', got text, label"),
         ("fine_tune_compressed", language_model, (*texts, "--text-column", "mail"), "'mail', got text, label"),
         (
@@ -370,6 +371,32 @@ def test_columns_that_are_not_there_are_named(
         ),
     ):
         assert answer in sentence(name, "--model", model, *options), name
+
+
+def test_rows_without_a_value_are_named(
+    sentence: Callable[..., str], text_model: Path, language_model: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    """A missing label would be a class of its own, in silence."""
+    texts = json_folder(tmp_path / "texts", [{"text": None if i == 3 else "a b", "label": i % 2} for i in range(8)])
+    labels = json_folder(tmp_path / "labels", [{"text": "a b", "label": None if i > 5 else i % 2} for i in range(8)])
+    pairs = json_folder(
+        tmp_path / "pairs", [{"prompt": "a", "chosen": "b", "rejected": "c" if i else None} for i in range(8)]
+    )
+    for name, model, data, column, row in (
+        ("text_classification", text_model, texts, "text", 3), ("text_classification", text_model, labels, "label", 6),
+        ("causal_lm", language_model, texts, "text", 3), ("dpo", language_model, pairs, "rejected", 0),
+        ("fine_tune_compressed", language_model, texts, "text", 3),
+    ):  # fmt: skip
+        answer = sentence(name, "--model", model, "--dataset", data)
+        assert f"the column {column!r} must have a value in every row, row {row} has none" in answer, name
+    answer = sentence("image_classification", "--model", model_folder, "--dataset", labels, "--image-column", "text")
+    assert "the column 'label' must have a value in every row, row 6 has none" in answer
+
+
+def test_a_prompt_needs_a_completion(sentence: Callable[..., str], language_model: Path, tmp_path: Path) -> None:
+    prompts = json_folder(tmp_path / "prompts", [{"prompt": "a"}] * 8)
+    answer = sentence("causal_lm", "--model", language_model, "--dataset", prompts)
+    assert "must have a column 'text', 'messages', or 'prompt' and 'completion', got prompt" in answer
 
 
 def test_more_tokens_than_the_model_takes(

@@ -479,3 +479,9 @@ def test_a_rank_that_changed_before_the_injection(before: dict[str, Any], after:
     run(net, WasiConfig(**after, update="factor"), calibration=calibrated)
     model = get_peft_model(net, WasiConfig(**after, update="factor"))
     assert len(list(wasi_layers(model))) == len(TARGETS)
+
+
+@pytest.mark.parametrize("config", [None, {"weight_rank": 4}], ids=str)
+def test_without_a_configuration(config: Any) -> None:
+    with pytest.raises(TypeError, match=f"config must be a WasiConfig, got {type(config).__name__}"):
+        preprocess_wasi(ARCHITECTURES["vit"].model(), config, [ARCHITECTURES["vit"].batch()])

@@ -12,7 +12,7 @@ from torch import nn
 
 from wasi_peft import export
 from wasi_peft.files import folders
-from wasi_peft.files.folders import new_folder
+from wasi_peft.files.folders import check_apart, new_folder
 
 
 def write(folder: Path, text: str, **options: Any) -> None:
@@ -127,3 +127,14 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="pass overwrite=True to replace it"):
         export(nn.Linear(1, 1), tmp_path / "there")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
+    source = tmp_path / "models/base"
+    source.mkdir(parents=True)
+    message = r"the output must be another folder than the base's, and not around it\.$"
+    for output in (source, tmp_path / "models", tmp_path / "models/../models/base"):
+        with pytest.raises(ValueError, match=message):
+            check_apart(output, {"the adapter's": tmp_path / "other", "the base's": source})
+    check_apart(source / "small", {"the base's": source})
+    check_apart(tmp_path / "small", {"the base's": "org/name"})

@@ -184,6 +184,28 @@ def test_all_that_take_a_batch_take_the_same(use: Callable[[Any], Any]) -> None:
         assert use(batch) == expected
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, batch: calibrate_wasi(model, [batch], progress_bar=False),
+        lambda model, batch: estimate_wasi(model, batch=batch),
+        lambda model, batch: estimate_wasi(model, WasiConfig(), batch=batch),
+        lambda model, batch: profile_wasi(model, WasiConfig(), batch=batch, rounds=1),
+    ],
+    ids=["calibrated", "estimated", "estimated with a configuration", "profiled"],
+)
+@pytest.mark.parametrize("name", ["images", "input_ids"])
+def test_all_say_what_a_batch_lacks(use: Callable[[Any, Any], Any], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"ViT\w* cannot run a batch of {name}: .*\. Give batches that hold by name"):
+        use(ARCHITECTURES["vit"].model(), {name: torch.zeros(2, 3, 16, 16)})
+
+
+def test_tokens_beyond_the_vocabulary_are_told() -> None:
+    batch = {"input_ids": torch.full((2, 4), 10**6)}
+    with pytest.raises(ValueError, match=r"Llama\w* cannot run a batch of input_ids: index out of range"):
+        calibrate_wasi(ARCHITECTURES["llama"].model(), [batch], progress_bar=False)
+
+
 def test_layers_are_merged_for_a_pair_too() -> None:
     from peft import get_peft_model
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from models import ARCHITECTURES, wasi_model
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
 from peft.config import PeftConfig as BaseConfig
 
 from wasi_peft import WasiConfig
@@ -240,6 +240,42 @@ def test_a_plan_decides_alone(options: dict[str, Any]) -> None:
 def test_a_share_decides_every_rank(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"weight_share decides the rank of every layer; leave {next(iter(options))}"):
         WasiConfig(weight_share=0.5, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modules_to_save": "head"}, "modules_to_save must be a list of names, as ['head'], got 'head'."),
+        ({"modules_to_save": [3]}, "modules_to_save must be a list of names, got [3]."),
+        ({"target_modules": ["fc1", 3]}, "target_modules must be a list of names or one string, got ['fc1', 3]."),
+        ({"target_modules": {"fc1": 3}}, "target_modules must be a list of names or one string, got {'fc1': 3}."),
+        ({"exclude_modules": 3}, "exclude_modules must be a list of names or one string, got 3."),
+        ({"rank_pattern": [("fc1", 3)]}, "rank_pattern must be a dict of ranks by name, got [('fc1', 3)]."),
+        (
+            {"layers_to_transform": "0"},
+            "layers_to_transform must be an index of a block, from 0, or a list of such, got '0'.",
+        ),
+        (
+            {"layers_to_transform": [0, -1]},
+            "layers_to_transform must be an index of a block, from 0, or a list of such, got [0, -1].",
+        ),
+        ({"train_vectors": "no"}, "train_vectors must be True or False, got 'no'."),
+        ({"init_weights": "pissa"}, "init_weights must be True or False, got 'pissa'."),
+        ({"skip_padding": 1}, "skip_padding must be True or False, got 1."),
+    ],
+    ids=repr,
+)
+def test_values_of_another_kind(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        WasiConfig(**options)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("names", [("classifier",), {"classifier"}], ids=repr)
+def test_names_in_any_collection(names: Any) -> None:
+    """A task type appends its own to the list."""
+    model = get_peft_model(ARCHITECTURES["bert"].model(), WasiConfig(task_type="SEQ_CLS", modules_to_save=names))
+    assert "classifier" in model.peft_config["default"].modules_to_save
 
 
 @pytest.mark.parametrize("value", [0, -0.1, 1.0001, math.nan, True, "0.5"], ids=repr)

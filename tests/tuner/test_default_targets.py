@@ -199,6 +199,14 @@ def test_tied_weights_are_no_targets() -> None:
     assert names(model) == {"0.0.thin", "0.1.thin"}
 
 
+def test_blocks_that_are_not_there_are_named() -> None:
+    with pytest.raises(ValueError) as error:
+        names(small_model(), layers_to_transform=[7])
+    assert str(error.value) == (
+        "layers_to_transform=[7] selects no layer of Sequential that could be a target: blocks are counted from 0."
+    )
+
+
 def test_a_model_with_nothing_to_target() -> None:
     for model in (nn.Sequential(nn.Conv2d(3, 8, 3)), nn.Sequential(nn.Sequential(nn.Linear(16, 7)))):
         with pytest.raises(ValueError, match=r"nothing to target by default.*specify `target_modules`"):

@@ -10,6 +10,7 @@ import torch
 from models import ARCHITECTURES
 from peft import TaskType, get_peft_model
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 from wasi_peft import WasiConfig
 from wasi_peft.tuner.heads import fresh_heads
@@ -55,6 +56,40 @@ def test_a_task_type_trains_the_head(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_language_model_has_none(caplog: pytest.LogCaptureFixture) -> None:
     assert named(LLAMA.model(), caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("read", "heads"),
+    [(["LlamaForCausalLM"], ["'score'"]), (["LlamaForSequenceClassification"], []), (None, [])],
+    ids=["language model", "classifier", "from a configuration"],
+)
+def test_a_classifier_without_a_bias(read: Any, heads: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    model = LlamaForSequenceClassification(LLAMA.model().config)
+    model.config.architectures = read
+    assert named(model, caplog) == heads
+    model = LlamaForSequenceClassification(LLAMA.model().config)
+    model.config.architectures = read
+    assert named(model, caplog, task_type=TaskType.SEQ_CLS) == []
+
+
+def test_a_name_that_no_module_has_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any]
+    for options, names in (
+        ({"modules_to_save": ["classifer", "classifier"]}, ["'classifer'"]),
+        ({"modules_to_save": ["vit.layernorm"]}, []),
+        ({"modules_to_save": ["classifer"], "inference_mode": True}, []),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="wasi_peft"):
+            get_peft_model(VIT.model(), WasiConfig(**options))
+        lines = [record.getMessage() for record in caplog.records if "has that name" in record.getMessage()]
+        assert [line.split()[2].rstrip(",") for line in lines] == names
+
+
+def test_names_that_a_task_type_adds_need_not_be_there(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="wasi_peft"):
+        get_peft_model(ARCHITECTURES["bert"].model(), WasiConfig(task_type=TaskType.SEQ_CLS))
+    assert not [record for record in caplog.records if "has that name" in record.getMessage()]
 
 
 def test_a_head_without_memory_is_none() -> None:

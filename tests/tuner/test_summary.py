@@ -6,8 +6,9 @@ import logging
 
 import pytest
 from models import ARCHITECTURES, Architecture, wasi_model
+from peft import get_peft_model
 
-from wasi_peft import wasi_summary
+from wasi_peft import WasiConfig, wasi_summary
 from wasi_peft.forms.dense import dense_weight
 from wasi_peft.tuner.model import WasiModel
 
@@ -31,6 +32,12 @@ def test_break_even_is_told_by_the_real_sizes(architecture: Architecture) -> Non
     assert small.past_break_even == ()
     for layer in (*full.layers, *small.layers):
         assert layer.past_break_even == (layer.stored_elements >= layer.dense_elements)
+
+
+@pytest.mark.parametrize(("residual", "words"), [("exact", "exact weights,"), ("int4", "weights in int4,")])
+def test_the_frozen_weights_are_named(residual: str, words: str) -> None:
+    model = get_peft_model(ARCHITECTURES["vit"].model(), WasiConfig(residual=residual))
+    assert f"beside {words}" in wasi_summary(model).headline()
 
 
 def test_text() -> None:

@@ -54,6 +54,8 @@ def load_model(arguments: argparse.Namespace, weights: bool) -> tuple[transforme
     """The model and its task; without weights it takes no memory, whatever its size."""
     source = arguments.model
     options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
+    if os.path.isfile(source):
+        raise ValueError(f"{source}: must be a folder or a hub id, got a file.")
     if not os.path.isdir(source) and (source.endswith(".json") or source.startswith((".", os.sep))):
         raise ValueError(f"{source}: no such file or folder.")
     with reading(source):
@@ -72,15 +74,10 @@ def load_model(arguments: argparse.Namespace, weights: bool) -> tuple[transforme
 
 def load_with_adapter(arguments: argparse.Namespace) -> Any:
     """A model; where a WASI adapter's folder is named, its base model with the adapter."""
-    folder = Path(arguments.model)
-    if not (folder / "adapter_config.json").is_file():
-        if arguments.base:
-            raise ValueError(f"--base goes with an adapter's folder; {folder} is none.")
+    folder, base = Path(arguments.model), base_of(arguments)
+    if base is None:
         return load_model(arguments, weights=True)[0]
     settings = adapter_settings(folder)
-    base = arguments.base or settings.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{folder}: the adapter does not name its base model; give it with --base.")
     of_base = argparse.Namespace(**{**vars(arguments), "model": base})
     known = settings.get("auto_mapping") or {}
     if arguments.task is None and known.get("base_model_class"):
@@ -93,6 +90,19 @@ def load_with_adapter(arguments: argparse.Namespace) -> Any:
         ) from error
     with reading(str(folder)):
         return PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def base_of(arguments: argparse.Namespace) -> str | None:
+    """The base model of an adapter's folder, by `--base` or as the adapter names it; None of anything else."""
+    folder = Path(arguments.model)
+    if not (folder / "adapter_config.json").is_file():
+        if arguments.base:
+            raise ValueError(f"--base goes with an adapter's folder; {folder} is none.")
+        return None
+    base: str | None = arguments.base or adapter_settings(folder).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder}: the adapter does not name its base model; give it with --base.")
+    return base
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
@@ -109,7 +119,11 @@ def reading(source: str) -> Iterator[None]:
     """What is wrong with a model's own files is for the user to set right, whatever kind of error it ends in."""
     try:
         yield
-    except (ValueError, OSError, ImportError):
+    except OSError as error:
+        if os.path.isdir(source):
+            raise
+        raise OSError(f"{source!r} is no folder, and cannot be had from the hub: {error}") from error
+    except (ValueError, ImportError):
         raise
     except Exception as error:
         raise ValueError(f"{source}: cannot be read: {type(error).__name__}: {error}") from error

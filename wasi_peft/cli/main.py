@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..cost.estimate import OPTIMIZERS, Estimate, estimate_wasi
 from ..cost.profile import ROUNDS, StepProfile, profile_wasi
 from ..factors.calibration import Calibration, calibrate_wasi
-from ..files.folders import check_target, new_folder
+from ..files.folders import check_apart, check_target, new_folder
 from ..files.headers import read_header
 from ..forms.frozen import FROZEN
 from ..forms.residual import RESIDUALS
@@ -52,6 +52,7 @@ from .loading import (
     SEQUENCE_LENGTH,
     TASKS,
     adapter_settings,
+    base_of,
     calibration_batches,
     dummy_batch,
     load_model,
@@ -694,8 +695,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.model)
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder}: must be the folder of a WASI adapter, got one without adapter_config.json.")
-    if Path(arguments.output).resolve() == folder.resolve():
-        raise ValueError(f"{arguments.output}: the output must be another folder than the adapter's.")
+    check_apart(arguments.output, _sources(arguments))
     check_target(arguments.output, arguments.overwrite)
     model = load_with_adapter(arguments)
     merged: Any = model.base_model.merge_and_unload(dense=True) if arguments.dense else compress(model)
@@ -709,6 +709,7 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.tokenizer is not None:
         options["tokenizer"] = arguments.tokenizer
     ready_format(arguments.format, **options)
+    check_apart(arguments.output, _sources(arguments))
     check_target(arguments.output, arguments.overwrite)
     model = load_with_adapter(arguments)
     try:
@@ -725,6 +726,12 @@ def _export(arguments: argparse.Namespace) -> None:
         raise ValueError(str(error)) from error
     text = f"format {arguments.format}, answers differ by {difference:.1e} of the largest one"
     _show_folder(arguments, text, {"format": arguments.format, "difference": difference})
+
+
+def _sources(arguments: argparse.Namespace) -> dict[str, str]:
+    """What a command reads, an adapter and its base or a model, by what it is."""
+    base = base_of(arguments)
+    return {"the model's": arguments.model} if base is None else {"the adapter's": arguments.model, "the base's": base}
 
 
 def _show_folder(arguments: argparse.Namespace, text: str, data: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..forms.residual import Int8Residual
-from ..models.calls import Arguments, call_arguments, hooked, layer_input, tensors_in, training_loss
+from ..models.calls import Arguments, call_arguments, call_explained, hooked, layer_input, tensors_in, training_loss
 from ..models.experts import packed_parameters, routed_rows
 from ..models.structure import Structure, linear_layers
 from ..ranks.plan import WasiPlan
@@ -399,7 +399,8 @@ class _Run:
     def forward(self) -> Any:
         with torch.autocast(self.autocast.device, self.autocast.dtype, self.autocast.enabled):
             try:
-                output = self.model(*self.arguments.positional, **self.arguments.named)
+                with call_explained(_base_of(self.model), self.arguments):
+                    output = self.model(*self.arguments.positional, **self.arguments.named)
             except RuntimeError as error:
                 if ".numpy()" not in str(error):
                     raise

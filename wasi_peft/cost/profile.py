@@ -25,7 +25,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..models.calls import Arguments, call_arguments, tensors_in, training_loss
+from ..models.calls import Arguments, call_arguments, call_explained, tensors_in, training_loss
 from ..ranks.plan import WasiPlan
 from ..tuner.config import WasiConfig
 from ..tuner.layer import wasi_layers
@@ -38,6 +38,7 @@ from .estimate import (
     _age_bases,
     _Autocast,
     _check_config,
+    _decide_products,
     _optimizer_factory,
 )
 from .peak import profiler
@@ -266,6 +267,7 @@ def profile_wasi(
             twin = get_peft_model(twin, copy.deepcopy(config))
         if not any(parameter.requires_grad for parameter in twin.parameters()):
             raise ValueError(NOTHING_TRAINS)
+        _decide_products(twin, autocast)  # once a process, on operands of its own: no part of a step
         made = None if make_optimizer is None else make_optimizer(twin)
         if made is not None and isinstance(optimizer, str):
             for group in made.param_groups:
@@ -322,7 +324,8 @@ class _Runner:
 
     def forward(self, batch: Arguments) -> Any:
         with torch.autocast(self.autocast.device, self.autocast.dtype, self.autocast.enabled):
-            return self.model(*batch.positional, **batch.named)
+            with call_explained(getattr(self.model, "get_base_model", lambda: self.model)(), batch):
+                return self.model(*batch.positional, **batch.named)
 
     def profile(self, rounds: int) -> StepProfile:
         modules = _modules(self.model)

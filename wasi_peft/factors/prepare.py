@@ -74,9 +74,12 @@ def preprocess_wasi(
         another process.
 
     Raises:
+        TypeError: If there is no configuration.
         ValueError: If neither data nor a calibration is given, or repair is asked for without batches; and whatever
             [`calibrate_wasi`] finds. Nothing is attached then.
     """
+    if not isinstance(config, WasiConfig):
+        raise TypeError(f"config must be a WasiConfig, got {type(config).__name__}.")
     if config.residual is not None and repair is not None:
         raise ValueError(
             f"repair is for factors that replace a weight; leave it out with residual={config.residual!r}, got "

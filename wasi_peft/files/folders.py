@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,9 +22,26 @@ def check_target(folder: Location, overwrite: bool = False) -> Path:
     """
     target = Path(folder).resolve()
     if target.exists() and not (overwrite and target.is_dir()):
-        how = "pass overwrite=True to replace it" if target.is_dir() else "it is a file"
+        how = "pass overwrite=True to replace it, or --overwrite" if target.is_dir() else "it is a file"
         raise FileExistsError(f"{folder}: there is something already; name another folder ({how}).")
     return target
+
+
+def check_apart(output: Location, sources: Mapping[str, Location]) -> None:
+    """Refuse to write to where what is read lies: a folder that is replaced takes all that is in it along.
+
+    Args:
+        output: The folder that is to be written.
+        sources: What is read, by its name in the sentence, "the adapter's"; a hub id is no folder and left out.
+
+    Raises:
+        ValueError: If the output is one of them or has it inside.
+    """
+    target = Path(output).resolve()
+    for kind, source in sources.items():
+        place = Path(source).resolve()
+        if place.is_dir() and (place == target or target in place.parents):
+            raise ValueError(f"{os.fspath(output)}: the output must be another folder than {kind}, and not around it.")
 
 
 @contextmanager

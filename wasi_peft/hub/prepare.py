@@ -31,6 +31,7 @@ from ..factors.data import batch_checksum, check_repeatable, describe_data, limi
 from ..factors.folder import new_index, read_index, write_index
 from ..factors.prepare import prepared_factors, resolve_ranks
 from ..factors.statistics import InputStatistics
+from ..files.folders import check_apart
 from ..files.headers import read_header
 from ..files.joining import join_files
 from ..forms.compressed import CompressedLinear
@@ -139,8 +140,7 @@ def prepare_checkpoint(
     shard_bytes = convert_file_size_to_int(max_shard_size)
     check_output(os.fspath(output), overwrite)
     folder = checkpoint_folder(model, revision)
-    if os.path.exists(output) and os.path.samefile(folder, output):
-        raise ValueError(f"{os.fspath(output)}: the output must be another folder than the dense checkpoint.")
+    check_apart(output, {"the dense checkpoint": folder})
     loaded = _read_config(folder)
     stored = stored_tensors_of(folder)
     dtype = dtype or loaded.dtype or checkpoint_dtype(stored)

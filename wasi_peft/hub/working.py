@@ -150,7 +150,7 @@ def check_output(output: str, overwrite: bool) -> None:
     if not os.path.isdir(parent):
         raise ValueError(f"{output}: the folder in which it is to be must exist.")
     if os.path.lexists(output) and (not overwrite or os.path.islink(output) or not os.path.isdir(output)):
-        kind = "an existing folder needs overwrite=True" if os.path.isdir(output) else "it is no folder"
+        kind = "one that exists needs overwrite=True, or --overwrite" if os.path.isdir(output) else "it is no folder"
         raise ValueError(f"{output}: the output must not exist yet; {kind}.")
 
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from .rescaling import without_rescaling
 
 LABEL_KEYS = ("labels", "label", "label_ids")
+UNFIT = (TypeError, AttributeError, IndexError)  # what models raise where a batch lacks or exceeds something
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -95,10 +96,29 @@ def model_output(model: nn.Module, batch: Any, with_labels: bool = False) -> Any
         raise ValueError(f"a batch must hold model inputs, got only {sorted(call_arguments(batch).named)}.")
     device = next(model.parameters()).device
     named = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in named.items()}
+    arguments = Arguments(tuple(value.to(device) for value in positional), named)
+    with call_explained(model, arguments, (*UNFIT, ValueError)):
+        return model(*arguments.positional, **arguments.named)
+
+
+@contextmanager
+def call_explained(
+    model: nn.Module, arguments: Arguments, kinds: tuple[type[Exception], ...] = UNFIT
+) -> Iterator[None]:
+    """Says of an error in a forward pass which model it was, what the batch held and what to do.
+
+    Args:
+        model: What is called inside.
+        arguments: With these.
+        kinds: Errors that a batch makes that lacks something, or has something that the model does not take.
+
+    Raises:
+        ValueError: In the place of an error of these kinds.
+    """
     try:
-        return model(*(value.to(device) for value in positional), **named)
-    except (TypeError, ValueError, AttributeError) as error:
-        given, reason = ", ".join(named) or "one tensor", str(error).strip().rstrip(".")
+        yield
+    except kinds as error:
+        given, reason = ", ".join(arguments.named) or "one tensor", str(error).strip().rstrip(".")
         raise ValueError(
             f"{type(model).__name__} cannot run a batch of {given}: {reason}. Give batches that hold by name what its "
             "forward pass needs."

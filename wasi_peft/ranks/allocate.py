@@ -46,14 +46,14 @@ def allocate_ranks(spectra: Sequence[LayerSpectrum], share: float) -> dict[str, 
         {'one': 3, 'other': 1}
     """
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise ValueError(f"share must be a number in (0, 1], got {share!r}.")
+        raise ValueError(f"weight_share must be a number in (0, 1], got {share!r}.")
     input_groups(spectra)  # refuses repeated names
     dense = sum(spectrum.dense_bytes for spectrum in spectra)
     ranks = [1] * len(spectra)
     least = _stored_bytes(spectra, ranks)
     if share * dense < least:
         raise ValueError(
-            f"share must be at least {least / dense:.4g} (rank 1 in every layer, and what trains beside it), "
+            f"weight_share must be at least {least / dense:.4g} (rank 1 in every layer, and what trains beside it), "
             f"got {share!r}."
         )
     choices = [spectrum.rank_choices for spectrum in spectra]

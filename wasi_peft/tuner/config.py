@@ -17,6 +17,7 @@ from ..memory.modes import MEMORY_MODES, recomputes
 from ..ranks.plan import LayerPlan, WasiPlan, layer_plan
 from ..ranks.spectrum import DENSE
 from ..updates import DEFAULT_UPDATE, RESIDUAL_UPDATE, UPDATES, Subspace, Update, make_update
+from .kinds import check_kinds
 from .registration import PEFT_TYPE
 
 BASE_WEIGHTS = ("release", "cpu", "keep")
@@ -135,15 +136,17 @@ class WasiConfig(PeftConfig):
             Optimizer steps from one subspace iteration of the activation bases to the next. 1 is the paper's choice;
             the bases move slowly, and an iteration costs twice as much as the compression itself.
         update (`Optional[str]`):
-            What trains; by default what `plan` says, else 'frozen_basis'. 'frozen_basis': only L, at LoRA's learning
-            rates or above; R keeps its row space, in which [`preprocess_wasi`] with batches whitens what L sees.
-            Backward keeps `R x`, K numbers of each token, from which gradients are exact, so inputs need no
-            compression. 'low_rank': the K most important directions, L R, stay as they are, and the `update_rank` next
-            ones, B A, train, as in MiLoRA (arXiv 2406.09044), at LoRA's learning rates. 'core': a K x K matrix M
-            between frozen factors, `W = L M R`, at the same rates; backward keeps K numbers of each token here too.
-            [`preprocess_wasi`] with batches whitens both sides of M. M counts in `weight_share` and in plans.
-            'subspace': both factors, by tangent-space gradients and, after each optimizer step, a retraction, which
-            together are the paper's subspace iteration to first order. 'factor': both factors, by plain gradients.
+            What trains; by default what `plan` says, else 'addition' beside a residual and 'frozen_basis' of factors.
+            'addition', beside a residual only: L and R, at LoRA's learning rates; backward keeps `R x` and the input
+            in 8 bits. 'frozen_basis', in both forms: only L, at LoRA's learning rates or above; R keeps its row space,
+            in which [`preprocess_wasi`] with batches whitens what L sees. Backward keeps `R x`, K numbers of each
+            token, from which gradients are exact, so inputs need no compression. 'low_rank': the K most important
+            directions, L R, stay as they are, and the `update_rank` next ones, B A, train, as in MiLoRA (arXiv
+            2406.09044), at LoRA's learning rates. 'core': a K x K matrix M between frozen factors, `W = L M R`, at the
+            same rates; backward keeps K numbers of each token here too. [`preprocess_wasi`] with batches whitens both
+            sides of M. M counts in `weight_share` and in plans. 'subspace': both factors, by tangent-space gradients
+            and, after each optimizer step, a retraction, which together are the paper's subspace iteration to first
+            order. 'factor': both factors, by plain gradients.
         update_rank (`Optional[int]`):
             Directions that train with `update="low_rank"`, beside the K that a rank or threshold asks for; by default
             what `plan` says, else 16; in a layer with a smaller side, as many as that. They count in `weight_share`
@@ -247,7 +250,10 @@ class WasiConfig(PeftConfig):
     )
     update: str | None = field(
         default=None,
-        metadata={"help": "What trains and how: a name in wasi_peft.updates.UPDATES, 'frozen_basis' by default."},
+        metadata={
+            "help": "What trains and how: a name in wasi_peft.updates.UPDATES; by default 'addition' beside a "
+            "residual, 'frozen_basis' of factors."
+        },
     )
     update_rank: int | None = field(
         default=None, metadata={"help": "Rank of what trains with update='low_rank', by default 16."}
@@ -279,10 +285,13 @@ class WasiConfig(PeftConfig):
         self.names_fitted = False  # whether they are of a model with other names than the one that was saved
         from_file = getattr(self, "peft_type", None) is not None  # PEFT names the type of what it reads
         self.peft_type = PEFT_TYPE
+        check_kinds(self)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        if isinstance(self.modules_to_save, (tuple, set, frozenset)):
+            self.modules_to_save = list(self.modules_to_save)  # a task type adds to it
         if isinstance(self.plan, (str, os.PathLike)):
             if from_file:
                 raise ValueError(
@@ -392,8 +401,6 @@ class WasiConfig(PeftConfig):
             check_positive_integer("update_rank", self.update_rank)
         _check_choice("bias", self.bias, BIASES)
         _check_choice("memory_mode", self.memory_mode, MEMORY_MODES)
-        if not isinstance(self.skip_padding, bool):
-            raise ValueError(f"skip_padding must be True or False, got {self.skip_padding!r}.")
         modes = self.activation_modes
         if isinstance(modes, str) or "feature" not in modes or not set(modes) <= set(MODES):
             raise ValueError(

@@ -1,4 +1,7 @@
-"""Heads that were just made: they have to train, and an adapter trains them only where it is told to."""
+"""Heads that were just made: they have to train, and an adapter trains them only where it is told to.
+
+Names in `modules_to_save` that no module has would leave one out in silence, too.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,16 @@ FRESH_HEAD = (
     "{head!r} looks newly initialised and stays as it is: with this configuration it does not train. Name it in "
     "modules_to_save, or set task_type."
 )
+UNMATCHED = "modules_to_save names {name!r}, and no module of {model} has that name: nothing is trained whole for it."
+CLASSIFIES = "Classification"  # in the names of transformers' classes
+HEADS_OF_TASKS = ("classifier", "score", "qa_outputs")
 
 
 def fresh_heads(model: nn.Module, config: WasiConfig) -> Iterator[str]:
     """Names of linear layers outside a transformers model's backbone that look untrained and are not going to train.
 
-    A layer looks untrained where its bias is exactly zero, which training would not leave it.
+    A layer looks untrained where its bias is exactly zero, which training would not leave it. One without a bias, of a
+    classifier, does where the checkpoint that was read is of no classifier.
 
     Args:
         model: With the adapter injected.
@@ -29,13 +36,27 @@ def fresh_heads(model: nn.Module, config: WasiConfig) -> Iterator[str]:
     if not isinstance(backbone, nn.Module) or backbone is model or config.inference_mode:
         return
     inner = {id(module) for module in backbone.modules()}
-    saved = tuple(config.modules_to_save or ())
+    saved, new_classifier = tuple(config.modules_to_save or ()), _is_new_classifier(model)
     for name, module in model.named_modules():
         if isinstance(module, (WasiLayer, AuxiliaryTrainingWrapper)):
             inner |= {id(child) for child in module.modules()}
-        if id(module) in inner or not isinstance(module, nn.Linear) or module.bias is None:
+        if id(module) in inner or not isinstance(module, nn.Linear):
             continue
-        if module.bias.is_meta or any(part in saved for part in name.split(".")):
+        if module.weight.is_meta or any(part in saved for part in name.split(".")):
             continue
-        if not bool(module.bias.detach().any()):
+        if new_classifier if module.bias is None else not bool(module.bias.detach().any()):
             yield name
+
+
+def _is_new_classifier(model: nn.Module) -> bool:
+    """Whether a classifier was read from a checkpoint of another architecture, which has no such head."""
+    read = getattr(getattr(model, "config", None), "architectures", None) or []
+    return CLASSIFIES in type(model).__name__ and bool(read) and not any(CLASSIFIES in name for name in read)
+
+
+def unmatched_names(model: nn.Module, config: WasiConfig) -> list[str]:
+    """Names in `modules_to_save` that no module of a model has, but for those that PEFT adds for a task type."""
+    added = HEADS_OF_TASKS if config.task_type is not None else ()
+    names = [name for name, _ in model.named_modules()]
+    wanted = () if config.inference_mode else config.modules_to_save or ()
+    return [key for key in wanted if key not in added and not any(name.endswith(key) for name in names)]

@@ -37,7 +37,7 @@ from .config import WasiConfig
 from .convolution import Convolution
 from .coverage import coverage
 from .experts import Experts, stack_energies, stack_factors, stored_factors
-from .heads import FRESH_HEAD, fresh_heads
+from .heads import FRESH_HEAD, UNMATCHED, fresh_heads, unmatched_names
 from .inputs import SharedInputs
 from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
 from .prepared import PreparedLayer, check_prepared, drop_prepared, prepared_for
@@ -216,6 +216,8 @@ class WasiModel(BaseTuner):
                 layers[0].tell_divergence()  # it is watched first, and NaN in one layer is soon in all
             for head in fresh_heads(model, config):
                 logger.warning(FRESH_HEAD.format(head=head))
+            for name in unmatched_names(model, config):
+                logger.warning(UNMATCHED.format(name=name, model=type(model).__name__))
             summary = wasi_summary(model, adapter_name)
             logger.log(logging.WARNING if summary.past_break_even else logging.INFO, summary.headline())
             reach = coverage(model, adapter_name)

@@ -92,7 +92,8 @@ class WasiSummary:
         """One line for a log."""
         ranks = sorted(layer.rank for layer in self.layers)
         residuals = sorted({layer.frozen or "" for layer in self.layers} - {""})
-        beside = f" beside weights in {' and '.join(residuals)}" if residuals else ""
+        kinds = ["exact weights" if kind == "exact" else f"weights in {kind}" for kind in residuals]
+        beside = f" beside {' and '.join(kinds)}" if residuals else ""
         text = (
             f"WASI adapter {self.adapter_name!r}: {len(self.layers)} layers, rank {rank_range(ranks)}{beside}, "
             f"{self.kept_share:.1%} of their bytes kept"

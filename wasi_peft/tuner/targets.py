@@ -117,6 +117,12 @@ def default_target_names(model: nn.Module, config: WasiConfig) -> set[str]:
         names -= stacks
     if config.residual is None:  # of a compressed model, its factors: what is dense there was not to be factored
         names = {name for name, layer in layers.items() if _own_factors(layer) is not None} or names
+    if not names and config.layers_to_transform is not None:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r} selects no layer of {type(model).__name__} that "
+            "could be a target: blocks are counted from 0"
+            + (f", in modules called layers_pattern={config.layers_pattern!r}." if config.layers_pattern else ".")
+        )
     if not names:
         raise ValueError(
             f"{type(model).__name__} has nothing to target by default: no Linear or Conv1D layers with at least "
@@ -285,7 +291,8 @@ def _check_target(
         _check_stack(name, module, config, shared, skeleton)
     elif not isinstance(module, (nn.Linear, Conv1D)):
         raise TypeError(
-            f"{name}: target modules must be torch.nn.Linear or transformers Conv1D, got {type(module).__name__}."
+            f"{name}: target modules must be torch.nn.Linear or transformers Conv1D, got {type(module).__name__}. "
+            "Leave it out with exclude_modules, or name the layers in it."
         )
     elif not is_plain_linear(module):
         raise TypeError(
