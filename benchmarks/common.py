@@ -111,10 +111,12 @@ def vit_b32(**changes: Any) -> nn.Module:
     return ViTForImageClassification(ViTConfig(**{"patch_size": 32, "num_labels": 10, **changes}))
 
 
-def with_lora(model: nn.Module, modules_to_save: list[str] | None = None, checkpointing: bool = False) -> nn.Module:
-    """Returns the model with LoRA of rank 16 and alpha 32 on the layers that WASI takes by default."""
+def with_lora(
+    model: nn.Module, modules_to_save: list[str] | None = None, checkpointing: bool = False, rank: int = 16
+) -> nn.Module:
+    """Returns the model with LoRA, of an alpha of twice its rank, on the layers that WASI takes by default."""
     targets = list(default_target_names(model, wasi_peft.WasiConfig(residual=None)))
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, modules_to_save=modules_to_save)
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=modules_to_save)
     model = peft.get_peft_model(model, config)
     if checkpointing:
         model.enable_input_require_grads()

@@ -65,12 +65,14 @@ COSTS = ("job_seconds", "peak_mib")
 Items = list[dict[str, torch.Tensor]]
 
 
-def load_items(train_count: int) -> tuple[Items, Items, Items]:
+def load_items(
+    train_count: int, validation: int = VALIDATION, test: int = TEST, tokens: int = TOKENS
+) -> tuple[Items, Items, Items]:
     """Returns mails to train on, to choose by and to test on, each a mapping with its label."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder())
-    mails = load_mails(train_count + VALIDATION + TEST)
+    mails = load_mails(train_count + validation + test)
     texts, labels = [text for text, _ in mails], torch.tensor([label for _, label in mails])
-    options: dict[str, Any] = {"truncation": True, "max_length": TOKENS, "padding": "max_length"}
+    options: dict[str, Any] = {"truncation": True, "max_length": tokens, "padding": "max_length"}
     rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": []}
     for start in range(0, len(texts), 50):  # what a tokenizer answers holds all that it cut off
         encoded = tokenizer(texts[start : start + 50], **options)
@@ -78,7 +80,7 @@ def load_items(train_count: int) -> tuple[Items, Items, Items]:
             part += encoded[name]
     fields = {**{name: torch.tensor(part) for name, part in rows.items()}, "labels": labels}
     items = [{name: tensor[index] for name, tensor in fields.items()} for index in range(len(mails))]
-    return items[:train_count], items[train_count : train_count + VALIDATION], items[train_count + VALIDATION :]
+    return items[:train_count], items[train_count : train_count + validation], items[train_count + validation :]
 
 
 def build(settings: Settings, model: nn.Module, train_set: Items) -> nn.Module:

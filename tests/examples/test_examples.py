@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import evaluate
@@ -20,6 +21,7 @@ from scripts import ROOT, run_script
 from tokenizing import byte_llama, byte_tokenizer
 
 import wasi_peft
+from wasi_peft.training import federated
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 METRICS = ROOT / "examples" / "metrics"
@@ -226,22 +228,74 @@ def test_dpo(run: Callable[..., str], language_model: Path, preferences: Path, t
         assert number(r"margin at the last steps: (\S+)", text) > 0.05
 
 
-def test_federated(run: Callable[..., str], text_model: Path, mails: Path, tmp_path: Path) -> None:
-    text = run(
-        "federated", "--model", text_model, "--dataset", mails, "--rounds", "4", "--steps", "4", "--batch-size", "8",
-        "--lr", "3e-3",
-    )  # fmt: skip
+def test_federated(
+    run: Callable[..., str],
+    text_model: Path,
+    mails: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    steps = ("--rounds", "4", "--steps", "4", "--batch-size", "8", "--lr", "3e-3")
+    arguments = ("--model", text_model, "--dataset", mails, *steps)
+    text = run("federated", *arguments)
     accuracies = [float(value) for value in re.findall(r"round \d: accuracy (\S+),", text)]
     assert len(accuracies) == 4 and accuracies[-1] > 0.8
-    assert (tmp_path / "outputs" / "federated" / "server" / "adapter_model.safetensors").is_file()
+    file, warnings = tmp_path / "outputs" / "federated" / "adapter_model.safetensors", "wasi_peft.training.federated"
+    trained, fails, trained_state = file.read_bytes(), iter("xx..xxxx"), federated.trained_state
+    assert not [record for record in caplog.records if record.name == warnings]
+
+    def answer(*given: Any) -> Any:
+        if next(fails) == "x":
+            raise MemoryError("no memory left")
+        return trained_state(*given)
+
+    monkeypatch.setattr(federated, "trained_state", answer)
+    with pytest.raises(RuntimeError, match="round 2: none of 4 clients has sent anything"):
+        run("federated", *arguments)
+    lines = [record.getMessage() for record in caplog.records if record.name == warnings]
+    assert len(lines) == 6
+    assert lines[:2] == [f"round 1: client {number} is left out: MemoryError: no memory left" for number in (1, 2)]
+    assert file.read_bytes() != trained  # the average of the other two
 
 
-def test_federated_flower(run: Callable[..., str], text_model: Path, mails: Path, tmp_path: Path) -> None:
+def test_federated_flower(
+    run: Callable[..., str], text_model: Path, mails: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("flwr")
-    text = run("federated_flower", "--model", text_model, "--dataset", mails, "--rounds", "3", "--lr", "3e-3")
-    accuracies = [float(value) for value in re.findall(r"round \d: accuracy (\S+),", text)]
-    assert len(accuracies) == 3 and accuracies[-1] > 0.8
-    assert (tmp_path / "outputs" / "federated_flower" / "adapter_model.safetensors").is_file()
+    arguments = ("--model", text_model, "--dataset", mails, "--rounds", "3", "--lr", "3e-3")
+    text = run("federated_flower", *arguments)
+    accuracies = [float(value) for value in re.findall(r"round \d: accuracy (\S+)", text)]
+    assert len(accuracies) == 4 and accuracies[-1] > 0.8
+    file = tmp_path / "outputs" / "federated_flower" / "adapter_model.safetensors"
+    trained, fails, trained_state = file.read_bytes(), iter("x..xxxxx"), federated.trained_state
+
+    def answer(*given: Any) -> Any:
+        if next(fails) == "x":
+            raise MemoryError("no memory left")
+        return trained_state(*given)
+
+    monkeypatch.setattr(federated, "trained_state", answer)
+    with pytest.raises(RuntimeError, match="round 2: none of 4 clients has sent anything"):
+        run("federated_flower", *arguments)
+    assert file.read_bytes() != trained
+
+
+@pytest.mark.parametrize("name", ["federated", "federated_flower"])
+def test_federated_examples_name_a_missing_column(
+    name: str, run: Callable[..., str], text_model: Path, tmp_path_factory: pytest.TempPathFactory, capsys: Any
+) -> None:
+    if name == "federated_flower":
+        pytest.importorskip("flwr")
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "other.csv").write_text("\n".join(["text,class", *["aaa,ham", "zzz,spam"] * 4]))
+    with pytest.raises(SystemExit):
+        run(name, "--model", text_model, "--dataset", folder)
+    assert "the dataset must have a column 'label', got text, class" in capsys.readouterr().err
+    if name == "federated":
+        with pytest.raises(SystemExit):
+            run(name, "--model", text_model, "--dataset", folder, "--label-column", "class", "--clients", "7")
+        assert "--clients must be from 1 to 6, the training texts, got 7" in capsys.readouterr().err
 
 
 def test_semantic_segmentation(run: Callable[..., str], segmentation_model: Path, maps: Path) -> None:

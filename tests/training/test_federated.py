@@ -16,16 +16,19 @@ from wasi_peft.training.federated import (
     Contribution,
     averaged,
     check_contribution,
+    check_state,
     cut_state,
     load_state,
     rank_of,
     state_bytes,
     train_last_blocks,
     trained_state,
+    usable,
 )
 
 VIT = ARCHITECTURES["vit"]
 PREFIX = "base_model.model.layer.wasi_form.wasi_added_"
+BLOCK = "base_model.model.vit.layers.1.attention.q_proj.wasi_form.wasi_added_"
 LEFT, RIGHT = f"{PREFIX}L", f"{PREFIX}R"
 
 
@@ -97,6 +100,8 @@ def test_what_nobody_trained_stays_and_other_weights_are_of_those_who_did() -> N
         (random_pair(3, 1), 1.0, "one rank, at most 2, got"),
         (random_pair(2, 1, out=8), 1.0, r"must have shape \[9, 2\], got \[8, 2\]"),
         ({LEFT: torch.zeros(9)}, 1.0, r"must have shape|one rank"),
+        ({RIGHT: torch.zeros(2, 7), LEFT: torch.zeros(9)}, 1.0, "one rank, at most 2"),
+        ({LEFT: torch.zeros(9, 2, dtype=torch.int8)}, 1.0, "must be of a dtype like torch.float32, got torch.int8"),
     ],
 )
 def test_what_cannot_be_averaged_is_refused(sent: dict[str, Tensor], weight: float, sentence: str) -> None:
@@ -109,12 +114,45 @@ def test_other_factors_than_two_are_refused() -> None:
     server = {**random_pair(2, 0), "base_model.model.layer.wasi_form.wasi_M": torch.eye(2)}
     with pytest.raises(ValueError, match="are of L and R in floating point"):
         averaged(server, [Contribution(server, random_pair(2, 1), 1)])
+    with pytest.raises(ValueError, match=r"layer\.wasi_form\.wasi_M: federated averages are of L and R"):
+        check_state(server)
     replacing = {key.replace("added_", ""): value for key, value in random_pair(2, 0).items()}
     with pytest.raises(ValueError, match="factors replace the weight"):
         cut_state(replacing, 1)
     assert cut_state(replacing, 2) == replacing
     with pytest.raises(ValueError, match="rank must be"):
         cut_state(replacing, 0)
+
+
+def test_a_round_goes_on_without_clients_that_fail(caplog: pytest.LogCaptureFixture) -> None:
+    """The line names each of them and says why; the others' average is as if those had not been asked."""
+    server = random_pair(2, 0)
+    good = {name: Contribution(server, random_pair(2, seed), seed) for name, seed in (("Oslo", 1), ("Lima", 2))}
+    bad = {
+        "Rome": MemoryError("no memory left"),
+        "Kyiv": None,
+        "Bonn": "its battery is empty.",
+        "Doha": Contribution(server, {LEFT: torch.full((9, 2), torch.inf)}, 1),
+        "Baku": Contribution(server, random_pair(2, 1, out=8), 1),
+    }
+    used = usable(server, {**bad, **good}, turn=3)
+    assert used == good
+    lines = [record.getMessage() for record in caplog.records]
+    reasons = [
+        "MemoryError: no memory left",
+        "it has not answered",
+        "its battery is empty",
+        "holds NaN",
+        "shape [9, 2]",
+    ]
+    assert len(lines) == len(bad)
+    for line, name, reason in zip(lines, bad, reasons, strict=True):
+        assert line.startswith(f"round 3: {name} is left out: ") and reason in line
+    before = {key: value.clone() for key, value in server.items()}
+    averaged(server, list(used.values()))
+    with pytest.raises(RuntimeError, match="round 4: none of 5 clients has sent anything that can be averaged"):
+        usable(server, bad, turn=4)
+    assert all(torch.equal(server[key], before[key]) for key in before)
 
 
 # ---------------------------------------------------------------- models
@@ -168,6 +206,21 @@ def test_a_round_of_clients_with_budgets(form: str) -> None:
     assert any(key.endswith("_L") for key in changed)
 
 
+def test_a_model_that_clients_share_is_to_each_as_a_new_one() -> None:
+    """Also in what the first batch makes of R."""
+    state, shared = whole_state(adapted()), adapted()
+    for seed in (1, 7):
+        for model in (shared, alone := adapted()):
+            load_state(model, state)
+            trained(model, seed)
+        assert all(torch.equal(value, whole_state(alone)[key]) for key, value in whole_state(shared).items())
+        assert not torch.equal(whole_state(alone)[f"{BLOCK}L"], state[f"{BLOCK}L"])
+    later = whole_state(shared)
+    load_state(shared, later)
+    shared(**VIT.batch(4, 3))
+    assert all(torch.equal(value, later[key]) for key, value in whole_state(shared).items())
+
+
 def test_one_client_alone_gives_what_it_has_trained() -> None:
     """So federated training of one is training."""
     model = adapted()
@@ -213,6 +266,16 @@ def client_app(broken: dict[int, str]) -> Any:
         sent = trained_state(trained(model), given)
         if fault == "nan":
             next(iter(sent.values())).fill_(torch.nan)
+        if fault == "shape":
+            sent = {key: value[..., :-1] for key, value in sent.items()}
+        if fault == "empty":
+            return messages.Message(messages.RecordDict({}), reply_to=message)
+        if fault == "weight":
+            records = {
+                "arrays": messages.ArrayRecord(sent),
+                "metrics": messages.MetricRecord({"num-examples": [4, 4]}),
+            }
+            return messages.Message(messages.RecordDict(records), reply_to=message)
         metrics = {"num-examples": 4 + number, "loss": float(number)}
         records = {"arrays": messages.ArrayRecord(sent), "metrics": messages.MetricRecord(metrics)}
         return messages.Message(messages.RecordDict(records), reply_to=message)
@@ -254,6 +317,26 @@ def test_flower_leaves_out_clients_that_fail(caplog: pytest.LogCaptureFixture) -
     assert "round 1: node 4 is left out: " in lines[1] and "holds NaN or Inf" in lines[1]
     assert all(bool(value.isfinite().all()) for value in result.arrays.to_torch_state_dict().values())
     assert result.train_metrics_clientapp[1]["loss"] == pytest.approx((0 * 4 + 2 * 6) / 10)
+
+
+def test_flower_refuses_answers_of_other_shapes_and_kinds(caplog: pytest.LogCaptureFixture) -> None:
+    _, start, _ = flower_run({0: "shape", 1: "empty", 2: "weight"}, rounds=1)
+    result = start()
+    lines = sorted(record.getMessage() for record in caplog.records if record.name.startswith("wasi_peft"))
+    assert len(lines) == 3
+    assert lines[0].startswith("round 1: node 1 is left out: ") and "must have" in lines[0]
+    assert "node 2 is left out: its message must hold one record of arrays and one of metrics" in lines[1]
+    assert "node 3 is left out: num-examples must be a number, got [4, 4]" in lines[2]
+    assert result.train_metrics_clientapp[1]["loss"] == 3
+
+
+def test_flower_refuses_adapters_without_an_average_before_anything_trains() -> None:
+    strategy, _, state = flower_run({})
+    flower = importlib.import_module("wasi_peft.training.flower")
+    messages = importlib.import_module("flwr.app")
+    record = messages.ArrayRecord({**state, "base_model.model.layer.wasi_form.wasi_M": torch.eye(2)})
+    with pytest.raises(ValueError, match="wasi_M: federated averages are of L and R"):
+        strategy.start(flower.LocalGrid(client_app(dict.fromkeys(range(4), "raises")), 4), record, 1)
 
 
 def test_flower_names_clients_that_do_not_answer(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:

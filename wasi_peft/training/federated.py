@@ -14,6 +14,7 @@ States are plain: what `get_peft_model_state_dict` gives, and parts of it. :mod:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 from ..linalg.sums import Pair, compressed_sum, stacked_sum
 from ..models.structure import Structure
 from ..tuner.config import check_positive_integer
+from ..tuner.layer import wasi_layers
+
+logger = logging.getLogger(__name__)
 
 State = Mapping[str, Tensor]
 
@@ -91,6 +95,8 @@ def train_last_blocks(model: nn.Module, count: int) -> None:
 def load_state(model: nn.Module, state: State, adapter_name: str = "default") -> None:
     """Load a whole state, whatever its ranks are; the parameters stay the same objects.
 
+    Where nothing has been learnt yet, the next batch gives R its coordinates, as the first one does in a new adapter.
+
     Args:
         model: The PEFT model.
         state: From the server.
@@ -100,6 +106,8 @@ def load_state(model: nn.Module, state: State, adapter_name: str = "default") ->
         ValueError: If the state is not one of this adapter; nothing has changed then.
     """
     set_peft_model_state_dict(model, dict(state), adapter_name=adapter_name)
+    for _, layer in wasi_layers(model):
+        layer.meet_again(adapter_name)
 
 
 def trained_state(model: nn.Module, received: State, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -159,12 +167,15 @@ def check_contribution(state: State, contribution: Contribution) -> None:
     for key, value in sent.items():
         if key not in state:
             raise ValueError(f"{key}: not a tensor of the server's adapter.")
+        if value.is_floating_point() != state[key].is_floating_point():
+            raise ValueError(f"{key}: must be of a dtype like {state[key].dtype}, got {value.dtype}.")
         wanted = list(state[key].shape)
         partner = _partner(key)
         if partner in state:
             axis = 1 if _is_left(key) else 0
             rank = value.shape[axis] if value.dim() == 2 else 0
-            own = sent.get(partner, received[partner]).shape[1 - axis]
+            beside = sent.get(partner, received[partner])
+            own = beside.shape[1 - axis] if beside.dim() == 2 else 0
             if rank != own or rank > received[key].shape[axis]:
                 raise ValueError(
                     f"{key}: L and R must have one rank, at most {received[key].shape[axis]}, got {list(value.shape)} "
@@ -175,6 +186,59 @@ def check_contribution(state: State, contribution: Contribution) -> None:
             raise ValueError(f"{key}: must have shape {wanted}, got {list(value.shape)}.")
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(f"{key}: holds NaN or Inf.")
+
+
+def check_state(state: State) -> None:
+    """Refuse an adapter that has no federated average.
+
+    Raises:
+        ValueError: If a layer has other factors than L and R in floating point.
+    """
+    for _ in _pairs(state):
+        pass
+
+
+def usable(
+    state: State, answers: Mapping[str, Contribution | BaseException | str | None], turn: int
+) -> dict[str, Contribution]:
+    """What can be averaged of the answers of a round. A warning names each client that is left out, and says why.
+
+    Args:
+        state: Of the server.
+        answers: Of each client that was asked, by its name: what it has sent, or what it has raised, or another reason
+            why it has sent nothing, or None.
+        turn: The round, for the warnings.
+
+    Raises:
+        RuntimeError: If nothing can be averaged. Then the server's state is still what was trained before.
+
+    Example:
+        >>> key = "layer.wasi_form.wasi_added_"
+        >>> server = {f"{key}L": torch.zeros(3, 1), f"{key}R": torch.ones(1, 2)}
+        >>> sent = Contribution(server, {f"{key}L": torch.ones(3, 1)}, weight=10)
+        >>> list(usable(server, {"Oslo": sent, "Rome": MemoryError("no memory left"), "Kyiv": None}, turn=1))
+        ['Oslo']
+    """
+    contributions, reasons = dict[str, Contribution](), dict[str, str]()
+    for name, answer in answers.items():
+        if isinstance(answer, Contribution):
+            try:
+                check_contribution(state, answer)
+                contributions[name] = answer
+            except ValueError as error:
+                reasons[name] = str(error)
+        elif answer is None:
+            reasons[name] = "it has not answered."
+        else:
+            reasons[name] = answer if isinstance(answer, str) else f"{type(answer).__name__}: {answer}"
+    for name, reason in reasons.items():
+        logger.warning("round %d: %s is left out: %s", turn, name, reason)
+    if not contributions:
+        raise RuntimeError(
+            f"round {turn}: none of {len(answers)} clients has sent anything that can be averaged; the server's state "
+            "is that of before."
+        )
+    return contributions
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ Needs the package flwr, so nothing else imports this module.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,9 +15,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from .federated import Contribution, State, averaged, check_contribution, cut_state, rank_of, state_bytes
-
-logger = logging.getLogger(__name__)
+from .federated import Contribution, State, averaged, check_state, cut_state, rank_of, state_bytes, usable
 
 
 class ProductAverage(FedAvg):
@@ -29,7 +26,7 @@ class ProductAverage(FedAvg):
     :func:`federated.trained_state`.
 
     Clients that do not answer, fail, or send what cannot be averaged are left out of the round, each with a line that
-    names it.
+    names it (:func:`federated.usable`). How long the server waits for them is the `timeout` of `start`.
 
     Args:
         **options: As for `FedAvg`.
@@ -47,8 +44,13 @@ class ProductAverage(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The messages of a round, to each node the state at its rank."""
+        """The messages of a round, to each node the state at its rank.
+
+        Raises:
+            ValueError: If adapters of this kind have no federated average.
+        """
         state = dict(arrays.to_torch_state_dict())
+        check_state(state)
         self.state, self._asked = state, {}
         by_rank: dict[int | None, dict[str, Tensor]] = {None: state}
         messages = list(super().configure_train(server_round, arrays, config, grid))
@@ -60,6 +62,7 @@ class ProductAverage(FedAvg):
                 by_rank[rank] = cut_state(state, rank)
             self._asked[node] = by_rank[rank]
             if rank is not None:
+                record: dict[str, ArrayRecord | MetricRecord | ConfigRecord]
                 record = {self.arrayrecord_key: ArrayRecord(by_rank[rank]), self.configrecord_key: config}
                 message.content = RecordDict(record)
         return messages
@@ -72,53 +75,46 @@ class ProductAverage(FedAvg):
         Raises:
             RuntimeError: If no client has sent anything that can be averaged. `state` is as it was.
         """
-        contributions, contents = list[Contribution](), list[RecordDict]()
-        silent = dict.fromkeys(self._asked)
+        answers: dict[str, Contribution | BaseException | str | None] = dict.fromkeys(map(_name, self._asked))
+        contents = dict[str, RecordDict]()
         for reply in replies:
             node = reply.metadata.src_node_id
-            silent.pop(node, None)
             try:
-                contribution = self._contribution(node, reply)
-                check_contribution(self.state, contribution)
-            except (ValueError, KeyError) as error:
-                logger.warning("round %d: node %d is left out: %s", server_round, node, error)
-                continue
-            contributions.append(contribution)
-            contents.append(reply.content)
-            rank = rank_of(contribution.sent)
-            if rank is not None and rank < (rank_of(self.state) or 0):
+                answers[_name(node)] = self._answer(node, reply)
+                if not reply.has_error():
+                    contents[_name(node)] = reply.content
+            except Exception as error:  # whatever a client sends, the round goes on
+                answers[_name(node)] = error
+        used = usable(self.state, answers, server_round)
+        before = self.state
+        self.state = averaged(before, list(used.values()))
+        for node in self._asked:
+            rank = rank_of(used[_name(node)].sent) if _name(node) in used else None
+            if rank is not None and rank < (rank_of(before) or 0):
                 self._ranks[node] = rank
-        for node in silent:
-            logger.warning("round %d: node %d is left out: it has not answered.", server_round, node)
-        if not contributions:
-            raise RuntimeError(
-                f"round {server_round}: none of {len(self._asked)} clients has sent anything that can be averaged. "
-                "The strategy's `state` is that of before."
-            )
-        metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
-        metrics["received-bytes"] = sum(state_bytes(one.sent) for one in contributions)
+        metrics = self.train_metrics_aggr_fn([contents[name] for name in used], self.weighted_by_key)
+        metrics["received-bytes"] = sum(state_bytes(one.sent) for one in used.values())
         metrics["sent-bytes"] = sum(state_bytes(state) for state in self._asked.values())
-        self.state = averaged(self.state, contributions)
         return ArrayRecord(dict(self.state)), metrics
 
-    def _contribution(self, node: int, reply: Message) -> Contribution:
-        """What a node has sent.
-
-        Raises:
-            ValueError: If it has failed, or the message is not of one record of arrays and one of metrics.
-        """
+    def _answer(self, node: int, reply: Message) -> Contribution | str:
+        """What a node has sent, or why it has not."""
         if reply.has_error():
             lines = str(reply.error.reason).strip().splitlines()
-            raise ValueError(lines[-1] if lines else "it has failed.")
+            return lines[-1].removesuffix("'>") if lines else "it has failed."
         if node not in self._asked:
-            raise ValueError("it was not asked.")
+            return "it was not asked."
         arrays, metrics = list(reply.content.array_records.values()), list(reply.content.metric_records.values())
         if len(arrays) != 1 or len(metrics) != 1 or self.weighted_by_key not in metrics[0]:
-            raise ValueError(
-                f"its message must hold one record of arrays and one of metrics with {self.weighted_by_key!r}."
-            )
-        sent = dict(arrays[0].to_torch_state_dict())
-        return Contribution(self._asked[node], sent, float(metrics[0][self.weighted_by_key]))
+            return f"its message must hold one record of arrays and one of metrics with {self.weighted_by_key!r}."
+        weight = metrics[0][self.weighted_by_key]
+        if isinstance(weight, list):
+            return f"{self.weighted_by_key} must be a number, got {weight}."
+        return Contribution(self._asked[node], dict(arrays[0].to_torch_state_dict()), float(weight))
+
+
+def _name(node: int) -> str:
+    return f"node {node}"
 
 
 class LocalGrid(Grid):

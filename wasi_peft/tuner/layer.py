@@ -81,6 +81,7 @@ class WasiLayer(BaseTunerLayer):
         self._loading_group: dict[str, WasiLayer] = {}  # all layers of an adapter that is being loaded, by name
         self._release_to: str | None = None
         self._products: ProductChoice | None = None  # of a residual to come
+        self._starts_fresh: set[str] = set()  # adapters whose first factors had met no data
         self._fresh: set[str] = set()  # adapters whose factors have met no data yet
         self._met: dict[str, MetFactor] = {}  # of those, what the first batch made of factors that may be in shards
 
@@ -237,7 +238,8 @@ class WasiLayer(BaseTunerLayer):
             self._awaiting.add(adapter_name)
             self._answers_before = not config.names_fitted
         fresh = isinstance(initial, InitialFactors) and initial.residual is not None and not initial.met_data
-        (self._fresh.add if fresh else self._fresh.discard)(adapter_name)
+        for known in (self._starts_fresh, self._fresh):
+            (known.add if fresh else known.discard)(adapter_name)
         (self.frozen_biases.add if config.bias == "none" else self.frozen_biases.discard)(adapter_name)
         self._sinks.pop(adapter_name, None)
         self.wasi_update[adapter_name] = update
@@ -340,7 +342,7 @@ class WasiLayer(BaseTunerLayer):
 
     def forget_adapter(self, adapter_name: str) -> None:
         """Drop what is known of an adapter beside its form."""
-        for known in (self._awaiting, self._fresh, self.frozen_biases):
+        for known in (self._awaiting, self._starts_fresh, self._fresh, self.frozen_biases):
             known.discard(adapter_name)
         for table in (self.wasi_update, self.wasi_input, self._sinks, self._met):
             table.pop(adapter_name, None)
@@ -635,6 +637,15 @@ class Linear(nn.Module, WasiLayer):
         sink = None if compiling else self.product_gradient_sink(name)
         with torch.autocast(device_type=x.device.type, enabled=False):
             return update.forward(form, rows, compressed, sink)
+
+    def meet_again(self, adapter_name: str) -> None:
+        """Have the next training batch do what the first one did, for factors that were put in since.
+
+        That is nothing where L is not zero, and where the first factors of the adapter had met data before.
+        """
+        if adapter_name in self._starts_fresh:
+            self._met.pop(adapter_name, None)
+            self._fresh.add(adapter_name)
 
     @torch.compiler.disable
     def _meet(self, name: str, rows: Tensor) -> None:
