@@ -293,7 +293,11 @@ def test_outputs_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "folder")
-    refused(dense, tmp_path / "folder", "the output must not exist yet; one that exists needs overwrite=True, or --overwrite")
+    refused(
+        dense,
+        tmp_path / "folder",
+        "the output must not exist yet; one that exists needs overwrite=True, or --overwrite",
+    )
     refused(dense, tmp_path / "file", "the output must not exist yet; it is no folder", overwrite=True)
     refused(dense, tmp_path / "link", "the output must not exist yet", overwrite=True)
     refused(dense, tmp_path / "none" / "small", "the folder in which it is to be must exist")
