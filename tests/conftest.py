@@ -27,6 +27,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:The initial factors come from a plain truncated SVD")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skip what uses transformers' own adapter methods where they ask for a newer PEFT than there is (5.24 does)."""
+    try:
+        return (yield)
+    except ValueError as error:
+        if "The version of PEFT you are using is not compatible" in str(error):
+            pytest.skip(f"transformers {transformers.__version__}: {error}")
+        raise
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Start every test from the same random state."""
