@@ -89,8 +89,8 @@ def build(variant: str, workload: Workload) -> nn.Module:
     """Makes the model of a variant.
 
     Args:
-        variant: "full", "lora", "lora, checkpointing"; "residual [int4|dense] MODE", a frozen weight in 8 bits, in 4
-            or as it is, beside factors; "wasi [UPDATE] MODE", two factors in its place. Every update that
+        variant: "full", "lora", "lora, checkpointing"; "residual [int4|dense|K] MODE", a frozen weight in 8 bits, in
+            4 or as it is, beside factors, of rank K; "wasi [UPDATE] MODE", two factors in its place. Every update that
             can compress inputs does so.
         workload: What it is made for.
 
@@ -108,8 +108,9 @@ def build(variant: str, workload: Workload) -> nn.Module:
     if dense:
         return with_lora(model, saved, checkpointing=variant == CHECKPOINTED)
     if form == "residual":
+        rank = int(options.pop()) if options and options[0].isdecimal() else None
         kind = RESIDUAL_KINDS[options[0] if options else "int8"]
-        config = wasi_peft.WasiConfig(residual=kind, memory_mode=mode, modules_to_save=saved)
+        config = wasi_peft.WasiConfig(residual=kind, weight_rank=rank, memory_mode=mode, modules_to_save=saved)
         return peft.get_peft_model(model, config)
     return _with_factors(model, workload, make_update(options[0] if options else DEFAULT_UPDATE), mode, saved)
 
