@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from expert_models import experts_model, tokens
 from models import ARCHITECTURES, FORMS
 from peft import get_peft_model, get_peft_model_state_dict
 from torch import Tensor
@@ -219,6 +220,21 @@ def test_a_model_that_clients_share_is_to_each_as_a_new_one() -> None:
     load_state(shared, later)
     shared(**VIT.batch(4, 3))
     assert all(torch.equal(value, later[key]) for key, value in whole_state(shared).items())
+
+
+def test_experts_of_a_model_that_clients_share_meet_their_rows_again() -> None:
+    def new() -> Any:
+        config = WasiConfig(weight_rank=3, residual="int8", target_modules=["gate_up_proj", "down_proj"])
+        return get_peft_model(experts_model("mixtral", torch.float32), config).train()
+
+    state, shared, ids = whole_state(new()), new(), tokens()
+    for batch in (ids, ids.flip(1)):
+        for model in (shared, alone := new()):
+            load_state(model, state)
+            model(input_ids=batch)
+        met = whole_state(alone)
+        assert any(not torch.equal(met[key], state[key]) for key in met if key.endswith("_R"))
+        assert all(torch.equal(value, met[key]) for key, value in whole_state(shared).items())
 
 
 def test_one_client_alone_gives_what_it_has_trained() -> None:

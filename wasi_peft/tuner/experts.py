@@ -57,6 +57,10 @@ class Experts(PackedWeight, Linear):
         self.wasi_update[adapter_name] = replace(self.wasi_update[adapter_name], frozen_dtype=None)
         self._unmet[adapter_name] = set(range(self.experts))
 
+    def meet_again(self, adapter_name: str) -> None:
+        super().meet_again(adapter_name)
+        self._unmet[adapter_name] = set(range(self.experts))
+
     def forget_adapter(self, adapter_name: str) -> None:
         super().forget_adapter(adapter_name)
         self._unmet.pop(adapter_name, None)
