@@ -25,8 +25,6 @@ from transformers import ViTConfig, ViTForImageClassification
 import wasi_peft
 from wasi_peft.tuner.targets import default_target_names
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler behind measure_peak_memory logs every start and stop
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS_FOLDER = REPOSITORY / "docs" / "benchmarks"
 Batch = Mapping[str, torch.Tensor]

@@ -23,7 +23,6 @@ import argparse
 import functools
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 import wasi_peft
 from common import RESULTS_FOLDER, environment, read_json, with_lora
 from finetuning import HEAD, build_optimizer
-from runs import Scores, Settings, comparison, plan_of, run_missing
+from runs import Scores, Settings, add_plan_arguments, comparison, plan_of, run_missing
 from spam import Items, accuracy, load_items, stacked
 from texts import minilm_folder
 from wasi_peft.linalg.sums import compressed_sum, stacked_sum
@@ -208,11 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--train", type=int, default=1600, help="mails of all clients")
     add("--rounds", type=int, default=8)
     add("--steps", type=int, default=8, help="of a client in a round, of 8 mails")
-    add("--lr", nargs="+", help="learning rates, or best: that of the finished runs of seed 0 (default: GRID, best)")
-    add("--seed", type=int, nargs="+", help="seeds (default: 0 with --lr, else 0, 1 and 2; 0 must come first)")
-    add("--threads", type=int, default=1)
-    add("--results", type=Path, default=RESULTS, help="the JSON file")
-    add("--summarise", action="store_true", help="run nothing, print mean and spread of the finished runs")
+    add_plan_arguments(parser, RESULTS, threads=1)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()

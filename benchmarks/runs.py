@@ -163,23 +163,29 @@ def plan_of(args: argparse.Namespace, grid: Iterable[float], repeats: int = 3) -
     return [(rate, seed) for seed in seeds for rate in args.lr or (list(grid) if seed == 0 else [BEST])]
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, results: Path, threads: int) -> None:
-    """Adds the options of every script of runs: which ones, where they go, the residual form, the precision.
+def add_plan_arguments(parser: argparse.ArgumentParser, results: Path, threads: int) -> None:
+    """Adds the options of every script of runs: which ones, and where they go.
 
     Args:
         parser: The script's.
         results: Its JSON file.
         threads: By default.
     """
-    from wasi_peft.forms.frozen import FROZEN
-    from wasi_peft.forms.residual import RESIDUALS
-
     add = parser.add_argument
     add("--lr", nargs="+", help="learning rates, or best: that of the finished runs of seed 0 (default: GRID, best)")
     add("--seed", type=int, nargs="+", help="seeds (default: 0 with --lr, else 0, 1 and 2; 0 must come first)")
     add("--threads", type=int, default=threads)
     add("--results", type=Path, default=results, help="the JSON file")
     add("--summarise", action="store_true", help="run nothing, print mean and spread of the finished runs")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, results: Path, threads: int) -> None:
+    """Adds these and what is to be known of the residual form and the precision."""
+    from wasi_peft.forms.frozen import FROZEN
+    from wasi_peft.forms.residual import RESIDUALS
+
+    add_plan_arguments(parser, results, threads)
+    add = parser.add_argument
     add("--residual", nargs="+", choices=RESIDUALS, default=["int8"], help="residual: how the frozen weight is kept")
     add("--rank", type=int, nargs="+", default=[None], help="residual: K (default: that of WasiConfig)")
     add("--prepare", type=int, default=0, help="residual: calibration batches; 0: the adapter alone, no preparation")

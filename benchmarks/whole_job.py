@@ -2,7 +2,7 @@
 
 Every job is a process of its own, in rounds, all methods once a round and nobody always first: full fine-tuning, LoRA
 r=16 with and without gradient checkpointing, WASI's residual form in the three memory modes, also at LoRA's rank
-("residual small 16"), and WASI's factors with their preparation; each in float32 and under autocast to bfloat16. Two
+("residual 16 small"), and WASI's factors with their preparation; each in float32 and under autocast to bfloat16. Two
 models: DINOv2-small on Fashion-MNIST at 56 px, 3 epochs of 6,000 images in batches of 32, and SmolLM2-135M, 40 steps
 of 8 mails of 128 tokens.
 
@@ -48,8 +48,7 @@ from wasi_peft.tuner.config import MEMORY_MODES  # noqa: E402
 
 RESULTS = RESULTS_FOLDER / "whole_job.json"
 LORA, CHECKPOINTED, IDLE = "lora", "lora, checkpointing", "idle"
-AT_LORAS_RANK = "16"  # beside a residual, K is 32 by default
-RESIDUALS = tuple(f"residual {mode}{rank}" for rank in ("", f" {AT_LORAS_RANK}") for mode in MEMORY_MODES)
+RESIDUALS = tuple(f"residual {rank}{mode}" for rank in ("", "16 ") for mode in MEMORY_MODES)
 METHODS = ("full", LORA, CHECKPOINTED, *RESIDUALS, "factors")
 # the best of those tried, by held-out data: finetune_accuracy.py and finetune_perplexity.py
 RATES = {
@@ -85,7 +84,7 @@ def adapt(job: dict[str, Any], model: torch.nn.Module, train_set: Any) -> torch.
     if job["method"] in (LORA, CHECKPOINTED):
         return with_lora(model, head, checkpointing=job["method"] == CHECKPOINTED)
     if form == "residual":
-        _, mode, *rank = job["method"].split()
+        _, *rank, mode = job["method"].split()
         options = {"weight_rank": int(rank[0])} if rank else {}
         return peft.get_peft_model(model, wasi_peft.WasiConfig(memory_mode=mode, modules_to_save=head, **options))
     config = wasi_peft.WasiConfig(weight_share=0.4, modules_to_save=head)

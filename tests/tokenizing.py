@@ -1,8 +1,9 @@
-"""A tokenizer without a vocabulary to download, and a language model that reads it."""
+"""A tokenizer without a vocabulary to download, and models that read it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,18 @@ def byte_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> transformers.PreTr
     )  # fmt: skip
     fast.chat_template = CHAT
     return fast
+
+
+def save_byte_bert(folder: Path) -> None:
+    """A tiny BERT without a head and its tokenizer, the same each time."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def byte_llama(merges: int = 0, **options: Any) -> transformers.LlamaForCausalLM:

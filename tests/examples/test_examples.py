@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from scripts import ROOT, run_script
-from tokenizing import byte_llama, byte_tokenizer
+from tokenizing import byte_llama, byte_tokenizer, save_byte_bert
 
 import wasi_peft
 from wasi_peft.training import federated
@@ -46,14 +46,8 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT without a head, with a tokenizer."""
-    torch.manual_seed(0)
-    folder, tokenizer = tmp_path_factory.mktemp("bert"), byte_tokenizer()
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    transformers.BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("bert")
+    save_byte_bert(folder)
     return folder
 
 
@@ -228,6 +222,18 @@ def test_dpo(run: Callable[..., str], language_model: Path, preferences: Path, t
         assert number(r"margin at the last steps: (\S+)", text) > 0.05
 
 
+def let_clients_fail(monkeypatch: pytest.MonkeyPatch, answers: str) -> None:
+    """Has clients run out of memory in turn, those with an x."""
+    fails, trained_state = iter(answers), federated.trained_state
+
+    def answer(*given: Any) -> Any:
+        if next(fails) == "x":
+            raise MemoryError("no memory left")
+        return trained_state(*given)
+
+    monkeypatch.setattr(federated, "trained_state", answer)
+
+
 def test_federated(
     run: Callable[..., str],
     text_model: Path,
@@ -242,15 +248,9 @@ def test_federated(
     accuracies = [float(value) for value in re.findall(r"round \d: accuracy (\S+),", text)]
     assert len(accuracies) == 4 and accuracies[-1] > 0.8
     file, warnings = tmp_path / "outputs" / "federated" / "adapter_model.safetensors", "wasi_peft.training.federated"
-    trained, fails, trained_state = file.read_bytes(), iter("xx..xxxx"), federated.trained_state
+    trained = file.read_bytes()
     assert not [record for record in caplog.records if record.name == warnings]
-
-    def answer(*given: Any) -> Any:
-        if next(fails) == "x":
-            raise MemoryError("no memory left")
-        return trained_state(*given)
-
-    monkeypatch.setattr(federated, "trained_state", answer)
+    let_clients_fail(monkeypatch, "xx..xxxx")
     with pytest.raises(RuntimeError, match="round 2: none of 4 clients has sent anything"):
         run("federated", *arguments)
     lines = [record.getMessage() for record in caplog.records if record.name == warnings]
@@ -268,14 +268,8 @@ def test_federated_flower(
     accuracies = [float(value) for value in re.findall(r"round \d: accuracy (\S+)", text)]
     assert len(accuracies) == 4 and accuracies[-1] > 0.8
     file = tmp_path / "outputs" / "federated_flower" / "adapter_model.safetensors"
-    trained, fails, trained_state = file.read_bytes(), iter("x..xxxxx"), federated.trained_state
-
-    def answer(*given: Any) -> Any:
-        if next(fails) == "x":
-            raise MemoryError("no memory left")
-        return trained_state(*given)
-
-    monkeypatch.setattr(federated, "trained_state", answer)
+    trained = file.read_bytes()
+    let_clients_fail(monkeypatch, "x..xxxxx")
     with pytest.raises(RuntimeError, match="round 2: none of 4 clients has sent anything"):
         run("federated_flower", *arguments)
     assert file.read_bytes() != trained

@@ -37,6 +37,7 @@ from .estimate import (
     _active_autocast,
     _age_bases,
     _Autocast,
+    _base_of,
     _check_config,
     _decide_products,
     _optimizer_factory,
@@ -324,7 +325,7 @@ class _Runner:
 
     def forward(self, batch: Arguments) -> Any:
         with torch.autocast(self.autocast.device, self.autocast.dtype, self.autocast.enabled):
-            with call_explained(getattr(self.model, "get_base_model", lambda: self.model)(), batch):
+            with call_explained(_base_of(self.model), batch):
                 return self.model(*batch.positional, **batch.named)
 
     def profile(self, rounds: int) -> StepProfile:

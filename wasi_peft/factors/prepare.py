@@ -109,13 +109,8 @@ def preprocess_wasi(
             "model.dequantize() restores the dense layers."
         )
     limits: dict[str, Any] = {"max_batches": max_batches, "max_memory_bytes": max_memory_bytes}
-    if not targets:
-        if data is None:
-            raise ValueError("packed experts are prepared from data, and nothing else; got none.")
-        factors = WasiFactors({})
-        factors.attach(model)
-        prepare_experts(model, config, data, **limits, progress_bar=progress_bar)
-        return factors
+    if not targets and data is None:
+        raise ValueError("packed experts are prepared from data, and nothing else; got none.")
     if adds_only and (data is None or (calibration is not None and not residuals)):
         given = "no data" if data is None else "a calibration"
         raise ValueError(f"additions to a residual are prepared from data, and nothing else; got {given}.")
