@@ -165,6 +165,11 @@ BAD = {
     "merge into what is there": (("merge", "factors", "--output", "small"), "small: there is something already"),
     "merge of a model": (("merge", "vit", "--output", "x"), "vit: must be the folder of a WASI adapter"),
     "base of a model": (("export", "vit", "--base", "vit", "--output", "x"), "--base goes with an adapter's folder"),
+    "a file": (
+        ("export", "vit/config.json", "--output", "x"),
+        "vit/config.json: must be a folder or a hub id, got a file",
+    ),
+    "nameless base": (("merge", "nameless", "--output", "x"), "does not name its base model; give it with --base"),
     "LoRA of a model": (("export", "vit", "--format", "lora", "--output", "x"), "a PEFT model with a WASI adapter"),
     "LoRA of factors": (("export", "factors", "--format", "lora", "--output", "x"), "its factors replace the weight"),
     "plot of a checkpoint": (("inspect", "small", "--plot", "x.png"), "got a compressed checkpoint"),
@@ -181,6 +186,9 @@ EARLY = (
 @pytest.fixture(scope="module")
 def bad_assets(assets: Path) -> None:
     text = (assets / "small" / "config.json").read_text()
+    shutil.copytree(assets / "factors", assets / "nameless")
+    config = json.loads((assets / "nameless" / "adapter_config.json").read_text())
+    (assets / "nameless" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     for name in ("incomplete", "damaged", "later"):
         (assets / name).mkdir()
         (assets / name / "config.json").write_text(text)
