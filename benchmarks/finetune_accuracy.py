@@ -51,7 +51,7 @@ from torch import nn
 
 from common import RESULTS_FOLDER, environment, read_json
 from finetuning import METHODS, accuracy, build, build_optimizer, predict, train
-from images import SHIPPED_IMAGES, ImageSet, fashion_mnist_folder, load_images
+from images import SHIPPED_IMAGES, ImageSet, fashion_mnist_folder, load_images, part
 from initial_factors import REPAIRS, steps_of
 from prepared import VARIANTS, attach_factors, build_config
 from runs import (
@@ -86,11 +86,6 @@ GRID = {
 JUDGED = Scores("validation_accuracy", "test_accuracy")
 SCORES = (JUDGED.held_out, JUDGED.test, "test_accuracy_first_2000")
 DEFAULT_VARIANT, DEFAULT_MODE = "repaired", "exact"
-
-
-def part(images: ImageSet, start: int, stop: int) -> ImageSet:
-    """Returns images ``start`` to ``stop`` - 1."""
-    return ImageSet(images.images[start:stop], images.labels[start:stop], images.image_size, images.classes)
 
 
 def run(settings: Settings) -> dict[str, Any]:

@@ -69,6 +69,11 @@ class ImageSet(Dataset[dict[str, Any]]):
         ]
 
 
+def part(images: ImageSet, start: int, stop: int) -> ImageSet:
+    """Returns images ``start`` to ``stop`` - 1."""
+    return ImageSet(images.images[start:stop], images.labels[start:stop], images.image_size, images.classes)
+
+
 def load_images(
     dataset: str | None = None, train: int = 6000, test: int = 2000, image_size: int = 56
 ) -> tuple[ImageSet, ImageSet]:

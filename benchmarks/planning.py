@@ -9,6 +9,7 @@ trains; its peak is the tracked peak of whole steps on real images. Results: doc
 """
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -30,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import wasi_peft
 from common import RESULTS_FOLDER, adamw, environment, step_peak_bytes, write_json
 from finetuning import accuracy, predict, train, unlabelled
-from images import load_images
+from images import ImageSet, load_images, part
 from vit import load_vit
 from wasi_peft.cost.estimate import PlannedPeaks
 from wasi_peft.planner import peak, planner
@@ -187,8 +188,12 @@ def fits(budgets: Iterable[float], images: int, batch_size: int) -> dict[str, An
 
 
 def compare_forms(args: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tunes the model of both kinds of plan for each budget in MiB; a row for each budget, kind and seed."""
-    train_set, test_set = load_images(train=args.images, test=args.test_images)
+    """Fine-tunes the model of both kinds of plan for each budget in MiB; a row for each budget and kind.
+
+    Every rate trains the same prepared model with the first seed; the best by held-out images has the other seeds.
+    """
+    pool, test_set = load_images(train=args.images + args.held_out, test=args.test_images)
+    train_set, held_out = part(pool, 0, args.images), part(pool, args.images, len(pool))
     dense = load_vit()
     data = list(DataLoader(train_set, batch_size=args.batch, collate_fn=unlabelled))
     calibration = wasi_peft.calibrate_wasi(dense, data)
@@ -212,42 +217,54 @@ def compare_forms(args: argparse.Namespace) -> dict[str, Any]:
                 "error": plan_error(spectra, plan),
                 "weights_kept": round(plan.kept_share, 4),
                 "planning": timing,
+                "held_out_accuracy": {},
                 "accuracy": {},
             }
             for seed in args.seeds:
                 torch.manual_seed(seed)
                 model, config = load_vit(seed=seed), wasi_peft.WasiConfig(plan=plan, **options)
                 wasi_peft.preprocess_wasi(model, config, data, calibration=calibration, repair_steps=args.repair_steps)
-                model = peft.get_peft_model(model, config)
-                row["measured_mib"] = round(step_peak_bytes(model, adamw, batch) / MIB, 2)
-                optimizer = wasi_peft.create_wasi_optimizer(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0)
-                with tempfile.TemporaryDirectory() as folder:
-                    train(
-                        model, optimizer, train_set, Path(folder),
-                        steps=args.steps, epochs=args.epochs, batch_size=args.batch, seed=seed,
-                    )  # fmt: skip
-                row["accuracy"][str(seed)] = round(accuracy(predict(model, test_set), test_set.labels), 4)
-            row["mean_accuracy"] = round(statistics.mean(row["accuracy"].values()), 4)
+                for lr in args.lr if seed == args.seeds[0] else [row["lr"]]:
+                    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+                    row["measured_mib"] = round(step_peak_bytes(adapted, adamw, batch) / MIB, 2)
+                    _fine_tune(adapted, train_set, lr, seed, args)
+                    found = [round(accuracy(predict(adapted, s), s.labels), 4) for s in (held_out, test_set)]
+                    row["held_out_accuracy"][f"{lr:g}, seed {seed}"], row["accuracy"][f"{lr:g}, seed {seed}"] = found
+                if "lr" not in row:
+                    row["lr"] = max(args.lr, key=lambda lr: row["held_out_accuracy"][f"{lr:g}, seed {args.seeds[0]}"])
+            of_best = [row["accuracy"][f"{row['lr']:g}, seed {seed}"] for seed in args.seeds]
+            row["mean_accuracy"] = round(statistics.mean(of_best), 4)
+            row["spread"] = round(statistics.stdev(of_best), 4) if len(of_best) > 1 else None
             rows[f"{budget:g} MiB, {kind}"] = row
-            print(f"{budget:g} MiB, {kind}: {row}")
+            print(f"{budget:g} MiB, {kind}: {row}", flush=True)
     print(_forms_table(rows))
     return rows
+
+
+def _fine_tune(model: nn.Module, train_set: ImageSet, lr: float, seed: int, args: argparse.Namespace) -> None:
+    optimizer = wasi_peft.create_wasi_optimizer(model, torch.optim.AdamW, lr=lr, weight_decay=0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        train(
+            model, optimizer, train_set, Path(folder),
+            steps=args.steps, epochs=args.epochs, batch_size=args.batch, seed=seed,
+        )  # fmt: skip
 
 
 def _forms_table(rows: dict[str, Any]) -> str:
     """The rows as a table of Markdown."""
     lines = [
-        "| budget, plan | forms | mode | error | measured MiB | accuracy |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| budget, plan | forms | mode | error | measured MiB | rate | accuracy |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():
         if "infeasible" in row:
-            lines.append(f"| {name} | infeasible | | | | |")
+            lines.append(f"| {name} | infeasible | | | | | |")
             continue
         forms = ", ".join(f"{count} {form}" for form, count in row["forms"].items())
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.4f}"
         lines.append(
             f"| {name} | {forms} | {row['memory_mode']} | {row['error']:.2e} | {row['measured_mib']} | "
-            f"{row['mean_accuracy']:.4f} |"
+            f"{row['lr']:g} | {row['mean_accuracy']:.4f}{spread} |"
         )
     return "\n".join(lines)
 
@@ -260,12 +277,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--budgets", type=float, nargs="+", default=[220, 260, 320], help="MiB")
     parser.add_argument("--images", type=int, default=512, help="for calibration")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--held-out", type=int, default=2000, help="images after those, to choose the rate by")
+    parser.add_argument("--test-images", type=int, default=10000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repair-steps", type=int, default=None, help="None: the default of preprocess_wasi")
     parser.add_argument("--steps", type=int, default=None, help="of training; None for --epochs")
     parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="tried with the first seed")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)

@@ -330,8 +330,9 @@ def test_plans_with_forms_against_factors(
     monkeypatch.setattr(module, "load_vit", functools.partial(module.load_vit, str(model_folder)))
     monkeypatch.setattr(module, "load_images", functools.partial(module.load_images, image_size=16))
     results = tmp_path / "planning.json"
-    sizes = ("--images", "16", "--test-images", "20", "--batch", "8", "--steps", "2", "--repair-steps", "2")
-    module.main(["--parts", "forms", *sizes, "--budgets", "0.01", "2", "--seeds", "0", "--results", str(results)])
+    sizes = ("--images", "16", "--held-out", "20", "--test-images", "20", "--batch", "8", "--steps", "2")
+    runs = ("--repair-steps", "2", "--budgets", "0.01", "2", "--seeds", "0", "1", "--lr", "5e-4", "1e-3")
+    module.main(["--parts", "forms", *sizes, *runs, "--results", str(results)])
     rows = json.loads(results.read_text())["forms"]
     assert list(rows) == ["0.01 MiB, forms", "0.01 MiB, factors", "2 MiB, forms", "2 MiB, factors"]
     assert "peak_bytes must be at least" in rows["0.01 MiB, forms"]["infeasible"]
@@ -339,5 +340,9 @@ def test_plans_with_forms_against_factors(
     assert forms["error"] <= factors["error"]
     assert set(factors["forms"]) == {"factors"}
     assert max(forms["measured_mib"], factors["measured_mib"]) <= 2
-    assert 0 <= forms["mean_accuracy"] <= 1
+    held_out = {rate: forms["held_out_accuracy"][f"{rate:g}, seed 0"] for rate in (5e-4, 1e-3)}
+    assert held_out[forms["lr"]] == max(held_out.values())
+    assert set(forms["accuracy"]) == {"0.0005, seed 0", "0.001, seed 0", f"{forms['lr']:g}, seed 1"}
+    of_best = [forms["accuracy"][f"{forms['lr']:g}, seed {seed}"] for seed in (0, 1)]
+    assert forms["mean_accuracy"] == pytest.approx(sum(of_best) / 2, abs=1e-4)
     assert "| 2 MiB, forms |" in capsys.readouterr().out

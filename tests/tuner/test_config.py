@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,17 @@ def test_nothing_is_compressed_where_no_input_is_kept(update: Any) -> None:
         ValueError, match=r"activation_ranks compresses inputs, and update='(frozen_basis|core)' keeps"
     ):
         WasiConfig(residual=None, update=update, activation_ranks=4)
+
+
+def test_a_rank_that_the_update_does_not_have_is_said() -> None:
+    with pytest.warns(UserWarning, match="update_rank=8 has no effect: update='addition' trains no directions beside"):
+        assert WasiConfig(update_rank=8).update_rank is None
+    plan = dataclasses.replace(PLAN, update="low_rank", update_rank=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert WasiConfig(update="low_rank", update_rank=8).update_rank == 8
+        WasiConfig(plan=plan, update="factor")  # the plan's, which nobody asked for
+        WasiConfig(**WasiConfig(plan=plan).to_dict())
 
 
 def test_a_plan_brings_its_update_unless_another_is_named() -> None:

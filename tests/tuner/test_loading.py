@@ -101,6 +101,11 @@ low_memory = pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
         ({"num_labels": 7}, 8, r"classifier.*: must have shape \(7.*\), got \(3"),
         ({"image_size": 12}, 12, r"position_embeddings: must have shape \(1, 10, 16\), got \(1, 5, 16\)"),
         ({"hidden_size": 20}, 8, "must have shape"),
+        (
+            {"hidden_size": 4},
+            8,
+            "the saved adapter has rank 5, and this layer is 4 x 4. The adapter belongs to another",
+        ),
         ({"intermediate_size": 30}, 8, r"fc1.*: must have shape \(30.*\), got \(24"),
         ({"num_hidden_layers": 3}, 8, r"layers\.2\.layernorm_before.weight: the adapter lacks this vector"),
         ({"num_hidden_layers": 1}, 8, r"layers\.1.*do not have the same targeted layers"),
@@ -201,7 +206,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another shape of a vector": (with_shape("layernorm_after.bias"), r"must have shape \(16,\), got \(17,\)"),
     "another shape of the head": (with_shape("classifier.weight"), r"must have shape \(3, 16\), got \(4, 16\)"),
     "other ranks": (lambda folder: reconfigure(folder, ranks=dict.fromkeys(target_names(), 4)), "must have shape"),
-    "ranks that fit no layer": (lambda f: reconfigure(f, ranks=dict.fromkeys(target_names(), 999)), "at most"),
+    "ranks that fit no layer": (
+        lambda folder: reconfigure(folder, ranks=dict.fromkeys(target_names(), 999)),
+        "the saved adapter has rank 999, and this layer is .* belongs to another model",
+    ),
     "ranks of other layers": (lambda folder: reconfigure(folder, ranks={"vit.fc": 3}), "the same targeted layers"),
     "update core": (lambda folder: reconfigure(folder, update="core"), "lacks wasi_M"),
     "update low_rank": (lambda folder: reconfigure(folder, update="low_rank", update_rank=2), "lacks wasi_B"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from models import ARCHITECTURES
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -85,3 +86,11 @@ def test_what_cannot_stay_tied_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="ensure_weight_tying"):
         get_peft_model(llama(True), config)
+
+
+def test_a_model_whose_inputs_are_no_tokens_is_refused() -> None:
+    model = ARCHITECTURES["vit"].model()
+    before = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=r"ViTForImageClassification reads ViTPatchEmbeddings, got .*=\[3, 5\]"):
+        get_peft_model(model, WasiConfig(trainable_token_indices=[3, 5]))
+    assert {name: id(module) for name, module in model.named_modules()} == before

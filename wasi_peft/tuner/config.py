@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -299,6 +300,7 @@ class WasiConfig(PeftConfig):
                     "would be read; got a string."
                 )
             self.plan = WasiPlan.load(self.plan)
+        asked_rank = self.update_rank
         if self.plan is not None:
             plan = self.plan if isinstance(self.plan, WasiPlan) else WasiPlan.from_dict(self.plan)
             self.plan = plan.to_dict()
@@ -312,6 +314,13 @@ class WasiConfig(PeftConfig):
         self._resolve_residual()
         self._validate()
         self.update_rank = self.layer_update.side_rank or None
+        if asked_rank is not None and self.update_rank is None:
+            warnings.warn(
+                f"update_rank={asked_rank} has no effect: update={self.update!r} trains no directions beside the K of "
+                "the factors, which weight_rank chooses.",
+                UserWarning,
+                stacklevel=3,
+            )
         self._validate_budgets()
 
     def _resolve_residual(self) -> None:

@@ -1,6 +1,6 @@
-"""Heads that were just made: they have to train, and an adapter trains them only where it is told to.
+"""What trains whole beside the targets: heads that were just made, which an adapter trains only where it is told to.
 
-Names in `modules_to_save` that no module has would leave one out in silence, too.
+Names in `modules_to_save` that no module has would leave one out in silence, too; single tokens need an embedding.
 """
 
 from __future__ import annotations
@@ -60,3 +60,21 @@ def unmatched_names(model: nn.Module, config: WasiConfig) -> list[str]:
     names = [name for name, _ in model.named_modules()]
     wanted = () if config.inference_mode else config.modules_to_save or ()
     return [key for key in wanted if key not in added and not any(name.endswith(key) for name in names)]
+
+
+def check_trained_tokens(model: nn.Module, config: WasiConfig) -> None:
+    """Refuse to train single tokens of a model whose inputs are none.
+
+    Raises:
+        ValueError: If `trainable_token_indices` is a list, which is of the input embedding, and that is no embedding.
+    """
+    if config.trainable_token_indices is None or isinstance(config.trainable_token_indices, dict):
+        return
+    find = getattr(model, "get_input_embeddings", None)
+    found = find() if callable(find) else None
+    if found is not None and not isinstance(found, (nn.Embedding, AuxiliaryTrainingWrapper)):
+        raise ValueError(
+            f"trainable_token_indices trains rows of the input embedding, an Embedding; {type(model).__name__} reads "
+            f"{type(found).__name__}, got trainable_token_indices={config.trainable_token_indices!r}. A dict names "
+            "another module of the model."
+        )

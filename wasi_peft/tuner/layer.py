@@ -571,6 +571,8 @@ class WasiLayer(BaseTunerLayer):
 class Linear(nn.Module, WasiLayer):
     """`y = (x R^T) L^T + b`, or another form of a weight, in place of an `nn.Linear` or a transformers `Conv1D`."""
 
+    _z3_leaf = True  # DeepSpeed's ZeRO-3 gathers what is in it at once: it calls no module that holds the factors
+
     def __init__(
         self,
         base_layer: nn.Module,

@@ -2,6 +2,7 @@
 
 FSDP2 gathers the parameters of a block before it runs and drops them after, so what a forward pass writes into one is
 lost. The factor as it became is kept here until an optimizer is about to step; then each process writes its shard.
+DeepSpeed's ZeRO, whose optimizers step copies, is given the factor at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..forms.factored import FactoredLinear
-from ..forms.shards import write_shard
+from ..forms.shards import write_shard, write_through
 
 
 class MetFactor:
@@ -28,7 +29,10 @@ class MetFactor:
 
     def __init__(self, form: FactoredLinear) -> None:
         self.form = form
-        self.value: Tensor | None = form.R.detach().clone()
+        self.value: Tensor | None = None
+        if write_through(form.R, form.R.detach()):
+            return
+        self.value = form.R.detach().clone()
         reference = weakref.ref(self)
 
         def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -41,7 +45,8 @@ class MetFactor:
 
     def restore(self) -> bool:
         """Put the value into parameters that were gathered anew; whether that is still called for."""
-        if self.value is None:
+        if self.value is None or bool(self.form.L.any()):  # a step has been taken, by whatever took it
+            self.value = None
             return False
         R = self.form.R
         if not torch.equal(R, self.value):

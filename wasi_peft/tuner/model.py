@@ -37,7 +37,7 @@ from .config import WasiConfig
 from .convolution import Convolution
 from .coverage import coverage
 from .experts import Experts, stack_energies, stack_factors, stored_factors
-from .heads import FRESH_HEAD, UNMATCHED, fresh_heads, unmatched_names
+from .heads import FRESH_HEAD, UNMATCHED, check_trained_tokens, fresh_heads, unmatched_names
 from .inputs import SharedInputs
 from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
 from .prepared import PreparedLayer, check_prepared, drop_prepared, prepared_for
@@ -254,6 +254,7 @@ class WasiModel(BaseTuner):
         copied = self._source(peft_config) is not None
         check_targets(model, peft_config, copied, convolutions=True)
         check_memory_mode(model, peft_config.resolved_memory_mode, peft_config.skip_padding)
+        check_trained_tokens(model, peft_config)
         if copied:
             return
         if peft_config.ranks is not None:

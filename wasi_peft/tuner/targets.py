@@ -385,6 +385,11 @@ def _check_rank(name: str, module: nn.Module, config: WasiConfig) -> None:
                 f"an adapter can only add: use a residual, as WasiConfig() has, got update={config.update!r} without."
             )
     if rank is not None and rank > min(shape):
+        if config.awaits_loading:
+            raise ValueError(
+                f"{name}: the saved adapter has rank {rank}, and this layer is {shape[0]} x {shape[1]}. The adapter "
+                "belongs to another model."
+            )
         raise ValueError(
             f"{name}: the rank must be at most min(out_features, in_features) = {min(shape)}, got {rank}."
         )
