@@ -9,6 +9,8 @@ LoRA of rank 8:
 * "lora frozen": A stays as it was drawn, B alone is sent (FFA-LoRA, arXiv 2403.12313), rank 16.
 * "lora products": products B A are averaged, and put at rank 8 again by their singular values.
 * "wasi": `WasiConfig()` at rank 7, whose biases and norms are sent too; products as `training/federated.py` does it.
+* "wasi frozen": the same at rank 14 with `update="frozen_basis"`: R is chosen on 32 mails of the first client and sent
+  once, L alone trains, so averages of L are averages of products.
 * "wasi budgets": clients of ranks 10, 10, 4 and 4, the last of which trains the last three blocks alone.
 
 Each run is one entry of docs/benchmarks/federated.json; finished runs are skipped. Each method's rates of `GRID` are
@@ -32,7 +34,7 @@ from torch import Tensor, nn
 
 import wasi_peft
 from common import RESULTS_FOLDER, environment, read_json, with_lora
-from finetuning import HEAD, build_optimizer
+from finetuning import HEAD, build_optimizer, with_residual
 from runs import Scores, Settings, add_plan_arguments, comparison, plan_of, run_missing
 from spam import Items, accuracy, load_items, stacked
 from texts import minilm_folder
@@ -47,6 +49,7 @@ RANKS = {
     "lora frozen": [16] * 4,
     "lora products": [8] * 4,
     "wasi": [7] * 4,
+    "wasi frozen": [14] * 4,
     "wasi budgets": [10, 10, 4, 4],
 }
 LAST_BLOCKS = {"wasi budgets": [6, 6, 6, 3]}
@@ -76,10 +79,16 @@ def split_by_label(labels: list[int], clients: int, concentration: float, seed: 
     raise ValueError(f"{clients} clients of {least} mails at least cannot be drawn from {len(labels)} mails")
 
 
-def build(method: str, rank: int) -> nn.Module:
-    """Returns MiniLM with a new head and an adapter."""
+def build(method: str, rank: int, first: Items) -> nn.Module:
+    """Returns MiniLM with a new head and an adapter; the first client's mails choose R where it is frozen."""
     load = transformers.AutoModelForSequenceClassification.from_pretrained
     model = load(minilm_folder(), num_labels=2)
+    if method == "wasi frozen":
+        config = wasi_peft.WasiConfig(weight_rank=rank, update="frozen_basis", modules_to_save=[HEAD])
+        mails = [stacked(first[start : start + BATCH]) for start in range(0, min(len(first), 4 * BATCH), BATCH)]
+        for batch in mails:
+            del batch["labels"]
+        return with_residual(model, config, mails, prepare=len(mails))
     if method.startswith("wasi"):
         return peft.get_peft_model(model, wasi_peft.WasiConfig(weight_rank=rank, modules_to_save=[HEAD]))
     model = with_lora(model, [HEAD], rank=rank)
@@ -147,6 +156,8 @@ def wasi_round(model: nn.Module, state: State, parts: list[Items], settings: Set
             parameter.requires_grad_()
     received = sum(federated.state_bytes(one.sent) for one in contributions)
     sent = sum(federated.state_bytes(one.received) for one in contributions)
+    if settings["method"] == "wasi frozen" and settings["turn"]:  # clients have R since the first round
+        sent = received
     return federated.averaged(state, contributions), received, sent
 
 
@@ -157,13 +168,13 @@ def run(settings: Settings) -> dict[str, Any]:
     indices = split_by_label(labels, len(settings["ranks"]), settings["dirichlet"], settings["seed"], 2 * BATCH)
     parts = [[train_set[index] for index in part] for part in indices]
     transformers.set_seed(settings["seed"])  # the head is drawn from it, and A of LoRA
-    model = build(settings["method"], max(settings["ranks"]))
+    model = build(settings["method"], max(settings["ranks"]), parts[0])
     state, up, down = state_of(model), 0, 0
     start = time.perf_counter()
     one_round = wasi_round if settings["method"].startswith("wasi") else lora_round
     for turn in range(settings["rounds"]):
         draw = 1000 * settings["seed"] + len(parts) * turn
-        state, received, sent = one_round(model, state, parts, {**settings, "draw": draw})
+        state, received, sent = one_round(model, state, parts, {**settings, "draw": draw, "turn": turn})
         up, down = up + received, down + sent
     seconds = time.perf_counter() - start
     federated.load_state(model, state)

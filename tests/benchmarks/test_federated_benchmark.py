@@ -43,6 +43,8 @@ def test_every_method_learns_and_its_bytes_are_counted(
     budgets, wasi = entries["wasi budgets"], entries["wasi"]
     assert wasi["mib_up_a_round"] == wasi["mib_down_a_round"] == pytest.approx(budgets["mib_down_a_round"])
     assert budgets["mib_up_a_round"] < wasi["mib_up_a_round"]
+    frozen = entries["wasi frozen"]  # R goes down once
+    assert frozen["mib_up_a_round"] < frozen["mib_down_a_round"] < 2 * frozen["mib_up_a_round"]
     capsys.readouterr()
     benchmark.main(["--summarise", *sizes])
     rows = capsys.readouterr().out.splitlines()
