@@ -1,6 +1,10 @@
 """A model of which most weights are gone does not keep the file that they were read from."""
 
+import mmap
+import sys
 import weakref
+from pathlib import Path
+from typing import Any
 
 import numpy
 import peft
@@ -10,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wasi_peft
+from wasi_peft.tuner import borrowed
 from wasi_peft.tuner.borrowed import borrowed_bytes, own_remainder
+from wasi_peft.tuner.layer import WasiLayer
 
 
 class Block(nn.Module):
@@ -73,6 +79,77 @@ def test_equal_views_stay_one_tensor() -> None:
     own_remainder([first, again, other], array.nbytes)
     assert first.data_ptr() == again.data_ptr() != array.data_ptr()
     assert torch.equal(other, array[20:30])
+
+
+def mapped(folder: Path, rows: int = 1024) -> torch.Tensor:
+    """A weight of 4 MiB whose memory is a file, and whose values have been read."""
+    save_file({"before": torch.zeros(7), "weight": torch.randn(rows, 1024)}, folder / "model.safetensors")
+    weight = load_file(folder / "model.safetensors")["weight"]
+    weight.sum()
+    return weight
+
+
+def pages_in_memory(tensor: torch.Tensor) -> int:
+    first = tensor.data_ptr() // mmap.PAGESIZE
+    count = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE - first
+    with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+        pages.seek(8 * first)
+        return sum(word >> 63 for word in memoryview(pages.read(8 * count)).cast("Q"))
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+def test_pages_of_a_file_that_are_done_with_leave_memory(tmp_path: Path) -> None:
+    weight = mapped(tmp_path)
+    before = weight.clone()
+    assert pages_in_memory(weight) >= 1024
+    borrowed.MappedFiles().forget([weight, torch.zeros(2**20)])
+    assert pages_in_memory(weight) <= 2  # the first and the last may hold other tensors
+    assert torch.equal(weight, before)
+
+
+@linux
+def test_pages_that_were_written_to_stay(tmp_path: Path) -> None:
+    weight = mapped(tmp_path)
+    weight[500] = 3.0
+    before = weight.clone()
+    borrowed.MappedFiles().forget([weight])
+    assert pages_in_memory(weight) >= 1024
+    assert torch.equal(weight, before)
+
+
+def test_without_a_list_of_mapped_files_nothing_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(path: str, *_: Any, **__: Any) -> Any:
+        raise FileNotFoundError(path)
+
+    weight = mapped(tmp_path)
+    monkeypatch.setattr("builtins.open", absent)
+    files = borrowed.MappedFiles()
+    monkeypatch.undo()
+    files.forget([weight])
+    assert weight.isfinite().all()
+
+
+@linux
+def test_rounding_gives_up_the_file_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than one layer's weight beside those that were not rounded yet."""
+    save_file(Block(512).state_dict(), tmp_path / "model.safetensors")
+    model = Block(512)
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    weights = [model.up.weight, model.down.weight]
+    seen = []
+    release = WasiLayer.release_base
+
+    def watched(layer: Any, *args: Any) -> None:
+        seen.append([pages_in_memory(weight) for weight in weights])
+        release(layer, *args)
+
+    monkeypatch.setattr(WasiLayer, "release_base", watched)
+    peft.get_peft_model(model, wasi_peft.WasiConfig(target_modules=["up", "down"], weight_rank=4))
+    assert seen[-2][0] >= 255 and seen[-2][1] >= 255
+    assert seen[-1][0] <= 2 and seen[-1][1] >= 255
 
 
 def test_views_that_overlap_are_left_alone() -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
+import ctypes
 import itertools
+import mmap
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+_DONTNEED = 4  # MADV_DONTNEED of Linux
+_PRESENT, _SWAPPED, _OF_FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)  # in /proc/self/pagemap
 
 
 def borrowed_bytes(tensors: Iterable[Tensor]) -> int:
@@ -50,3 +57,50 @@ def _overlap(tensors: list[Tensor]) -> bool:
     spans = sorted((start, end) for start, end, *_ in views)
     dense = all(tensor.is_contiguous() for tensor in tensors)
     return not dense or any(second[0] < first[1] for first, second in itertools.pairwise(spans))
+
+
+class MappedFiles:
+    """The files that this process has mapped now, on Linux; elsewhere, none."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[int, int]] = []
+        try:
+            with open("/proc/self/maps") as maps:
+                lines = [line.split(maxsplit=5) for line in maps]
+        except OSError:
+            return
+        for span, *_, path in (fields for fields in lines if len(fields) == 6):
+            if path.startswith("/"):
+                start, end = span.split("-")
+                self._spans.append((int(start, 16), int(end, 16)))
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Drop the pages of tensors that are done with, where a file holds what they hold.
+
+        They leave this process's memory and stay in the system's cache; whoever reads them gets them from there. Pages
+        that were written to are left alone.
+        """
+        for tensor in _borrowed(tensors):
+            if not tensor.is_contiguous():
+                continue
+            # whole pages inside the tensor: its neighbours may be in use
+            start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            index = bisect.bisect(self._spans, (start, end)) - 1
+            of_file = start < end and index >= 0 and end <= self._spans[index][1]
+            if of_file and _unwritten(start, end):
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
+
+
+def _unwritten(start: int, end: int) -> bool:
+    """Whether what pages hold is in the file still: a page that was written to is this process's own."""
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+            pages.seek(start // mmap.PAGESIZE * 8)
+            words = np.frombuffer(pages.read((end - start) // mmap.PAGESIZE * 8), np.uint64)
+    except OSError:
+        return False
+    present = words & _PRESENT != 0
+    return len(words) * mmap.PAGESIZE == end - start and not bool(
+        (words & _SWAPPED).any() or ((words & _OF_FILE == 0) & present).any()
+    )

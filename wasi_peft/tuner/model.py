@@ -32,7 +32,7 @@ from ..models.tokens import drop_tokens, keep_tokens, token_places
 from ..ranks.allocate import allocate_ranks
 from ..ranks.spectrum import LayerSpectrum
 from ..updates.base import InitialFactors, Update
-from .borrowed import borrowed_bytes, own_remainder
+from .borrowed import MappedFiles, borrowed_bytes, own_remainder
 from .config import WasiConfig
 from .convolution import Convolution
 from .coverage import coverage
@@ -387,10 +387,13 @@ class WasiModel(BaseTuner):
             config: Of the only adapter.
             trained: Names of the parameters that trained before the injection.
         """
-        products = ProductChoice(config.residual_product)
+        products, files = ProductChoice(config.residual_product), MappedFiles()
         try:
             for name, layer in wasi_layers(model):
+                dense = layer.original
                 layer.release_base(config.base_form_of(plain_name(name)), products)
+                if dense is not None and layer.original is not dense:
+                    files.forget(dense.parameters())
         except BaseException:
             self.unload()
             for name, parameter in model.named_parameters():
