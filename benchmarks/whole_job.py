@@ -14,12 +14,14 @@ docs/benchmarks/whole_job.json, rounds that are finished are skipped. Run it on 
 
     python benchmarks/whole_job.py --models dinov2 smollm2 --rounds 3
     python benchmarks/whole_job.py --models dinov2 --methods lora "residual exact" --dtype float32 --images 600
+    python benchmarks/whole_job.py --models dinov2 --lean-heap
     python benchmarks/whole_job.py --summarise
 """
 
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -39,7 +41,16 @@ import wasi_peft  # noqa: E402
 AFTER_WASI = time.monotonic()
 import finetune_perplexity  # noqa: E402
 import finetuning  # noqa: E402
-from common import RESULTS_FOLDER, add_entry, cache_dir, environment, process_peak_bytes, read_json, with_lora  # noqa: E402
+from common import (  # noqa: E402
+    LEAN_HEAP,
+    RESULTS_FOLDER,
+    add_entry,
+    cache_dir,
+    environment,
+    process_peak_bytes,
+    read_json,
+    with_lora,
+)
 from images import ImageSet, load_images  # noqa: E402
 from runs import DTYPES, key_of  # noqa: E402
 from texts import smollm2_folder  # noqa: E402
@@ -143,7 +154,10 @@ def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
     """Runs a job in a process of its own and returns its measurements."""
     command = [sys.executable, str(Path(__file__).resolve()), "--job"]
     content = json.dumps({**job, "started": time.monotonic()})
-    done = subprocess.run([*command, content], stdout=subprocess.PIPE, text=True, check=True)
+    heap = LEAN_HEAP if job["heap"] else {}
+    done = subprocess.run(
+        [*command, content], stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **heap}
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -173,6 +187,7 @@ def settings_of(args: argparse.Namespace, model: str, method: str, dtype: str, r
         "test": test,
         "threads": torch.get_num_threads(),
         "seed": repetition,
+        "heap": "lean" if args.lean_heap else None,
     }
 
 
@@ -229,6 +244,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=40, help="smollm2: optimizer steps")
     add("--repair-steps", type=int, help="factors (default: 400 for dinov2, 128 for smollm2)")
     add("--test", type=int, default=10_000, help="test images, or windows up to 192; 0: quality is not measured")
+    add("--lean-heap", action="store_true", help="with glibc's caches of small blocks off, for all methods")
     add("--results", type=Path, default=RESULTS)
     add("--summarise", action="store_true", help="run nothing, print the medians of the jobs asked for")
     return parser.parse_args(arguments)
