@@ -26,9 +26,6 @@ import wasi_peft
 from wasi_peft.tuner.targets import default_target_names
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# Settings of glibc's malloc for torch on a CPU. Blocks are aligned; what is cut off at their ends is kept in caches of
-# small blocks, of which each then keeps a block of megabytes from being joined with its neighbours and used again.
-LEAN_HEAP = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}
 RESULTS_FOLDER = REPOSITORY / "docs" / "benchmarks"
 Batch = Mapping[str, torch.Tensor]
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]

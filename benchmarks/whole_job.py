@@ -42,7 +42,6 @@ AFTER_WASI = time.monotonic()
 import finetune_perplexity  # noqa: E402
 import finetuning  # noqa: E402
 from common import (  # noqa: E402
-    LEAN_HEAP,
     RESULTS_FOLDER,
     add_entry,
     cache_dir,
@@ -55,6 +54,7 @@ from images import ImageSet, load_images  # noqa: E402
 from runs import DTYPES, key_of  # noqa: E402
 from texts import smollm2_folder  # noqa: E402
 from vit import load_vit  # noqa: E402
+from wasi_peft.memory.heap import with_lean_heap  # noqa: E402
 from wasi_peft.tuner.config import MEMORY_MODES  # noqa: E402
 
 RESULTS = RESULTS_FOLDER / "whole_job.json"
@@ -154,10 +154,8 @@ def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
     """Runs a job in a process of its own and returns its measurements."""
     command = [sys.executable, str(Path(__file__).resolve()), "--job"]
     content = json.dumps({**job, "started": time.monotonic()})
-    heap = LEAN_HEAP if job["heap"] else {}
-    done = subprocess.run(
-        [*command, content], stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **heap}
-    )
+    surroundings = with_lean_heap(os.environ) if job.get("heap") else None
+    done = subprocess.run([*command, content], stdout=subprocess.PIPE, text=True, check=True, env=surroundings)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -244,7 +242,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=40, help="smollm2: optimizer steps")
     add("--repair-steps", type=int, help="factors (default: 400 for dinov2, 128 for smollm2)")
     add("--test", type=int, default=10_000, help="test images, or windows up to 192; 0: quality is not measured")
-    add("--lean-heap", action="store_true", help="with glibc's caches of small blocks off, for all methods")
+    add("--lean-heap", action="store_true", help="all methods with the heap that `wasi-peft run` gives")
     add("--results", type=Path, default=RESULTS)
     add("--summarise", action="store_true", help="run nothing, print the medians of the jobs asked for")
     return parser.parse_args(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,22 @@ def test_idle_process_is_measured() -> None:
     whole_job = importlib.import_module("whole_job")
     found = whole_job.in_a_process({"method": "idle"})
     assert list(found) == ["peak_bytes"] and found["peak_bytes"] > 50 * whole_job.MIB
+
+
+def test_a_lean_heap_is_a_setting_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_job = importlib.import_module("whole_job")
+    (job, *_) = whole_job.every_job(whole_job.parse(["--models", "dinov2", "--lean-heap", "--rounds", "1"]))
+    assert job["heap"] == "lean" and whole_job.key_of(job).endswith(" heap=lean")
+    given = []
+
+    def run(*_: Any, env: dict[str, str] | None, **__: Any) -> Any:
+        given.append(env and "glibc.malloc.tcache_count=0" in env["GLIBC_TUNABLES"])
+        return types.SimpleNamespace(stdout="{}")
+
+    monkeypatch.setattr(whole_job.subprocess, "run", run)
+    whole_job.in_a_process(job)
+    whole_job.in_a_process({**job, "heap": None})
+    assert given == [True, None]
 
 
 def test_low_bit_errors(

@@ -749,3 +749,25 @@ def test_as_a_process(assets: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == WasiPlan.load(assets / "plan.json").to_dict()
     assert "RuntimeWarning" not in done.stderr
+
+
+# -------------------------------------------------------------------- run
+
+
+def test_a_program_runs_with_another_heap_and_its_own_arguments(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text("import os, sys\nprint(sys.argv[1:], os.environ['GLIBC_TUNABLES'])\nsys.exit(3)\n")
+    command = [sys.executable, "-m", "wasi_peft.cli.main", "run"]
+    found = subprocess.run([*command, script, "--json", "-m", "--", "-x"], capture_output=True, text=True)
+    assert found.returncode == 3
+    assert found.stdout.startswith("['--json', '-m', '--', '-x'] glibc.malloc.tcache_count=0:")
+    found = subprocess.run([*command, "-m", "json.tool", "--help"], capture_output=True, text=True)
+    assert found.returncode == 0 and "json.tool" in found.stdout
+
+
+def test_run_needs_a_program(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run"]) == 2
+    assert "run needs a program" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    assert "what would follow `python`" in capsys.readouterr().out

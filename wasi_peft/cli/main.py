@@ -1,4 +1,4 @@
-"""Command line: `wasi-peft inspect | estimate | profile | plan | prepare | merge | export`: parses, calls, prints."""
+"""Command line, `wasi-peft inspect | estimate | profile | plan | prepare | run | merge | export`: parses and calls."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from ..hub.headers import is_compressed, read_headers
 from ..hub.plain import PlainFormat
 from ..hub.prepare import prepare_checkpoint
 from ..hub.working import check_output
+from ..memory.heap import with_lean_heap
 from ..memory.modes import MEMORY_MODES
 from ..planner.planner import BUDGETS, DEFAULT_FORMS, plan_wasi
 from ..ranks.plan import FORMS, WasiPlan
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for what the user can set right."""
     try:
         parser = _parser()
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_args(_words(sys.argv[1:] if argv is None else argv))
         if arguments.run is None:
             parser.print_help()
         else:
@@ -94,6 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # -------------------------------------------------------------------- parsing
+
+
+def _words(argv: Sequence[str]) -> list[str]:
+    """The arguments, those of a program that is to run kept from being taken for ours."""
+    if argv[:1] == ["run"] and argv[1:2] not in (["-h"], ["--help"]):
+        return ["run", "--", *argv[1:]]
+    return list(argv)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -198,6 +206,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--task", choices=list(TASKS), help="with --data: what the model is for (its configuration)")
     command.add_argument("--dtype", choices=DTYPES, help="type of the weights (the checkpoint's)")
     command.add_argument("--json", action="store_true", help="print JSON only")
+
+    command = commands.add_parser(
+        "run",
+        help="run a Python program with less memory (Linux with glibc)",
+        description="Run a Python program with malloc set so that freed memory is used again.",
+        usage="wasi-peft run SCRIPT [ARGUMENTS ...] | -m MODULE [ARGUMENTS ...]",
+    )
+    command.set_defaults(run=_run)
+    command.add_argument("program", nargs=argparse.REMAINDER, help="what would follow `python`")
 
     command = commands.add_parser("merge", help="a model of its own from an adapter and its base model")
     command.set_defaults(run=_merge)
@@ -702,6 +719,17 @@ def _merge(arguments: argparse.Namespace) -> None:
     with new_folder(arguments.output, arguments.overwrite) as scratch:
         merged.save_pretrained(scratch)
     _show_folder(arguments, "a dense model" if arguments.dense else "a compressed model", {})
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Becomes the program; returns only where it cannot."""
+    program = arguments.program[1:] if arguments.program[:1] == ["--"] else arguments.program
+    if not program:
+        raise ValueError(
+            "run needs a program, as in `wasi-peft run train.py --epochs 3` or `... run -m module`; got none."
+        )
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *program], with_lean_heap(os.environ))
 
 
 def _export(arguments: argparse.Namespace) -> None:
