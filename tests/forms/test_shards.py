@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from models import ARCHITECTURES
+from peft import get_peft_model
 from torch import Tensor, nn
 
+from wasi_peft import WasiConfig
 from wasi_peft.forms.shards import write_through
 
 VALUE = torch.arange(1.0, 11.0).view(2, 5)
@@ -49,3 +52,22 @@ def test_every_process_writes_its_shard_under_zero_3(monkeypatch: pytest.MonkeyP
         assert [value.tolist() for value in stepped] == [shard.tolist()] * trains
         shards.append(shard)
     assert torch.cat(shards).tolist() == [*VALUE.flatten().tolist(), -1.0, -1.0]
+
+
+def test_a_weight_that_zero_3_has_taken_apart_is_refused() -> None:
+    model = ARCHITECTURES["vit"].model()
+    weight = model.get_submodule("vit.layers.0.mlp.fc1").weight
+    weight.ds_shape, weight.data = weight.shape, torch.empty(0)
+    before = [id(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"fc1: its weight is in shards of DeepSpeed's ZeRO-3. Load the model"):
+        get_peft_model(model, WasiConfig())
+    assert [id(module) for module in model.modules()] == before
+
+
+def test_the_rank_is_known_while_factors_are_in_shards() -> None:
+    model = get_peft_model(ARCHITECTURES["vit"].model(), WasiConfig(weight_rank=6))
+    expected = str(model.wasi_summary())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert str(model.wasi_summary()) == expected

@@ -16,6 +16,7 @@ from typing_extensions import Self
 from ..linalg.low_bit import RoundedRows
 from .dense import FactoredWeight, build_dense, is_transposed
 from .products import ProductChoice, Thin, add_thin
+from .shards import full_shape
 
 
 def check_rank(name: str, rank: Any, out_features: int, in_features: int) -> None:
@@ -276,7 +277,7 @@ class FactoredLinear(nn.Module):
     def weight_rank(self) -> int:
         """K."""
         frozen = self.frozen("L")
-        return int(self.L.shape[1] if frozen is None else frozen.in_features)
+        return int(full_shape(self.L)[1] if frozen is None else frozen.in_features)
 
     @property
     def rank(self) -> int:

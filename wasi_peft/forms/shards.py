@@ -21,6 +21,11 @@ def is_sharded(tensor: Any) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of all of a parameter, of which ZeRO-3 may have left nothing where it was."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def whole(tensor: Any) -> Tensor:
     """A tensor, gathered where it is in shards, for which all processes must ask."""
     gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor

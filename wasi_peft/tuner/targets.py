@@ -18,6 +18,7 @@ from ..forms.convolution import CONVOLUTIONS, Patches, unsuited
 from ..forms.dense import dense_bias, dense_weight, is_quantized, weight_shape
 from ..forms.factored import FactoredLinear
 from ..forms.residual import Int4Residual
+from ..forms.shards import full_shape
 from ..models.experts import ExpertStack
 from ..models.structure import Structure
 from ..updates import UPDATES
@@ -303,6 +304,11 @@ def _check_target(
         weight = module.weight
         if weight is None or getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise ValueError(f"{name}: its weight is offloaded; load it into memory first.")
+        if full_shape(weight) != weight.shape:
+            raise ValueError(
+                f"{name}: its weight is in shards of DeepSpeed's ZeRO-3. Load the model and add the adapter before "
+                "TrainingArguments are made, which have transformers load models in shards from then on."
+            )
         if weight.device.type == "meta" and not skeleton:
             return _check_absent(name, module, config)
         if is_quantized(module):
