@@ -4,9 +4,10 @@ On a workstation, or here, block by block in bounded memory, once::
 
     wasi-peft prepare HuggingFaceTB/SmolLM2-135M-Instruct --residual int8 --output compressed
 
-From then on the folder (or its copy on the hub) is the base; no dense weight is ever read::
+From then on the folder (or its copy on the hub) is the base; no dense weight is ever read. `wasi-peft run` in place of
+`python` has freed memory used again::
 
-    python examples/fine_tune_compressed.py --model compressed --dataset FOLDER --memory small
+    wasi-peft run examples/fine_tune_compressed.py --model compressed --dataset FOLDER --memory small
 """
 
 import argparse
