@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 from models import FORMS
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_distributed import EVEN, RANKS, STEPS, share_of
+from test_distributed import EVEN, RANKS, STEPS, free_port, share_of
 from test_engines import VIT, adapted
 from torch import Tensor
 
@@ -143,10 +142,7 @@ def _worker(rank: int, folder: str, port: int) -> None:
 
 def in_two_processes(worker: Any, folder: Path, *args: Any) -> list[dict[str, Any]]:
     pytest.importorskip("deepspeed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(str(folder), port, *args), nprocs=RANKS)
+    mp.spawn(worker, args=(str(folder), free_port(), *args), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

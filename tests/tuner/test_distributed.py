@@ -99,6 +99,14 @@ def train_with_trainer(folder: Path) -> dict[str, Tensor]:
     return {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
 
 
+def free_port() -> int:
+    """One that no process listens at now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 def _worker(rank: int, folder: str, port: int) -> None:
     """All scenarios in one process of two; an error is a result too."""
     torch.set_num_threads(1)
@@ -130,9 +138,7 @@ def _worker(rank: int, folder: str, port: int) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Results of both ranks, for every scenario."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mp.spawn(_worker, args=(str(folder), port), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 

@@ -1,6 +1,6 @@
 """glibc's malloc in processes that train on a CPU: settings under which a freed block is used again.
 
-torch asks for blocks at aligned addresses. In glibc before 2.38 what is cut off at their ends goes to caches of small
+torch asks for blocks at aligned addresses. In glibc 2.36 what is cut off at their ends goes to caches of small
 blocks, and as long as it is there or in use, a freed block of megabytes cannot be joined with its neighbours: it is
 too short for the next one of its size, which then comes from new memory. Without those caches it is joined, at no cost
 that was measured. The two thresholds are what glibc arrives at by itself in such a process.

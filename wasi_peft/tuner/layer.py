@@ -25,6 +25,7 @@ from ..forms.dense import (
 from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
 from ..forms.residual import RESIDUALS, ExactResidual, Residual, ResidualLinear
+from ..forms.shards import write_through
 from ..updates.base import InitialFactors, ProductGradientSink, Update
 from .config import WasiConfig
 from .inputs import InputCompression, SharedInputs
@@ -655,7 +656,8 @@ class Linear(nn.Module, WasiLayer):
         if met is None:
             form = self.form_of(name)
             self.wasi_update[name].meet(form, rows.detach().reshape(-1, rows.shape[-1]))
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            if distributed and not write_through(form.R, form.R.detach()):
                 self._met[name] = MetFactor(form)
                 return
         elif met.restore():

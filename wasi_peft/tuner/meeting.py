@@ -2,7 +2,7 @@
 
 FSDP2 gathers the parameters of a block before it runs and drops them after, so what a forward pass writes into one is
 lost. The factor as it became is kept here until an optimizer is about to step; then each process writes its shard.
-DeepSpeed's ZeRO, whose optimizers step copies, is given the factor at once.
+DeepSpeed's ZeRO, whose optimizers step copies, is given the factor at once instead (:func:`shards.write_through`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..forms.factored import FactoredLinear
-from ..forms.shards import write_shard, write_through
+from ..forms.shards import write_shard
 
 
 class MetFactor:
@@ -29,10 +29,7 @@ class MetFactor:
 
     def __init__(self, form: FactoredLinear) -> None:
         self.form = form
-        self.value: Tensor | None = None
-        if write_through(form.R, form.R.detach()):
-            return
-        self.value = form.R.detach().clone()
+        self.value: Tensor | None = form.R.detach().clone()
         reference = weakref.ref(self)
 
         def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
