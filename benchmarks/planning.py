@@ -15,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import wasi_peft
-from common import RESULTS_FOLDER, adamw, environment, step_peak_bytes, write_json
+from common import RESULTS_FOLDER, adamw, environment, read_json, step_peak_bytes, write_json
 from finetuning import accuracy, predict, train, unlabelled
 from images import ImageSet, load_images, part
 from vit import load_vit
@@ -187,8 +187,8 @@ def fits(budgets: Iterable[float], images: int, batch_size: int) -> dict[str, An
     return results
 
 
-def compare_forms(args: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tunes the model of both kinds of plan for each budget in MiB; a row for each budget and kind.
+def compare_forms(args: argparse.Namespace, rows: dict[str, Any], save: Callable[[], None]) -> None:
+    """Fine-tunes the model of both kinds of plan for each budget in MiB; a row for each budget and kind not there yet.
 
     Every rate trains the same prepared model with the first seed; the best by held-out images has the other seeds.
     """
@@ -199,9 +199,10 @@ def compare_forms(args: argparse.Namespace) -> dict[str, Any]:
     calibration = wasi_peft.calibrate_wasi(dense, data)
     batch = {"pixel_values": data[0]["pixel_values"], "labels": train_set.labels[: len(data[0]["pixel_values"])]}
     options = {"modules_to_save": ["classifier"]}
-    rows: dict[str, Any] = {}
     for budget in args.budgets:
         for kind, forms in (("forms", None), ("factors", ("factors",))):
+            if f"{budget:g} MiB, {kind}" in rows:
+                continue
             config = wasi_peft.WasiConfig(**options)
             try:
                 plan, timing = timed_plan(
@@ -237,8 +238,8 @@ def compare_forms(args: argparse.Namespace) -> dict[str, Any]:
             row["spread"] = round(statistics.stdev(of_best), 4) if len(of_best) > 1 else None
             rows[f"{budget:g} MiB, {kind}"] = row
             print(f"{budget:g} MiB, {kind}: {row}", flush=True)
+            save()
     print(_forms_table(rows))
-    return rows
 
 
 def _fine_tune(model: nn.Module, train_set: ImageSet, lr: float, seed: int, args: argparse.Namespace) -> None:
@@ -270,7 +271,7 @@ def _forms_table(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Runs both and writes the JSON."""
+    """Runs the parts and writes the JSON; rows of "forms" that it holds already stay as they are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=128)
@@ -290,14 +291,20 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
 
     torch.manual_seed(0)
+    results: dict[str, Any] = {"forms": read_json(args.results).get("forms", {})}
+
+    def save() -> None:
+        settings = {key: value for key, value in vars(args).items() if key != "results"}
+        write_json(args.results, {"settings": settings, **results, "environment": environment()})
+
     parts = {
-        "many_layers": lambda: many_layers(args.blocks, args.tokens),
-        "fit": lambda: fits(args.budgets, args.images, args.batch),
-        "forms": lambda: compare_forms(args),
+        "many_layers": lambda: results.update(many_layers=many_layers(args.blocks, args.tokens)),
+        "fit": lambda: results.update(fit=fits(args.budgets, args.images, args.batch)),
+        "forms": lambda: compare_forms(args, results["forms"], save),
     }
-    results = {name: parts[name]() for name in args.parts}
-    settings = {key: value for key, value in vars(args).items() if key != "results"}
-    write_json(args.results, {"settings": settings, **results, "environment": environment()})
+    for name in args.parts:
+        parts[name]()
+    save()
     return results
 
 

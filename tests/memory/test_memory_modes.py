@@ -17,7 +17,15 @@ from strategies import relative_error
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, estimate_wasi, measure_peak_memory
-from wasi_peft.memory import MEMORY_MODES, MODES, ChunkedLoss, LowBitBlocks, RecomputedBlocks, SlicedBlocks
+from wasi_peft.memory import (
+    MEMORY_MODES,
+    MODES,
+    ChunkedLoss,
+    LowBitBlocks,
+    RecomputedBlocks,
+    ShortAttention,
+    SlicedBlocks,
+)
 from wasi_peft.memory.loss import DeferredLogits
 
 NAMES = ["vit", "dinov2", "swin", "bert", "gpt2", "llama", "llama_tied", "t5"]
@@ -141,9 +149,9 @@ def test_only_the_fast_mode_keeps_activations_in_four_bits(mode: str, monkeypatc
 def test_the_table_of_modes() -> None:
     assert MEMORY_MODES == ("exact", "fast", "small")
     kinds = {mode: {type(technique) for technique in techniques} for mode, techniques in MODES.items()}
-    assert kinds["exact"] == set()
+    assert kinds["exact"] == {ShortAttention}
     assert kinds["fast"] == {SlicedBlocks, LowBitBlocks, ChunkedLoss}
-    assert RecomputedBlocks in kinds["small"] and LowBitBlocks not in kinds["small"]
+    assert {RecomputedBlocks, ShortAttention} <= kinds["small"] and LowBitBlocks not in kinds["small"]
 
 
 # -------------------------------------------------------------------- memory

@@ -16,6 +16,7 @@ from .padding import UnpaddedBlocks
 from .pieces import BatchSlices, ChunkedMLPs, NeedsWholeBatches, SlicedBlocks
 from .recompute import BlockRecomputation, RecomputedBlocks
 from .saved import LowBitBlocks, LowBitSavedTensors
+from .short_attention import ShortAttention, short_attention
 from .wrapping import Technique
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "LowBitSavedTensors",
     "NeedsWholeBatches",
     "RecomputedBlocks",
+    "ShortAttention",
     "SlicedBlocks",
     "Technique",
     "UnpaddedBlocks",
@@ -37,4 +39,5 @@ __all__ = [
     "enter_memory_mode",
     "leave_memory_mode",
     "low_bit_attention",
+    "short_attention",
 ]

@@ -16,11 +16,12 @@ from .padding import UnpaddedBlocks
 from .pieces import SLICE_ROWS, ChunkedMLPs, SlicedBlocks
 from .recompute import RecomputedBlocks
 from .saved import LowBitBlocks
+from .short_attention import ShortAttention
 from .wrapping import Technique
 
 MODES: Mapping[str, tuple[Technique, ...]] = MappingProxyType(
     {
-        "exact": (),
+        "exact": (ShortAttention(),),
         # twice the rows where MLPs have slices of their own: fewer small operations
         "fast": (
             SlicedBlocks(2 * SLICE_ROWS, mlp_rows=SLICE_ROWS),
@@ -28,6 +29,7 @@ MODES: Mapping[str, tuple[Technique, ...]] = MappingProxyType(
             ChunkedLoss(),
         ),
         "small": (
+            ShortAttention(),
             RecomputedBlocks("int8"),
             SlicedBlocks(SLICE_ROWS // 2, drop_caches=True),
             ChunkedMLPs(SLICE_ROWS),  # where one sample alone is longer than a slice
