@@ -291,7 +291,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
 
     torch.manual_seed(0)
-    results: dict[str, Any] = {"forms": read_json(args.results).get("forms", {})}
+    results: dict[str, Any] = {}
 
     def save() -> None:
         settings = {key: value for key, value in vars(args).items() if key != "results"}
@@ -300,7 +300,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parts = {
         "many_layers": lambda: results.update(many_layers=many_layers(args.blocks, args.tokens)),
         "fit": lambda: results.update(fit=fits(args.budgets, args.images, args.batch)),
-        "forms": lambda: compare_forms(args, results["forms"], save),
+        "forms": lambda: compare_forms(
+            args, results.setdefault("forms", read_json(args.results).get("forms", {})), save
+        ),
     }
     for name in args.parts:
         parts[name]()

@@ -77,7 +77,8 @@ def plan_wasi(
 
     A layer becomes two factors that replace its weight, which lose energy, or its weight stays, exact or in few bits,
     beside an addition that trains (:mod:`forms.residual`), which loses what rounding does, in the same unit. Never is
-    the error of such a plan above that of factors alone under the same budget.
+    the error of such a plan above that of factors alone under the same budget. It is the error before repair and
+    training, which factors can make up for (docs/benchmarks).
 
     No rank of factors goes past break-even; layers where no rank saves anything are not in the plan and stay dense.
     Ranks, with that of the update, are multiples of 16 wherever the budget and the layer's size allow
