@@ -42,6 +42,7 @@ from wasi_peft.updates import DEFAULT_UPDATE, Update, make_update
 RESULTS = RESULTS_FOLDER / "planning.json"
 MIB = 2**20
 PARTS = ("many_layers", "fit", "forms")
+TRAINING = ("images", "batch", "held_out", "test_images", "seeds", "repair_steps", "steps", "epochs", "lr")
 SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
@@ -190,6 +191,8 @@ def fits(budgets: Iterable[float], images: int, batch_size: int) -> dict[str, An
 def compare_forms(args: argparse.Namespace, rows: dict[str, Any], save: Callable[[], None]) -> None:
     """Fine-tunes the model of both kinds of plan for each budget in MiB; a row for each budget and kind not there yet.
 
+    A row that was made with other settings is made again.
+
     Every rate trains the same prepared model with the first seed; the best by held-out images has the other seeds.
     """
     pool, test_set = load_images(train=args.images + args.held_out, test=args.test_images)
@@ -199,9 +202,10 @@ def compare_forms(args: argparse.Namespace, rows: dict[str, Any], save: Callable
     calibration = wasi_peft.calibrate_wasi(dense, data)
     batch = {"pixel_values": data[0]["pixel_values"], "labels": train_set.labels[: len(data[0]["pixel_values"])]}
     options = {"modules_to_save": ["classifier"]}
+    settings = {name: getattr(args, name) for name in TRAINING}
     for budget in args.budgets:
         for kind, forms in (("forms", None), ("factors", ("factors",))):
-            if f"{budget:g} MiB, {kind}" in rows:
+            if rows.get(f"{budget:g} MiB, {kind}", {}).get("settings") == settings:
                 continue
             config = wasi_peft.WasiConfig(**options)
             try:
@@ -213,6 +217,7 @@ def compare_forms(args: argparse.Namespace, rows: dict[str, Any], save: Callable
                 continue
             spectra = calibration.spectra([layer.name for layer in plan.layers])
             row: dict[str, Any] = {
+                "settings": settings,
                 "forms": dict(Counter(layer.form for layer in plan.layers)),
                 "memory_mode": plan.memory_mode,
                 "error": plan_error(spectra, plan),
@@ -271,7 +276,7 @@ def _forms_table(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Runs the parts and writes the JSON; rows of "forms" that it holds already stay as they are."""
+    """Runs the parts and writes the JSON, in which rows of "forms" stay that were made with the same settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=128)

@@ -346,3 +346,15 @@ def test_plans_with_forms_against_factors(
     of_best = [forms["accuracy"][f"{forms['lr']:g}, seed {seed}"] for seed in (0, 1)]
     assert forms["mean_accuracy"] == pytest.approx(sum(of_best) / 2, abs=1e-4)
     assert "| 2 MiB, forms |" in capsys.readouterr().out
+
+
+def test_attention_of_few_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("short_attention")
+    monkeypatch.setattr(module, "SHAPES", {"short": (2, 4, 2, 5, 8, True), "wide": (1, 1, 1, 2, 2**14, False)})
+    results = tmp_path / "short_attention.json"
+    module.main(["--parts", "operation", "--rounds", "3", "--results", str(results)])
+    rows = json.loads(results.read_text())["operation"]
+    assert [rows[name]["taken"] for name in ("short", "wide")] == [True, False]
+    errors = {way: rows["short"][way]["gradient_error"] for way in ("bfloat16", "backward in float32", "float32")}
+    assert errors["float32"] < errors["backward in float32"] <= 1.5 * errors["bfloat16"] < 0.05
+    assert all(rows["short"][way]["milliseconds"] > 0 for way in errors)
