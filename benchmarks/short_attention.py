@@ -2,7 +2,7 @@
 
 First the operation alone, forward and backward: many shapes, in bfloat16 by torch, in bfloat16 with a backward in
 float32 whatever the length, and in float32 by torch; with each the error of the gradients against float64. This is
-what `WORK_PER_QUERY` of `wasi_peft.memory.short_attention` rests on. Then whole steps under autocast to bfloat16 of
+what `WORK_PER_QUERY` of `wasi_peft.memory.few_tokens` rests on. Then whole steps under autocast to bfloat16 of
 DINOv2-small at 56 px (17 tokens) and SmolLM2-135M (8 x 128), forward and backward, of LoRA and of WASI's default,
 each with and without: the technique is not tied to WASI. Runs alternate, in random order; medians, and as the spread
 half the range between the quartiles. Memory that is given back to the system and taken again costs steps of a language
@@ -35,10 +35,9 @@ from common import RESULTS_FOLDER, environment, read_json, write_json
 from finetuning import HEAD
 from texts import smollm2_folder
 from vit import load_vit
-from wasi_peft.memory import ShortAttention, short_attention
+from wasi_peft.memory import ShortAttention, few_tokens, short_attention
 
 RESULTS = RESULTS_FOLDER / "short_attention.json"
-LIMIT = f"{short_attention.__module__}.WORK_PER_QUERY"
 SHAPES = {  # samples, heads, heads of keys, tokens, width, causal
     "ViT, 17 tokens": (32, 6, 6, 17, 64, False),
     "ViT, 50 tokens": (64, 6, 6, 50, 64, False),
@@ -98,12 +97,12 @@ def operation(rounds: int) -> dict[str, Any]:
             "float32": lambda run=gradients: run(torch.float32),
         }
         truth = torch.cat([grad.flatten() for grad in gradients(torch.float64)])
-        with mock.patch(LIMIT, ALL_LENGTHS):
+        with mock.patch.object(few_tokens, "WORK_PER_QUERY", ALL_LENGTHS):
             row = alternating(ways, rounds)
             for way, run in ways.items():
                 found = torch.cat([grad.double().flatten() for grad in run()])
                 row[way]["gradient_error"] = float(f"{((found - truth).norm() / truth.norm()).item():.2g}")
-        row["taken"] = tokens * width <= short_attention.__globals__["WORK_PER_QUERY"]
+        row["taken"] = tokens * width <= few_tokens.WORK_PER_QUERY
         results[name] = row
         print(name, row, flush=True)
     return results

@@ -163,7 +163,7 @@ def test_peak_of_other_configurations(name: str, kind: str) -> None:
 def test_the_product_of_a_residual_is_the_one_that_this_machine_will_use(
     product: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their temporary tensors differ."""
+    """Their temporary tensors and operations differ."""
     architecture = ARCHITECTURES["bert"]
     model, batch = architecture.model(), architecture.batch(SAMPLES)
     monkeypatch.setattr(products, "measured_seconds", lambda *_: {"int8": 2.0, product: 1.0})
@@ -174,7 +174,8 @@ def test_the_product_of_a_residual_is_the_one_that_this_machine_will_use(
         for name in products.PRODUCTS
     }
     assert estimate == asked[product]
-    assert estimate != asked["int8"]
+    assert estimate.peak_bytes <= asked["int8"].peak_bytes
+    assert estimate.inference_flops < asked["int8"].inference_flops  # no columns apart
     # products in bfloat16 take a little inside them
     measured = measured_peak(with_adapter(model, WasiConfig(**options)), batch)
     assert estimate.peak_bytes == pytest.approx(measured, rel=0.002 if product == "restored" else 0.05)

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from typing_extensions import Self
 
-from ..linalg.low_bit import GROUP, LARGEST_CODE, Groups, RoundedRows, quantize_groups, restore_groups
+from ..linalg.low_bit import (
+    GROUP,
+    LARGEST_CODE,
+    Groups,
+    RoundedRows,
+    largest_magnitude,
+    quantize_groups,
+    restore_groups,
+)
 from .dense import FactoredWeight, build_dense, dense_bias, dense_weight, is_quantized, is_transposed
 from .factored import FactoredLinear, check_rank
 from .products import ProductChoice, Thin, add_thin, by_tiles, tiles, transposed_by_tiles
@@ -301,7 +309,7 @@ class Int8Residual(Residual):
     scale: Tensor
 
     def _hold(self, weight: Tensor) -> None:
-        scale = weight.abs().amax(1, keepdim=True).float().div_(LARGEST_CODE)
+        scale = largest_magnitude(weight, 1)[:, None].float().div_(LARGEST_CODE)
         divisor = scale.clamp_min(torch.finfo(torch.float32).tiny)
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         for start, stop in tiles(*weight.shape):  # so that no second copy of a large weight exists

@@ -72,7 +72,7 @@ def quantize_rows(x: Tensor, outliers: int = 0, factor: Tensor | None = None) ->
     columns = values = None
     outliers = min(outliers, x.shape[1] // 8)
     if outliers and len(x):
-        columns = _largest(x, 0).topk(outliers).indices
+        columns = largest_magnitude(x, 0).topk(outliers).indices
         values = x.index_select(1, columns)
     tiles = row_tiles(len(x), x.shape[1], x.device)
     work = x.new_empty(tiles[0].stop if tiles else 0, x.shape[1], dtype=dtype)
@@ -82,14 +82,21 @@ def quantize_rows(x: Tensor, outliers: int = 0, factor: Tensor | None = None) ->
             part.mul_(factor)
         if columns is not None:
             part.index_fill_(1, columns, 0)
-        largest = _largest(part, -1).unsqueeze_(-1).div_(LARGEST_CODE)
+        largest = largest_magnitude(part, -1).unsqueeze_(-1).div_(LARGEST_CODE)
         scale[rows] = largest
         codes[rows] = part.div_(largest.clamp_min_(torch.finfo(dtype).tiny)).round_()
     return RoundedRows(codes, scale, columns, values)
 
 
-def _largest(x: Tensor, dim: int) -> Tensor:
-    """The largest magnitude along a dimension; in float32 without a copy, which takes longer than a second look."""
+def largest_magnitude(x: Tensor, dim: int) -> Tensor:
+    """The largest magnitude along a dimension, which is gone then.
+
+    From float32 on without a copy of the magnitudes: that takes longer than to look twice, and memory.
+
+    Example:
+        >>> largest_magnitude(torch.tensor([[1.0, -2.0], [0.5, 0.0]]), 1)
+        tensor([2.0000, 0.5000])
+    """
     if x.element_size() < 4:
         return x.abs().amax(dim)
     return torch.maximum(x.amax(dim), x.amin(dim).neg_())

@@ -10,13 +10,13 @@ installs those of a mode; here they are one by one, for a dense model or one wit
 """
 
 from .attention import low_bit_attention
+from .few_tokens import ShortAttention, short_attention
 from .loss import ChunkedLoss, chunked_cross_entropy
 from .modes import MEMORY_MODES, MODES, check_memory_mode, enter_memory_mode, leave_memory_mode
 from .padding import UnpaddedBlocks
 from .pieces import BatchSlices, ChunkedMLPs, NeedsWholeBatches, SlicedBlocks
 from .recompute import BlockRecomputation, RecomputedBlocks
 from .saved import LowBitBlocks, LowBitSavedTensors
-from .short_attention import ShortAttention, short_attention
 from .wrapping import Technique
 
 __all__ = [

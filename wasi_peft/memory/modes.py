@@ -11,12 +11,12 @@ from types import MappingProxyType
 from torch import nn
 
 from ..models.structure import vocabulary_head
+from .few_tokens import ShortAttention
 from .loss import ChunkedLoss
 from .padding import UnpaddedBlocks
 from .pieces import SLICE_ROWS, ChunkedMLPs, SlicedBlocks
 from .recompute import RecomputedBlocks
 from .saved import LowBitBlocks
-from .short_attention import ShortAttention
 from .wrapping import Technique
 
 MODES: Mapping[str, tuple[Technique, ...]] = MappingProxyType(

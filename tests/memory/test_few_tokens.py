@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from wasi_peft import WasiConfig
-from wasi_peft.memory import ShortAttention, short_attention
-from wasi_peft.memory.short_attention import ELEMENTS, WORK_PER_QUERY, _parts
+from wasi_peft.memory import ShortAttention, few_tokens, short_attention
+from wasi_peft.memory.few_tokens import ELEMENTS, WORK_PER_QUERY, _parts
 
 
 class KernelDtypes(TorchDispatchMode):
@@ -103,7 +102,7 @@ def test_output_is_torchs_and_gradients_are_nearer_to_the_exact_ones(
         attn_mask = attn_mask.to(dtype)
     options = {"attn_mask": attn_mask, "is_causal": mask == "causal", "scale": scale, "enable_gqa": shared > 1}
     with pytest.MonkeyPatch.context() as patch, kernel_dtypes() as dtypes:
-        patch.setattr(importlib.import_module("wasi_peft.memory.short_attention"), "ELEMENTS", elements)
+        patch.setattr(few_tokens, "ELEMENTS", elements)
         output, found = gradients(short_attention, tensors, grad, **options)
     choice = torch._fused_sdp_choice(*tensors, attn_mask, 0.0, options["is_causal"], enable_gqa=shared > 1)
     assert bool(dtypes) == (choice == SDPBackend.FLASH_ATTENTION.value) and set(dtypes) <= {torch.float32}

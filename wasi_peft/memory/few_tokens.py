@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..models.structure import blocks_of
+from ..models.structure import Structure
 from .wrapping import unwrap, wrap
 
 WORK_PER_QUERY = 12_800  # keys times width, up to which float32 was the faster one: 200 keys of width 64
@@ -106,8 +106,7 @@ def short_attention(
         dtype = torch.get_autocast_dtype("cpu")
         tensors = [tensor.to(dtype) for tensor in tensors]
         mask = mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
-    equal = enable_gqa or query.shape[1:2] == key.shape[1:2]
-    if not equal or not _pays(tensors, mask, dropout_p) or not _is_fused(tensors, mask, is_causal):
+    if not _pays(tensors, mask, dropout_p) or not _is_fused(tensors, mask, is_causal, enable_gqa):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -123,7 +122,7 @@ def _pays(tensors: list[Tensor], mask: Tensor | None, dropout_p: float) -> bool:
     return (
         torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors)
-        and all(tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors)
+        and all(map(_has_16_bits, tensors))
         and all(tensor.dim() == 4 and tensor.numel() > 0 for tensor in tensors)
         and keys.shape[-2] * keys.shape[-1] <= WORK_PER_QUERY
         and dropout_p == 0
@@ -133,12 +132,13 @@ def _pays(tensors: list[Tensor], mask: Tensor | None, dropout_p: float) -> bool:
     )
 
 
-def _is_fused(tensors: list[Tensor], mask: Tensor | None, is_causal: bool) -> bool:
+def _is_fused(tensors: list[Tensor], mask: Tensor | None, is_causal: bool, enable_gqa: bool) -> bool:
     """Whether torch takes its fused kernel for these; its own answer is another one for tensors without data."""
     q, k, v = tensors
     heads = q.shape[1]
     fits = torch.backends.cuda.flash_sdp_enabled()  # the kernels of the CPU too
-    fits &= q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3] and heads % k.shape[1] == 0
+    fits &= q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3]
+    fits &= heads % k.shape[1] == 0 if enable_gqa else heads == k.shape[1]
     fits &= q.shape[-1] == k.shape[-1] == v.shape[-1] and all(tensor.stride(-1) == 1 for tensor in tensors)
     if mask is not None:
         sizes = (q.shape[0], heads, q.shape[2], k.shape[2])
@@ -169,8 +169,11 @@ class _WithShortAttention:
 def _in_16_bits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if torch.is_autocast_enabled("cpu"):
         return True
-    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    return any(tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors)
+    return any(isinstance(value, Tensor) and _has_16_bits(value) for value in (*args, *kwargs.values()))
+
+
+def _has_16_bits(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -196,11 +199,7 @@ class ShortAttention:
     def install(self, model: nn.Module) -> None:
         """Put it around the modules that make up the blocks, if the model has blocks."""
         self.remove(model)
-        try:
-            blocks = blocks_of(model).blocks
-        except ValueError:
-            return
-        for block in blocks.values():
+        for block in Structure(model).blocks.values():
             for part in block.children():
                 if next(part.children(), None) is not None:
                     wrap(part, _WithShortAttention())
