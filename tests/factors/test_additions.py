@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wasi_peft import WasiConfig, WasiFactors, preprocess_wasi, repair_blocks, repair_factors, repair_tokens
 from wasi_peft.factors.statistics import InputStatistics
 from wasi_peft.forms.residual import RESIDUALS
-from wasi_peft.linalg.coordinates import ADDITION_SCALE, DAMPING, correction
+from wasi_peft.linalg.coordinates import DAMPING, correction
 from wasi_peft.tuner.layer import wasi_layers
 
 SIZE = 64
@@ -73,7 +73,7 @@ def test_the_correction_is_the_best_of_its_rank(shape: tuple[int, int], rows: in
     angles = torch.linalg.svdvals(U.T @ torch.linalg.qr(L).Q)
     assert float(angles.min()) > 1 - 1e-2  # the same directions of the output
     image = R @ damped @ R.T
-    assert relative_error(image, torch.eye(5, dtype=torch.float64) * ADDITION_SCALE**2 * C.diagonal().mean()) < 1e-5
+    assert relative_error(image, torch.eye(5, dtype=torch.float64) * C.diagonal().mean()) < 1e-5
 
 
 @pytest.mark.parametrize("left", [0, 2])
@@ -87,7 +87,7 @@ def test_directions_in_which_nothing_was_lost_still_train(left: int) -> None:
     assert relative_error(L @ R, lost.double()) < 1e-4 if left else not bool(L.any())
     assert [bool(column.any()) for column in L.T] == [True] * left + [False] * (4 - left)
     damped = C + DAMPING * C.diagonal().mean() * torch.eye(9, dtype=torch.float64)
-    white = torch.eye(4, dtype=torch.float64) * ADDITION_SCALE**2 * C.diagonal().mean()
+    white = torch.eye(4, dtype=torch.float64) * C.diagonal().mean()
     assert relative_error(R @ damped @ R.T, white) < 1e-6
 
 

@@ -29,6 +29,7 @@ from wasi_peft.planner.fit import AIM, GRADIENT_ERROR, Problem, next_bound
 from wasi_peft.planner.peak import MODE_TOLERANCE, PEAK_MARGIN
 from wasi_peft.planner.planner import (
     BUDGETS,
+    DEFAULT_FORMS,
     _comparable,
     _fewer_tokens,
     _run_for_sizes,
@@ -38,7 +39,7 @@ from wasi_peft.planner.planner import (
 from wasi_peft.planner.work import Flops
 from wasi_peft.ranks.choosing import plan_error
 from wasi_peft.ranks.plan import MEMORY_MODES, WasiPlan
-from wasi_peft.ranks.spectrum import LayerSpectrum, input_groups
+from wasi_peft.ranks.spectrum import LayerSpectrum, input_groups, with_forms
 from wasi_peft.updates import Update, make_update
 from wasi_peft.updates.costs import break_even_rank, rank_step
 
@@ -574,7 +575,7 @@ def test_plans_with_forms_lose_no_more_than_factors_alone(field: str) -> None:
     plan = plan_wasi(model, calibration, config=config, **options)
     alone = plan_wasi(model, calibration, config=config, forms=("factors",), **options)
     assert {layer.form for layer in alone.layers} == {"factors"}
-    spectra = spectra_for(model, calibration, batch)
+    spectra = with_forms(spectra_for(model, calibration, batch), DEFAULT_FORMS, 2, "addition")
     errors = [plan_error(spectra, each) for each in (plan, alone)]
     if field == "error":
         assert errors[0] <= value and plan.kept_share <= alone.kept_share
@@ -616,7 +617,7 @@ def test_layers_may_stay_dense() -> None:
     base = peft_model.get_base_model()
     assert all(type(base.get_submodule(name)) is nn.Linear for name in dense)
     with pytest.raises(ValueError, match="a plan must have a layer that trains, got 12 dense ones"):
-        plan_wasi(model, calibration, weight_share=1.0, config=WasiConfig(), forms=("factors", "dense"))
+        plan_wasi(model, calibration, weight_share=1.0, config=WasiConfig(), forms=("dense",))
 
 
 def test_peaks_of_plans_with_other_forms_are_those_of_fresh_estimates() -> None:

@@ -15,6 +15,7 @@ from strategies import QUICK, descending, spectrum
 from wasi_peft.ranks import choosing, knapsack
 from wasi_peft.ranks.choosing import (
     CANDIDATES,
+    UNTRAINED_WEIGHT,
     activation_options,
     candidate_ranks,
     choose_activations,
@@ -23,7 +24,7 @@ from wasi_peft.ranks.choosing import (
 )
 from wasi_peft.ranks.knapsack import InfeasibleError, Option
 from wasi_peft.ranks.plan import WasiPlan, build_plan
-from wasi_peft.ranks.spectrum import InputGroup, LayerSpectrum, input_groups, with_forms
+from wasi_peft.ranks.spectrum import InputGroup, LayerSpectrum, addition_ranks, input_groups, with_forms
 from wasi_peft.updates import LowRank
 from wasi_peft.updates.costs import input_elements
 
@@ -55,6 +56,35 @@ def test_weight_options() -> None:
     layer = spectrum("a", 4, 6, weight_energies=(4.0, 2.0, 1.0, 0.0))
     options = weight_options(layer, [1, 2], lambda layer, rank: rank * layer.in_features, scale=0.1)
     assert options == [Option(6, pytest.approx(0.3), 1), Option(12, pytest.approx(0.1), 2)]
+
+
+def test_options_of_other_forms_count_what_does_not_train() -> None:
+    """Rounding and, with little weight, energy outside the addition's directions; of factors what they drop."""
+    energies = (4.0, 2.0, 1.0, 0.0)
+    plain = spectrum("a", 4, 4, weight_energies=energies)
+    layer = with_forms(
+        [dataclasses.replace(plain, rounding_errors={"int8": 0.5})], ("factors", "int8"), 2, "addition"
+    )[0]
+    factors, other = weight_options(layer, [1], lambda layer, rank: rank, scale=0.1)
+    assert factors == Option(1, pytest.approx(0.1 * (1 + UNTRAINED_WEIGHT) * 3.0), 1)
+    assert other == Option(2, pytest.approx(0.1 * (0.5 + UNTRAINED_WEIGHT * 1.0)), layer.forms[0])
+    dense = with_forms([plain], ("dense",), None, "addition")[0]
+    assert weight_options(dense, [], lambda layer, rank: rank)[0].error == pytest.approx(UNTRAINED_WEIGHT * 7.0)
+
+
+def test_what_is_left_of_a_budget_goes_into_directions_that_train() -> None:
+    """And into the last bits of a weight after that."""
+    known = spectrum("fc", 64, 64, weight_energies=descending(0.9**k for k in range(64)))
+    known = dataclasses.replace(known, rounding_errors={"int8": 1e-3})
+    layers = with_forms([known], ("factors", "int8", "exact"), None, "addition")
+    ranks = {form.rank for form in layers[0].forms}
+    assert ranks == set(addition_ranks(64, 64)) == {2, 4, 6, 8, 12, 16, 24}
+    found = []
+    for share in (0.3, 0.4, 0.6, 0.9, 1.5, 1.8):
+        budget = share * known.dense_bytes
+        layer = choose_plan(layers, weight_cost=LayerSpectrum.stored_bytes, budget=budget).layers[0]
+        found.append((layer.form, layer.weight_rank))
+    assert found == [("factors", 8), ("int8", 4), ("int8", 8), ("int8", 16), ("int8", 24), ("exact", 24)]
 
 
 def test_activation_options() -> None:
@@ -153,7 +183,7 @@ def test_forms_are_chosen_with_the_ranks(int8: float, int4: float, share: float)
     assert sum(map(plan.stored_bytes, plan.layers)) <= budget
     assert choosing.plan_error(spectra, plan) <= best + 1e-2 * (1 + best)
     alone = choose_plan(plain, weight_cost=cost, budget=budget)
-    assert choosing.plan_error(spectra, plan) <= choosing.plan_error(plain, alone) + 1e-9
+    assert choosing.plan_error(spectra, plan) <= choosing.plan_error(spectra, alone) + 1e-9
 
 
 def test_the_error_of_a_plan_counts_tokens() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from wasi_peft.forms.products import ProductChoice
 from wasi_peft.forms.residual import RESIDUALS, Residual, ResidualLinear
-from wasi_peft.linalg.coordinates import ADDITION_SCALE
 from wasi_peft.linalg.low_bit import quantize_rows
 from wasi_peft.linalg.tucker import Bases, CompressionRule, compress, expand
 from wasi_peft.updates import make_update
@@ -309,9 +309,22 @@ def test_the_first_batch_whitens_the_image(name: str) -> None:
     moment = image.T @ image / len(x)
     size = moment.diagonal().mean()
     assert relative_error(moment / size, torch.eye(RANK)) < 0.05
-    assert float(size) == pytest.approx(ADDITION_SCALE**2 * float(x.square().mean()), rel=0.05)
+    assert float(size) == pytest.approx(float(x.square().mean()), rel=0.05)
     assert relative_error(form.R @ torch.linalg.pinv(R) @ R, form.R) < 1e-10  # the span is as it was
     assert torch.equal(form(x), before)
+
+
+@pytest.mark.parametrize("rank", [4, 32, 64, 128])
+def test_one_step_of_a_wide_addition_moves_outputs_no_further(rank: int) -> None:
+    """Adam moves each entry of L by the learning rate: outputs by up to the sum of the image's entries."""
+    dense = nn.Linear(256, 200, bias=False)
+    L, R = torch.zeros(200, rank), normal(rank, 256, seed=7).float()
+    form = ResidualLinear.beside(RESIDUALS["int8"](dense), {"L": L, "R": R}, None)
+    x = normal(2000, 256, seed=8).float() @ torch.diag(torch.logspace(-0.3, 0.3, 256))
+    make_update("addition", residual="int8").meet(form, x)
+    largest_change = float((x @ form.R.detach().t()).abs().sum(1).mean() / x.square().mean().sqrt())
+    # the mean magnitude of a normal variable is sqrt(2 / pi) of its standard deviation
+    assert largest_change == pytest.approx(min(rank, 32) * math.sqrt(2 / math.pi), rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"what layers may become ({' '.join(DEFAULT_FORMS)}; with an update of factors alone {FACTORS})",
     )  # fmt: skip
     command.add_argument(
-        "--addition-rank", metavar="K", type=_count, help=f"rank of additions to residuals ({RESIDUAL_RANK})"
+        "--addition-rank", metavar="K", type=_count, help="rank of additions to residuals (chosen with the form)"
     )
     command.add_argument("--data", metavar="PATH", help="folder of images, or text file (a sample a line) or .jsonl")
     command.add_argument("--text-key", default="text", help="key of the text in a .jsonl file (text)")

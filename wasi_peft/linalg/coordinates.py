@@ -19,7 +19,7 @@ from .subspaces import range_finder, symmetric_range_finder
 
 DAMPING = 0.01
 BASIS_SCALE = 0.2  # measured: L then trains best at the learning rates of everything else
-ADDITION_SCALE = 1.0  # measured, at the learning rates of LoRA
+ADDITION_RANK = 32  # measured, at the learning rates of LoRA: up to it an image of the input's size suits
 NEGLIGIBLE = 1e-6  # of the largest energy: sums over data are in float32
 
 Times = Callable[[Tensor], Tensor]  # a matrix times columns
@@ -99,12 +99,26 @@ def basis_form(L: Tensor, R: Tensor, moments: ImageMoments | None = None) -> tup
     return (left @ core / BASIS_SCALE).to(L.dtype), (BASIS_SCALE * right).to(R.dtype)
 
 
+def addition_scale(rank: int) -> float:
+    """Size of an entry of the image `h = R x` of an addition, over that of x: `min(1, 32 / K)`.
+
+    Adam moves every entry of L by about the learning rate, and so each output by up to that times the sum of K entries
+    of h. With this scale no rank moves it by more than K = 32 does, so one learning rate suits all; without it, one
+    that suits K = 32 diverges at K = 64. As LoRA's alpha / r with one alpha (arXiv 2106.09685).
+
+    Example:
+        >>> addition_scale(16), addition_scale(32), addition_scale(128)
+        (1.0, 1.0, 0.25)
+    """
+    return min(1.0, ADDITION_RANK / rank)
+
+
 def addition_basis(weight: Tensor, rank: int, times: Times | None = None, mean_square: float = 1.0) -> Tensor:
     """R of an addition `L R` to a weight of which L is zero at first and trains alone: directions, and coordinates.
 
     Those input directions through which the weight lets most pass: with C = E[x x^T], damped, `C = T T^T`, and V the
     leading right singular vectors of `W T`, `R = c V^T T^-1`. So the image `h = R x` is white, and c, the root
-    mean square of x, gives it a size at which L trains well at LoRA's learning rates.
+    mean square of x times :func:`addition_scale`, gives it a size at which L trains well at LoRA's learning rates.
 
     **Shape**
         - weight: (out, in); returns (rank, in)
@@ -120,7 +134,7 @@ def addition_basis(weight: Tensor, rank: int, times: Times | None = None, mean_s
         tensor([[0., 1.]])
     """
     if times is None:
-        return ADDITION_SCALE * range_finder(weight.float(), rank, iterations=1).T.to(weight.dtype)
+        return addition_scale(rank) * range_finder(weight.float(), rank, iterations=1).T.to(weight.dtype)
     return correction(weight.double(), rank, times, mean_square)[1].to(weight.dtype)
 
 
@@ -146,7 +160,7 @@ def correction(lost: Tensor, rank: int, times: Times, mean_square: float) -> tup
         >>> (L @ R).abs().round(decimals=2).tolist()
         [[0.0, 0.0], [0.0, 3.0]]
     """
-    damping, scale = DAMPING * (mean_square or 1.0), ADDITION_SCALE * (math.sqrt(mean_square) or 1.0)
+    damping, scale = DAMPING * (mean_square or 1.0), addition_scale(rank) * (math.sqrt(mean_square) or 1.0)
 
     def damped(columns: Tensor) -> Tensor:
         return times(columns).to(columns) + damping * columns
@@ -183,15 +197,15 @@ def whitened_rows(R: Tensor, image: Tensor, mean_square: float) -> Tensor:
     Args:
         R: Any rows.
         image: Second moment of their image.
-        mean_square: Mean square of the entries of x; c is its root times the scale of :func:`addition_basis`.
+        mean_square: Mean square of the entries of x; c is its root times :func:`addition_scale`.
 
     Example:
         >>> rows = whitened_rows(torch.eye(2), torch.diag(torch.tensor([4.0, 1.0])), mean_square=1.0)
-        >>> (rows.diagonal() / ADDITION_SCALE).round(decimals=1)
+        >>> rows.diagonal().round(decimals=1)
         tensor([0.5000, 1.0000])
     """
     _, inverse = _roots(image.double())
-    return (ADDITION_SCALE * (math.sqrt(mean_square) or 1.0) * (inverse @ R.double())).to(R.dtype)
+    return (addition_scale(len(R)) * (math.sqrt(mean_square) or 1.0) * (inverse @ R.double())).to(R.dtype)
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:

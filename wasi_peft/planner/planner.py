@@ -33,7 +33,7 @@ from ..ranks.choosing import plan_error
 from ..ranks.knapsack import InfeasibleError
 from ..ranks.plan import FORMS, WasiPlan, build_plan
 from ..ranks.spectrum import FACTORS, LayerSpectrum, with_forms
-from ..tuner.config import RESIDUAL_RANK, WasiConfig
+from ..tuner.config import WasiConfig
 from ..updates import RESIDUAL_UPDATE
 from .fit import Problem
 from .peak import plan_peak
@@ -148,7 +148,7 @@ def plan_wasi(
     exact = config.compression_rule("") is None
     spectra = _comparable(calibration.spectra(targets, config.layer_update), shapes, exact)
     beside = asked.update if asked.residual is not None else None
-    offered = with_forms(spectra, chosen_forms, asked.weight_rank or RESIDUAL_RANK, beside or RESIDUAL_UPDATE)
+    offered = with_forms(spectra, chosen_forms, asked.weight_rank, beside or RESIDUAL_UPDATE)
 
     def ranks_for(problem: Problem) -> WasiPlan:
         if name == "weight_share":
@@ -180,17 +180,19 @@ def plan_wasi(
             f"{name} must be at least {_readable(name, least)} for this model, got {_readable(name, value)}."
         ) from infeasible
     if FACTORS in chosen_forms and len(chosen_forms) > 1:
-        plan = _never_worse(plan, plan_for, Problem(spectra, shapes, {name: value}))
+        plan = _never_worse(plan, plan_for, Problem(spectra, shapes, {name: value}), offered)
     return plan
 
 
-def _never_worse(plan: WasiPlan, plan_for: Callable[[Problem], WasiPlan], factors: Problem) -> WasiPlan:
+def _never_worse(
+    plan: WasiPlan, plan_for: Callable[[Problem], WasiPlan], factors: Problem, offered: Sequence[LayerSpectrum]
+) -> WasiPlan:
     """The plan with forms, or that of factors alone where the search found less with more to choose from."""
     try:
         alone = plan_for(factors)
     except ValueError:  # factors alone cannot meet the budget
         return plan
-    goal: Callable[[WasiPlan], float] = functools.partial(plan_error, factors.spectra)
+    goal: Callable[[WasiPlan], float] = functools.partial(plan_error, offered)
     if "error" in factors.asked:
         goal = operator.attrgetter("kept_share")
     return min(plan, alone, key=goal)

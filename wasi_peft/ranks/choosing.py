@@ -19,6 +19,7 @@ from .spectrum import DENSE, FACTORS, Form, InputGroup, LayerSpectrum, input_gro
 
 CANDIDATES = 32  # ranks offered per layer
 TOKEN_CANDIDATES = 8
+UNTRAINED_WEIGHT = 0.03  # of energy in directions that stay and do not train, against energy that is lost
 GRADIENT_WEIGHT = 0.1  # of a share of gradient energy, against the same share of weight energy
 
 
@@ -43,15 +44,19 @@ def candidate_ranks(energies: Sequence[float], ranks: Sequence[int], count: int 
 def weight_options(
     spectrum: LayerSpectrum, ranks: Iterable[int], cost: Callable[[LayerSpectrum, int], float], scale: float = 1.0
 ) -> list[Option]:
-    """Options of one weight: the cost, and `scale` times what is lost.
+    """Options of one weight: the cost, and `scale` times the error.
 
-    First come factors, of which the choice is the rank and the loss is the dropped energy; then other forms.
+    First come factors, of which the choice is the rank and the error is the dropped energy; then other forms. Where
+    there are such, energy in directions that do not train, dropped or not, counts a little too: else what is left of a
+    budget would go into the last bits of a weight rather than into directions that learn.
     """
-    dropped = _tails(spectrum.rank_energies)
-    options = [Option(cost(spectrum, rank), scale * dropped[rank], rank) for rank in ranks]
-    return options + [
-        Option(cost(spectrum.as_form(form), form.rank), scale * form.error, form) for form in spectrum.forms
-    ]
+    dropped, untrained = _tails(spectrum.rank_energies), _tails(spectrum.weight_energies)
+    dropped_weight = 1 + UNTRAINED_WEIGHT if spectrum.forms else 1.0
+    options = [Option(cost(spectrum, rank), scale * dropped_weight * dropped[rank], rank) for rank in ranks]
+    for form in spectrum.forms:
+        error = form.error + UNTRAINED_WEIGHT * untrained[form.rank]
+        options.append(Option(cost(spectrum.as_form(form), form.rank), scale * error, form))
+    return options
 
 
 def activation_options(
@@ -121,9 +126,10 @@ def choose_plan(
 ) -> WasiPlan:
     """Weight and activation ranks together, under a budget of any cost that adds up over layers and inputs.
 
-    The error is `dropped / total` weight energy plus `gradient_weight * dropped / total` gradient energy. Solved
-    twice: over ranks spread over :attr:`LayerSpectrum.rank_choices`, then over those around the first choice. An
-    error bound that these cannot meet may take layers up to break-even.
+    The error is `dropped / total` weight energy, plus `UNTRAINED_WEIGHT * untrained / total` where layers have other
+    forms to choose from, plus `gradient_weight * dropped / total` gradient energy. Solved twice: over ranks spread
+    over :attr:`LayerSpectrum.rank_choices`, then over those around the first choice. An error bound that these cannot
+    meet may take layers up to break-even.
 
     Args:
         spectra: All layers.
@@ -178,7 +184,10 @@ def choose_plan(
 
 
 def plan_error(spectra: Sequence[LayerSpectrum], plan: WasiPlan, gradient_weight: float = GRADIENT_WEIGHT) -> float:
-    """The error that :func:`choose_plan` makes small, of a plan for all of these layers."""
+    """The error that :func:`choose_plan` makes small, of a plan for all of these layers.
+
+    Of spectra without other forms it is what is lost at the start, whatever the forms of the plan.
+    """
     layers = {layer.name: layer for layer in plan.layers}
     weights = sum(_lost(spectrum, layers[spectrum.name]) for spectrum in spectra)
     groups, inputs = input_groups(spectra), 0.0
@@ -199,9 +208,11 @@ def least_error_of(spectra: Sequence[LayerSpectrum]) -> float:
 
 
 def _lost(spectrum: LayerSpectrum, layer: LayerPlan) -> float:
+    untrained_weight = UNTRAINED_WEIGHT if spectrum.forms else 0.0
     if layer.form == FACTORS:
-        return _tails(spectrum.rank_energies)[layer.weight_rank]
-    return {**spectrum.rounding_errors, ExactResidual.name: 0.0, DENSE: 0.0}[layer.form]
+        return (1 + untrained_weight) * _tails(spectrum.rank_energies)[layer.weight_rank]
+    rounded = {**spectrum.rounding_errors, ExactResidual.name: 0.0, DENSE: 0.0}[layer.form]
+    return rounded + untrained_weight * _tails(spectrum.weight_energies)[layer.weight_rank]
 
 
 def _error_scales(

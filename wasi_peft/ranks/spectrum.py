@@ -11,7 +11,7 @@ import numpy as np
 
 from ..forms.residual import RESIDUALS, ExactResidual
 from ..updates import DEFAULT_UPDATE, RESIDUAL_UPDATE, Update, make_update
-from ..updates.costs import dense_elements, rank_step
+from ..updates.costs import break_even_rank, dense_elements, rank_step
 
 DENSE, FACTORS = "dense", "factors"  # forms of a layer in a plan, beside the residuals
 
@@ -22,7 +22,7 @@ class Form(NamedTuple):
     Attributes:
         name: "dense", or that of a residual.
         rank: K of the addition; 0 for a dense layer, which stays as it is and does not train.
-        error: What rounding loses, in the unit of the layer's energies.
+        error: What rounding loses, in the unit of the layer's energies, whatever K is.
         update: What trains, and so what it costs. A dense layer costs what an exact residual with an addition of rank
             0 does.
     """
@@ -151,8 +151,27 @@ class LayerSpectrum:
         return tuple(sorted({1, *self.aligned_ranks})) if self.takes_factors else ()
 
 
+def addition_ranks(out_features: int, in_features: int) -> tuple[int, ...]:
+    """K to choose from beside a residual: one, and one and a half, times powers of 2, up to break-even.
+
+    From :func:`costs.rank_step` on, and multiples of it.
+
+    Example:
+        >>> addition_ranks(384, 1536), addition_ranks(8, 8)
+        ((16, 32, 48, 64, 96, 128, 192, 256), (1, 2, 3))
+    """
+    step, largest = rank_step(out_features, in_features), break_even_rank(out_features, in_features)
+    powers = [2**power for power in range(max(1, largest // step).bit_length())]
+    multiples = sorted({1, *powers, *(3 * power // 2 for power in powers[1:])})
+    return tuple(step * multiple for multiple in multiples if multiple == 1 or step * multiple <= largest)
+
+
 def with_forms(
-    spectra: Sequence[LayerSpectrum], forms: Sequence[str], rank: int, update: str, update_rank: int | None = None
+    spectra: Sequence[LayerSpectrum],
+    forms: Sequence[str],
+    rank: int | None,
+    update: str,
+    update_rank: int | None = None,
 ) -> list[LayerSpectrum]:
     """Spectra of layers that may take these forms.
 
@@ -160,18 +179,20 @@ def with_forms(
         spectra: All layers.
         forms: "factors", "dense", names of residuals. A residual of which a layer does not know the error is not
             offered to it.
-        rank: K beside a residual, as far as a layer has it. The error does not depend on it.
+        rank: K beside a residual, as far as a layer has it; None for any of :func:`addition_ranks`.
         update: What trains beside a residual.
         update_rank: Of that.
     """
     offered = []
     for spectrum in spectra:
-        K = min(rank, spectrum.out_features, spectrum.in_features)
+        sizes = spectrum.out_features, spectrum.in_features
+        ranks = addition_ranks(*sizes) if rank is None else (min(rank, *sizes),)
         errors = {**spectrum.rounding_errors, ExactResidual.name: 0.0}
         others = [
             Form(name, K, errors[name], make_update(update, update_rank, name))
             for name in forms
             if name in RESIDUALS and name in errors
+            for K in ranks
         ]
         if DENSE in forms:
             others.append(Form(DENSE, 0, 0.0, make_update(RESIDUAL_UPDATE, None, ExactResidual.name)))
