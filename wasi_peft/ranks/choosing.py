@@ -19,7 +19,7 @@ from .spectrum import DENSE, FACTORS, Form, InputGroup, LayerSpectrum, input_gro
 
 CANDIDATES = 32  # ranks offered per layer
 TOKEN_CANDIDATES = 8
-UNTRAINED_WEIGHT = 0.03  # of energy in directions that stay and do not train, against energy that is lost
+UNTRAINED_WEIGHT = 0.1  # measured: of energy in directions that stay and do not train, against energy that is lost
 GRADIENT_WEIGHT = 0.1  # of a share of gradient energy, against the same share of weight energy
 
 
