@@ -127,6 +127,7 @@ def train(
     schedule: str = "cosine",
     seed: int = 0,
     bf16: bool = False,
+    max_grad_norm: float = 1.0,
 ) -> list[dict[str, float]]:
     """Trains with the Hugging Face ``Trainer``: warm-up over a tenth of the steps, then decay to zero.
 
@@ -141,6 +142,7 @@ def train(
         schedule: "cosine" or "linear".
         seed: Seed of the data order.
         bf16: Train under autocast to bfloat16.
+        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
 
     Returns:
         The trainer's log.
@@ -162,6 +164,7 @@ def train(
         dataloader_pin_memory=False,
         use_cpu=True,
         bf16=bf16,
+        max_grad_norm=max_grad_norm,
     )
     trainer = transformers.Trainer(model, arguments, train_dataset=train_set, optimizers=(optimizer, None))
     trainer.train()

@@ -2,7 +2,8 @@
 
 Every job is a process of its own, in rounds, all methods once a round and nobody always first: full fine-tuning, LoRA
 r=16 with and without gradient checkpointing, WASI's residual form in the three memory modes, also at LoRA's rank
-("residual 16 small"), and WASI's factors with their preparation; each in float32 and under autocast to bfloat16. Two
+("residual 16 small") and with steps inside backward ("residual 16 small, stepping", without clipping), and WASI's
+factors with their preparation; each in float32 and under autocast to bfloat16. Two
 models: DINOv2-small on Fashion-MNIST at 56 px, 3 epochs of 6,000 images in batches of 32, and SmolLM2-135M, 40 steps
 of 8 mails of 128 tokens.
 
@@ -59,7 +60,8 @@ from wasi_peft.tuner.config import MEMORY_MODES  # noqa: E402
 
 RESULTS = RESULTS_FOLDER / "whole_job.json"
 LORA, CHECKPOINTED, IDLE = "lora", "lora, checkpointing", "idle"
-RESIDUALS = tuple(f"residual {rank}{mode}" for rank in ("", "16 ") for mode in MEMORY_MODES)
+STEPPING = ", stepping"  # OptimizerInBackward
+RESIDUALS = tuple(f"residual {rank}{mode}" for rank in ("", "16 ") for mode in (*MEMORY_MODES, f"small{STEPPING}"))
 METHODS = ("full", LORA, CHECKPOINTED, *RESIDUALS, "factors")
 # the best of those tried, by held-out data: finetune_accuracy.py and finetune_perplexity.py
 RATES = {
@@ -95,7 +97,7 @@ def adapt(job: dict[str, Any], model: torch.nn.Module, train_set: Any) -> torch.
     if job["method"] in (LORA, CHECKPOINTED):
         return with_lora(model, head, checkpointing=job["method"] == CHECKPOINTED)
     if form == "residual":
-        _, *rank, mode = job["method"].split()
+        _, *rank, mode = job["method"].removesuffix(STEPPING).split()
         options = {"weight_rank": int(rank[0])} if rank else {}
         return peft.get_peft_model(model, wasi_peft.WasiConfig(memory_mode=mode, modules_to_save=head, **options))
     config = wasi_peft.WasiConfig(weight_share=0.4, modules_to_save=head)
@@ -120,9 +122,12 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     model = adapt(job, model, train_set)
     method = {"factors": "wasi"}.get(kind, kind)
     optimizer = finetuning.build_optimizer(method, model, RATES[job["model"]][kind])
+    amount: dict[str, float] = {}
+    if job["method"].endswith(STEPPING):
+        optimizer, amount = wasi_peft.OptimizerInBackward(optimizer), {"max_grad_norm": 0}
     moments.append(time.monotonic())
     items = train_set if vision else [{"input_ids": window, "labels": window} for window in train_set]
-    amount = {"epochs": job["epochs"], "batch_size": 32} if vision else {"steps": job["steps"], "batch_size": 8}
+    amount |= {"epochs": job["epochs"], "batch_size": 32} if vision else {"steps": job["steps"], "batch_size": 8}
     with tempfile.TemporaryDirectory() as scratch:
         finetuning.train(model, optimizer, items, Path(scratch), seed=job["seed"], bf16=bf16, **amount)
         moments.append(time.monotonic())

@@ -76,9 +76,10 @@ def plan_wasi(
     """Choose form and rank of every layer under exactly one budget; hand the plan to `WasiConfig(plan=...)`.
 
     A layer becomes two factors that replace its weight, which lose energy, or its weight stays, exact or in few bits,
-    beside an addition that trains (:mod:`forms.residual`), which loses what rounding does, in the same unit. Never is
-    the error of such a plan above that of factors alone under the same budget. It is the error before repair and
-    training, which factors can make up for (docs/benchmarks).
+    beside an addition that trains (:mod:`forms.residual`), which loses what rounding does, in the same unit. Where a
+    layer has this choice, a tenth of the energy in directions that do not train counts as well
+    (:data:`choosing.UNTRAINED_WEIGHT`). Never is the error of such a plan above that of factors alone under the same
+    budget. It is the error before repair and training (docs/benchmarks).
 
     No rank of factors goes past break-even; layers where no rank saves anything are not in the plan and stay dense.
     Ranks, with that of the update, are multiples of 16 wherever the budget and the layer's size allow
@@ -98,8 +99,9 @@ def plan_wasi(
         step_seconds: Time of the planned layers in forward and backward, as a share of that of the dense ones, in
             (0, 1]. Layers of every shape are timed on this machine; what else a step does is not part of it.
         inference_seconds: The same for the forward pass.
-        error: Tolerated share of the weight energy to lose, in (0, 1], for the least bytes. Energy sits in few
-            directions: 0.01 is a third of the weights of a small pretrained ViT, 0.004 a half.
+        error: Tolerated share of the weight energy to lose, in (0, 1], for the least bytes; with a choice of forms,
+            what does not train counts a tenth. Energy sits in few directions: as factors 0.01 is a third of the
+            weights of a small pretrained ViT, 0.004 a half.
         batch: What the model will be called with, of the real shapes, as :func:`estimate_wasi` takes it. Needed for
             `peak_bytes`, times and absolute FLOPs. Tokens are compressed only where it has as many as the
             calibration.
@@ -113,7 +115,7 @@ def plan_wasi(
         forms: What a layer may become: "factors", residuals by name ("int8", "int4", "exact"), and "dense" for a layer
             that stays as it is and does not train. By default factors and all residuals, and factors alone where the
             configuration asks for these (`residual=None`, or an update that cannot train beside a residual). K beside
-            a residual is that of the configuration's `weight_rank`, by default 32.
+            a residual is chosen too (:func:`spectrum.addition_ranks`), unless the configuration has a `weight_rank`.
 
     Raises:
         ValueError: If there is not exactly one budget, it is out of range or below the least feasible one (which the
