@@ -437,15 +437,16 @@ def test_plan_is_the_librarys(run: Any, assets: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_with_forms_from_start_to_end(run: Any, assets: Path, tmp_path: Path) -> None:
-    output, asked = tmp_path / "plan.json", ("--weight-share", "0.7", "--batch-size", "4", "--addition-rank", "2")
+    output, asked = tmp_path / "plan.json", ("--weight-share", "0.7", "--batch-size", "4")
     text = run("plan", "vit", "--calibration", "calibration", *asked, "--output", str(output))
     plan = WasiPlan.load(output)
     assert plan.headline() in text and {layer.form for layer in plan.layers} - {"factors"}
     forms = {line.split()[0]: line.split()[3] for line in run("inspect", str(output), "--layers").splitlines()[1:-2]}
     assert f"to train under it: WasiConfig(plan='{output}', modules_to_save=['classifier'])" in text
     assert forms == {layer.name: layer.form for layer in plan.layers}
-    only = json.loads(run("plan", "vit", "--calibration", "calibration", *asked, "--forms", "int8", "int4", "--json"))
-    assert {layer["form"] for layer in only["layers"].values()} <= {"int8", "int4"}
+    narrow = ("--forms", "int8", "int4", "--addition-rank", "2", "--json")
+    only = json.loads(run("plan", "vit", "--calibration", "calibration", *asked, *narrow))["layers"].values()
+    assert {(layer["form"], layer["weight_rank"]) for layer in only} <= {("int8", 2), ("int4", 2)}
 
     peft_model = get_peft_model(ARCHITECTURES["vit"].model(), WasiConfig(plan=plan))
     peft_model.save_pretrained(tmp_path / "adapter")

@@ -633,6 +633,17 @@ def test_peaks_of_plans_with_other_forms_are_those_of_fresh_estimates() -> None:
     assert found[0] == found[3] and len(set(found)) == 3
 
 
+def test_the_least_share_of_residuals_is_named_and_can_be_had() -> None:
+    model, calibration = calibrated("vit")
+    options: dict[str, Any] = {"config": WasiConfig(weight_rank=2), "forms": ("int8", "int4")}
+    with pytest.raises(
+        ValueError, match=r"weight_share must be at least 0\.\d+ for this model, got 0\.1\."
+    ) as failure:
+        plan_wasi(model, calibration, weight_share=0.1, **options)
+    least = float(re.findall(r"0\.\d+", str(failure.value))[0])
+    assert least - 1e-3 < plan_wasi(model, calibration, weight_share=least, **options).kept_share <= least
+
+
 def test_forms_must_be_known() -> None:
     model, calibration = calibrated("vit")
     for forms in ((), "int8", ("int8", "int2")):

@@ -157,8 +157,11 @@ def plan_wasi(
             if not any(spectrum.forms for spectrum in problem.spectra):
                 ranks = allocate_ranks(problem.spectra, value)
                 return problem.with_tolerable_inputs(build_plan(problem.spectra, ranks, {}, {}))
-            budget = value * sum(spectrum.dense_bytes for spectrum in problem.spectra)
-            return problem.weights_alone(LayerSpectrum.stored_bytes, budget=budget)
+            dense = sum(spectrum.dense_bytes for spectrum in problem.spectra)
+            try:
+                return problem.weights_alone(LayerSpectrum.stored_bytes, budget=value * dense)
+            except InfeasibleError as infeasible:
+                raise InfeasibleError(name, value, infeasible.least / dense) from infeasible
         if name == "error":
             return problem.weights_alone(LayerSpectrum.stored_bytes, error_bound=value)
         if name == "peak_bytes":
