@@ -190,7 +190,7 @@ def settings_of(args: argparse.Namespace, model: str, method: str, dtype: str, r
         "test": test,
         "threads": torch.get_num_threads(),
         "seed": repetition,
-        "heap": "lean" if args.lean_heap else None,
+        "heap": "lean, kept" if args.lean_heap else None,  # "lean" before: large blocks were given back
     }
 
 

@@ -74,7 +74,7 @@ def test_idle_process_is_measured() -> None:
 def test_a_lean_heap_is_a_setting_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     whole_job = importlib.import_module("whole_job")
     (job, *_) = whole_job.every_job(whole_job.parse(["--models", "dinov2", "--lean-heap", "--rounds", "1"]))
-    assert job["heap"] == "lean" and whole_job.key_of(job).endswith(" heap=lean")
+    assert job["heap"] == "lean, kept" and whole_job.key_of(job).endswith(" heap=lean, kept")
     given = []
 
     def run(*_: Any, env: dict[str, str] | None, **__: Any) -> Any:
