@@ -104,7 +104,7 @@ def addition_scale(rank: int) -> float:
 
     Adam moves every entry of L by about the learning rate, and so each output by up to that times the sum of K entries
     of h. With this scale no rank moves it by more than K = 32 does, so one learning rate suits all; without it, one
-    that suits K = 32 diverges at K = 64. As LoRA's alpha / r with one alpha (arXiv 2106.09685).
+    that suits K = 32 diverges at wider ones. As LoRA's alpha / r with one alpha (arXiv 2106.09685).
 
     Example:
         >>> addition_scale(16), addition_scale(32), addition_scale(128)
