@@ -468,9 +468,9 @@ def test_a_plan_of_factors_and_residuals() -> None:
     model = wide()
     calibration = calibrate_wasi(model, data(), progress_bar=False)
     config = WasiConfig(frozen_dtype="int8", target_modules=["0.0", "0.2"])
-    plan = plan_wasi(model, calibration, weight_share=0.45, config=config, forms=(FACTORS, "int8"))
-    forms = {layer.form for layer in plan.layers}
-    assert FACTORS in forms and plan.frozen_dtype == "int8" and plan.kept_share <= 0.45
+    plan = plan_wasi(model, calibration, weight_share=0.3, config=config, forms=(FACTORS, "int8"))
+    assert {layer.form for layer in plan.layers} == {FACTORS, "int8"}
+    assert plan.frozen_dtype == "int8" and plan.kept_share <= 0.3
     adapted = get_peft_model(model, WasiConfig(plan=plan))
     adapted.train()(data()[0]).square().mean().backward()
     assert {layer.update.frozen_dtype for _, layer in wasi_layers(adapted) if layer.residual is None} == {"int8"}

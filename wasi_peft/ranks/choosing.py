@@ -48,13 +48,14 @@ def weight_options(
 
     First come factors, of which the choice is the rank and the error is the dropped energy; then other forms. Where
     there are such, energy in directions that do not train, dropped or not, counts a little too: else what is left of a
-    budget would go into the last bits of a weight rather than into directions that learn.
+    budget would go into the last bits of a weight rather than into directions that learn. Not in a layer that stays
+    dense, for who offers that form has no need to train it.
     """
     dropped, untrained = _tails(spectrum.rank_energies), _tails(spectrum.weight_energies)
     dropped_weight = 1 + UNTRAINED_WEIGHT if spectrum.forms else 1.0
     options = [Option(cost(spectrum, rank), scale * dropped_weight * dropped[rank], rank) for rank in ranks]
     for form in spectrum.forms:
-        error = form.error + UNTRAINED_WEIGHT * untrained[form.rank]
+        error = form.error + (UNTRAINED_WEIGHT * untrained[form.rank] if form.name != DENSE else 0.0)
         options.append(Option(cost(spectrum.as_form(form), form.rank), scale * error, form))
     return options
 
@@ -208,10 +209,12 @@ def least_error_of(spectra: Sequence[LayerSpectrum]) -> float:
 
 
 def _lost(spectrum: LayerSpectrum, layer: LayerPlan) -> float:
+    if layer.form == DENSE:
+        return 0.0
     untrained_weight = UNTRAINED_WEIGHT if spectrum.forms else 0.0
     if layer.form == FACTORS:
         return (1 + untrained_weight) * _tails(spectrum.rank_energies)[layer.weight_rank]
-    rounded = {**spectrum.rounding_errors, ExactResidual.name: 0.0, DENSE: 0.0}[layer.form]
+    rounded = {**spectrum.rounding_errors, ExactResidual.name: 0.0}[layer.form]
     return rounded + untrained_weight * _tails(spectrum.weight_energies)[layer.weight_rank]
 
 
