@@ -3,9 +3,8 @@
 Every job is a process of its own, in rounds, all methods once a round and nobody always first: full fine-tuning, LoRA
 r=16 with and without gradient checkpointing, WASI's residual form in the three memory modes, also at LoRA's rank
 ("residual 16 small") and with steps inside backward ("residual 16 small, stepping", without clipping), and WASI's
-factors with their preparation; each in float32 and under autocast to bfloat16. Two
-models: DINOv2-small on Fashion-MNIST at 56 px, 3 epochs of 6,000 images in batches of 32, and SmolLM2-135M, 40 steps
-of 8 mails of 128 tokens.
+factors with their preparation; each in float32 and under autocast to bfloat16. Two models: DINOv2-small on
+Fashion-MNIST at 56 px, 3 epochs of 6,000 images in batches of 32, and SmolLM2-135M, 40 steps of 8 mails of 128 tokens.
 
 Wall time is split into import, load (model and data), prepare (calibration, repair, injection, optimizer), train and
 save. The peak is that of the process (resident set) until the adapter is saved, above that of a process which only
