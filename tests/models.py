@@ -405,3 +405,9 @@ def train(model: nn.Module, batch: Batch, steps: int = 2, lr: float = 1e-2) -> l
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def checkpoint_activations(model: Any, options: dict[str, Any] | None = None) -> None:
+    """Turn on the model's own gradient checkpointing, by the name that this version of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from models import ARCHITECTURES, Architecture, Batch
+from models import ARCHITECTURES, Architecture, Batch, checkpoint_activations
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -289,7 +289,7 @@ def test_gradient_checkpointing(kind: str) -> None:
     model, batch = architecture.model(), architecture.batch(SAMPLES)
     plain = estimate_wasi(model, CONFIGS[kind](), batch=batch)
     # a saved random state is 5 KB, which no torch operation allocates
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    checkpoint_activations(model, {"use_reentrant": False, "preserve_rng_state": False})
     estimate = estimate_wasi(model, CONFIGS[kind](), batch=batch)
     assert estimate.saved_bytes < plain.saved_bytes / 2
     assert estimate.training_flops > plain.training_flops

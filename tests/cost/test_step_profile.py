@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, Batch, input_options, wasi_model
+from models import ARCHITECTURES, Batch, checkpoint_activations, input_options, wasi_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -240,7 +240,7 @@ def test_layers_of_adapters_are_one_module() -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputed_blocks_belong_to_their_modules(reentrant: bool) -> None:
     model, batch = VIT.model(), VIT.batch(SAMPLES)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, {"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     profile, plain = profile_wasi(model, batch=batch, rounds=1), profiled("vit", "dense")

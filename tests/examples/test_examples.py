@@ -63,6 +63,12 @@ def segmentation_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.SegformerModel(config).save_pretrained(folder)
     settings = {"image_processor_type": "SegformerImageProcessor", "size": {"height": 16, "width": 16}}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    try:
+        transformers.AutoImageProcessor.from_pretrained(folder)
+    except ValueError as error:
+        if "torchvision" not in str(error):
+            raise
+        pytest.skip("this version of transformers needs torchvision for SegFormer's image processor")
     return folder
 
 

@@ -375,6 +375,17 @@ def test_models_that_change_their_logits_compute_them(name: str) -> None:
     torch.testing.assert_close(changed[0].logits, ordinary[0].logits)
 
 
+@pytest.mark.parametrize("name", TRANSFORMING)
+def test_they_do_so_in_silence_where_that_is_asked_for(name: str) -> None:
+    model = build(TRANSFORMING[name]())
+    ordinary = step(model)
+    ChunkedLoss(warns=False).install(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        changed = step(model)
+    assert_same_step(changed, ordinary)
+
+
 def test_in_half_precision() -> None:
     model = llama().bfloat16()
     ordinary = step(model)

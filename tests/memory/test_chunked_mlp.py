@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from models import ARCHITECTURES, wasi_model
+from models import ARCHITECTURES, checkpoint_activations, wasi_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ def test_the_step_is_the_same(name: str, recompute: bool) -> None:
     ordinary = step(model, batch)
     state = model.state_dict().keys()
     if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model, {"use_reentrant": False})
     ChunkedMLPs(3).install(model)
     assert list(ChunkedMLPs.find(model)) == EXPECTED[name]
     assert [each for each, module in model.named_modules() if "forward" in vars(module)] == EXPECTED[name]
@@ -139,7 +139,7 @@ def test_the_peak_of_a_recomputed_block_is_lower() -> None:
         tie_word_embeddings=True,
     )
     model = get_peft_model(tf.LlamaForCausalLM(config), LoraConfig(r=2, target_modules="all-linear")).train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(model, {"use_reentrant": False})
     model.enable_input_require_grads()
     ids = torch.randint(32, (4, 64))
 

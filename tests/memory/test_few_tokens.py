@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from models import checkpoint_activations
 from strategies import relative_error
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -201,7 +202,7 @@ def test_blocks_of_a_model_in_training(make: Any, mode: str, checkpointing: bool
     config = WasiConfig(memory_mode=mode, weight_rank=4, task_type="CAUSAL_LM" if make is llama else None)
     adapted = peft.get_peft_model(model, config).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
         adapted.enable_input_require_grads()
     with kernel_dtypes() as dtypes:
         with torch.autocast("cpu", torch.bfloat16):

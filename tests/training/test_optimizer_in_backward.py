@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from models import ARCHITECTURES, FORMS, input_options
+from models import ARCHITECTURES, FORMS, checkpoint_activations, input_options
 from peft import get_peft_model
 from torch import Tensor, nn
 from training_runs import LossRecorder, assert_same, bases, build, make_trainer, trained_values
@@ -119,7 +119,7 @@ def test_equals_the_optimizer_in_every_memory_mode(name: str, mode: str) -> None
 def test_equals_the_optimizer_under_torchs_checkpointing(use_reentrant: bool) -> None:
     def make_model() -> Any:
         model = build("vit", activation_ranks=4)
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        checkpoint_activations(model, {"use_reentrant": use_reentrant})
         return model
 
     assert_both_equal("vit", make_model, adamw)

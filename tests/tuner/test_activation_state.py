@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES
+from models import ARCHITECTURES, checkpoint_activations
 from peft import get_peft_model
 from probes import Interrupted, fail, fail_in_backward, live_bytes, shared_inputs, trainable
 from torch import Tensor, nn
@@ -443,7 +443,7 @@ def test_nothing_is_compressed_in_a_pass_that_is_thrown_away(
     def run(checkpointing: bool) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]], list[list[bool]]]:
         model = architecture_model(name, activation_interval=2, **CHECKPOINTED[options])
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model, {"use_reentrant": False})
         optimizer = sgd(model)
         found, kept, advances = [], [], []
         for step in range(5):

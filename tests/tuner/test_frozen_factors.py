@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, Architecture, logits, train
+from models import ARCHITECTURES, Architecture, checkpoint_activations, logits, train
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from strategies import relative_error
@@ -347,7 +347,7 @@ def test_memory_modes(update: str, stored: str, mode: str) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(update: str, reentrant: bool) -> None:
     plain, other = build(LLAMA, update=update), build(LLAMA, update=update)
-    other.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(other, {"use_reentrant": reentrant})
     other.enable_input_require_grads()
     expected, found = gradients(plain, LLAMA.batch()), gradients(other, LLAMA.batch())
     assert expected.keys() == found.keys()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, Architecture, logits, train
+from models import ARCHITECTURES, Architecture, checkpoint_activations, logits, train
 from peft import (
     PeftModel,
     get_peft_model,
@@ -354,7 +354,7 @@ def ready(architecture: Architecture, **options: Any) -> Any:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(residual: str, reentrant: bool) -> None:
     plain, other = ready(LLAMA, residual=residual), ready(LLAMA, residual=residual)
-    other.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(other, {"use_reentrant": reentrant})
     other.enable_input_require_grads()
     expected, found = gradients(plain, LLAMA.batch()), gradients(other, LLAMA.batch())
     assert expected.keys() == found.keys()

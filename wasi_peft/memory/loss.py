@@ -265,6 +265,7 @@ class _Head:
     bias: Tensor | None
     chunk_rows: int | None
     grad_enabled: bool
+    warns: bool
     used: bool = False
 
 
@@ -273,7 +274,8 @@ class DeferredLogits(Tensor):
 
     `cross_entropy` (mean or sum, no label smoothing or class weights) works on them in chunks, and so it does after
     `float`, `contiguous`, `view` and `reshape` that keep the vocabulary last, and slices of the other dimensions.
-    Every other operation computes the ordinary logits, with their graph, and goes on with those; a warning says so.
+    Every other operation computes the ordinary logits, with their graph, and goes on with those; a warning says so
+    where `ChunkedLoss` is to.
     """
 
     _hidden: Tensor
@@ -306,14 +308,14 @@ class DeferredLogits(Tensor):
     def value(self, wanted_by: Callable[..., Any]) -> Tensor:
         """The ordinary logits. They stay, so that what is done to them in place is not lost."""
         head = self._head
-        if not head.used:
-            head.used = True
+        if not head.used and head.warns:
             warnings.warn(
                 f"The logits were computed in full, because {getattr(wanted_by, '__name__', wanted_by)!r} was applied "
                 "to them: ChunkedLoss saves nothing in this step.",
                 UserWarning,
                 stacklevel=4,
             )
+        head.used = True
         if self._value is None:
             with torch.set_grad_enabled(head.grad_enabled), torch.autocast(self.device.type, enabled=False):
                 self._value = self._compute(wanted_by)
@@ -396,7 +398,7 @@ class _HeadInput(Tensor):
     """Stands for hidden states on their way into the head: `F.linear` on it gives :class:`DeferredLogits`."""
 
     _hidden: Tensor
-    _chunk_rows: int | None
+    _deferral: _DeferProduct
 
     @classmethod
     def __torch_function__(
@@ -412,7 +414,8 @@ def _defer_linear(x: _HeadInput, weight: Tensor, bias: Tensor | None = None) -> 
     if type(weight) not in (Tensor, nn.Parameter, FakeTensor):  # quantized or distributed ones multiply their own way
         return F.linear(x._hidden, weight, bias)
     hidden, weight, bias = _lowered_by_autocast(x._hidden, weight, bias)
-    head = _Head(weight, bias, x._chunk_rows, torch.is_grad_enabled())
+    deferral = x._deferral
+    head = _Head(weight, bias, deferral.chunk_rows, torch.is_grad_enabled(), deferral.warns)
     return DeferredLogits.create(hidden, head, hidden.dtype, lambda _: F.linear(hidden, weight, bias))
 
 
@@ -421,6 +424,7 @@ class _DeferProduct:
     """Forward pre-hook of a head: in training, its product is put off until it is used."""
 
     chunk_rows: int | None
+    warns: bool
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         symbolic = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -428,7 +432,7 @@ class _DeferProduct:
             return None
         hidden = args[0]
         x = _stand_in(_HeadInput, hidden.shape, hidden.dtype, hidden.device)
-        x._hidden, x._chunk_rows = hidden, self.chunk_rows
+        x._hidden, x._deferral = hidden, self
         return (x,)
 
 
@@ -438,13 +442,15 @@ class ChunkedLoss:
 
     In training mode the output's `logits` are then :class:`DeferredLogits`, and the loss is computed from them in
     chunks; values, gradients and `num_items_in_batch` are as before. In eval mode nothing changes. Models that do
-    something to the logits before the loss (soft-capping, scaling) still compute them in full, and a warning says so.
+    something to the logits before the loss (soft-capping, scaling) still compute them in full, and a warning says so
+    unless it is not wanted.
 
     The model stays as it is but for a hook on its head, which is copied with it and not saved. It may become a PEFT
     model before or after; after `resize_token_embeddings`, which makes a new head, install this again.
 
     Args:
         rows: Tokens in a chunk; by default as many as make 16 MiB of float32 logits, at least 128.
+        warns: Whether a step that computes all logits nevertheless says so.
 
     Raises:
         ValueError: If `rows` is not positive.
@@ -462,6 +468,7 @@ class ChunkedLoss:
     """
 
     rows: int | None = None
+    warns: bool = True
 
     def __post_init__(self) -> None:
         _check_chunk_rows(self.rows, "rows")
@@ -474,7 +481,7 @@ class ChunkedLoss:
         """Put the head's product off; raises as :meth:`check`."""
         head = _head_of(model)
         self.remove(model)
-        head.register_forward_pre_hook(_DeferProduct(self.rows))
+        head.register_forward_pre_hook(_DeferProduct(self.rows, self.warns))
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`install`, wherever the head went since."""

@@ -21,7 +21,10 @@ from .wrapping import Technique
 
 MODES: Mapping[str, tuple[Technique, ...]] = MappingProxyType(
     {
-        "exact": (ShortAttention(),),
+        "exact": (
+            ShortAttention(),
+            ChunkedLoss(warns=False),  # the default mode: nobody who needs the logits asked to do without them
+        ),
         # twice the rows where MLPs have slices of their own: fewer small operations
         "fast": (
             SlicedBlocks(2 * SLICE_ROWS, mlp_rows=SLICE_ROWS),
