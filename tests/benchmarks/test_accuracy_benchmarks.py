@@ -358,3 +358,17 @@ def test_attention_of_few_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     errors = {way: rows["short"][way]["gradient_error"] for way in ("bfloat16", "backward in float32", "float32")}
     assert errors["float32"] < errors["backward in float32"] <= 1.5 * errors["bfloat16"] < 0.05
     assert all(rows["short"][way]["milliseconds"] > 0 for way in errors)
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_large_vocabulary(tmp_path: Path) -> None:
+    module = importlib.import_module("vocabulary_loss")
+    results = tmp_path / "vocabulary_loss.json"
+    module.main(["--rounds", "2", "--tokens", "64", "--vocabulary", "8192", "--results", str(results)])
+    content = json.loads(results.read_text())
+    for heap in module.HEAPS:
+        for precision, bound in (("float32", 1e-5), ("bfloat16", 1e-2)):
+            whole, chunked = (content[heap][f"{precision}, {way}"] for way in module.WAYS)
+            assert chunked["peak_mib"] < whole["peak_mib"]
+            assert max(whole["gradient_error"], chunked["gradient_error"]) < bound
+            assert min(whole["milliseconds"], chunked["milliseconds"]) > 0

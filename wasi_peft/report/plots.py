@@ -275,6 +275,8 @@ def _draw_bytes(ax: Axes, layers: Sequence[PlannedLayer], kinds: _Kinds) -> None
     for kind, stack in stacks.items():
         ax.bar(depths, [x / size for x in stack], 0.9, bottoms, color=kinds.color[kind])
         bottoms = [bottom + x / size for bottom, x in zip(bottoms, stack, strict=True)]
+    # once more on top, where blocks keep more than their dense weights
+    ax.bar(depths, [x / size for x in dense], 0.9, fill=False, edgecolor="0.4", linewidth=0.6)
     _label_depth(ax, kinds.deepest)
     ax.set_title(f"Weights of each block, {unit} (grey: dense)")
 
