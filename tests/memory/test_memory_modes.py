@@ -174,10 +174,10 @@ def peak(make: Any, batch: dict[str, Tensor], **options: Any) -> int:
     return measure_peak_memory(steps).peak_bytes
 
 
-@pytest.mark.parametrize(("case", "fast", "small"), [("vit", 0.65, 0.45), ("llama", 0.65, 0.5)])
+@pytest.mark.parametrize(("case", "fast", "small"), [("vit", 0.65, 0.45), ("llama", 0.6, 0.3)])
 def test_each_mode_takes_less_than_the_one_before(case: str, fast: float, small: float) -> None:
     make, make_batch = CASES[case]
-    batch = make_batch(32) if case == "vit" else make_batch(8, 128)
+    batch = make_batch(32) if case == "vit" else make_batch(32, 128)
     peaks = {mode: peak(make, batch, memory_mode=mode) for mode in MEMORY_MODES}
     assert peaks["fast"] < fast * peaks["exact"]
     assert peaks["small"] < small * peaks["exact"]

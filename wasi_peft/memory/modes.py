@@ -23,7 +23,7 @@ MODES: Mapping[str, tuple[Technique, ...]] = MappingProxyType(
     {
         "exact": (
             ShortAttention(),
-            # as fast as all logits at once; no warning, for nobody who uses them asked to do without
+            # rows with which it takes no longer than all logits at once; no warning: nobody asked to do without them
             ChunkedLoss(rows=256, warns=False),
         ),
         # twice the rows where MLPs have slices of their own: fewer small operations
