@@ -221,6 +221,15 @@ def test_measuring_names_every_product_that_works() -> None:
     assert all(0 < seconds < 60 for seconds in measured_seconds(device, torch.float32, True).values())
 
 
+def test_where_rows_are_many_the_gradient_of_the_input_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"IntegerProduct.forward": 2.0, "IntegerProduct.transposed": 1.0, "RestoredWeight.transposed": 3.0}
+    monkeypatch.setattr(products, "timed", lambda task, device: costs.get(task.func.__qualname__, 1.0))
+    measure = measured_seconds.__wrapped__  # not what this machine's processes remember
+    device = torch.device("cpu")
+    assert measure(device, torch.bfloat16, True) == {"int8": 2.0, "restored": 1.0}
+    assert measure(device, torch.bfloat16, False) == {"int8": 3.0, "restored": 4.0}
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_what_is_asked_for_is_used_where_it_works(name: str) -> None:
     codes, _, _ = weight(24, 40)

@@ -212,6 +212,8 @@ PRODUCTS: dict[str, type[Int8Product]] = {
 def measured_seconds(device: torch.device, dtype: torch.dtype, few: bool) -> dict[str, float]:
     """Seconds of every product that works there, with a square weight of 1024: what this machine is like.
 
+    With many rows, which is how models train, that of the gradient of the input counts as well.
+
     Args:
         device: Of the operands.
         dtype: Of the rows.
@@ -226,6 +228,8 @@ def measured_seconds(device: torch.device, dtype: torch.dtype, few: bool) -> dic
         for _ in range(SAMPLE_RUNS):  # in rounds, so that a slow moment of the machine meets all of them
             for product in able:
                 took = timed(functools.partial(product.forward, x, codes, scale), device)
+                if not few:
+                    took += timed(functools.partial(product.transposed, x, codes, scale), device)
                 seconds[product.name] = min(seconds[product.name], took)
     return seconds
 
