@@ -386,6 +386,14 @@ def test_they_do_so_in_silence_where_that_is_asked_for(name: str) -> None:
     assert_same_step(changed, ordinary)
 
 
+def test_replicas_of_data_parallel_return_logits_that_can_be_gathered() -> None:
+    model = llama()
+    ChunkedLoss().install(model)
+    model.lm_head = model.lm_head._replicate_for_data_parallel()
+    model.lm_head._parameters = dict(llama().lm_head._parameters)  # which replicate() fills in
+    assert type(model(**tokens()).logits) is Tensor
+
+
 def test_in_half_precision() -> None:
     model = llama().bfloat16()
     ordinary = step(model)

@@ -428,7 +428,9 @@ class _DeferProduct:
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         symbolic = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not head.training or symbolic or len(args) != 1 or type(args[0]) not in (Tensor, FakeTensor):
+        # nn.DataParallel gathers what its replicas return from their memory, past any subclass
+        replica = getattr(head, "_is_replica", False)
+        if not head.training or symbolic or replica or len(args) != 1 or type(args[0]) not in (Tensor, FakeTensor):
             return None
         hidden = args[0]
         x = _stand_in(_HeadInput, hidden.shape, hidden.dtype, hidden.device)
