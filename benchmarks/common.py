@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification
 
 import wasi_peft
+from wasi_peft.memory.heap import with_lean_heap
 from wasi_peft.tuner.targets import default_target_names
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -92,6 +93,13 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the content of a JSON file, or an empty dict if there is none yet."""
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def measured_in_a_process(command: list[str], lean_heap: bool = False) -> dict[str, Any]:
+    """Returns the JSON object that a command prints last; with ``lean_heap`` in the heap of `wasi-peft run`."""
+    surroundings = with_lean_heap(os.environ) if lean_heap else None
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=surroundings)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def add_entry(path: Path, key: str, entry: Any, lock: Path) -> None:

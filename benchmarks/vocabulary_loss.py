@@ -11,10 +11,8 @@ spread half the range between the quartiles. Results: docs/benchmarks/vocabulary
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,10 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import RESULTS_FOLDER, environment, write_json
+from common import RESULTS_FOLDER, environment, measured_in_a_process, write_json
 from wasi_peft import measure_peak_memory
 from wasi_peft.memory import chunked_cross_entropy
-from wasi_peft.memory.heap import with_lean_heap
 
 RESULTS = RESULTS_FOLDER / "vocabulary_loss.json"
 SAMPLES, TOKENS, HIDDEN, VOCABULARY = 8, 128, 576, 49152
@@ -96,11 +93,9 @@ def measure(rounds: int, tokens: int, vocabulary: int) -> dict[str, Any]:
 
 def in_a_process(heap: str, args: argparse.Namespace) -> dict[str, Any]:
     """The measurements of a process that starts with that heap."""
-    surroundings = with_lean_heap(os.environ) if heap == HEAPS[1] else None
     sizes = [f"--{name}={getattr(args, name)}" for name in ("rounds", "tokens", "vocabulary")]
     command = [sys.executable, str(Path(__file__).resolve()), "--here", *sizes]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=surroundings)
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured_in_a_process(command, lean_heap=heap == HEAPS[1])
 
 
 def main(arguments: list[str] | None = None) -> None:

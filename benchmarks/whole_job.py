@@ -21,9 +21,7 @@ docs/benchmarks/whole_job.json, rounds that are finished are skipped. Run it on 
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,6 +44,7 @@ from common import (  # noqa: E402
     add_entry,
     cache_dir,
     environment,
+    measured_in_a_process,
     process_peak_bytes,
     read_json,
     with_lora,
@@ -54,7 +53,6 @@ from images import ImageSet, load_images  # noqa: E402
 from runs import DTYPES, key_of  # noqa: E402
 from texts import smollm2_folder  # noqa: E402
 from vit import load_vit  # noqa: E402
-from wasi_peft.memory.heap import with_lean_heap  # noqa: E402
 from wasi_peft.tuner.config import MEMORY_MODES  # noqa: E402
 
 RESULTS = RESULTS_FOLDER / "whole_job.json"
@@ -158,9 +156,7 @@ def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
     """Runs a job in a process of its own and returns its measurements."""
     command = [sys.executable, str(Path(__file__).resolve()), "--job"]
     content = json.dumps({**job, "started": time.monotonic()})
-    surroundings = with_lean_heap(os.environ) if job.get("heap") else None
-    done = subprocess.run([*command, content], stdout=subprocess.PIPE, text=True, check=True, env=surroundings)
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured_in_a_process([*command, content], lean_heap=bool(job.get("heap")))
 
 
 def every_job(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def test_a_lean_heap_is_a_setting_of_the_process(monkeypatch: pytest.MonkeyPatch
         given.append(env and "glibc.malloc.tcache_count=0" in env["GLIBC_TUNABLES"])
         return types.SimpleNamespace(stdout="{}")
 
-    monkeypatch.setattr(whole_job.subprocess, "run", run)
+    monkeypatch.setattr(importlib.import_module("common").subprocess, "run", run)
     whole_job.in_a_process(job)
     whole_job.in_a_process({**job, "heap": None})
     assert given == [True, None]

@@ -342,8 +342,10 @@ def test_an_interrupt_inside_a_block_leaves_nothing_on(mode: str) -> None:
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_modes_under_the_gradient_checkpointing_of_the_model(case: str, mode: str, reentrant: bool) -> None:
-    """Which saves what it saves without a mode, but for what "fast" rounds: the input of blocks, in transformers 5.18
-    nothing, or with reentrant checkpoints what it rounds without them."""
+    """Which saves what it saves without a mode, but for the input of blocks, which "fast" rounds.
+
+    Transformers 5.18 puts checkpoints elsewhere: "fast" rounds nothing there, or what it rounds without them.
+    """
     make, make_batch = CASES[case]
     batch = make_batch(128) if case == "vit" else make_batch(8, 420)  # more than a slice
     options = {**LOW, "activation_threshold": None}
@@ -356,7 +358,10 @@ def test_modes_under_the_gradient_checkpointing_of_the_model(case: str, mode: st
     other, found = gradients(model, batch)
     assert torch.allclose(other, loss, rtol=1e-5)
     error = relative_error(flat(found), flat(expected))
-    assert error < (MODE_TOLERANCE["fast"] if mode == "fast" else 1e-5)
+    if mode == "fast" and not hasattr(model, "activation_checkpointing_enable"):
+        assert error < MODE_TOLERANCE["fast"]
+    else:
+        assert 1e-4 < error < 1e-2 if mode == "fast" else error < 1e-5
 
 
 @pytest.mark.parametrize("mode", MEMORY_MODES)

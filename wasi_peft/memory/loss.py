@@ -263,9 +263,8 @@ class _Head:
 
     weight: Tensor
     bias: Tensor | None
-    chunk_rows: int | None
+    settings: ChunkedLoss
     grad_enabled: bool
-    warns: bool
     used: bool = False
 
 
@@ -275,7 +274,7 @@ class DeferredLogits(Tensor):
     `cross_entropy` (mean or sum, no label smoothing or class weights) works on them in chunks, and so it does after
     `float`, `contiguous`, `view` and `reshape` that keep the vocabulary last, and slices of the other dimensions.
     Every other operation computes the ordinary logits, with their graph, and goes on with those; a warning says so
-    where `ChunkedLoss` is to.
+    unless `ChunkedLoss(warns=False)`.
     """
 
     _hidden: Tensor
@@ -308,7 +307,7 @@ class DeferredLogits(Tensor):
     def value(self, wanted_by: Callable[..., Any]) -> Tensor:
         """The ordinary logits. They stay, so that what is done to them in place is not lost."""
         head = self._head
-        if not head.used and head.warns:
+        if not head.used and head.settings.warns:
             warnings.warn(
                 f"The logits were computed in full, because {getattr(wanted_by, '__name__', wanted_by)!r} was applied "
                 "to them: ChunkedLoss saves nothing in this step.",
@@ -373,7 +372,7 @@ def _deferred_cross_entropy(
         return NotImplemented
     head = logits._head
     loss = _linear_cross_entropy(
-        logits._hidden, head.weight, head.bias, target, ignore_index, reduction == "mean", head.chunk_rows
+        logits._hidden, head.weight, head.bias, target, ignore_index, reduction == "mean", head.settings.rows
     )
     return loss.to(logits.dtype)
 
@@ -398,7 +397,7 @@ class _HeadInput(Tensor):
     """Stands for hidden states on their way into the head: `F.linear` on it gives :class:`DeferredLogits`."""
 
     _hidden: Tensor
-    _deferral: _DeferProduct
+    _settings: ChunkedLoss
 
     @classmethod
     def __torch_function__(
@@ -414,8 +413,7 @@ def _defer_linear(x: _HeadInput, weight: Tensor, bias: Tensor | None = None) -> 
     if type(weight) not in (Tensor, nn.Parameter, FakeTensor):  # quantized or distributed ones multiply their own way
         return F.linear(x._hidden, weight, bias)
     hidden, weight, bias = _lowered_by_autocast(x._hidden, weight, bias)
-    deferral = x._deferral
-    head = _Head(weight, bias, deferral.chunk_rows, torch.is_grad_enabled(), deferral.warns)
+    head = _Head(weight, bias, x._settings, torch.is_grad_enabled())
     return DeferredLogits.create(hidden, head, hidden.dtype, lambda _: F.linear(hidden, weight, bias))
 
 
@@ -423,8 +421,7 @@ def _defer_linear(x: _HeadInput, weight: Tensor, bias: Tensor | None = None) -> 
 class _DeferProduct:
     """Forward pre-hook of a head: in training, its product is put off until it is used."""
 
-    chunk_rows: int | None
-    warns: bool
+    settings: ChunkedLoss
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         symbolic = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -434,7 +431,7 @@ class _DeferProduct:
             return None
         hidden = args[0]
         x = _stand_in(_HeadInput, hidden.shape, hidden.dtype, hidden.device)
-        x._hidden, x._deferral = hidden, self
+        x._hidden, x._settings = hidden, self.settings
         return (x,)
 
 
@@ -445,7 +442,7 @@ class ChunkedLoss:
     In training mode the output's `logits` are then :class:`DeferredLogits`, and the loss is computed from them in
     chunks; values, gradients and `num_items_in_batch` are as before. In eval mode nothing changes. Models that do
     something to the logits before the loss (soft-capping, scaling) still compute them in full, and a warning says so
-    unless it is not wanted.
+    with `warns`.
 
     The model stays as it is but for a hook on its head, which is copied with it and not saved. It may become a PEFT
     model before or after; after `resize_token_embeddings`, which makes a new head, install this again.
@@ -483,7 +480,7 @@ class ChunkedLoss:
         """Put the head's product off; raises as :meth:`check`."""
         head = _head_of(model)
         self.remove(model)
-        head.register_forward_pre_hook(_DeferProduct(self.rows, self.warns))
+        head.register_forward_pre_hook(_DeferProduct(self))
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`install`, wherever the head went since."""

@@ -23,7 +23,7 @@ MODES: Mapping[str, tuple[Technique, ...]] = MappingProxyType(
     {
         "exact": (
             ShortAttention(),
-            # rows with which it takes no longer than all logits at once; no warning: nobody asked to do without them
+            # rows with which it takes about as long as all logits at once, or less; nobody asked to do without them
             ChunkedLoss(rows=256, warns=False),
         ),
         # twice the rows where MLPs have slices of their own: fewer small operations
