@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from wasi_peft import SubspaceSGD, measure_peak_memory
-from wasi_peft.memory import ChunkedMLPs, ShortAttention
+from wasi_peft.memory import ChunkedMLPs, leave_memory_mode
 from wasi_peft.models.position_wise import is_position_wise
 
 EXPECTED = {
@@ -156,7 +156,7 @@ def test_compressed_inputs_are_refused_and_left_alone() -> None:
     compressed = wasi_model(model, activation_ranks=4)
     with pytest.raises(ValueError, match=r"mlp: its layers need whole batches"):
         ChunkedMLPs().install(compressed)
-    ShortAttention().remove(compressed)  # of every memory mode
+    leave_memory_mode(compressed, "exact")
     assert not any("forward" in module.__dict__ for module in compressed.modules())
     expected = step(compressed.train(), batch)
     model, _ = built("llama")

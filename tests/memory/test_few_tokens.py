@@ -19,6 +19,7 @@ from strategies import relative_error
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from wasi_peft import WasiConfig
@@ -260,6 +261,24 @@ def test_backward_keeps_no_more_than_torchs_function_does() -> None:
         return sum(sizes.values())
 
     assert kept(short_attention) == kept(F.scaled_dot_product_attention)
+
+
+def test_checkpointing_inside_of_a_module_finds_in_backward_what_it_found_before() -> None:
+    def attend(*tensors: Tensor) -> Tensor:
+        result: Tensor = checkpoint(F.scaled_dot_product_attention, *tensors, use_reentrant=False)
+        return result
+
+    torch.manual_seed(0)
+    tensors = inputs(2, 2, 2, 5, 5, torch.bfloat16)
+    grad = torch.randn(2, 2, 5, 8)
+    _, wanted = gradients(attend, tensors, grad)
+
+    def inside(*tensors: Tensor) -> Tensor:
+        with few_tokens._Functions():
+            return attend(*tensors)
+
+    _, found = gradients(inside, tensors, grad)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
 def test_compiled_blocks_train_the_same() -> None:

@@ -21,6 +21,8 @@ from wasi_peft.memory import (
     MEMORY_MODES,
     MODES,
     ChunkedLoss,
+    LeanGates,
+    LeanNorms,
     LowBitBlocks,
     RecomputedBlocks,
     ShortAttention,
@@ -149,9 +151,9 @@ def test_only_the_fast_mode_keeps_activations_in_four_bits(mode: str, monkeypatc
 def test_the_table_of_modes() -> None:
     assert MEMORY_MODES == ("exact", "fast", "small")
     kinds = {mode: {type(technique) for technique in techniques} for mode, techniques in MODES.items()}
-    assert kinds["exact"] == {ShortAttention, ChunkedLoss}
-    assert kinds["fast"] == {SlicedBlocks, LowBitBlocks, ChunkedLoss}
-    assert {RecomputedBlocks, ShortAttention} <= kinds["small"] and LowBitBlocks not in kinds["small"]
+    assert kinds["exact"] == {ShortAttention, LeanNorms, LeanGates, ChunkedLoss}
+    assert kinds["fast"] == {LeanNorms, SlicedBlocks, LowBitBlocks, ChunkedLoss}
+    assert {RecomputedBlocks, ShortAttention, LeanNorms} <= kinds["small"] and LowBitBlocks not in kinds["small"]
 
 
 # -------------------------------------------------------------------- memory
@@ -174,7 +176,7 @@ def peak(make: Any, batch: dict[str, Tensor], **options: Any) -> int:
     return measure_peak_memory(steps).peak_bytes
 
 
-@pytest.mark.parametrize(("case", "fast", "small"), [("vit", 0.65, 0.45), ("llama", 0.6, 0.3)])
+@pytest.mark.parametrize(("case", "fast", "small"), [("vit", 0.65, 0.45), ("llama", 0.62, 0.31)])
 def test_each_mode_takes_less_than_the_one_before(case: str, fast: float, small: float) -> None:
     make, make_batch = CASES[case]
     batch = make_batch(32) if case == "vit" else make_batch(32, 128)

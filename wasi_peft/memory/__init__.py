@@ -11,8 +11,10 @@ installs those of a mode; here they are one by one, for a dense model or one wit
 
 from .attention import low_bit_attention
 from .few_tokens import ShortAttention, short_attention
+from .gates import LeanGates
 from .loss import ChunkedLoss, chunked_cross_entropy
 from .modes import MEMORY_MODES, MODES, check_memory_mode, enter_memory_mode, leave_memory_mode
+from .norms import LeanNorms
 from .padding import UnpaddedBlocks
 from .pieces import BatchSlices, ChunkedMLPs, NeedsWholeBatches, SlicedBlocks
 from .recompute import BlockRecomputation, RecomputedBlocks
@@ -26,6 +28,8 @@ __all__ = [
     "BlockRecomputation",
     "ChunkedLoss",
     "ChunkedMLPs",
+    "LeanGates",
+    "LeanNorms",
     "LowBitBlocks",
     "LowBitSavedTensors",
     "NeedsWholeBatches",

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..models.structure import Structure
-from .wrapping import unwrap, wrap
+from .wrapping import hooks_in_force, unwrap, wrap
 
 WORK_PER_QUERY = 12_800  # keys times width, up to which float32 was the faster one: 200 keys of width 64
 ELEMENTS = 2**16  # of the queries that backward casts at a time
@@ -148,10 +148,14 @@ def _is_fused(tensors: list[Tensor], mask: Tensor | None, is_causal: bool, enabl
 
 
 class _Functions(TorchFunctionMode):
-    """Context in which :func:`short_attention` takes the place of torch's function."""
+    """Context in which :func:`short_attention` takes the place of torch's function, while the same hooks are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hooks = hooks_in_force()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and hooks_in_force() == self._hooks:
             return short_attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

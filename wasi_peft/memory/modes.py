@@ -12,7 +12,9 @@ from torch import nn
 
 from ..models.structure import vocabulary_head
 from .few_tokens import ShortAttention
+from .gates import LeanGates
 from .loss import ChunkedLoss
+from .norms import LeanNorms
 from .padding import UnpaddedBlocks
 from .pieces import SLICE_ROWS, ChunkedMLPs, SlicedBlocks
 from .recompute import RecomputedBlocks
@@ -23,17 +25,21 @@ MODES: Mapping[str, tuple[Technique, ...]] = MappingProxyType(
     {
         "exact": (
             ShortAttention(),
+            LeanNorms(),
+            LeanGates(),
             # rows with which it takes about as long as all logits at once, or less; nobody asked to do without them
             ChunkedLoss(rows=256, warns=False),
         ),
         # twice the rows where MLPs have slices of their own: fewer small operations
         "fast": (
+            LeanNorms(),
             SlicedBlocks(2 * SLICE_ROWS, mlp_rows=SLICE_ROWS),
             LowBitBlocks("int8", low_bit_activations=True),
             ChunkedLoss(),
         ),
         "small": (
             ShortAttention(),
+            LeanNorms(),
             RecomputedBlocks("int8"),
             SlicedBlocks(SLICE_ROWS // 2, drop_caches=True),
             ChunkedMLPs(SLICE_ROWS),  # where one sample alone is longer than a slice

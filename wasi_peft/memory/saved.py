@@ -34,7 +34,7 @@ from ..models.structure import blocks_of
 from .activation import low_bit_activation
 from .attention import low_bit_attention
 from .quantization import Quantized, dense_stride, dequantize_flat, is_dense, quantize
-from .wrapping import unwrap, wrap
+from .wrapping import hooks_in_force, unwrap, wrap
 
 SAVED_KINDS = ("bf16", "int8", "int4")
 MINIMUM_ELEMENTS = 4096
@@ -161,7 +161,7 @@ class _LowBitFunctions(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _is_in_charge(self) -> bool:
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        hooks = hooks_in_force()
         return hooks is not None and hooks[0] is self._pack
 
 
@@ -313,7 +313,7 @@ class _InFewBits:
 
 def _hooks_are_free() -> bool:
     enabled: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-    return enabled and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    return enabled and hooks_in_force() is None
 
 
 @dataclass(frozen=True)

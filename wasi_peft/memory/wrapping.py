@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 Runner = Callable[..., Any]
@@ -96,3 +97,12 @@ def _without(forward: Forward | Around, kind: type) -> Forward | Around:
         return forward.inner
     inner = _without(forward.inner, kind)
     return forward if inner is forward.inner else Around(forward.run, inner)
+
+
+def hooks_in_force() -> Any:
+    """The innermost saved-tensor hooks, None for none; to be compared with what it was before.
+
+    Under hooks that came since, as those of checkpointing inside of a module, operations have to save what they save
+    without whatever is around the module: there they run again.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
