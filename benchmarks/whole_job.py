@@ -2,9 +2,10 @@
 
 Every job is a process of its own, in rounds, all methods once a round and nobody always first: full fine-tuning, LoRA
 r=16 with and without gradient checkpointing, WASI's residual form in the three memory modes, also at LoRA's rank
-("residual 16 small") and with steps inside backward ("residual 16 small, stepping", without clipping), and WASI's
-factors with their preparation; each in float32 and under autocast to bfloat16. Two models: DINOv2-small on
-Fashion-MNIST at 56 px, 3 epochs of 6,000 images in batches of 32, and SmolLM2-135M, 40 steps of 8 mails of 128 tokens.
+("residual 16 small"), with the vocabulary in 8 bits too ("residual vocabulary exact") and with steps inside backward
+("residual 16 small, stepping", without clipping), and WASI's factors with their preparation; each in float32 and under
+autocast to bfloat16. Two models: DINOv2-small on Fashion-MNIST at 56 px, 3 epochs of 6,000 images in batches of 32,
+and SmolLM2-135M, 40 steps of 8 mails of 128 tokens.
 
 Wall time is split into import, load (model and data), prepare (calibration, repair, injection, optimizer), train and
 save. The peak is that of the process (resident set) until the adapter is saved, above that of a process which only
@@ -58,7 +59,12 @@ from wasi_peft.tuner.config import MEMORY_MODES  # noqa: E402
 RESULTS = RESULTS_FOLDER / "whole_job.json"
 LORA, CHECKPOINTED, IDLE = "lora", "lora, checkpointing", "idle"
 STEPPING = ", stepping"  # OptimizerInBackward
-RESIDUALS = tuple(f"residual {rank}{mode}" for rank in ("", "16 ") for mode in (*MEMORY_MODES, f"small{STEPPING}"))
+VOCABULARY = "vocabulary"  # of a language model, in 8 bits too
+RESIDUALS = tuple(
+    f"residual {option}{mode}"
+    for option in ("", "16 ", f"{VOCABULARY} ")
+    for mode in (*MEMORY_MODES, f"small{STEPPING}")
+)
 METHODS = ("full", LORA, CHECKPOINTED, *RESIDUALS, "factors")
 # the best of those tried, by held-out data: finetune_accuracy.py and finetune_perplexity.py
 RATES = {
@@ -94,8 +100,10 @@ def adapt(job: dict[str, Any], model: torch.nn.Module, train_set: Any) -> torch.
     if job["method"] in (LORA, CHECKPOINTED):
         return with_lora(model, head, checkpointing=job["method"] == CHECKPOINTED)
     if form == "residual":
-        _, *rank, mode = job["method"].removesuffix(STEPPING).split()
-        options = {"weight_rank": int(rank[0])} if rank else {}
+        _, *option, mode = job["method"].removesuffix(STEPPING).split()
+        options: dict[str, Any] = {}
+        if option:
+            options = {"vocabulary": "int8"} if option == [VOCABULARY] else {"weight_rank": int(option[0])}
         return peft.get_peft_model(model, wasi_peft.WasiConfig(memory_mode=mode, modules_to_save=head, **options))
     config = wasi_peft.WasiConfig(weight_share=0.4, modules_to_save=head)
     batches = (
@@ -164,7 +172,8 @@ def every_job(args: argparse.Namespace) -> list[dict[str, Any]]:
     jobs = []
     for repetition in range(args.rounds):
         for model in args.models:
-            cases = list(itertools.product(args.methods, args.dtype))
+            methods = [method for method in args.methods if model != "dinov2" or VOCABULARY not in method]
+            cases = list(itertools.product(methods, args.dtype))
             first = repetition % len(cases)
             for method, dtype in [(IDLE, "float32"), *cases[first:], *cases[:first]]:
                 jobs.append(settings_of(args, model, method, dtype, repetition))

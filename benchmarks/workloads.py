@@ -89,9 +89,9 @@ def build(variant: str, workload: Workload) -> nn.Module:
     """Makes the model of a variant.
 
     Args:
-        variant: "full", "lora", "lora, checkpointing"; "residual [int4|dense|K] MODE", a frozen weight in 8 bits, in
-            4 or as it is, beside factors, of rank K; "wasi [UPDATE] MODE", two factors in its place. Every update that
-            can compress inputs does so.
+        variant: "full", "lora", "lora, checkpointing"; "residual [int4|dense|K|vocabulary] MODE", a frozen weight in 8
+            bits, in 4 or as it is, beside factors, of rank K, or with the vocabulary in 8 bits too; "wasi [UPDATE]
+            MODE", two factors in its place. Every update that can compress inputs does so.
         workload: What it is made for.
 
     Raises:
@@ -109,8 +109,11 @@ def build(variant: str, workload: Workload) -> nn.Module:
         return with_lora(model, saved, checkpointing=variant == CHECKPOINTED)
     if form == "residual":
         rank = int(options.pop()) if options and options[0].isdecimal() else None
-        kind = RESIDUAL_KINDS[options[0] if options else "int8"]
-        config = wasi_peft.WasiConfig(residual=kind, weight_rank=rank, memory_mode=mode, modules_to_save=saved)
+        vocabulary = "int8" if options == ["vocabulary"] else None
+        kind = RESIDUAL_KINDS[options[0] if options and vocabulary is None else "int8"]
+        config = wasi_peft.WasiConfig(
+            residual=kind, weight_rank=rank, memory_mode=mode, modules_to_save=saved, vocabulary=vocabulary
+        )
         return peft.get_peft_model(model, config)
     return _with_factors(model, workload, make_update(options[0] if options else DEFAULT_UPDATE), mode, saved)
 

@@ -45,6 +45,10 @@ class StandIn(ABC):
         """Shape, or one size of it, as `Tensor.size`."""
         return self.shape if dim is None else self.shape[dim]
 
+    def dim(self) -> int:
+        """Dimensions of the dense weight."""
+        return len(self.shape)
+
     def numel(self) -> int:
         """Elements of the dense weight."""
         return self.shape.numel()

@@ -262,6 +262,16 @@ class ProductChoice:
                 chosen = self._measured(*kind)
         return chosen if chosen.supports(codes, rows, dtype) else RestoredWeight
 
+    def restored(self, x: Tensor, codes: Tensor) -> type[RestoredWeight]:
+        """Of the products that do not round rows to 8 bits, the one asked for, or the faster one."""
+        kinds = [kind for kind in PRODUCTS.values() if issubclass(kind, RestoredWeight)]
+        able = [kind for kind in kinds if kind.supports(codes, len(x), x.dtype)]
+        asked = [kind for kind in able if kind.name == self.asked]
+        if asked or len(able) == 1 or torch.compiler.is_compiling() or codes.is_meta or is_fake(codes):
+            return (asked or able)[0]
+        seconds = measured_seconds(codes.device, x.dtype, len(x) <= FEW_ROWS)
+        return min(able, key=lambda kind: seconds[kind.name])
+
     def decide(self, device: torch.device, dtype: torch.dtype) -> None:
         """Measure now, for operands without memory that stand for real ones."""
         for few in (True, False) if self.asked is None else ():

@@ -27,7 +27,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from ..forms.vocabulary import VocabularyWeight
 from ..linalg.low_bit import row_tiles
+
+HeadWeight = Tensor | VocabularyWeight
 
 CHUNK_BYTES = 16 * 2**20  # of one chunk of float32 logits, while that makes enough rows
 LEAST_CHUNK_ROWS = 128  # each chunk reads the head's whole weight, so fewer cost time
@@ -53,6 +56,23 @@ def _to_loss_and_gradient(logits: Tensor, targets: Tensor, needs_gradient: bool)
     return loss
 
 
+def _product(x: Tensor, weight: HeadWeight, bias: Tensor | None, out: Tensor) -> None:
+    if isinstance(weight, VocabularyWeight):
+        weight.vocabulary.product(x, out=out)
+        if bias is not None:
+            out += bias
+    elif bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
+def _transposed_product(gradient: Tensor, weight: HeadWeight) -> Tensor:
+    if isinstance(weight, VocabularyWeight):
+        return weight.vocabulary.transposed_product(gradient)
+    return gradient @ weight
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of the `kept` rows of `hidden weight^T + bias`, and its gradients, chunk by chunk.
 
@@ -65,7 +85,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: HeadWeight,
         bias: Tensor | None,
         labels: Tensor,
         kept: Tensor,
@@ -82,16 +102,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         if precise != product.dtype:
             widened = hidden.new_empty(tiles[0].stop if tiles else 0, len(weight), dtype=precise)
         grad_hidden = torch.zeros_like(hidden) if needs[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=precise) if needs[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if needs[1] and isinstance(weight, Tensor) else None
         grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and needs[2] else None
 
         loss = hidden.new_zeros((), dtype=precise)
         for rows in kept.split(chunk_rows) if len(kept) else ():
             x, gradient = hidden[rows], product[: len(rows)]
-            if bias is None:
-                torch.mm(x, weight.T, out=gradient)
-            else:
-                torch.addmm(bias, x, weight.T, out=gradient)
+            _product(x, weight, bias, out=gradient)
             for tile in tiles:
                 part, targets = gradient[tile], labels[rows[tile]]
                 logits = part if widened is None else widened[: len(part)].copy_(part)
@@ -101,7 +118,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if widened is not None:
                     part.copy_(logits)
             if grad_hidden is not None:
-                grad_hidden[rows] = gradient @ weight
+                grad_hidden[rows] = _transposed_product(gradient, weight)
             if grad_weight is not None:
                 if widened is None:
                     grad_weight.addmm_(gradient.T, x)
@@ -126,13 +143,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def _lowered_by_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in the dtype in which autocast, where it is on, multiplies matrices."""
+def _lowered_by_autocast(*tensors: HeadWeight | None) -> tuple[Any, ...]:
+    """The tensors in the dtype in which autocast, where it is on, multiplies matrices; one in 8 bits as it is."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    return tuple(tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for tensor in tensors)
 
 
 def _kept_rows(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
@@ -151,7 +168,7 @@ def _kept_rows(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
 
 def _linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: HeadWeight,
     bias: Tensor | None,
     labels: Tensor,
     ignore_index: int,
@@ -161,7 +178,8 @@ def _linear_cross_entropy(
     """`LinearCrossEntropy` of (rows, hidden) states and (rows,) labels, outside autocast."""
     kept = _kept_rows(labels, ignore_index, len(weight))
     if not torch.is_grad_enabled():
-        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+        hidden, bias = hidden.detach(), None if bias is None else bias.detach()
+        weight = weight if isinstance(weight, VocabularyWeight) else weight.detach()
     rows = chunk_rows or default_chunk_rows(len(weight))
     # what is saved are gradients, not activations: no pack hook in force may make them small
     with torch.autocast(hidden.device.type, enabled=False), saved_tensors_hooks(lambda x: x, lambda x: x):
@@ -175,7 +193,7 @@ def _check_chunk_rows(rows: int | None, name: str = "chunk_rows") -> None:
 
 def chunked_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: HeadWeight,
     bias: Tensor | None,
     labels: Tensor,
     *,
@@ -195,7 +213,7 @@ def chunked_cross_entropy(
 
     Args:
         hidden: What the head is given.
-        weight: The head's weight; it may be that of the embedding.
+        weight: The head's weight; it may be that of the embedding, or stand for one in 8 bits.
         bias: The head's bias.
         labels: Token ids in [0, V) or `ignore_index`, not shifted.
         ignore_index: The label that is left out.
@@ -230,7 +248,7 @@ def chunked_cross_entropy(
             f"labels must be int64 of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} of {tuple(labels.shape)}."
         )
     hidden, weight, bias = _lowered_by_autocast(hidden, weight, bias)
-    dtypes = {tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None}
+    dtypes = {tensor.dtype for tensor in (hidden, weight, bias) if isinstance(tensor, Tensor)}
     if len(dtypes) > 1 or not hidden.is_floating_point():
         raise ValueError(f"hidden, weight and bias must have one floating dtype, got {sorted(map(str, dtypes))}.")
     following = F.pad(labels, (0, 1), value=ignore_index)[..., 1:].reshape(-1)
@@ -261,7 +279,7 @@ def _stand_in(kind: type[_StandIn], shape: tuple[int, ...], dtype: torch.dtype, 
 class _Head:
     """What all tensors derived from one call of the head share; `used` once anything looked at the logits' values."""
 
-    weight: Tensor
+    weight: HeadWeight
     bias: Tensor | None
     settings: ChunkedLoss
     grad_enabled: bool
@@ -409,12 +427,18 @@ class _HeadInput(Tensor):
         return func(*args, **kwargs)
 
 
-def _defer_linear(x: _HeadInput, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if type(weight) not in (Tensor, nn.Parameter, FakeTensor):  # quantized or distributed ones multiply their own way
-        return F.linear(x._hidden, weight, bias)
+def _defer_linear(x: _HeadInput, weight: HeadWeight, bias: Tensor | None = None) -> Tensor:
+    # quantized or distributed ones multiply their own way
+    if type(weight) not in (Tensor, nn.Parameter, FakeTensor, VocabularyWeight):
+        return F.linear(x._hidden, weight, bias)  # type: ignore[arg-type]
     hidden, weight, bias = _lowered_by_autocast(x._hidden, weight, bias)
     head = _Head(weight, bias, x._settings, torch.is_grad_enabled())
-    return DeferredLogits.create(hidden, head, hidden.dtype, lambda _: F.linear(hidden, weight, bias))
+    return DeferredLogits.create(
+        hidden,
+        head,
+        hidden.dtype,
+        lambda _: F.linear(hidden, weight, bias),  # type: ignore[arg-type]
+    )
 
 
 @dataclass(frozen=True)

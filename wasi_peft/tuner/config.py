@@ -12,7 +12,8 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from ..forms.products import PRODUCTS
-from ..forms.residual import RESIDUALS
+from ..forms.residual import RESIDUALS, ExactResidual
+from ..forms.vocabulary import VOCABULARIES
 from ..linalg.tucker import MODES, CompressionRule
 from ..memory.modes import MEMORY_MODES, recomputes
 from ..ranks.plan import LayerPlan, WasiPlan, layer_plan
@@ -76,6 +77,11 @@ class WasiConfig(PeftConfig):
             How products with an int8 weight or factor are computed: 'int8' (rows are rounded on the way), 'restored'
             (it is restored in the dtype of the rows, a tile at a time: exact) or 'bfloat16'; by default what is
             fastest on this machine, measured.
+        vocabulary (`Optional[str]`):
+            In what a language model's token embedding, and the head, tied to it or not, are held: 'int8', one scale a
+            token, frozen; by default as they are. In small language models they are half of all weights. Training and
+            evaluation restore some tokens at a time. Not where they train (`modules_to_save`,
+            `trainable_token_indices`), nor where the base model stays exact (`residual="exact"`, `base_weight`).
         frozen_dtype (`Optional[str]`):
             For factors: in what those that do not train are stored, R with 'frozen_basis', L and R with 'low_rank' and
             'core': 'int8', codes with one float32 scale a row, or 'bfloat16'; by default what `plan` says, else in the
@@ -154,8 +160,8 @@ class WasiConfig(PeftConfig):
             and in plans.
         memory_mode (`Optional[str]`):
             How far a training step goes to need little memory; by default what `plan` says, else 'exact'. 'exact':
-            only the inputs of the targeted layers are compressed and, in language models, the loss never holds all
-            logits. 'fast': what runs no layer twice on top: what transformer blocks keep for backward in 8 bits, the
+                the inputs of the targeted layers are compressed, norms and gated products keep only their inputs and,
+                in language models, the loss never holds all logits. 'fast': what runs no layer twice on top: what transformer blocks keep for backward in 8 bits, the
             inputs of GELU and SiLU in 4, blocks in slices of the batch. 'small': everything that lowers the peak:
             blocks keep only their input, in 8 bits, and run again in backward (nothing is compressed then, since layer
             inputs exist for one block at a time), the same slices, the same loss, and MLPs that run some tokens at a
@@ -188,6 +194,10 @@ class WasiConfig(PeftConfig):
     residual_product: str | None = field(
         default=None,
         metadata={"help": "How int8 products are computed: 'int8', 'restored', 'bfloat16'; None: fastest."},
+    )
+    vocabulary: str | None = field(
+        default=None,
+        metadata={"help": "How token embedding and head are held, frozen: 'int8'; None: as they are."},
     )
     frozen_dtype: str | None = field(
         default=None,
@@ -333,6 +343,17 @@ class WasiConfig(PeftConfig):
         if self.residual == AUTO:
             of_factors = asks or self.frozen_dtype is not None or not takes_residual
             self.residual = None if of_factors else DEFAULT_RESIDUAL
+        _check_choice("vocabulary", self.vocabulary, (*VOCABULARIES, None))
+        if self.vocabulary is not None and (self.residual == ExactResidual.name or self.base_weight != "release"):
+            raise ValueError(
+                f"vocabulary={self.vocabulary!r} rounds tables of the base model, which residual={self.residual!r} "
+                f"with base_weight={self.base_weight!r} leaves exact."
+            )
+        if self.vocabulary is not None and self.trainable_token_indices is not None:
+            raise ValueError(
+                f"vocabulary={self.vocabulary!r} keeps all embeddings frozen, got trainable_token_indices="
+                f"{self.trainable_token_indices!r}."
+            )
         if self.update is None:
             self.update = DEFAULT_UPDATE if self.residual is None else RESIDUAL_UPDATE
         make_update(self.update, None, self.residual, self.frozen_dtype)  # raises where they do not go together

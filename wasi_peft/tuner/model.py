@@ -23,6 +23,7 @@ from ..forms.dense import dense_bias, dense_weight, empty_like_weight
 from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
 from ..forms.stacked import FactoredStack
+from ..forms.vocabulary import Vocabulary, check_vocabulary, hold_rounded, restore_vocabulary, rounded_vocabulary
 from ..linalg.coordinates import addition_basis
 from ..linalg.spectra import factorize_weight, rank_for_threshold
 from ..memory.modes import check_memory_mode, enter_memory_mode, leave_memory_mode
@@ -222,6 +223,9 @@ class WasiModel(BaseTuner):
             logger.log(logging.WARNING if summary.past_break_even else logging.INFO, summary.headline())
             reach = coverage(model, adapter_name)
             logger.log(logging.WARNING if reach.is_small and self._by_default else logging.INFO, "%s", reach)
+            vocabulary: list[tuple[torch.Tensor, Vocabulary]] = []
+            if config.vocabulary is not None and self._alone:
+                vocabulary = rounded_vocabulary(model, ProductChoice(config.residual_product))
             self._release(model, config)
         except BaseException:
             before.restore()
@@ -231,6 +235,8 @@ class WasiModel(BaseTuner):
             raise
         guard_saving(model)
         del before  # which holds the dense weights
+        hold_rounded(model, vocabulary)
+        MappedFiles().forget(weight for weight, _ in vocabulary)
         if config.uses_residuals and self._alone:
             self._round(model, config, trained)
         own_remainder(self._tensors(model), borrowed)
@@ -255,6 +261,10 @@ class WasiModel(BaseTuner):
         check_targets(model, peft_config, copied, convolutions=True)
         check_memory_mode(model, peft_config.resolved_memory_mode, peft_config.skip_padding)
         check_trained_tokens(model, peft_config)
+        if peft_config.vocabulary is not None:
+            names = {plain_name(name) for name, _ in selected_modules(model, peft_config)}
+            saved = peft_config.modules_to_save or ()
+            check_vocabulary(model, lambda name: name in names or any(f".{name}".endswith(f".{own}") for own in saved))
         if copied:
             return
         if peft_config.ranks is not None:
@@ -277,7 +287,7 @@ class WasiModel(BaseTuner):
             raise ValueError(
                 f"All adapters of a model must have the same residual, which is their common base, got {forms}."
             )
-        for field in ("memory_mode", "skip_padding", "token_keep"):
+        for field in ("memory_mode", "skip_padding", "token_keep", "vocabulary"):
             values = [getattr(other, field) for other in [*others, config]]
             if len(set(values)) > 1:
                 raise ValueError(f"All adapters of a model must have the same {field}, got {values}.")
@@ -627,6 +637,7 @@ class WasiModel(BaseTuner):
         for mode in {config.resolved_memory_mode for config in self.peft_config.values()}:
             leave_memory_mode(model, mode)
         keep_tokens(model)
+        restore_vocabulary(model)
         return model
 
     # ---------------------------------------------------------------- state dict

@@ -1,0 +1,239 @@
+"""A language model's vocabulary in 8 bits: the table that embeds tokens, and the head that is tied to it or not.
+
+In a small language model this table is half of the weights (SmolLM2-135M: 108 of 214 MiB once its other layers are in
+8 bits). The modules stay, with class, hooks and place in the model; what changes is their `weight`, for which a
+stand-in answers (:class:`VocabularyWeight`). So code that scales embeddings, moves or counts them works as before.
+
+Rows of a product are not rounded to 8 bits as in other layers: of the gradient of the logits, whose rows are
+probabilities, that loses 13 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..linalg.low_bit import TILE, RoundedRows
+from .dense import FactoredWeight, build_dense
+from .products import ProductChoice, Thin, add_thin
+from .residual import Int8Residual
+
+VOCABULARIES = ("int8",)
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+NAME = "vocabulary"  # of the child that holds the codes, in each of the modules
+
+
+class Vocabulary(Int8Residual):
+    """Codes of a vocabulary, (V, H), one scale a token. For products they are restored, some tokens at a time.
+
+    Rows in float32 are multiplied in bfloat16 where that is faster on this machine, or as `products` asks for.
+    """
+
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """The embeddings of tokens: (...) to (..., H), in the dtype of the model."""
+        rows = F.embedding(tokens, self.codes) * F.embedding(tokens, self.scale)
+        return rows.to(self.dtype)
+
+    def product(
+        self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """As :meth:`Residual.product`, in `out` if there is one, (rows, V) in the dtype of x."""
+        y = x.new_empty(len(x), self.out_features) if out is None else out
+        dtype, scale = self._compute_dtype(x), self.scale.t()
+        rows = x.to(dtype)
+        for part in self._parts(len(x)):
+            torch.mul(rows @ self.codes[part].to(dtype).t(), scale[:, part], out=y[:, part])
+        return add_thin(y, thin)
+
+    def transposed_product(self, dY: Tensor) -> Tensor:
+        dtype, scale = self._compute_dtype(dY), self.scale.t()
+        dX = dY.new_zeros(len(dY), self.in_features, dtype=torch.promote_types(dY.dtype, torch.float32))
+        for part in self._parts(len(dY)):
+            dX += (dY[:, part] * scale[:, part]).to(dtype) @ self.codes[part].to(dtype)
+        return dX.to(dY.dtype)
+
+    def _parts(self, rows: int) -> Iterator[slice]:
+        """Ranges of tokens, whose restored rows and whose columns of a product are small temporary tensors."""
+        step = max(1, TILE // max(1, rows, self.in_features))
+        for start in range(0, self.out_features, step):
+            yield slice(start, min(start + step, self.out_features))
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        return self.products.restored(x, self.codes).compute or x.dtype
+
+
+class VocabularyWeight(FactoredWeight):
+    """Stand-in for the table in full: rows are looked up and products formed from its codes.
+
+    Args:
+        vocabulary: The codes.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.__dict__.update(
+            vocabulary=vocabulary,
+            shape=torch.Size((vocabulary.out_features, vocabulary.in_features)),
+            ndim=2,
+            _is_hf_initialized=True,  # transformers must not fill it with numbers
+            _dense=vocabulary.dense_weight,
+            _rescale=vocabulary.rescale,
+            _made=True,
+        )
+
+    vocabulary: Vocabulary
+
+    def __len__(self) -> int:
+        return self.vocabulary.out_features
+
+    def data_ptr(self) -> int:
+        """Of the codes: by this, PEFT and others tell whether modules share a weight."""
+        return self.vocabulary.codes.data_ptr()
+
+    # the model may be moved or cast after this was made
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.vocabulary.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.vocabulary.codes.device
+
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return self.device.type == "meta"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.embedding and isinstance(args[1], VocabularyWeight):
+            return args[1].vocabulary.look_up(args[0])
+        if func is F.linear and isinstance(args[1], VocabularyWeight) and type(args[0]) in _PLAIN:
+            return _linear(args[1].vocabulary, args[0], *args[2:], **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _linear(vocabulary: Vocabulary, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    y = vocabulary.multiply(x)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+# ---------------------------------------------------------------- in a model
+
+
+def _owners(model: nn.Module, weight: Tensor) -> dict[str, nn.Module]:
+    """The modules that have a parameter as theirs, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(parameter is weight for parameter in module._parameters.values())
+    }
+
+
+def _tables(model: nn.Module) -> dict[str, Any]:
+    """The module that embeds tokens and, in a language model, the head, by what they are."""
+    makers = {"embedding": "get_input_embeddings", "head": "get_output_embeddings"}
+    found = {}
+    for what, maker in makers.items():
+        try:
+            found[what] = getattr(model, maker, lambda: None)()
+        except NotImplementedError:  # of a model that has none
+            found[what] = None
+    return {what: module for what, module in found.items() if module is not None}
+
+
+def check_vocabulary(model: nn.Module, trained: Callable[[str], bool] = lambda name: False) -> None:
+    """Refuse, before anything changes, a model whose vocabulary cannot be rounded.
+
+    Args:
+        model: The base model, with or without adapters in it.
+        trained: Whether a module, by its name, is going to train.
+
+    Raises:
+        ValueError: If it embeds no tokens, or the embedding or the head is no plain module with a dense weight of its
+            own, trains, or changes as it is used.
+    """
+    tables = _tables(model)
+    if not isinstance(tables.get("embedding"), nn.Embedding):
+        found = type(tables["embedding"]).__name__ if "embedding" in tables else "none"
+        raise ValueError(
+            f"vocabulary='int8' needs a model that embeds tokens by an nn.Embedding, got {type(model).__name__} with "
+            f"{found}."
+        )
+    for what, module in tables.items():
+        own_name = next(name for name, other in model.named_modules() if other is module)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or trained(own_name):
+            raise ValueError(f"vocabulary='int8' keeps the {what} frozen, but {own_name} is to train.")
+        if isinstance(getattr(module, "weight", None), VocabularyWeight):
+            continue
+        weight = module._parameters.get("weight")
+        if type(weight) not in _PLAIN or weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"vocabulary='int8' needs a dense weight of floating point numbers in the {what}, got "
+                f"{type(module).__name__} with {type(weight).__name__}."
+            )
+        if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+            raise ValueError(
+                f"vocabulary='int8' keeps the {what} as it is, but it has max_norm={module.max_norm} and "
+                f"sparse={module.sparse}."
+            )
+        for name, owner in _owners(model, weight).items():
+            if not isinstance(owner, (nn.Embedding, nn.Linear)):
+                raise ValueError(
+                    f"{name}: vocabulary='int8' rounds tables of nn.Embedding and nn.Linear, and this "
+                    f"{type(owner).__name__} shares one."
+                )
+
+
+@torch.no_grad()
+def rounded_vocabulary(model: nn.Module, products: ProductChoice) -> list[tuple[Tensor, Vocabulary]]:
+    """The weights of the embedding of tokens and of the head, one where they are tied, each with its codes.
+
+    Args:
+        model: One that passes :func:`check_vocabulary`; not changed.
+        products: How layers of the model multiply.
+    """
+    weights = [table._parameters.get("weight") for table in _tables(model).values()]
+    if len(weights) > 1 and weights[0] is weights[1]:
+        del weights[1]
+    return [
+        (weight, Vocabulary(build_dense(nn.Linear, weight.detach(), None), products))
+        for weight in weights
+        if weight is not None  # else it is rounded already
+    ]
+
+
+def hold_rounded(model: nn.Module, rounded: list[tuple[Tensor, Vocabulary]]) -> None:
+    """Put the codes of :func:`rounded_vocabulary` in the place of the weights, in every module that has one."""
+    for weight, vocabulary in rounded:
+        for owner in _owners(model, weight).values():
+            _hold(owner, vocabulary.train(owner.training))
+
+
+def _hold(module: nn.Module, vocabulary: Vocabulary) -> None:
+    del module._parameters["weight"]
+    module._modules[NAME] = vocabulary
+    module.__dict__["weight"] = VocabularyWeight(vocabulary)
+
+
+@torch.no_grad()
+def restore_vocabulary(model: nn.Module) -> None:
+    """Undo :func:`hold_rounded` with the rounded values; nothing happens where it is not in use."""
+    restored: dict[int, nn.Parameter] = {}
+    for module in list(model.modules()):
+        vocabulary = module._modules.get(NAME)
+        if not isinstance(vocabulary, Vocabulary):
+            continue
+        if id(vocabulary) not in restored:
+            restored[id(vocabulary)] = nn.Parameter(vocabulary.dense_weight(), requires_grad=False)
+        del module._modules[NAME], module.__dict__["weight"]
+        module._parameters["weight"] = restored[id(vocabulary)]
