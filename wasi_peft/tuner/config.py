@@ -159,13 +159,14 @@ class WasiConfig(PeftConfig):
             what `plan` says, else 16; in a layer with a smaller side, as many as that. They count in `weight_share`
             and in plans.
         memory_mode (`Optional[str]`):
-            How far a training step goes to need little memory; by default what `plan` says, else 'exact'. 'exact':
-                the inputs of the targeted layers are compressed, norms and gated products keep only their inputs and,
-                in language models, the loss never holds all logits. 'fast': what runs no layer twice on top: what transformer blocks keep for backward in 8 bits, the
-            inputs of GELU and SiLU in 4, blocks in slices of the batch. 'small': everything that lowers the peak:
-            blocks keep only their input, in 8 bits, and run again in backward (nothing is compressed then, since layer
-            inputs exist for one block at a time), the same slices, the same loss, and MLPs that run some tokens at a
-            time where one sample is longer than a slice. The forward pass is exact in every mode.
+            How far a training step goes to need little memory; by default what `plan` says, else 'exact'. 'exact': the
+            inputs of the targeted layers are compressed, norms and gated products keep only their inputs and, in
+            language models, the loss never holds all logits. 'fast': what runs no layer twice on top: what transformer
+            blocks keep for backward in 8 bits, the inputs of GELU and SiLU in 4, blocks in slices of the batch.
+            'small': everything that lowers the peak: blocks keep only their input, in 8 bits, and run again in
+            backward (nothing is compressed then, since layer inputs exist for one block at a time), the same slices,
+            the same loss, and MLPs that run some tokens at a time where one sample is longer than a slice. The forward
+            pass is exact in every mode.
         skip_padding (`bool`, default False):
             Have transformer blocks neither compute nor keep padded tokens in training: samples run in groups of about
             one length, each cut to its longest sample, in every memory mode. For losses that do not depend on padded
