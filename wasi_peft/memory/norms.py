@@ -42,7 +42,14 @@ class RMSFormula(NamedTuple):
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """A root-mean-square norm by rows, in float32 as in the model's code; kept are x and 1 / sqrt(mean(x^2) + e)."""
+    """A root-mean-square norm by rows, in float32 as in model code; kept are x and `r = 1 / sqrt(mean(x^2) + e)`.
+
+    With `n = r x`, `y = w n` and `g = w dY` of a row: `dX = r (g - n mean(g n))`, and dw is the sum of `dY n` over the
+    rows (Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467, has the forward pass).
+
+    **Shape**
+        - x: (..., H); weight: (H,); returns (..., H)
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, formula: RMSFormula) -> Tensor:
