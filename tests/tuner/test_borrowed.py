@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wasi_peft
-from wasi_peft.tuner import borrowed
+from wasi_peft.tuner import borrowed, targets
 from wasi_peft.tuner.borrowed import borrowed_bytes, own_remainder
 from wasi_peft.tuner.layer import WasiLayer
+from wasi_peft.tuner.model import WasiModel
 
 
 class Block(nn.Module):
@@ -133,23 +134,36 @@ def test_without_a_list_of_mapped_files_nothing_is_forgotten(tmp_path: Path, mon
 
 
 @linux
-def test_rounding_gives_up_the_file_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more than one layer's weight beside those that were not rounded yet."""
+def test_a_checkpoint_is_in_memory_a_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are read to be checked, for the start of the factors and to be rounded, and leave memory each time."""
     save_file(Block(512).state_dict(), tmp_path / "model.safetensors")
     model = Block(512)
     model.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
     weights = [model.up.weight, model.down.weight]
-    seen = []
-    release = WasiLayer.release_base
+    seen: list[tuple[str, list[int]]] = []
 
-    def watched(layer: Any, *args: Any) -> None:
-        seen.append([pages_in_memory(weight) for weight in weights])
-        release(layer, *args)
+    def watched(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
 
-    monkeypatch.setattr(WasiLayer, "release_base", watched)
+        def watching(*args: Any, **kwargs: Any) -> Any:
+            seen.append((name, [pages_in_memory(weight) for weight in weights]))
+            result = original(*args, **kwargs)
+            seen.append((f"{name} done", [pages_in_memory(weight) for weight in weights]))
+            return result
+
+        monkeypatch.setattr(owner, name, watching)
+
+    watched(targets, "_check_target")
+    watched(WasiModel, "_initial_factors")
+    watched(WasiLayer, "release_base")
     peft.get_peft_model(model, wasi_peft.WasiConfig(target_modules=["up", "down"], weight_rank=4))
-    assert seen[-2][0] >= 255 and seen[-2][1] >= 255
-    assert seen[-1][0] <= 2 and seen[-1][1] >= 255
+    names = [name for name, _ in seen]
+    assert {"_check_target", "_initial_factors", "release_base"} <= set(names)
+    for name, pages in seen:
+        assert sum(count > 32 for count in pages) <= 1, f"{name}: {pages}"  # the system reads ahead by 16
+    # they were read, in full, and all are gone in the end
+    assert max(count for name, pages in seen for count in pages if name == "_initial_factors done") >= 255
+    assert max(count for name, pages in seen for count in pages if name == "_check_target done") >= 255
 
 
 def test_views_that_overlap_are_left_alone() -> None:

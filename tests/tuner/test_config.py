@@ -56,7 +56,7 @@ PLAN = WasiPlan((LayerPlan("layers.0.fc1", 8, 6, 3, {"feature": 2, "token": 4}, 
 ALONE: list[dict[str, Any]] = [  # what cannot be combined with all of the above
     {"weight_rank": 6, "rank_pattern": {"fc1": 3}},
     {"plan": PLAN.to_dict()},
-    {"residual": "int4", "residual_product": "restored"},
+    {"residual": "int4", "residual_product": "restored", "vocabulary": "int8"},
     {"frozen_dtype": "int8"},
 ]
 

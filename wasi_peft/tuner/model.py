@@ -198,6 +198,7 @@ class WasiModel(BaseTuner):
         drops = config.token_keep is not None and shared is None
         places = token_places(model) if drops else None
         borrowed = borrowed_bytes(self._tensors(model))
+        self._files = MappedFiles()
         before = Structure(model)
         try:
             expose_experts(model)
@@ -224,7 +225,7 @@ class WasiModel(BaseTuner):
             reach = coverage(model, adapter_name)
             logger.log(logging.WARNING if reach.is_small and self._by_default else logging.INFO, "%s", reach)
             vocabulary: list[tuple[torch.Tensor, Vocabulary]] = []
-            if config.vocabulary is not None and self._alone:
+            if config.vocabulary is not None and self._alone and not config.uses_residuals:
                 vocabulary = rounded_vocabulary(model, ProductChoice(config.residual_product))
             self._release(model, config)
         except BaseException:
@@ -236,7 +237,6 @@ class WasiModel(BaseTuner):
         guard_saving(model)
         del before  # which holds the dense weights
         hold_rounded(model, vocabulary)
-        MappedFiles().forget(weight for weight, _ in vocabulary)
         if config.uses_residuals and self._alone:
             self._round(model, config, trained)
         own_remainder(self._tensors(model), borrowed)
@@ -321,6 +321,7 @@ class WasiModel(BaseTuner):
             initial = target.form_of(source).copy()
         elif not peft_config.awaits_loading:
             initial, peft_config.resolved_ranks[name] = self._initial_factors(peft_config, target, current_key)
+            self._files.forget(target.parameters())  # pages of a checkpoint that were read; they come again when used
         rank = peft_config.resolved_ranks[name]
         if not peft_config.init_weights and not isinstance(initial, FactoredLinear):
             initial = None
@@ -390,6 +391,8 @@ class WasiModel(BaseTuner):
     def _round(self, model: nn.Module, config: WasiConfig, trained: set[str]) -> None:
         """Round the dense weights to the residual, layer by layer, so that the peak is the model and one layer.
 
+        The vocabulary, where it is to be rounded, comes last: its table is the largest.
+
         Whatever interrupts this leaves dense layers again, those that had been rounded with their rounded weights.
 
         Args:
@@ -404,6 +407,10 @@ class WasiModel(BaseTuner):
                 layer.release_base(config.base_form_of(plain_name(name)), products)
                 if dense is not None and layer.original is not dense:
                     files.forget(dense.parameters())
+            if config.vocabulary is not None:
+                vocabulary = rounded_vocabulary(model, products)
+                hold_rounded(model, vocabulary)
+                files.forget(weight for weight, _ in vocabulary)
         except BaseException:
             self.unload()
             for name, parameter in model.named_parameters():

@@ -22,6 +22,7 @@ from ..forms.shards import full_shape
 from ..models.experts import ExpertStack
 from ..models.structure import Structure
 from ..updates import UPDATES
+from .borrowed import MappedFiles
 from .config import RESIDUAL_RANK, WasiConfig
 from .layer import WasiLayer
 
@@ -216,10 +217,12 @@ def check_targets(
         _check_saved_ranks(map(plain_name, targets), config.ranks)
     if config.plan is not None:
         _check_planned_names({plain_name(name) for name in targets}, config)
+    files = MappedFiles()
     for name, module in targets.items():
         if isinstance(module, CONVOLUTIONS) and convolutions:
             module = _linear_over_patches(name, module, shared)
         _check_target(name, module, config, shared, copied, skeleton)
+        files.forget(module.parameters())
     _check_side_rank(targets, config)
     for name, module in model.named_modules():
         if isinstance(module, WasiLayer) and module.base_is_released and name not in targets:
