@@ -138,6 +138,8 @@ def test_the_stand_in_follows_the_model() -> None:
     assert weight.dtype == torch.bfloat16 and model["embedding"](torch.tensor([1])).dtype == torch.bfloat16
     assert weight.vocabulary.scale.dtype == torch.float32
     assert torch.equal(weight.float(), weight.vocabulary.dense_weight().float())
+    with pytest.raises(TypeError, match=r"leave vocabulary= out there.*weight.multiplied_out\(\)"):
+        weight[3:9]
     with torch.autocast("cpu", torch.bfloat16):
         assert model.float()["head"](torch.ones(2, HIDDEN)).dtype == torch.bfloat16
     model.to("meta")

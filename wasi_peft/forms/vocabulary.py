@@ -26,6 +26,11 @@ from .products import ProductChoice, Thin, add_thin
 from .residual import Int8Residual
 
 VOCABULARIES = ("int8",)
+OWN_PRODUCTS = (
+    "vocabulary='int8' holds this table in 8 bits, and no rows can be taken from it. TRL's trainers, which multiply by "
+    "the head's weight themselves, need it as it is: leave vocabulary= out there. Other code that reads a part of it "
+    "finds all of it by weight.multiplied_out()."
+)
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 NAME = "vocabulary"  # of the child that holds the codes, in each of the modules
 
@@ -91,6 +96,9 @@ class VocabularyWeight(FactoredWeight):
 
     def __len__(self) -> int:
         return self.vocabulary.out_features
+
+    def __getitem__(self, index: Any) -> Tensor:
+        raise TypeError(OWN_PRODUCTS)
 
     def data_ptr(self) -> int:
         """Of the codes: by this, PEFT and others tell whether modules share a weight."""

@@ -81,7 +81,8 @@ class WasiConfig(PeftConfig):
             In what a language model's token embedding, and the head, tied to it or not, are held: 'int8', one scale a
             token, frozen; by default as they are. In small language models they are half of all weights. Training and
             evaluation restore some tokens at a time. Not where they train (`modules_to_save`,
-            `trainable_token_indices`), nor where the base model stays exact (`residual="exact"`, `base_weight`).
+            `trainable_token_indices`), nor where the base model stays exact (`residual="exact"`, `base_weight`), nor
+            with TRL's trainers, which multiply by the head's weight themselves.
         frozen_dtype (`Optional[str]`):
             For factors: in what those that do not train are stored, R with 'frozen_basis', L and R with 'low_rank' and
             'core': 'int8', codes with one float32 scale a row, or 'bfloat16'; by default what `plan` says, else in the
