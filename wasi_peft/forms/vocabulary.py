@@ -27,9 +27,9 @@ from .residual import Int8Residual
 
 VOCABULARIES = ("int8",)
 OWN_PRODUCTS = (
-    "vocabulary='int8' holds this table in 8 bits, and no rows can be taken from it. TRL's trainers, which multiply by "
-    "the head's weight themselves, need it as it is: leave vocabulary= out there. Other code that reads a part of it "
-    "finds all of it by weight.multiplied_out()."
+    "vocabulary='int8' holds this table in 8 bits, and no rows can be taken from it. TRL's trainers, which multiply "
+    "by the head's weight themselves, need it as it is: leave vocabulary= out there. Other code that reads a part of "
+    "it finds all of it by weight.multiplied_out()."
 )
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 NAME = "vocabulary"  # of the child that holds the codes, in each of the modules
