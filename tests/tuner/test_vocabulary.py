@@ -281,3 +281,18 @@ def test_models_without_such_a_table_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="needs a dense weight of floating point numbers in the embedding"):
         adapted(half)
+
+
+def test_a_table_that_another_kind_of_module_shares_is_refused() -> None:
+    class Table(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+    model = llama()
+    model.model.table = Table(model.lm_head.weight)
+    with pytest.raises(
+        ValueError, match=r"model.table: vocabulary='int8' rounds tables .*, and this Table shares one"
+    ):
+        adapted(model)
+    assert type(model.lm_head.weight) is nn.Parameter

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..models.structure import Structure
-from .wrapping import hooks_in_force, unwrap, wrap
+from ..models.structure import block_parts
+from .wrapping import hooks_in_force, unwrap_all, wrap
 
 WORK_PER_QUERY = 12_800  # keys times width, up to which float32 was the faster one: 200 keys of width 64
 ELEMENTS = 2**16  # of the queries that backward casts at a time
@@ -203,12 +203,9 @@ class ShortAttention:
     def install(self, model: nn.Module) -> None:
         """Put it around the modules that make up the blocks, if the model has blocks."""
         self.remove(model)
-        for block in Structure(model).blocks.values():
-            for part in block.children():
-                if next(part.children(), None) is not None:
-                    wrap(part, _WithShortAttention())
+        for part in block_parts(model):
+            wrap(part, _WithShortAttention())
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`install`."""
-        for module in model.modules():
-            unwrap(module, _WithShortAttention)
+        unwrap_all(model, _WithShortAttention)

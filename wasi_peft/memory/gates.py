@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from ..models.structure import Structure
-from .wrapping import hooks_in_force, unwrap, wrap
+from ..models.structure import block_parts
+from .wrapping import hooks_in_force, unwrap_all, wrap
 
 # activations that keep their input; those that keep their output (relu, sigmoid, tanh) share it with the product
 _ACTIVATIONS = frozenset((F.silu, F.gelu))
@@ -75,8 +75,8 @@ class _Gates(TorchFunctionMode):
             product = self._gated(self._latest, *args)
             return func(*args) if product is None else product
         result = func(*args, **kwargs)
-        if func in _ACTIVATIONS and len(args) == 1 and _is_ordinary(args[0]) and hooks_in_force() == self._hooks:
-            if not kwargs.pop("inplace", False):
+        if func in _ACTIVATIONS and len(args) == 1 and hooks_in_force() == self._hooks:
+            if _is_plain(args[0]) and args[0].requires_grad and not kwargs.pop("inplace", False):
                 again = functools.partial(func, **kwargs)
                 self._latest = _Activated(weakref.ref(result), result._version, args[0], again)
         return result
@@ -86,17 +86,21 @@ class _Gates(TorchFunctionMode):
         if value is None or not (first is value or second is value) or value._version != latest.version:
             return None
         other = second if first is value else first
-        if not _is_ordinary(other, value) or other is value or hooks_in_force() != self._hooks:
+        if not _is_plain(other) or not _is_like(other, value) or other is value:
+            return None
+        if hooks_in_force() != self._hooks:
             return None
         self._latest = None
         result: Tensor = GatedProduct.apply(latest.gate, other, value.detach(), latest.activation)
         return result
 
 
-def _is_ordinary(x: Any, like: Tensor | None = None) -> bool:
-    if type(x) not in (Tensor, FakeTensor) or not x.is_floating_point() or not (like is not None or x.requires_grad):
-        return False
-    return like is None or (x.shape == like.shape and x.dtype == like.dtype and x.device == like.device)
+def _is_plain(x: Any) -> bool:
+    return type(x) in (Tensor, FakeTensor) and x.is_floating_point()
+
+
+def _is_like(x: Tensor, other: Tensor) -> bool:
+    return (x.shape, x.dtype, x.device) == (other.shape, other.dtype, other.device)
 
 
 class _WithLeanGates:
@@ -134,12 +138,9 @@ class LeanGates:
     def install(self, model: nn.Module) -> None:
         """Put it around the modules that make up the blocks, if the model has blocks."""
         self.remove(model)
-        for block in Structure(model).blocks.values():
-            for part in block.children():
-                if next(part.children(), None) is not None:
-                    wrap(part, _WithLeanGates())
+        for part in block_parts(model):
+            wrap(part, _WithLeanGates())
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`install`."""
-        for module in model.modules():
-            unwrap(module, _WithLeanGates)
+        unwrap_all(model, _WithLeanGates)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..linalg.low_bit import row_tiles
-from .wrapping import unwrap, wrap
+from .wrapping import unwrap_all, wrap
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what models call it
 _PROBED = (torch.float32, torch.bfloat16)
@@ -190,5 +190,4 @@ class LeanNorms:
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`install`."""
-        for module in model.modules():
-            unwrap(module, _LeanNorm)
+        unwrap_all(model, _LeanNorm)

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..models.structure import blocks_of, hidden_states
 from .pieces import PLAIN, leaves_agree, trial, without_caches
 from .recording import records
-from .wrapping import unwrap, wrap
+from .wrapping import unwrap_all, wrap
 
 MASKED = -9999.0  # added to a score, from here on: masks without -inf have -10000 or the least number of the dtype
 GROUP_COST = 256  # rows that cost as much as the small operations of one more group
@@ -385,5 +385,4 @@ class UnpaddedBlocks:
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`install`."""
-        for module in model.modules():
-            unwrap(module, _Unpadded)
+        unwrap_all(model, _Unpadded)

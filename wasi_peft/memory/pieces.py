@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from ..models.position_wise import position_wise_modules
 from ..models.structure import blocks_of, hidden_states, without_cache
 from .recording import records
-from .wrapping import unwrap, wrap
+from .wrapping import unwrap_all, wrap
 
 SLICE_ROWS = 1600  # tokens of a slice, about: fewer cost time in small operations, more cost memory
 CHUNK_ROWS = 256  # tokens of a chunk
@@ -326,8 +326,7 @@ class SlicedBlocks:
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`install`."""
-        for module in model.modules():
-            unwrap(module, BatchSlices)
+        unwrap_all(model, BatchSlices)
 
 
 # -------------------------------------------------------------------- chunks of an MLP's tokens
@@ -426,5 +425,4 @@ class ChunkedMLPs:
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`install`."""
-        for module in model.modules():
-            unwrap(module, _Chunks)
+        unwrap_all(model, _Chunks)

@@ -26,7 +26,7 @@ from . import quantization
 from .pieces import unpartial, without_caches
 from .quantization import Quantized, bits_per_value, dequantize, quantize
 from .recording import records
-from .wrapping import unwrap, wrap
+from .wrapping import unwrap_all, wrap
 
 KINDS = ("exact", *quantization.KINDS)
 HANDS_ON = object()  # in place of a result: of a function that leaves tensors in its arguments
@@ -451,5 +451,4 @@ class RecomputedBlocks:
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`install`."""
-        for module in model.modules():
-            unwrap(module, _Recomputed)
+        unwrap_all(model, _Recomputed)

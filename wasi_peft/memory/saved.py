@@ -34,7 +34,7 @@ from ..models.structure import blocks_of
 from .activation import low_bit_activation
 from .attention import low_bit_attention
 from .quantization import Quantized, dense_stride, dequantize_flat, is_dense, quantize
-from .wrapping import hooks_in_force, unwrap, wrap
+from .wrapping import hooks_in_force, unwrap_all, wrap
 
 SAVED_KINDS = ("bf16", "int8", "int4")
 MINIMUM_ELEMENTS = 4096
@@ -363,5 +363,4 @@ class LowBitBlocks:
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`install`."""
-        for module in model.modules():
-            unwrap(module, _InFewBits)
+        unwrap_all(model, _InFewBits)

@@ -89,6 +89,12 @@ def unwrap(module: nn.Module, kind: type) -> None:
         del module.__dict__["forward"]
 
 
+def unwrap_all(model: nn.Module, kind: type) -> None:
+    """Take away the runners of a class from all modules of a model, itself included."""
+    for module in model.modules():
+        unwrap(module, kind)
+
+
 def _without(forward: Forward | Around, kind: type) -> Forward | Around:
     """What is left without the runner of a class; what was there stays as it is, for those who put it back."""
     if isinstance(forward, Forward):

@@ -172,6 +172,15 @@ def blocks_of(model: nn.Module) -> Structure:
     return structure
 
 
+def block_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that blocks are made up of, such as attention and MLP; none of a model without blocks.
+
+    What is put around these and not around blocks is there again when checkpointing calls a block again.
+    """
+    for block in Structure(model).blocks.values():
+        yield from (part for part in block.children() if next(part.children(), None) is not None)
+
+
 def vocabulary_head(model: nn.Module) -> nn.Linear | None:
     """The plain linear layer over a vocabulary that a language model ends in; None for any other model."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None

@@ -400,7 +400,7 @@ class WasiModel(BaseTuner):
             config: Of the only adapter.
             trained: Names of the parameters that trained before the injection.
         """
-        products, files = ProductChoice(config.residual_product), MappedFiles()
+        products, files = ProductChoice(config.residual_product), self._files
         try:
             for name, layer in wasi_layers(model):
                 dense = layer.original
