@@ -1,7 +1,7 @@
-"""Attention of few tokens in bfloat16 on a CPU, by torch's kernel and with its backward in float32.
+"""Attention of few tokens in bfloat16 on a CPU, by torch's kernel and with a backward of batched products.
 
-First the operation alone, forward and backward: many shapes, in bfloat16 by torch, in bfloat16 with a backward in
-float32 whatever the length, and in float32 by torch; with each the error of the gradients against float64. This is
+First the operation alone, forward and backward: many shapes, in bfloat16 by torch, in bfloat16 with a backward of
+batched products whatever the length, and in float32 by torch; with each the error of the gradients against float64. This is
 what `WORK_PER_QUERY` of `wasi_peft.memory.few_tokens` rests on. Then whole steps under autocast to bfloat16 of
 DINOv2-small at 56 px (17 tokens) and SmolLM2-135M (8 x 128), forward and backward, of LoRA and of WASI's default,
 each with and without: the technique is not tied to WASI. Runs alternate, in random order; medians, and as the spread
@@ -93,7 +93,7 @@ def operation(rounds: int) -> dict[str, Any]:
 
         ways = {
             "bfloat16": lambda run=gradients: run(torch.bfloat16),
-            "backward in float32": lambda run=gradients: run(torch.bfloat16, short_attention),
+            "batched backward": lambda run=gradients: run(torch.bfloat16, short_attention),
             "float32": lambda run=gradients: run(torch.float32),
         }
         truth = torch.cat([grad.flatten() for grad in gradients(torch.float64)])
@@ -139,7 +139,7 @@ def steps(rounds: int) -> dict[str, Any]:
                     loss.backward()
                     model.zero_grad()
 
-                tasks[f"{method}, {'backward of attention in float32' if short else 'torch alone'}"] = step
+                tasks[f"{method}, {'batched backward of attention' if short else 'torch alone'}"] = step
         results[name] = alternating(tasks, rounds)
         print(name, results[name], flush=True)
     return results

@@ -15,7 +15,7 @@ from strategies import SEEDS, normal, relative_error
 from torch import Tensor, nn
 
 from wasi_peft.forms import vocabulary as forms
-from wasi_peft.forms.dense import build_dense
+from wasi_peft.forms.dense import StandIn, build_dense
 from wasi_peft.forms.products import PRODUCTS, ProductChoice
 from wasi_peft.forms.residual import Int8Residual
 from wasi_peft.forms.vocabulary import Vocabulary, VocabularyWeight, hold_rounded, restore_vocabulary
@@ -138,14 +138,89 @@ def test_the_stand_in_follows_the_model() -> None:
     assert weight.dtype == torch.bfloat16 and model["embedding"](torch.tensor([1])).dtype == torch.bfloat16
     assert weight.vocabulary.scale.dtype == torch.float32
     assert torch.equal(weight.float(), weight.vocabulary.dense_weight().float())
-    with pytest.raises(TypeError, match=r"leave vocabulary= out there.*weight.multiplied_out\(\)"):
-        weight[3:9]
     with torch.autocast("cpu", torch.bfloat16):
         assert model.float()["head"](torch.ones(2, HIDDEN)).dtype == torch.bfloat16
     model.to("meta")
     assert weight.is_meta
     with pytest.raises(AttributeError, match="would be lost"):
         weight.fill_(0)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        3,
+        -1,
+        slice(3, 9),
+        slice(None, None, 4),
+        torch.tensor([[3, 1], [0, 3]]),
+        torch.arange(20) % 3 == 0,
+        torch.tensor(True),
+        (slice(2, 7), slice(1, None, 2)),
+        (4, slice(5)),
+        (4, 7),
+        (torch.tensor([1, 2, 3]), torch.tensor([5, 6, 7])),
+        (..., 2),
+        None,
+        [5, 6],
+    ],
+    ids=str,
+)
+def test_parts_of_the_table_are_those_of_all_of_it(index: Any) -> None:
+    made = vocabulary(20, 8)
+    found, wanted = VocabularyWeight(made)[index], made.dense_weight()[index]
+    assert type(found) is Tensor and torch.equal(found, wanted)
+
+
+def test_rows_are_restored_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = VocabularyWeight(vocabulary(20, 8))
+    monkeypatch.setattr(Vocabulary, "dense_weight", None)
+    assert weight[3:9].shape == (6, HIDDEN) and weight[torch.tensor([1, 1]), 2:4].shape == (2, 2)
+
+
+def test_autograd_takes_the_stand_in_for_a_tensor() -> None:
+    """Functions of others, TRL's for one, are given the head's weight, keep it for backward and read it in parts."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(weight)
+            return torch.cat([x @ weight[start : start + 6].t() for start in range(0, 20, 6)], 1)
+
+        @staticmethod
+        def backward(ctx: Any, dY: Tensor) -> tuple[Tensor, None]:
+            (weight,) = ctx.saved_tensors
+            assert isinstance(weight, VocabularyWeight) and not any(ctx.needs_input_grad[1:])
+            return dY @ weight, None
+
+    made = vocabulary(20, 9)
+    x = normal(5, HIDDEN, seed=10, dtype=torch.float32).requires_grad_()
+    dY = normal(5, 20, seed=11, dtype=torch.float32)
+    y = Product.apply(x, VocabularyWeight(made))
+    (found,) = torch.autograd.grad(y, x, dY)
+    assert torch.allclose(y, x @ made.dense_weight().t(), atol=1e-6) and torch.equal(found, dY @ made.dense_weight())
+
+
+def test_what_the_stand_in_says_of_itself() -> None:
+    weight = VocabularyWeight(vocabulary(20, 8))
+    assert isinstance(weight, Tensor) and isinstance(weight, StandIn) and not isinstance(weight, nn.Parameter)
+    assert repr(weight) == "VocabularyWeight(shape=(20, 12), dtype=torch.float32, device='cpu')"
+    assert weight.untyped_storage().nbytes() == 20 * HIDDEN  # of the codes, which others count anyway
+    assert weight in {weight} and not weight.requires_grad and weight.grad is None and weight.is_leaf
+    weight.requires_grad = False
+    weight.requires_grad_(False)
+    for change in (
+        lambda: setattr(weight, "requires_grad", True),
+        lambda: weight.requires_grad_(),
+        lambda: setattr(weight, "data", torch.zeros(20, HIDDEN)),
+        lambda: weight.__setitem__(0, 0.0),
+        lambda: weight.__iadd__(1),
+        lambda: weight.mul_(torch.ones(HIDDEN)),
+        lambda: nn.init.zeros_(weight),
+        lambda: torch.add(torch.ones(20, HIDDEN), 1, out=weight),
+    ):
+        with pytest.raises(AttributeError, match="would be lost"):
+            change()
 
 
 @pytest.mark.parametrize("bias", [True, False])

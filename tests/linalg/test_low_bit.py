@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from strategies import QUICK, SEEDS, normal
 
 from wasi_peft.linalg import low_bit
-from wasi_peft.linalg.low_bit import GROUP, LARGEST_CODE, quantize_groups, quantize_rows, restore_groups, row_tiles
+from wasi_peft.linalg.low_bit import (
+    GROUP,
+    LARGEST_CODE,
+    quantize_groups,
+    quantize_rows,
+    restore_groups,
+    row_tiles,
+    transposed_times_rows,
+)
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 70))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -48,6 +56,23 @@ def test_a_row_of_zeros_is_zero_and_an_outlier_costs_its_own_row_alone() -> None
     restored = codes * scale
     assert torch.equal(restored[:1], torch.mul(*quantize_rows(x[:1])[:2]))
     assert float(restored[2, 7]) == pytest.approx(1e6) and not bool(codes[2, :7].any())
+
+
+@pytest.mark.parametrize("tile", [40, 200, low_bit.TILE])  # rows 1, 5 or all at a time
+@pytest.mark.parametrize("outliers", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_gradient_from_rounded_rows_is_that_of_the_values_they_stand_for(
+    dtype: torch.dtype, outliers: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, h = normal(12, 40, seed=4).to(dtype), normal(12, 3, seed=5).to(dtype)
+    rows = quantize_rows(x, outliers)
+    restored = rows.codes * rows.scale.double()
+    if rows.columns is not None:
+        restored[:, rows.columns] = rows.values.double()
+    monkeypatch.setattr(low_bit, "TILE", tile)
+    found, wanted = transposed_times_rows(h, rows), h.double().t() @ restored
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert float((found - wanted).norm() / wanted.norm()) < 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -1,4 +1,4 @@
-"""Attention of few tokens in 16 bits, of which backward runs in float32."""
+"""Attention of few tokens in 16 bits, of which backward is one of batched products."""
 
 from __future__ import annotations
 
@@ -23,27 +23,33 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from wasi_peft import WasiConfig
-from wasi_peft.memory import ShortAttention, few_tokens, short_attention
-from wasi_peft.memory.few_tokens import ELEMENTS, WORK_PER_QUERY, _parts
+from wasi_peft.memory import ShortAttention, attention, few_tokens, short_attention
+from wasi_peft.memory.attention import SCORES, attention_gradients
+from wasi_peft.memory.few_tokens import WORK_PER_QUERY
 
 
-class KernelDtypes(TorchDispatchMode):
-    """Notes the dtype of the queries of every call of the fused kernel's backward."""
+class Backwards(TorchDispatchMode):
+    """Notes the backward passes of attention: the dtype of the fused kernel's, or that it was the batched one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.met: list[torch.dtype] = []
+        self.met: list[torch.dtype | str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
             self.met.append(args[1].dtype)
         return func(*args, **(kwargs or {}))
 
+    def batched(self, *args: Any) -> Any:
+        self.met.append("batched")
+        return attention_gradients(*args)
+
 
 @contextmanager
-def kernel_dtypes() -> Iterator[list[torch.dtype]]:
-    """The dtypes in which attention's backward runs inside."""
-    with KernelDtypes() as mode:
+def backwards() -> Iterator[list[torch.dtype | str]]:
+    """What backward passes attention takes inside."""
+    with Backwards() as mode, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few_tokens, "attention_gradients", mode.batched)
         yield mode.met
 
 
@@ -83,7 +89,7 @@ def gradients(function: Any, tensors: list[Tensor], grad: Tensor, **options: Any
     mask=st.sampled_from([None, "causal", "bool", "float", "of two dimensions", "of three dimensions"]),
     scale=st.sampled_from([None, 0.3]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-    elements=st.sampled_from([1, 300, ELEMENTS]),
+    scores=st.sampled_from([1, 300, SCORES]),
 )
 def test_output_is_torchs_and_gradients_are_nearer_to_the_exact_ones(
     samples: int,
@@ -94,7 +100,7 @@ def test_output_is_torchs_and_gradients_are_nearer_to_the_exact_ones(
     mask: str | None,
     scale: float | None,
     dtype: torch.dtype,
-    elements: int,
+    scores: int,
 ) -> None:
     torch.manual_seed(samples + 10 * queries)
     tensors = inputs(samples, groups * shared, groups, queries, keys, dtype)
@@ -103,29 +109,20 @@ def test_output_is_torchs_and_gradients_are_nearer_to_the_exact_ones(
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         attn_mask = attn_mask.to(dtype)
     options = {"attn_mask": attn_mask, "is_causal": mask == "causal", "scale": scale, "enable_gqa": shared > 1}
-    with pytest.MonkeyPatch.context() as patch, kernel_dtypes() as dtypes:
-        patch.setattr(few_tokens, "ELEMENTS", elements)
+    with pytest.MonkeyPatch.context() as patch, backwards() as met:
+        patch.setattr(attention, "SCORES", scores)
         output, found = gradients(short_attention, tensors, grad, **options)
     choice = torch._fused_sdp_choice(*tensors, attn_mask, 0.0, options["is_causal"], enable_gqa=shared > 1)
-    assert bool(dtypes) == (choice == SDPBackend.FLASH_ATTENTION.value) and set(dtypes) <= {torch.float32}
+    assert met == (["batched"] if choice == SDPBackend.FLASH_ATTENTION.value else [])
     torchs, by_torch = gradients(F.scaled_dot_product_attention, tensors, grad, **options)
     assert torch.equal(output, torchs)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         options["attn_mask"] = attn_mask.double()
     _, exact = gradients(F.scaled_dot_product_attention, [tensor.double() for tensor in tensors], grad, **options)
     for ours, theirs, wanted, tensor in zip(found, by_torch, exact, tensors, strict=True):
-        assert ours.dtype == dtype and (not dtypes or ours.stride() == tensor.stride())
+        assert ours.dtype == dtype and (not met or ours.stride() == tensor.stride())
         error = (ours.double() - wanted).norm()
         assert error <= 1.1 * (theirs.double() - wanted).norm() + 4e-3 * wanted.norm() + 1e-6
-
-
-def test_samples_are_taken_so_that_all_threads_have_heads() -> None:
-    few_heads = torch.empty(64, 2, 4, 8)
-    threads = torch.get_num_threads()
-    assert [part.stop for part in _parts(few_heads)][-1] >= 64
-    large = torch.empty(3, 2, 1, 1).expand(3, 2, ELEMENTS, 1)
-    first = next(iter(_parts(large)))
-    assert first.stop == max(1, 2 * threads)
 
 
 @pytest.mark.parametrize(
@@ -154,21 +151,21 @@ def test_everything_else_is_torchs(change: str) -> None:
     if change == "no gradient":
         assert not output.requires_grad
         return
-    with kernel_dtypes() as dtypes:
+    with backwards() as met:
         output.sum().backward()
-    assert set(dtypes) <= {dtype}
+    assert set(met) <= {dtype}
     if change == "long":
-        assert dtypes == [torch.bfloat16]
+        assert met == [torch.bfloat16]
 
 
 def test_autocast_casts_as_it_does_torchs_function() -> None:
     torch.manual_seed(0)
     tensors = inputs(2, 2, 2, 5, 5, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), kernel_dtypes() as dtypes:
+    with torch.autocast("cpu", torch.bfloat16), backwards() as met:
         output = short_attention(*tensors, attn_mask=torch.zeros(5, 5))
         assert torch.equal(output, F.scaled_dot_product_attention(*tensors, attn_mask=torch.zeros(5, 5)))
         output.sum().backward()
-    assert output.dtype == torch.bfloat16 and dtypes == [torch.float32]
+    assert output.dtype == torch.bfloat16 and met == ["batched"]
     assert tensors[0].grad is not None and tensors[0].grad.dtype == torch.float32
 
 
@@ -205,20 +202,20 @@ def test_blocks_of_a_model_in_training(make: Any, mode: str, checkpointing: bool
     if checkpointing:
         checkpoint_activations(model)
         adapted.enable_input_require_grads()
-    with kernel_dtypes() as dtypes:
+    with backwards() as met:
         with torch.autocast("cpu", torch.bfloat16):
             loss = adapted(**batch).loss
         loss.backward()
-        assert set(dtypes) == {torch.float32}
-    with kernel_dtypes() as dtypes:
+        assert set(met) == {"batched"}
+    with backwards() as met:
         adapted(**batch).loss.backward()
-    assert set(dtypes) == {torch.float32}
+    assert set(met) == {torch.float32}
     if checkpointing:  # transformers' hook on the embeddings cannot be pickled
         return
     twin = pickle.loads(pickle.dumps(copy.deepcopy(adapted)))
-    with kernel_dtypes() as dtypes, torch.autocast("cpu", torch.bfloat16):
+    with backwards() as met, torch.autocast("cpu", torch.bfloat16):
         twin(**batch).loss.backward()
-    assert set(dtypes) == {torch.float32}
+    assert set(met) == {"batched"}
 
 
 def test_what_is_removed_leaves_no_trace() -> None:
@@ -226,9 +223,9 @@ def test_what_is_removed_leaves_no_trace() -> None:
     ShortAttention().install(model)
     ShortAttention().remove(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
-    with kernel_dtypes() as dtypes, torch.autocast("cpu", torch.bfloat16):
+    with backwards() as met, torch.autocast("cpu", torch.bfloat16):
         model(**batch_of(model)).loss.backward()
-    assert set(dtypes) == {torch.bfloat16}
+    assert set(met) == {torch.bfloat16}
 
 
 def test_sizes_that_do_not_fit_get_torchs_error() -> None:
@@ -247,7 +244,7 @@ def test_models_without_blocks_are_left_alone() -> None:
     assert "forward" not in model.__dict__
 
 
-def test_backward_keeps_no_more_than_torchs_function_does() -> None:
+def test_backward_keeps_all_that_torchs_function_does_but_the_output() -> None:
     def kept(function: Any) -> int:
         tensors, sizes = inputs(2, 4, 4, 16, 16, torch.bfloat16), {}
 
@@ -260,7 +257,8 @@ def test_backward_keeps_no_more_than_torchs_function_does() -> None:
         assert output.requires_grad
         return sum(sizes.values())
 
-    assert kept(short_attention) == kept(F.scaled_dot_product_attention)
+    output_and_sums = 2 * 4 * 16 * (8 * 2 + 4)
+    assert kept(short_attention) == kept(F.scaled_dot_product_attention) - output_and_sums
 
 
 def test_checkpointing_inside_of_a_module_finds_in_backward_what_it_found_before() -> None:

@@ -100,13 +100,14 @@ def test_preference_starts_at_a_margin_of_zero(tmp_path: Path, mode: str, start:
     assert float(lines[0]["loss"]) == pytest.approx(0.6931, abs=1e-4)
 
 
+@pytest.mark.parametrize("mode", MEMORY_MODES)
 @pytest.mark.parametrize("make", [fine_tuned, preferring])
-def test_a_vocabulary_in_8_bits_is_refused_by_name(make: Any, tmp_path: Path) -> None:
-    """TRL multiplies by the head's weight in a function of its own, which takes nothing but a tensor."""
-    pytest.importorskip("trl.kernels.chunked_logprob")  # older ones take the logits
-    trainer = make(tmp_path, WasiConfig(weight_rank=4, vocabulary="int8"), max_length=48)
-    with pytest.raises(TypeError, match=r"TRL's trainers.*leave vocabulary= out there"):
-        trainer.train()
+def test_a_vocabulary_in_8_bits(make: Any, mode: str, tmp_path: Path) -> None:
+    """TRL multiplies by the head's weight in a function of its own, which keeps it for backward and reads parts."""
+    config = {"weight_rank": 4, "memory_mode": mode}
+    found = losses(make(tmp_path, WasiConfig(**config, vocabulary="int8"), max_length=48))
+    assert found == pytest.approx(losses(make(tmp_path, WasiConfig(**config), max_length=48)), rel=0.01)
+    assert found[0] != found[1]
 
 
 def test_a_reference_adapter_stays_as_it_was(tmp_path: Path) -> None:

@@ -128,6 +128,24 @@ def test_checkpointing(reentrant: bool) -> None:
     assert torch.allclose(found_loss, loss) and relative_error(flat(found), flat(wanted)) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_compiles_without_a_break(dtype: torch.dtype) -> None:
+    """Also after the model was cast, which the stand-in follows."""
+    model, batch = adapted(llama(num_hidden_layers=1), residual_product="restored"), tokens()
+    step(model, batch)  # first factors meet their data
+    model.to(dtype)
+    loss, wanted = step(model, batch)
+    torch._dynamo.reset()
+    found_loss, found = step(torch.compile(model, backend="aot_eager", fullgraph=True), batch)
+    assert found_loss == pytest.approx(float(loss), rel=1e-5)
+    assert relative_error(flat(found), flat(wanted)) < (1e-5 if dtype == torch.float32 else 2e-2)
+    model.eval()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        answer = torch.compile(model, backend="aot_eager", fullgraph=True)(**batch).logits
+        assert relative_error(answer, model(**batch).logits) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
 @pytest.mark.parametrize("form", ["residual", "factors"])
 def test_an_adapter_that_is_saved_and_loaded_answers_the_same(form: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {} if form == "residual" else {"residual": None, "activation_threshold": None}

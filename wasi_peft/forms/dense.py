@@ -20,10 +20,24 @@ LOST = (
 )
 
 
-def _refuse_in_place(name: str) -> None:
+_CHANGES = {"__setitem__", *(f"__i{name}__" for name in "add sub mul div truediv floordiv mod pow and or xor".split())}
+
+
+def refuse_in_place(name: str) -> None:
     """Raise an AttributeError for the name of a method that changes a tensor's values in place."""
-    if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
+    changes = name in _CHANGES or (name.endswith("_") and not name.endswith("__"))
+    if changes and name != "requires_grad_":
         raise AttributeError(LOST.format(what=f"{name} cannot be applied"))
+
+
+# what can be said of a tensor that has no values and so no graph
+METADATA: frozenset[Any] = frozenset(
+    {
+        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.element_size),
+        *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
+        *(getattr(Tensor, name).__get__ for name in ("is_meta", "requires_grad", "grad_fn", "is_leaf")),
+    }
+)
 
 
 class StandIn(ABC):
@@ -91,7 +105,7 @@ class FactoredWeight(StandIn):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("_dense", "qweight", "ds_shape", "quant_state"):
             raise AttributeError(name)
-        _refuse_in_place(name)
+        refuse_in_place(name)
         return getattr(self._dense(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -104,7 +118,7 @@ class FactoredWeight(StandIn):
     def mul_(self, factor: Any) -> FactoredWeight:
         """Multiply the weight by a number, for good."""
         if self._rescale is None or not isinstance(factor, (int, float)):
-            _refuse_in_place("mul_")
+            refuse_in_place("mul_")
         else:
             self._rescale(float(factor))
         return self
@@ -128,7 +142,7 @@ class FactoredWeight(StandIn):
             return value
 
         if args and isinstance(args[0], FactoredWeight):
-            _refuse_in_place(getattr(func, "__name__", ""))
+            refuse_in_place(getattr(func, "__name__", ""))
         return func(*dense(args), **{key: dense(value) for key, value in (kwargs or {}).items()})
 
 

@@ -10,6 +10,7 @@ probabilities, that loses 13 %.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,18 +20,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
 
 from ..linalg.low_bit import TILE, RoundedRows
-from .dense import FactoredWeight, build_dense
+from .dense import LOST, METADATA, StandIn, build_dense, refuse_in_place
 from .products import ProductChoice, Thin, add_thin
 from .residual import Int8Residual
 
 VOCABULARIES = ("int8",)
-OWN_PRODUCTS = (
-    "vocabulary='int8' holds this table in 8 bits, and no rows can be taken from it. TRL's trainers, which multiply "
-    "by the head's weight themselves, need it as it is: leave vocabulary= out there. Other code that reads a part of "
-    "it finds all of it by weight.multiplied_out()."
-)
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 NAME = "vocabulary"  # of the child that holds the codes, in each of the modules
 
@@ -45,6 +42,14 @@ class Vocabulary(Int8Residual):
         """The embeddings of tokens: (...) to (..., H), in the dtype of the model."""
         rows = F.embedding(tokens, self.codes) * F.embedding(tokens, self.scale)
         return rows.to(self.dtype)
+
+    def take(self, index: Any) -> Tensor:
+        """`weight[index]` of the table in full; where the index begins with rows, others are not restored."""
+        first, *others = index if isinstance(index, tuple) else (index,)
+        if isinstance(first, (int, slice, Tensor)) and all(isinstance(other, slice) for other in others):
+            rows = (self.codes[first] * self.scale[first]).to(self.dtype)
+            return rows[(..., *others)] if others else rows
+        return self.dense_weight()[index]
 
     def product(
         self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None, out: Tensor | None = None
@@ -74,37 +79,87 @@ class Vocabulary(Int8Residual):
         return self.products.restored(x, self.codes).compute or x.dtype
 
 
-class VocabularyWeight(FactoredWeight):
+class VocabularyWeight(Tensor):
     """Stand-in for the table in full: rows are looked up and products formed from its codes.
+
+    A tensor in the eyes of autograd and of code that asks for one, without values: `F.embedding`, `F.linear` and rows
+    (`weight[tokens]`, `weight[start:stop]`) are computed from the codes, any other operation restores the table for
+    that one use. It cannot be changed in place, except by a factor. Dtype and device are those of the model at the
+    moment, which may be moved or cast after this was made.
 
     Args:
         vocabulary: The codes.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.__dict__.update(
-            vocabulary=vocabulary,
-            shape=torch.Size((vocabulary.out_features, vocabulary.in_features)),
-            ndim=2,
-            _is_hf_initialized=True,  # transformers must not fill it with numbers
-            _dense=vocabulary.dense_weight,
-            _rescale=vocabulary.rescale,
-            _made=True,
-        )
-
     vocabulary: Vocabulary
 
-    def __len__(self) -> int:
-        return self.vocabulary.out_features
+    @staticmethod
+    def __new__(cls, vocabulary: Vocabulary) -> VocabularyWeight:
+        shape = (vocabulary.out_features, vocabulary.in_features)
+        weight: VocabularyWeight = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=vocabulary.dtype, device=vocabulary.codes.device
+        )
+        weight.__dict__.update(vocabulary=vocabulary, _is_hf_initialized=True)  # transformers must not fill it
+        return weight
 
-    def __getitem__(self, index: Any) -> Tensor:
-        raise TypeError(OWN_PRODUCTS)
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is F.embedding and isinstance(args[1], VocabularyWeight):
+            return args[1].vocabulary.look_up(args[0])
+        if func is F.linear and isinstance(args[1], VocabularyWeight) and type(args[0]) in _PLAIN:
+            return _linear(args[1].vocabulary, args[0], *args[2:], **kwargs)
+        if func is Tensor.__getitem__ and isinstance(args[0], VocabularyWeight):
+            return args[0].vocabulary.take(args[1])
+        name = getattr(func, "__name__", "")
+        if isinstance(kwargs.get("out"), VocabularyWeight):
+            refuse_in_place(f"{name}_")
+        if args and isinstance(args[0], VocabularyWeight):
+            refuse_in_place(name)
+        restored = tree_map_only(VocabularyWeight, VocabularyWeight.multiplied_out, (args, kwargs))
+        return func(*restored[0], **restored[1])
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What reaches the dispatcher past the above."""
+        restored = tree_map_only(VocabularyWeight, VocabularyWeight.multiplied_out, (args, kwargs or {}))
+        return func(*restored[0], **restored[1])
+
+    def multiplied_out(self) -> Tensor:
+        """The table in full, a tensor of its own."""
+        return self.vocabulary.dense_weight()
+
+    def mul_(self, factor: Any) -> VocabularyWeight:
+        """Multiply the table by a number, for good."""
+        if not isinstance(factor, (int, float)):
+            refuse_in_place("mul_")
+        self.vocabulary.rescale(float(factor))
+        return self
+
+    def div_(self, divisor: Any) -> VocabularyWeight:  # type: ignore[override]
+        """Divide the table by a number, for good."""
+        return self.mul_(1 / divisor)
+
+    def requires_grad_(self, requires_grad: bool = True) -> VocabularyWeight:
+        """As it is: nobody trains a stand-in."""
+        self.requires_grad = requires_grad
+        return self
 
     def data_ptr(self) -> int:
         """Of the codes: by this, PEFT and others tell whether modules share a weight."""
         return self.vocabulary.codes.data_ptr()
 
-    # the model may be moved or cast after this was made
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Of the codes."""
+        return self.vocabulary.codes.untyped_storage()
+
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.vocabulary.dtype
@@ -114,18 +169,36 @@ class VocabularyWeight(FactoredWeight):
         return self.vocabulary.codes.device
 
     @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return self.device.type == "cuda"
+
+    @property
     def is_meta(self) -> bool:  # type: ignore[override]
         return self.device.type == "meta"
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.embedding and isinstance(args[1], VocabularyWeight):
-            return args[1].vocabulary.look_up(args[0])
-        if func is F.linear and isinstance(args[1], VocabularyWeight) and type(args[0]) in _PLAIN:
-            return _linear(args[1].vocabulary, args[0], *args[2:], **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not hasattr(Tensor, name):
+            self.__dict__[name] = value  # libraries note things on tensors
+        elif name != "requires_grad" or value:
+            raise AttributeError(LOST.format(what=f"{name} cannot be set"))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"VocabularyWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VocabularyWeight:
+        if id(self) not in memo:
+            memo[id(self)] = VocabularyWeight(copy.deepcopy(self.vocabulary, memo))
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return VocabularyWeight, (self.vocabulary,)
+
+
+StandIn.register(VocabularyWeight)
+_METADATA = METADATA | {Tensor._version.__get__}  # type: ignore[attr-defined]
 
 
 def _linear(vocabulary: Vocabulary, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -88,6 +88,28 @@ def quantize_rows(x: Tensor, outliers: int = 0, factor: Tensor | None = None) ->
     return RoundedRows(codes, scale, columns, values)
 
 
+def transposed_times_rows(h: Tensor, rows: RoundedRows) -> Tensor:
+    """`h^T x`, the gradient of a weight from rows x in 8 bits, which are restored some at a time.
+
+    **Shape**
+        - h: (rows, K); x: (rows, n); returns (K, n), summed over the parts in at least float32
+
+    Example:
+        >>> x, h = torch.tensor([[1.0, -2.0], [4.0, 4.0]]), torch.tensor([[1.0], [0.5]])
+        >>> transposed_times_rows(h, quantize_rows(x))
+        tensor([[3.0079, 0.0000]])
+    """
+    scaled = h * rows.scale.to(h.dtype)
+    n = rows.codes.shape[1]
+    product = h.new_zeros(h.shape[1], n, dtype=torch.promote_types(h.dtype, torch.float32))
+    for part in row_tiles(len(h), n, h.device):
+        product += scaled[part].t() @ rows.codes[part].to(h.dtype)
+    if rows.columns is not None:  # which are kept as they are
+        assert rows.values is not None
+        product.index_add_(1, rows.columns, (h.t() @ rows.values).to(product.dtype))
+    return product
+
+
 def largest_magnitude(x: Tensor, dim: int) -> Tensor:
     """The largest magnitude along a dimension, which is gone then.
 

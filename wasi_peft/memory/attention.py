@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from .quantization import Quantized, bits_per_value, check_kind, dequantize, quantize
 
-SCORES = 2**17  # scores that backward holds at a time
+# scores that backward holds at a time: batches of products large enough for all threads, in a few MiB
+SCORES = 2**19
 
 
 class _Piece(NamedTuple):
@@ -61,6 +62,9 @@ def attention_gradients(
     `ds = p (dp - sum_k p dp)`, `dq = scale ds k`, `dk = scale ds^T q`. Holds `SCORES` scores at a time, besides the
     results. With `is_causal`, keys after the last query of a piece are not looked at.
 
+    With 16-bit inputs s and dp, of which differences are taken, are computed in float32, and p and ds are rounded for
+    the other products, as torch's fused kernels do.
+
     **Shape**
         - q: (B, H, N, d); k: (B, G, M, d); v: (B, G, M, e); grad: (B, H, N, e), where G divides H
         - mask: broadcastable to (B, H, N, M)
@@ -83,15 +87,17 @@ def attention_gradients(
     q_in, grad_in = q.unflatten(1, (groups, shared)), grad.unflatten(1, (groups, shared))
     if mask is not None:
         mask = mask.expand(samples, heads, queries, keys).unflatten(1, (groups, shared))
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    several = queries * shared * keys > SCORES  # pieces that add to the same keys
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros_like(tensor, dtype=work if several else q.dtype) for tensor in (k, v))
     dq_out = dq.unflatten(1, (groups, shared))
     for at, heads_at, rows in _pieces(samples, groups, queries, shared * keys):
         seen = slice(0, min(keys, rows.stop)) if is_causal else slice(0, keys)
         # (samples * groups, shared * queries, .), copied once: the queries of all heads that share a key
-        q_piece, grad_piece = (_batched(tensor[at, heads_at, :, rows], work) for tensor in (q_in, grad_in))
-        k_piece, v_piece = (_batched(tensor[at, heads_at, seen], work) for tensor in (k, v))
+        q_piece, grad_piece = (_batched(tensor[at, heads_at, :, rows]) for tensor in (q_in, grad_in))
+        k_piece, v_piece = (_batched(tensor[at, heads_at, seen]) for tensor in (k, v))
         place = q_in[at, heads_at, :, rows].shape[:-1]
-        scores = _scaled(q_piece, k_piece.mT, scale)
+        scores = _scaled(q_piece.to(work), k_piece.to(work).mT, scale)
         unmasked = scores.view(*place, -1)
         if mask is not None:
             part = mask[at, heads_at, :, rows, seen]
@@ -101,17 +107,18 @@ def attention_gradients(
             later = torch.ones(size, dtype=torch.bool, device=q.device).triu_(1 + rows.start)
             unmasked.masked_fill_(later, -math.inf)
         # a query that may look nowhere gets zeros, as it does in the forward pass
-        p = F.softmax(scores, -1) if mask is None else torch._safe_softmax(scores, -1)
-        dv[at, heads_at, seen] += torch.bmm(p.mT, grad_piece).view(*place[:2], -1, v.shape[-1])
-        ds = torch._softmax_backward_data(torch.bmm(grad_piece, v_piece.mT), p, -1, work)
+        p = torch.softmax(scores, -1, out=scores) if mask is None else torch._safe_softmax(scores, -1)
+        dp = torch.bmm(grad_piece.to(work), v_piece.to(work).mT)
+        ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, work, grad_input=dp).to(q.dtype)
+        dv[at, heads_at, seen] += torch.bmm(p.to(q.dtype).mT, grad_piece).view(*place[:2], -1, v.shape[-1])
         dq_out[at, heads_at, :, rows] = _scaled(ds, k_piece, scale).view(*place, width)
         dk[at, heads_at, seen] += _scaled(ds.mT, q_piece, scale).view(*place[:2], -1, width)
-    return dq, dk, dv
+    return dq, dk.to(q.dtype), dv.to(q.dtype)
 
 
-def _batched(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _batched(tensor: Tensor) -> Tensor:
     """A contiguous batch of matrices: the first two dimensions as one, all others but the last as the rows."""
-    return tensor.to(dtype).reshape(tensor.shape[:2].numel(), -1, tensor.shape[-1]).contiguous()
+    return tensor.reshape(tensor.shape[:2].numel(), -1, tensor.shape[-1]).contiguous()
 
 
 def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:

@@ -1,14 +1,15 @@
-"""Attention of few tokens in 16 bits on a CPU, with its backward pass in float32.
+"""Attention of few tokens in 16 bits on a CPU, with a backward pass of batched products.
 
-The CPU's fused kernel (torch 2.13) is built for long sequences: with 17 tokens its backward takes several times as
-long in bfloat16 as in float32, with 128 half as long again, and from about 256 of width 64 on no longer
-(`benchmarks/short_attention.py`). Here the forward pass and what it keeps are torch's; backward casts a few samples at
-a time to float32 and calls the same kernel on them. Gradients come out nearer to the exact ones.
+The CPU's fused kernel (torch 2.13) is built for long sequences: with 17 tokens its backward takes ten times as long in
+bfloat16 as in float32, with 128 nearly twice. Here the forward pass is torch's; backward starts from queries, keys and
+values and forms the scores of some samples at once (:func:`attention.attention_gradients`), up to about 200 of width
+64 in less time (`benchmarks/short_attention.py`). So the output, which the kernel's backward needs, is not kept.
+Gradients come out nearer to the exact ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,49 +21,31 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..models.structure import block_parts
+from .attention import attention_gradients
 from .wrapping import hooks_in_force, unwrap_all, wrap
 
-WORK_PER_QUERY = 12_800  # keys times width, up to which float32 was the faster one: 200 keys of width 64
-ELEMENTS = 2**16  # of the queries that backward casts at a time
+WORK_PER_QUERY = 12_800  # keys times width, up to which this was faster: 200 keys of width 64
 
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class _Float32Backward(torch.autograd.Function):
-    """The CPU's fused kernel, of which backward runs in float32; `mask` is None or is added to the scores."""
+class _BatchedBackward(torch.autograd.Function):
+    """The CPU's fused kernel, with a backward of its own; `mask` is None or is added to the scores."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
     ) -> Tensor:
-        output, logsumexp = _kernel(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
-        ctx.save_for_backward(q, k, v, output, logsumexp, mask)
+        output: Tensor = _kernel(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
+        ctx.save_for_backward(q, k, v, mask)
         ctx.is_causal, ctx.scale = is_causal, scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, logsumexp, mask = ctx.saved_tensors
-        grads = [torch.empty_like(tensor) for tensor in tensors[:3]]
-        for part in _parts(tensors[0]):
-            pieces = [tensor[part].float() for tensor in (grad, *tensors)]
-            mask_piece = None if mask is None else (mask[part] if mask.dim() == 4 and len(mask) > 1 else mask).float()
-            found = _kernel_backward(
-                *pieces, logsumexp[part], 0.0, ctx.is_causal, attn_mask=mask_piece, scale=ctx.scale
-            )
-            for whole, piece in zip(grads, found, strict=True):
-                whole[part] = piece
-        return *grads, None, None, None
-
-
-def _parts(q: Tensor) -> Iterator[slice]:
-    """Ranges of samples of about `ELEMENTS` elements, with heads enough for all threads: those it works on at once."""
-    heads, per_sample = q.shape[1], q[0].numel()
-    step = max(1, ELEMENTS // per_sample, -(-4 * torch.get_num_threads() // heads))
-    for start in range(0, len(q), step):
-        yield slice(start, start + step)
+        q, k, v, mask = ctx.saved_tensors
+        return *attention_gradients(q, k, v, grad, mask, ctx.is_causal, ctx.scale), None, None, None
 
 
 def short_attention(
@@ -75,11 +58,11 @@ def short_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` whose backward runs in float32 where that is faster.
+    """`torch.nn.functional.scaled_dot_product_attention` with another backward where that is faster.
 
     That is: 16-bit tensors on a CPU for which torch takes its fused kernel, and keys times width up to
-    :data:`WORK_PER_QUERY`. Everything else is torch's function as it is. The output is the same to the bit, and as
-    much is kept for backward.
+    :data:`WORK_PER_QUERY`. Everything else is torch's function as it is. The output is the same to the bit; it is not
+    kept for backward.
 
     **Shape**
         - query: (B, H, N, d); key, value: (B, G, M, d), where G divides H; attn_mask: broadcastable to (B, H, N, M)
@@ -113,7 +96,7 @@ def short_attention(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=tensors[0].dtype).masked_fill_(~mask, -torch.inf)
     with torch.autocast("cpu", enabled=False):
-        result: Tensor = _Float32Backward.apply(*tensors, mask, is_causal, scale)
+        result: Tensor = _BatchedBackward.apply(*tensors, mask, is_causal, scale)
     return result
 
 
@@ -186,7 +169,7 @@ class ShortAttention:
 
     It is the modules inside of a block that are called in another way, such as its attention, and not the block:
     checkpointing calls them again, and has to find the same. Nothing happens without gradients, while `torch.compile`
-    traces, in float32 or on another device, nor to a model without blocks. What backward keeps does not change.
+    traces, in float32 or on another device, nor to a model without blocks. Backward keeps queries, keys and values.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel

@@ -27,10 +27,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from ..forms.dense import METADATA
 from ..forms.vocabulary import VocabularyWeight
 from ..linalg.low_bit import row_tiles
-
-HeadWeight = Tensor | VocabularyWeight
 
 CHUNK_BYTES = 16 * 2**20  # of one chunk of float32 logits, while that makes enough rows
 LEAST_CHUNK_ROWS = 128  # each chunk reads the head's whole weight, so fewer cost time
@@ -56,7 +55,7 @@ def _to_loss_and_gradient(logits: Tensor, targets: Tensor, needs_gradient: bool)
     return loss
 
 
-def _product(x: Tensor, weight: HeadWeight, bias: Tensor | None, out: Tensor) -> None:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if isinstance(weight, VocabularyWeight):
         weight.vocabulary.product(x, out=out)
         if bias is not None:
@@ -67,7 +66,7 @@ def _product(x: Tensor, weight: HeadWeight, bias: Tensor | None, out: Tensor) ->
         torch.addmm(bias, x, weight.T, out=out)
 
 
-def _transposed_product(gradient: Tensor, weight: HeadWeight) -> Tensor:
+def _transposed_product(gradient: Tensor, weight: Tensor) -> Tensor:
     if isinstance(weight, VocabularyWeight):
         return weight.vocabulary.transposed_product(gradient)
     return gradient @ weight
@@ -85,7 +84,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: HeadWeight,
+        weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
         kept: Tensor,
@@ -102,7 +101,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if precise != product.dtype:
             widened = hidden.new_empty(tiles[0].stop if tiles else 0, len(weight), dtype=precise)
         grad_hidden = torch.zeros_like(hidden) if needs[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=precise) if needs[1] and isinstance(weight, Tensor) else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and needs[2] else None
 
         loss = hidden.new_zeros((), dtype=precise)
@@ -143,13 +142,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def _lowered_by_autocast(*tensors: HeadWeight | None) -> tuple[Any, ...]:
+def _lowered_by_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype in which autocast, where it is on, multiplies matrices; one in 8 bits as it is."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for tensor in tensors)
+    as_they_are = (type(None), VocabularyWeight)
+    return tuple(tensor if isinstance(tensor, as_they_are) else tensor.to(dtype) for tensor in tensors)
 
 
 def _kept_rows(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
@@ -168,7 +168,7 @@ def _kept_rows(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
 
 def _linear_cross_entropy(
     hidden: Tensor,
-    weight: HeadWeight,
+    weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
     ignore_index: int,
@@ -193,7 +193,7 @@ def _check_chunk_rows(rows: int | None, name: str = "chunk_rows") -> None:
 
 def chunked_cross_entropy(
     hidden: Tensor,
-    weight: HeadWeight,
+    weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
     *,
@@ -248,7 +248,8 @@ def chunked_cross_entropy(
             f"labels must be int64 of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} of {tuple(labels.shape)}."
         )
     hidden, weight, bias = _lowered_by_autocast(hidden, weight, bias)
-    dtypes = {tensor.dtype for tensor in (hidden, weight, bias) if isinstance(tensor, Tensor)}
+    multiplied = (hidden, bias) if isinstance(weight, VocabularyWeight) else (hidden, weight, bias)
+    dtypes = {tensor.dtype for tensor in multiplied if tensor is not None}
     if len(dtypes) > 1 or not hidden.is_floating_point():
         raise ValueError(f"hidden, weight and bias must have one floating dtype, got {sorted(map(str, dtypes))}.")
     following = F.pad(labels, (0, 1), value=ignore_index)[..., 1:].reshape(-1)
@@ -279,7 +280,7 @@ def _stand_in(kind: type[_StandIn], shape: tuple[int, ...], dtype: torch.dtype, 
 class _Head:
     """What all tensors derived from one call of the head share; `used` once anything looked at the logits' values."""
 
-    weight: HeadWeight
+    weight: Tensor
     bias: Tensor | None
     settings: ChunkedLoss
     grad_enabled: bool
@@ -312,7 +313,7 @@ class DeferredLogits(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _DEFERRED and args and isinstance(args[0], DeferredLogits) and not args[0]._head.used:
@@ -403,12 +404,6 @@ _DEFERRED: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _deferred_getitem,
     F.cross_entropy: _deferred_cross_entropy,
 }
-# what can be said of logits without having them; they have no graph as long as they have no values
-_METADATA: set[Any] = {
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.element_size),
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
-    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")),
-}
 
 
 class _HeadInput(Tensor):
@@ -427,17 +422,17 @@ class _HeadInput(Tensor):
         return func(*args, **kwargs)
 
 
-def _defer_linear(x: _HeadInput, weight: HeadWeight, bias: Tensor | None = None) -> Tensor:
+def _defer_linear(x: _HeadInput, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # quantized or distributed ones multiply their own way
     if type(weight) not in (Tensor, nn.Parameter, FakeTensor, VocabularyWeight):
-        return F.linear(x._hidden, weight, bias)  # type: ignore[arg-type]
+        return F.linear(x._hidden, weight, bias)
     hidden, weight, bias = _lowered_by_autocast(x._hidden, weight, bias)
     head = _Head(weight, bias, x._settings, torch.is_grad_enabled())
     return DeferredLogits.create(
         hidden,
         head,
         hidden.dtype,
-        lambda _: F.linear(hidden, weight, bias),  # type: ignore[arg-type]
+        lambda _: F.linear(hidden, weight, bias),
     )
 
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ..forms.factored import FactoredLinear
 from ..forms.residual import Residual, ResidualLinear
 from ..linalg.coordinates import whitened_rows
-from ..linalg.low_bit import RoundedRows
+from ..linalg.low_bit import RoundedRows, transposed_times_rows
 from ..linalg.tucker import NOTHING, Tucker, expand_rows, roundable
 from .base import InitialFactors, ProductGradientSink, Update
 from .factored import outside_autocast
@@ -161,20 +161,17 @@ class AdditionLinear(torch.autograd.Function):
             grad_L = (dY.t() @ h).to(R.dtype)
         if needs_x or needs_R:
             hidden_grad = dY @ L.to(ctx.dtype)  # (rows, K)
-        if needs_x:
-            grad_x = ctx.residual.transposed_product(dY).addmm_(hidden_grad, R.to(ctx.dtype))
-            grad_x = torch.ops.aten._unsafe_view(grad_x, ctx.shape)  # autograd may add to it, but not to a view
         if ctx.kept == "compressed":
             form = Tucker(*saved)
             grad_R = (hidden_grad.t() @ expand_rows(form)) @ form.feature.t()
         elif ctx.kept == "rounded":
-            rows = RoundedRows(*saved)
-            grad_R = (hidden_grad * rows.scale.to(ctx.dtype)).t() @ rows.codes.to(ctx.dtype)
-            if rows.columns is not None:  # which are kept as they are
-                grad_R.index_add_(1, rows.columns, hidden_grad.t() @ rows.values)
+            grad_R = transposed_times_rows(hidden_grad, RoundedRows(*saved))
         elif ctx.kept == "input":
             grad_R = hidden_grad.t() @ saved[0].reshape(-1, saved[0].shape[-1])
         grad_R = None if grad_R is None else grad_R.to(R.dtype)
+        if needs_x:  # after all temporary tensors of the others, since it is as large as the input
+            grad_x = ctx.residual.transposed_product(dY).addmm_(hidden_grad, R.to(ctx.dtype))
+            grad_x = torch.ops.aten._unsafe_view(grad_x, ctx.shape)  # autograd may add to it, but not to a view
         return grad_x, None, grad_L, grad_R, grad_bias, None, *NOTHING
 
 
