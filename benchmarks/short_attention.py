@@ -1,8 +1,8 @@
 """Attention of few tokens in bfloat16 on a CPU, by torch's kernel and with a backward of batched products.
 
 First the operation alone, forward and backward: many shapes, in bfloat16 by torch, in bfloat16 with a backward of
-batched products whatever the length, and in float32 by torch; with each the error of the gradients against float64. This is
-what `WORK_PER_QUERY` of `wasi_peft.memory.few_tokens` rests on. Then whole steps under autocast to bfloat16 of
+batched products whatever the length, and in float32 by torch; with each the error of the gradients against float64.
+This is what `WORK_PER_QUERY` of `wasi_peft.memory.few_tokens` rests on. Then whole steps under autocast to bfloat16 of
 DINOv2-small at 56 px (17 tokens) and SmolLM2-135M (8 x 128), forward and backward, of LoRA and of WASI's default,
 each with and without: the technique is not tied to WASI. Runs alternate, in random order; medians, and as the spread
 half the range between the quartiles. Memory that is given back to the system and taken again costs steps of a language

@@ -83,7 +83,7 @@ MIB = 2**20
 def load(job: dict[str, Any]) -> tuple[torch.nn.Module, Any, Any]:
     """Returns the dense model, what it is trained on and what it is tested on."""
     if job["model"] == "dinov2":
-        train_set, test_set = load_images(train=job["images"], test=job["test"])
+        train_set, test_set = load_images(train=job["images"], test=max(1, job["test"]))
         return load_vit(num_labels=len(train_set.classes)), train_set, test_set
     repaired = finetune_perplexity.REPAIR_WINDOWS if job["method"] == "factors" else 0
     train_set, _, test_set = finetune_perplexity.windows(max(repaired, job["steps"] * 8))
