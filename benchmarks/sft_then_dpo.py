@@ -10,7 +10,8 @@ method runs at one learning rate a part, the same for all: 3e-3, the best of fou
 Each run is a process of its own, whose peak counts, and one entry of docs/benchmarks/sft_then_dpo.json; finished runs
 are skipped. Time is processor time of training alone::
 
-    for method in lora "lora checkpointing" residual "residual small"; do
+    for method in lora "lora checkpointing" residual "residual small" \\
+            "residual vocabulary" "residual vocabulary small"; do
         python benchmarks/sft_then_dpo.py --method "$method"
     done
     python benchmarks/sft_then_dpo.py --summarise
@@ -36,7 +37,11 @@ from runs import key_of
 from texts import load_mails, smollm2_folder
 
 RESULTS = RESULTS_FOLDER / "sft_then_dpo.json"
-METHODS = ("lora", "lora checkpointing", "residual", "residual small")
+METHODS = (
+    "lora",
+    "lora checkpointing",
+    *(f"residual{also}" for also in ("", " small", " vocabulary", " vocabulary small")),
+)
 PROMPT, ANSWER = 48, 40  # tokens
 MIB = 2**20
 
@@ -68,8 +73,12 @@ def adapted(method: str, model: nn.Module) -> nn.Module:
     """Returns the model with a new adapter."""
     if method.startswith("lora"):
         return with_lora(model)
-    mode = method.partition(" ")[2] or "exact"
-    return peft.get_peft_model(model, wasi_peft.WasiConfig(task_type="CAUSAL_LM", memory_mode=mode))
+    config = wasi_peft.WasiConfig(
+        task_type="CAUSAL_LM",
+        memory_mode="small" if method.endswith("small") else "exact",
+        vocabulary="int8" if "vocabulary" in method else None,
+    )
+    return peft.get_peft_model(model, config)
 
 
 def options(settings: dict[str, Any], folder: Path, lr: float, steps: int) -> dict[str, Any]:

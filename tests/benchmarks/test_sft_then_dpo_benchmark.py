@@ -11,7 +11,7 @@ import pytest
 from tokenizing import byte_llama, byte_tokenizer
 
 
-@pytest.mark.parametrize("method", ["lora checkpointing", "residual small"])
+@pytest.mark.parametrize("method", ["lora checkpointing", "residual vocabulary small"])
 def test_preferences_start_where_fine_tuning_has_ended(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,9 +167,10 @@ def test_the_stand_in_follows_the_model() -> None:
     ids=str,
 )
 def test_parts_of_the_table_are_those_of_all_of_it(index: Any) -> None:
-    made = vocabulary(20, 8)
-    found, wanted = VocabularyWeight(made)[index], made.dense_weight()[index]
-    assert type(found) is Tensor and torch.equal(found, wanted)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        made = vocabulary(20, 8, dtype=dtype)
+        found, wanted = VocabularyWeight(made)[index], made.dense_weight()[index]
+        assert type(found) is Tensor and found.dtype == dtype and torch.equal(found, wanted)
 
 
 def test_rows_are_restored_alone(monkeypatch: pytest.MonkeyPatch) -> None:

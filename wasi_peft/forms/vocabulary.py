@@ -47,7 +47,8 @@ class Vocabulary(Int8Residual):
         """`weight[index]` of the table in full; where the index begins with rows, others are not restored."""
         first, *others = index if isinstance(index, tuple) else (index,)
         if isinstance(first, (int, slice, Tensor)) and all(isinstance(other, slice) for other in others):
-            rows = (self.codes[first] * self.scale[first]).to(self.dtype)
+            scale = self.scale[first].to(torch.promote_types(self.dtype, torch.float32))
+            rows = (self.codes[first] * scale).to(self.dtype)
             return rows[(..., *others)] if others else rows
         return self.dense_weight()[index]
 
