@@ -221,6 +221,7 @@ def test_estimates_know_it() -> None:
         for kind in ("int8", None)
     }
     base = llama(**sizes)
+    kept = list(base.parameters())  # what was there before may not be freed: the profiler guesses at its size
 
     def steps() -> None:
         model = get_peft_model(base, config)
@@ -230,7 +231,7 @@ def test_estimates_know_it() -> None:
             optimizer.step()
 
     measured = measure_peak_memory(steps).peak_bytes
-    assert estimates["int8"] < estimates[None]
+    assert kept and estimates["int8"] < estimates[None]
     assert 0.9 * measured < estimates["int8"] < 1.1 * measured
 
 
