@@ -37,11 +37,8 @@ from runs import key_of
 from texts import load_mails, smollm2_folder
 
 RESULTS = RESULTS_FOLDER / "sft_then_dpo.json"
-METHODS = (
-    "lora",
-    "lora checkpointing",
-    *(f"residual{also}" for also in ("", " small", " vocabulary", " vocabulary small")),
-)
+RESIDUALS = ("residual", "residual small", "residual vocabulary", "residual vocabulary small")  # also it in 8 bits
+METHODS = ("lora", "lora checkpointing", *RESIDUALS)
 PROMPT, ANSWER = 48, 40  # tokens
 MIB = 2**20
 

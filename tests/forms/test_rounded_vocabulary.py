@@ -173,6 +173,14 @@ def test_parts_of_the_table_are_those_of_all_of_it(index: Any) -> None:
         assert type(found) is Tensor and found.dtype == dtype and torch.equal(found, wanted)
 
 
+def test_what_goes_past_the_functions_of_torch_gets_the_table() -> None:
+    made = vocabulary(20, 8)
+    x = normal(3, HIDDEN, seed=9, dtype=torch.float32)
+    with torch._C.DisableTorchFunctionSubclass():
+        found = F.linear(x, VocabularyWeight(made))
+    assert torch.equal(found, F.linear(x, made.dense_weight()))
+
+
 def test_rows_are_restored_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = VocabularyWeight(vocabulary(20, 8))
     monkeypatch.setattr(Vocabulary, "dense_weight", None)

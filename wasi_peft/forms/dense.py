@@ -18,8 +18,6 @@ LOST = (
     "{what}: this weight is multiplied out of what is stored for each use, so what is written to it would be lost. "
     "Restore the dense layers first (model.dequantize())."
 )
-
-
 _CHANGES = {"__setitem__", *(f"__i{name}__" for name in "add sub mul div truediv floordiv mod pow and or xor".split())}
 
 

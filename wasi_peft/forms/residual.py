@@ -322,8 +322,12 @@ class Int8Residual(Residual):
         return {"scale": ((out_features, 1), torch.float32), "codes": ((out_features, in_features), torch.int8)}
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.restore(self.codes, self.scale, dtype)
+
+    def restore(self, codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The entries that some of the codes stand for, with the scales of their rows."""
         dtype = dtype or self.dtype
-        return (self.codes * self.scale.to(_at_least_float32(dtype))).to(dtype)
+        return (codes * scale.to(_at_least_float32(dtype))).to(dtype)
 
     def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
         return self.products.product(x, self.codes).forward(x, self.codes, self.scale, rounded, thin)

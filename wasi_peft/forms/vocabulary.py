@@ -40,15 +40,13 @@ class Vocabulary(Int8Residual):
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """The embeddings of tokens: (...) to (..., H), in the dtype of the model."""
-        rows = F.embedding(tokens, self.codes) * F.embedding(tokens, self.scale)
-        return rows.to(self.dtype)
+        return self.restore(F.embedding(tokens, self.codes), F.embedding(tokens, self.scale))
 
     def take(self, index: Any) -> Tensor:
         """`weight[index]` of the table in full; where the index begins with rows, others are not restored."""
         first, *others = index if isinstance(index, tuple) else (index,)
         if isinstance(first, (int, slice, Tensor)) and all(isinstance(other, slice) for other in others):
-            scale = self.scale[first].to(torch.promote_types(self.dtype, torch.float32))
-            rows = (self.codes[first] * scale).to(self.dtype)
+            rows = self.restore(self.codes[first], self.scale[first])
             return rows[(..., *others)] if others else rows
         return self.dense_weight()[index]
 
@@ -108,7 +106,7 @@ class VocabularyWeight(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func is F.embedding and isinstance(args[1], VocabularyWeight):
@@ -199,7 +197,6 @@ class VocabularyWeight(Tensor):
 
 
 StandIn.register(VocabularyWeight)
-_METADATA = METADATA | {Tensor._version.__get__}  # type: ignore[attr-defined]
 
 
 def _linear(vocabulary: Vocabulary, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -428,12 +428,7 @@ def _defer_linear(x: _HeadInput, weight: Tensor, bias: Tensor | None = None) -> 
         return F.linear(x._hidden, weight, bias)
     hidden, weight, bias = _lowered_by_autocast(x._hidden, weight, bias)
     head = _Head(weight, bias, x._settings, torch.is_grad_enabled())
-    return DeferredLogits.create(
-        hidden,
-        head,
-        hidden.dtype,
-        lambda _: F.linear(hidden, weight, bias),
-    )
+    return DeferredLogits.create(hidden, head, hidden.dtype, lambda _: F.linear(hidden, weight, bias))
 
 
 @dataclass(frozen=True)
