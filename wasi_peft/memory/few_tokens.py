@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..models.structure import block_parts
 from .attention import attention_gradients
+from .watching import Watch
 from .wrapping import hooks_in_force, unwrap_all, wrap
 
 WORK_PER_QUERY = 12_800  # keys times width, up to which this was faster: 200 keys of width 64
@@ -130,7 +130,7 @@ def _is_fused(tensors: list[Tensor], mask: Tensor | None, is_causal: bool, enabl
     return fits
 
 
-class _Functions(TorchFunctionMode):
+class _Functions(Watch):
     """Context in which :func:`short_attention` takes the place of torch's function, while the same hooks are there."""
 
     def __init__(self) -> None:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 
 from ..models.structure import block_parts
+from .watching import Watch
 from .wrapping import hooks_in_force, unwrap_all, wrap
 
 # activations that keep their input; those that keep their output (relu, sigmoid, tanh) share it with the product
@@ -58,7 +58,7 @@ class _Activated(NamedTuple):
     activation: Activation
 
 
-class _Gates(TorchFunctionMode):
+class _Gates(Watch):
     """Context in which the product of an activation's result with another tensor is a :class:`GatedProduct`.
 
     Only while the same saved-tensor hooks are in force.

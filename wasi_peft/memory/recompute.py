@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import _get_autocast_kwargs, _infer_device_type, get_device_states, set_device_states
 
@@ -26,6 +25,7 @@ from . import quantization
 from .pieces import unpartial, without_caches
 from .quantization import Quantized, bits_per_value, dequantize, quantize
 from .recording import records
+from .watching import Watch
 from .wrapping import unwrap_all, wrap
 
 KINDS = ("exact", *quantization.KINDS)
@@ -149,7 +149,7 @@ class _Call:
 _CHOICES = frozenset(("topk", "argmax", "argsort", "sort"))
 
 
-class _Sources(TorchFunctionMode):
+class _Sources(Watch):
     """Notes the tensors with `requires_grad` that operations meet.
 
     While nothing is recorded, no operation makes such a tensor, so all of them come from outside.
@@ -170,6 +170,9 @@ class _Sources(TorchFunctionMode):
         self._note(args)
         self._note(kwargs.values())
         return func(*args, **kwargs)
+
+    def skip(self, layer: nn.Module, x: Tensor) -> None:
+        self._note((x, *layer.parameters()))
 
     def _note(self, values: Iterable[Any]) -> None:
         for value in values:

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 
 from ..linalg.tucker import is_roundable
 from ..models.structure import blocks_of
 from .activation import low_bit_activation
 from .attention import low_bit_attention
 from .quantization import Quantized, dense_stride, dequantize_flat, is_dense, quantize
+from .watching import Watch
 from .wrapping import hooks_in_force, unwrap_all, wrap
 
 SAVED_KINDS = ("bf16", "int8", "int4")
@@ -126,7 +126,7 @@ class LowBitSavedTensors(saved_tensors_hooks):
         self._functions.__exit__(*args)
 
 
-class _LowBitFunctions(TorchFunctionMode):
+class _LowBitFunctions(Watch):
     """Context in which functions that keep less take the place of torch's, while certain hooks are the innermost.
 
     Under other hooks, as of checkpointing inside the context, what is saved must be what it is without the context.

@@ -26,6 +26,7 @@ from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
 from ..forms.residual import RESIDUALS, ExactResidual, Residual, ResidualLinear
 from ..forms.shards import write_through
+from ..memory.watching import OutOfSight
 from ..updates.base import InitialFactors, ProductGradientSink, Update
 from .config import WasiConfig
 from .inputs import InputCompression, SharedInputs
@@ -616,6 +617,12 @@ class Linear(nn.Module, WasiLayer):
         if self._awaiting or self._loading_group:
             self._require_loaded(name)
 
+        if torch.compiler.is_compiling():
+            return self._factors_forward(x, name)
+        with OutOfSight(self, x):
+            return self._factors_forward(x, name)
+
+    def _factors_forward(self, x: Tensor, name: str) -> Tensor:
         form: Any = self._forms[name]
         update = self.wasi_update[name]
         compute_dtype = compute_dtype_of(x, form.dtype)
