@@ -102,7 +102,7 @@ def test_no_call_inside_of_a_layer_is_seen(form: str, grad: bool) -> None:
 def test_rounding_to_8_bits_is_no_choice_of_a_block(form: str) -> None:
     """Its columns with the largest entries are looked for in every layer: no reason to keep hidden states in 16."""
     model, batch = llama(form), tokens()
-    with torch.no_grad(), _Sources() as sources:
+    with torch.no_grad(), _Sources(()) as sources:
         model(**batch)
     assert not sources.chose
     wanted = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}

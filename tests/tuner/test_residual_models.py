@@ -20,6 +20,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from probes import shared_inputs
 from strategies import relative_error
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -299,6 +300,39 @@ def test_layers_that_read_one_input_share_its_rounded_copy(
         assert len(shared) == count * 2 and not own  # and their products take it as it is
         loss.backward()
         assert len(shared) == count * 2 and 0 < len(own) <= layers  # gradients are their own
+
+
+@pytest.mark.parametrize(
+    ("context", "count"), [(torch.no_grad, 4), (torch.inference_mode, 7)], ids=["no_grad", "inference"]
+)
+def test_they_share_it_without_gradients(context: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In inference mode tensors do not say whether they have changed, so all seven layers of a block round there."""
+    model = build(LLAMA, residual_product="int8").eval()
+    batch = LLAMA.batch()
+    with context(), counted(inputs, monkeypatch) as shared, counted(products, monkeypatch) as own:
+        answer = model(**batch).logits
+    assert (len(shared), len(own)) == (2 * count, 0)
+    assert len(shared_inputs(model)) == 0  # gone with the tensors that they describe
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(inputs.SharedInputs, "of", lambda self, x: inputs.SharedInput(x))
+        assert torch.equal(model(**batch).logits, answer)
+
+
+def test_without_gradients_an_input_changed_in_place_is_rounded_again() -> None:
+    model = build(residual_product="int8").eval()
+    layer = next(layer for _, layer in wasi_layers(model))
+    x = torch.randn(3, layer.in_features)
+    with torch.no_grad():
+        before = layer(x)
+        x.mul_(2)
+        torch.testing.assert_close(layer(x) - layer(0 * x), 2 * (before - layer(0 * x)))
+
+
+def test_a_product_that_restores_the_weight_rounds_nothing_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(residual_product="restored").eval()
+    with counted(inputs, monkeypatch) as shared, counted(products, monkeypatch) as own:
+        logits(model, VIT.batch())
+    assert not shared and not own
 
 
 @pytest.mark.parametrize("product", ["restored", "int8"])

@@ -31,6 +31,7 @@ class Int8Product(ABC):
     """
 
     name: ClassVar[str]
+    rounds: ClassVar[bool] = False  # whether the forward product takes the rows in 8 bits
 
     @staticmethod
     @abstractmethod
@@ -67,6 +68,7 @@ class IntegerProduct(Int8Product):
     """
 
     name: ClassVar[str] = "int8"
+    rounds: ClassVar[bool] = True
 
     @staticmethod
     def supports(codes: Tensor, rows: int, dtype: torch.dtype) -> bool:

@@ -171,6 +171,10 @@ class Residual(nn.Module, ABC):
     def transposed_product(self, dY: Tensor) -> Tensor:
         """`dY Q`, (rows, in), of dY (rows, out): a tensor of its own."""
 
+    def takes_rounded(self, x: Tensor) -> bool:
+        """Whether :meth:`product` with these rows takes them in 8 bits: then it need not round them again."""
+        return False
+
     def multiply(self, x: Tensor) -> Tensor:
         """`x Q^T` with a gradient for x, in the dtype of x; (..., in) to (..., out)."""
         y: Tensor = _Product.apply(x, self)
@@ -328,6 +332,9 @@ class Int8Residual(Residual):
         """The entries that some of the codes stand for, with the scales of their rows."""
         dtype = dtype or self.dtype
         return (codes * scale.to(_at_least_float32(dtype))).to(dtype)
+
+    def takes_rounded(self, x: Tensor) -> bool:
+        return self.products.product(x, self.codes).rounds
 
     def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
         return self.products.product(x, self.codes).forward(x, self.codes, self.scale, rounded, thin)
@@ -492,13 +499,24 @@ class ResidualLinear(FactoredLinear):
         outer, inner = (part.detach().to(dY.dtype) for part in self.factors())
         return self.residual.transposed_product(dY).addmm_(dY @ outer, inner)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x Q^T + (x R^T) L^T + b` in the dtype of x."""
+    def takes_rounded(self, x: Tensor) -> bool:
+        return self.residual.takes_rounded(x)
+
+    def forward(self, x: Tensor, rounded: RoundedRows | None = None) -> Tensor:
+        """`x Q^T + (x R^T) L^T + b` in the dtype of x.
+
+        **Shape**
+            - x: (..., in); returns (..., out)
+
+        Args:
+            x: Input.
+            rounded: Its rows in 8 bits, where they are known already; of no use with gradients.
+        """
         outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # a view of a parameter claims to need a gradient even here, and a recomputed block would ask for it
             outer, inner, rows = outer.detach(), inner.detach(), x.reshape(-1, self.in_features)
-            y = self.residual.product(rows, None, (rows @ inner.t(), outer))
+            y = self.residual.product(rows, rounded, (rows @ inner.t(), outer))
             y = y if bias is None else y.add_(bias)
             return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], self.out_features))  # no view: see _Product
         return self.residual.multiply(x) + F.linear(F.linear(x, inner), outer, bias)

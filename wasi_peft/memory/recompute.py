@@ -7,7 +7,7 @@ gradient is taken, and does not add up from block to block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -107,17 +107,16 @@ class _Call:
         places = {key: place for place, key in enumerate(distinct)}
         self._places = [places.get(id(leaf)) for leaf in leaves]
         self.tensors = list(distinct.values())
+        # the modules that take part: the owner of a bound method or an argument, and all that is in them
+        owners = (getattr(function, "__self__", function), *self._fixed)
+        self.modules = dict.fromkeys(
+            part for owner in owners if isinstance(owner, nn.Module) for part in owner.modules()
+        )
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
         pairs = zip(self._fixed, self._places, strict=True)
         args, kwargs = tree_unflatten([fixed if at is None else tensors[at] for fixed, at in pairs], self._spec)
         return self._function(*args, **kwargs)
-
-    def modules(self) -> Iterator[nn.Module]:
-        """The modules that take part: the owner of a bound method, or an argument."""
-        for value in (getattr(self._function, "__self__", self._function), *self._fixed):
-            if isinstance(value, nn.Module):
-                yield value
 
     def left_in_arguments(self) -> list[Tensor]:
         """Tensors in mappings among the arguments that blocks hand each other, such as keys and values to share."""
@@ -125,9 +124,9 @@ class _Call:
         return [leaf for leaf in tree_leaves(mappings) if isinstance(leaf, Tensor)]
 
     def parameters(self) -> Iterator[Tensor]:
-        """Their parameters."""
-        for module in self.modules():
-            yield from module.parameters()
+        """Those of the modules that take part."""
+        for module in self.modules:
+            yield from (parameter for parameter in module._parameters.values() if parameter is not None)
 
     @contextmanager
     def without_traces(self) -> Iterator[None]:
@@ -135,7 +134,7 @@ class _Call:
 
         Such a tensor would hold the graph of this call, and the next call would go back through it.
         """
-        tables = [part.__dict__ for module in self.modules() for part in module.modules()]
+        tables = [module.__dict__ for module in self.modules]
         noted = [
             (table, {key: value for key, value in table.items() if isinstance(value, Tensor)}) for table in tables
         ]
@@ -154,13 +153,17 @@ class _Sources(Watch):
 
     While nothing is recorded, no operation makes such a tensor, so all of them come from outside.
 
+    Args:
+        modules: Whose parameters need not be noted.
+
     Attributes:
         met: The tensors, by identity.
         chose: Whether an operation picked the largest of some values, as routers of experts do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Collection[nn.Module]) -> None:
         super().__init__()
+        self._modules = modules
         self.met: dict[int, Tensor] = {}
         self.chose = False
 
@@ -172,7 +175,7 @@ class _Sources(Watch):
         return func(*args, **kwargs)
 
     def skip(self, layer: nn.Module, x: Tensor) -> None:
-        self._note((x, *layer.parameters()))
+        self._note((x,) if layer in self._modules else (x, *layer.parameters()))
 
     def _note(self, values: Iterable[Any]) -> None:
         for value in values:
@@ -351,7 +354,7 @@ class BlockRecomputation:
         there = call.left_in_arguments()
         surroundings = _Surroundings.now(arguments)
         versions = [tensor._version for tensor in arguments]
-        with torch.no_grad(), _Sources() as sources:
+        with torch.no_grad(), _Sources(call.modules) as sources:
             result = call(arguments)
         if any(tensor is not before for tensor, before in zip_longest(call.left_in_arguments(), there)):
             return HANDS_ON

@@ -631,7 +631,10 @@ class Linear(nn.Module, WasiLayer):
             # without gradients too: a block that runs again in backward meets its input before, for factors stay then
             self._meet(name, x)
         if not torch.is_grad_enabled() or not trains:
-            return form.forward(x if x.dtype == compute_dtype else x.to(compute_dtype))
+            rows = x if x.dtype == compute_dtype else x.to(compute_dtype)
+            if torch.is_grad_enabled() or not form.takes_rounded(rows.reshape(-1, rows.shape[-1])):
+                return form.forward(rows)
+            return form.forward(rows, self.inputs.round(x, rows))
 
         if torch.compiler.is_exporting():
             return form.forward(x.to(compute_dtype))  # ordinary operations, whatever trains
