@@ -300,7 +300,10 @@ def test_how_a_step_runs_reaches_the_estimator(run: Any, estimated: dict[str, An
     mask = estimated["batch"]["attention_mask"]
     assert estimated["WASI"].skip_padding and mask.sum(1).tolist() == [8, 4, 3, 2]
     run("estimate", "vit", "--batch-size", "4", "--token-keep", "0.5")
-    assert (estimated["WASI"].token_keep, estimated["WASI"].skip_padding) == (0.5, False)
+    config = estimated["WASI"]
+    assert (config.token_keep, config.skip_padding, config.slice_tokens) == (0.5, False, None)
+    run("estimate", "vit", "--batch-size", "4", "--slice-tokens", "30")
+    assert estimated["WASI"].slice_tokens == 30
 
 
 def test_padding_gets_no_labels(run: Any, estimated: dict[str, Any]) -> None:
@@ -585,7 +588,7 @@ BAD = {
     ),
     "padding of the dense model": (
         ("estimate", "bert", "--batch-size", "4", "--dense", "--skip-padding", "--padding", "0.5"),
-        "--skip-padding and --token-keep are for WASI",
+        "--slice-tokens, --skip-padding and --token-keep are for WASI",
     ),
     "patches where they are not alike": (
         ("estimate", "swin", "--batch-size", "4", "--token-keep", "0.5"),

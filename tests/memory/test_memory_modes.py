@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import warnings
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from models import ARCHITECTURES, checkpoint_activations, wasi_model
 from peft import PeftModel, get_peft_model
 from strategies import relative_error
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from wasi_peft import WasiConfig, estimate_wasi, measure_peak_memory
 from wasi_peft.memory import (
     MEMORY_MODES,
     MODES,
+    BatchSlices,
     ChunkedLoss,
     LeanGates,
     LeanNorms,
@@ -29,6 +33,7 @@ from wasi_peft.memory import (
     SlicedBlocks,
 )
 from wasi_peft.memory.loss import DeferredLogits
+from wasi_peft.memory.wrapping import Around
 
 NAMES = ["vit", "dinov2", "swin", "bert", "gpt2", "llama", "llama_tied", "t5"]
 LOW = {"update": "low_rank", "update_rank": 2, "explained_variance_threshold": 0.9}
@@ -157,6 +162,17 @@ def test_the_table_of_modes() -> None:
 
 
 # -------------------------------------------------------------------- memory
+
+
+def arounds(model: nn.Module) -> list[Around]:
+    """All that techniques have put around modules."""
+    found = []
+    for module in model.modules():
+        around = module.__dict__.get("forward")
+        while isinstance(around, Around):
+            found.append(around)
+            around = around.inner
+    return found
 
 
 def peak(make: Any, batch: dict[str, Tensor], **options: Any) -> int:
@@ -429,7 +445,94 @@ def test_estimates_of_labels_without_values_count_every_token() -> None:
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
+# -------------------------------------------------------------------- how many tokens at once
+
+
+class Attention(TorchFunctionMode):
+    """Notes the tokens that attention takes at once. A hook would have blocks run whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.tokens.append(args[0].shape[0] * args[0].shape[2])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_take_as_many_tokens_as_they_are_told(case: str, mode: str) -> None:
+    """Whole samples: 8 of 65 tokens, or of 64."""
+    make, make_batch = CASES[case]
+    batch = make_batch(8)
+    options = {**LOW, "activation_threshold": None, "memory_mode": mode}
+    if case == "llama":
+        batch["use_cache"] = False  # type: ignore[assignment]
+    for tokens_at_once, samples in ((140, 2), (1, 1), (10**6, 8)):
+        model = get_peft_model(make(), WasiConfig(**options, slice_tokens=tokens_at_once))
+        gradients(model, batch)  # of the first batch, answers are compared, whole and in slices
+        with Attention() as attention:
+            model(**batch)
+        length = 65 if case == "vit" else 64
+        assert attention.tokens == 4 * (8 // samples) * [samples * length]
+
+
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_fewer_tokens_at_once_change_no_gradient_and_take_no_more_memory(case: str, mode: str) -> None:
+    make, batch = functools.partial(tiny_vit, intermediate_size=1024), images(16)
+    if case == "llama":
+        make, batch = functools.partial(tiny_llama, intermediate_size=1024, vocab_size=100), tokens(16, 65)
+        batch = {"use_cache": False, **{key: value % 100 for key, value in batch.items()}}  # type: ignore[dict-item]
+    options = {**LOW, "activation_threshold": None, "memory_mode": mode}
+    (loss, wanted), (sliced_loss, found) = (
+        gradients(get_peft_model(make(), WasiConfig(**options, slice_tokens=tokens)), batch) for tokens in (None, 130)
+    )
+    assert torch.allclose(loss, sliced_loss, rtol=1e-5)
+    assert relative_error(flat(found), flat(wanted)) < (1e-5 if mode == "exact" else 0.02)
+    whole, sliced = (peak(make, batch, memory_mode=mode, slice_tokens=tokens) for tokens in (None, 130))
+    assert sliced < {"exact": 0.95, "fast": 0.95, "small": 0.6}[mode] * whole
+
+
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+def test_estimates_know_how_many_tokens_blocks_take(mode: str) -> None:
+    options = {"update": "frozen_basis", "weight_rank": 24, "memory_mode": mode, "slice_tokens": 130}
+    estimate = estimate_wasi(tiny_vit(), WasiConfig(**options), batch=images(32))
+    measured = peak(tiny_vit, images(32), explained_variance_threshold=None, update_rank=None, **options)
+    assert 0.9 * measured < estimate.peak_bytes < 1.1 * measured
+
+
+def test_how_many_tokens_is_saved_and_the_same_for_all_adapters(tmp_path: Path) -> None:
+    options = {"weight_rank": 4, "slice_tokens": 130, "memory_mode": "small"}
+    model = get_peft_model(tiny_vit(), WasiConfig(**options))
+    assert any(isinstance(around.run, BatchSlices) and around.run.rows == 130 for around in arounds(model))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path)
+    assert loaded.peft_config["default"].slice_tokens == 130
+    assert any(isinstance(around.run, BatchSlices) and around.run.rows == 130 for around in arounds(loaded))
+    with pytest.raises(ValueError, match="same slice_tokens"):
+        model.add_adapter("other", WasiConfig(**{**options, "slice_tokens": 65}))
+    assert not arounds(model.unload())
+
+
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+def test_unloading_takes_slices_away_in_every_mode(mode: str) -> None:
+    model = get_peft_model(tiny_vit(), WasiConfig(weight_rank=4, slice_tokens=130, memory_mode=mode))
+    assert not arounds(model.unload())
+
+
 # -------------------------------------------------------------------- bad input
+
+
+def test_slices_of_a_model_without_blocks_are_refused() -> None:
+    net = Unnumbered()
+    before = dict(net.named_modules())
+    config = WasiConfig(weight_rank=2, target_modules=["first"], slice_tokens=10)
+    with pytest.raises(ValueError, match="slice_tokens=10: the model must have transformer blocks"):
+        get_peft_model(net, config)
+    assert dict(net.named_modules()) == before
 
 
 def test_unknown_modes() -> None:

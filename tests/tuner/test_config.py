@@ -44,6 +44,7 @@ VARIED: dict[str, Any] = {
     "update": "factor",
     "update_rank": 8,
     "memory_mode": "small",
+    "slice_tokens": 400,
     "skip_padding": True,
     "token_keep": 0.5,
     "trainable_token_indices": [3, 5],
@@ -274,6 +275,8 @@ def test_a_share_decides_every_rank(options: dict[str, Any]) -> None:
         ({"train_vectors": "no"}, "train_vectors must be True or False, got 'no'."),
         ({"init_weights": "pissa"}, "init_weights must be True or False, got 'pissa'."),
         ({"skip_padding": 1}, "skip_padding must be True or False, got 1."),
+        ({"slice_tokens": 0}, "slice_tokens must be a positive integer, got 0."),
+        ({"slice_tokens": 1.5}, "slice_tokens must be a positive integer, got 1.5."),
     ],
     ids=repr,
 )

@@ -297,6 +297,9 @@ def _add_batch_options(command: argparse.ArgumentParser) -> None:
         "--padding", metavar="SHARE", type=_share, help="texts: share of the batch's tokens that is padding"
     )
     command.add_argument(
+        "--slice-tokens", metavar="N", type=_count, help="tokens that WASI's blocks take at once (the memory mode's)"
+    )
+    command.add_argument(
         "--skip-padding", action="store_true", help="texts: WASI neither computes nor keeps padded tokens in training"
     )
     command.add_argument(
@@ -304,9 +307,12 @@ def _add_batch_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+_RUNNING = ("slice_tokens", "skip_padding", "token_keep")  # how a step runs, which no plan says
+
+
 def _training(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fields of `WasiConfig` that say how a step runs."""
-    fields = ("update", "update_rank", "frozen_dtype", "skip_padding", "token_keep")
+    fields = ("update", "update_rank", "frozen_dtype", *_RUNNING)
     return {name: getattr(arguments, name) for name in fields}
 
 
@@ -549,8 +555,9 @@ def _check_variants(arguments: argparse.Namespace) -> None:
         raise ValueError("--residual is for one rank everywhere, --weight-rank; a plan has its own.")
     if arguments.dense and arguments.lora:
         raise ValueError("--dense leaves LoRA out; give --lora or --dense, not both.")
-    if arguments.dense and (arguments.skip_padding or arguments.token_keep):
-        raise ValueError("--skip-padding and --token-keep are for WASI, which --dense leaves out.")
+    if arguments.dense and any(getattr(arguments, name) for name in _RUNNING):
+        options = [f"--{name.replace('_', '-')}" for name in _RUNNING]
+        raise ValueError(f"{', '.join(options[:-1])} and {options[-1]} are for WASI, which --dense leaves out.")
     replaces = arguments.residual == "none" or arguments.frozen_dtype
     replaces = replaces or (arguments.update and not UPDATES[arguments.update].takes_residual)
     if replaces and not (arguments.weight_rank or arguments.plan or arguments.dense):
@@ -671,7 +678,7 @@ def _plan_text(arguments: argparse.Namespace, plan: WasiPlan | WasiSummary) -> s
 def _how_to_train(arguments: argparse.Namespace, heads: list[str] | None) -> str:
     """The configuration that a plan was made for, as Python."""
     fields = {"plan": arguments.output, "modules_to_save": heads}
-    fields |= {name: getattr(arguments, name) or None for name in ("skip_padding", "token_keep")}
+    fields |= {name: getattr(arguments, name) or None for name in _RUNNING}
     given = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value is not None)
     return f"WasiConfig({given})"
 

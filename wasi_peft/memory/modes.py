@@ -6,6 +6,7 @@ A mode is a list of techniques, each of which is put around those before it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from torch import nn
@@ -55,7 +56,7 @@ def recomputes(mode: str) -> bool:
     return any(isinstance(technique, RecomputedBlocks) for technique in MODES[mode])
 
 
-def _techniques(model: nn.Module, mode: str, skip_padding: bool) -> list[Technique]:
+def _techniques(model: nn.Module, mode: str, skip_padding: bool, slice_tokens: int | None) -> list[Technique]:
     """The techniques of a mode, without those for parts that the model does not have; around them, for padding."""
     absent: list[type] = []
     if vocabulary_head(model) is None:
@@ -63,30 +64,57 @@ def _techniques(model: nn.Module, mode: str, skip_padding: bool) -> list[Techniq
     if not ChunkedMLPs.find(model):
         absent.append(ChunkedMLPs)
     techniques = [technique for technique in MODES[mode] if type(technique) not in absent]
+    if slice_tokens is not None:
+        techniques = _in_slices(techniques, slice_tokens)
     return [*techniques, UnpaddedBlocks()] if skip_padding else techniques
 
 
-def check_memory_mode(model: nn.Module, mode: str, skip_padding: bool = False) -> None:
+def _in_slices(techniques: list[Technique], tokens: int) -> list[Technique]:
+    """The same with blocks in slices of so many tokens, MLPs in chunks of as many; with slices if there were none."""
+    found: list[Technique] = []
+    for technique in techniques:
+        if isinstance(technique, SlicedBlocks):
+            # MLPs with slices of their own keep the share that they have of a block's
+            mlp = None if technique.mlp_rows is None else max(1, tokens * technique.mlp_rows // technique.rows)
+            found.append(replace(technique, rows=tokens, mlp_rows=mlp))
+        elif isinstance(technique, ChunkedMLPs):
+            found.append(replace(technique, rows=tokens))
+        else:
+            found.append(technique)
+    return found if any(isinstance(technique, SlicedBlocks) for technique in found) else [*found, SlicedBlocks(tokens)]
+
+
+def check_memory_mode(
+    model: nn.Module, mode: str, skip_padding: bool = False, slice_tokens: int | None = None
+) -> None:
     """Refuse, before anything changes, a mode that the model cannot use.
 
     Raises:
-        ValueError: If the model has no transformer blocks, and the mode is not "exact" or padding is to be skipped.
+        ValueError: If the model has no transformer blocks, and the mode is not "exact", padding is to be skipped or
+            blocks are to be sliced.
     """
-    for technique in _techniques(model, mode, skip_padding):
+    for technique in _techniques(model, mode, skip_padding, slice_tokens):
         try:
             technique.check(model)
         except ValueError as error:
-            setting = "skip_padding=True" if isinstance(technique, UnpaddedBlocks) else f"memory_mode={mode!r}"
+            setting = f"memory_mode={mode!r}"
+            if isinstance(technique, UnpaddedBlocks):
+                setting = "skip_padding=True"
+            elif isinstance(technique, SlicedBlocks) and slice_tokens is not None:
+                setting = f"slice_tokens={slice_tokens}"
             raise ValueError(f"{setting}: {error}") from error
 
 
-def enter_memory_mode(model: nn.Module, mode: str, skip_padding: bool = False) -> None:
+def enter_memory_mode(
+    model: nn.Module, mode: str, skip_padding: bool = False, slice_tokens: int | None = None
+) -> None:
     """Install the techniques of a mode, for the parts that the model has.
 
     Args:
         model: A model that passes :func:`check_memory_mode`, with or without adapters in it.
         mode: One of :data:`MEMORY_MODES`.
         skip_padding: Whether blocks leave padding out on top (:class:`padding.UnpaddedBlocks`).
+        slice_tokens: Tokens that blocks take at once (:class:`pieces.SlicedBlocks`), in place of the mode's choice.
 
     Raises:
         ValueError: As :func:`check_memory_mode`.
@@ -98,12 +126,12 @@ def enter_memory_mode(model: nn.Module, mode: str, skip_padding: bool = False) -
         >>> enter_memory_mode(model, "small")
         >>> leave_memory_mode(model, "small")
     """
-    check_memory_mode(model, mode, skip_padding)
-    for technique in _techniques(model, mode, skip_padding):
+    check_memory_mode(model, mode, skip_padding, slice_tokens)
+    for technique in _techniques(model, mode, skip_padding, slice_tokens):
         technique.install(model)
 
 
 def leave_memory_mode(model: nn.Module, mode: str) -> None:
     """Undo :func:`enter_memory_mode`; nothing happens where it is not in use."""
-    for technique in (*MODES[mode], UnpaddedBlocks()):
+    for technique in (*MODES[mode], SlicedBlocks(), UnpaddedBlocks()):
         technique.remove(model)

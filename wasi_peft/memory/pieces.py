@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from ..models.position_wise import position_wise_modules
 from ..models.structure import blocks_of, hidden_states, without_cache
 from .recording import records
+from .watching import CHOICES, Watch
 from .wrapping import unwrap_all, wrap
 
 SLICE_ROWS = 1600  # tokens of a slice, about: fewer cost time in small operations, more cost memory
@@ -72,10 +73,11 @@ class BatchSlices:
     """Calls a block once for every few samples and joins what it returns.
 
     Arguments whose first dimension is the batch's are cut, all others are handed through. Before a block is sliced for
-    the first time, and again when it gets arguments of another form, it answers the batch whole and in slices, as it
-    is but with random numbers that change nothing, and once more with all tokens alike, which crowds the experts of a
-    block that has some. Where the answers differ, or buffers changed (running statistics), the block is never sliced
-    with such arguments. Nor is it with arguments that are no plain data (caches), or while hooks record inside of it.
+    the first time, and again when it gets arguments of another form, it answers the samples of two slices at once and
+    in slices, as they are but with random numbers that change nothing, and once more with all tokens alike, which
+    crowds the experts of a block that has some. Where the answers differ, or buffers changed (running statistics), the
+    block is never sliced with such arguments. Nor is it with arguments that are no plain data (caches), or while hooks
+    record inside of it.
 
     Args:
         rows: Tokens (of all samples together) in a slice, about; at least one sample.
@@ -182,6 +184,11 @@ class _Sliced:
             [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns], structures[0]
         )
 
+    def beginning(self, slices: int) -> _Sliced:
+        """The call with the samples of the first slices only."""
+        leaves = [leaf[: slices * self.size] if index in self.cut else leaf for index, leaf in enumerate(self.leaves)]
+        return _Sliced(self.function, leaves, self.structure, self.cut, self.size)
+
     def alike(self) -> _Sliced:
         """The same call with every token of the hidden states the first one."""
         args, kwargs = tree_unflatten(self.leaves, self.structure)
@@ -222,18 +229,43 @@ def trial(block: nn.Module, device: torch.device) -> Iterator[Callable[[], bool]
 
 @torch.no_grad()
 def _samples_apart(block: nn.Module, call: _Sliced) -> bool:
-    """Whether a block answers slices of a batch as it answers the batch."""
+    """Whether a block answers slices of a batch as it answers the batch.
+
+    Told from two slices of it, since the whole batch at once could take more memory than all that follows; a block
+    that counts or ranks may do so up to some number of tokens, and answers the whole batch.
+    """
     with trial(block, call.leaves[call.cut[0]].device) as undisturbed:
-        whole = call.whole()  # what fails here fails for the caller too
         try:
-            apart = leaves_agree(whole, call.joined())
-            del whole  # the more there is at once, the higher the peak of a first step
-            if apart:
-                call = call.alike()
-                apart = leaves_agree(call.whole(), call.joined())
-        except Exception:  # whatever it lacks in slices
+            with _Counts() as counts:
+                apart = _agrees(call.beginning(2))
+            if apart and counts.met:
+                apart = _agrees(call)
+        except Exception:  # whatever it lacks in slices; what fails in any case fails for the caller next
             return False
         return apart and undisturbed()
+
+
+def _agrees(call: _Sliced) -> bool:
+    """Whether the answers to a call at once and in slices are the same, also with all tokens alike."""
+    if not leaves_agree(call.whole(), call.joined()):
+        return False
+    call = call.alike()
+    return leaves_agree(call.whole(), call.joined())
+
+
+class _Counts(Watch):
+    """Notes whether something is counted or ranked, as a router of experts with a capacity does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.met |= getattr(func, "__name__", None) in _COUNTS
+        return func(*args, **(kwargs or {}))
+
+
+_COUNTS = CHOICES | {"cumsum", "nonzero", "bincount", "histc", "unique", "kthvalue", "searchsorted", "one_hot"}
 
 
 def leaves_agree(whole: Any, joined: Any) -> bool:

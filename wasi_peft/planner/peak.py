@@ -37,6 +37,7 @@ _KEPT_FIELDS = (
     "update_rank",
     "frozen_dtype",
     "memory_mode",
+    "slice_tokens",
     "skip_padding",
     "token_keep",
     "base_weight",

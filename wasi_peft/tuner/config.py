@@ -168,6 +168,10 @@ class WasiConfig(PeftConfig):
             backward (nothing is compressed then, since layer inputs exist for one block at a time), the same slices,
             the same loss, and MLPs that run some tokens at a time where one sample is longer than a slice. The forward
             pass is exact in every mode.
+        slice_tokens (`Optional[int]`):
+            Tokens that a transformer block takes at once in training, in slices of whole samples, one at least: fewer
+            take less memory and, from some hundred down, more time. By default as `memory_mode` says: 'exact' takes
+            the whole batch, 'fast' about 3200, its MLPs half of that, and 'small' about 800.
         skip_padding (`bool`, default False):
             Have transformer blocks neither compute nor keep padded tokens in training: samples run in groups of about
             one length, each cut to its longest sample, in every memory mode. For losses that do not depend on padded
@@ -273,6 +277,10 @@ class WasiConfig(PeftConfig):
     )
     memory_mode: Literal["exact", "fast", "small"] | None = field(
         default=None, metadata={"help": "How far a step goes to need little memory: 'exact', 'fast' or 'small'."}
+    )
+    slice_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens that a block takes at once in training; None: as memory_mode says."},
     )
     skip_padding: bool = field(
         default=False, metadata={"help": "Neither compute nor keep padded tokens, on which the loss must not depend."}
@@ -429,8 +437,9 @@ class WasiConfig(PeftConfig):
         if self.token_keep is not None:
             _check_threshold("token_keep", self.token_keep)
             self.token_keep = None if self.token_keep == 1 else float(self.token_keep)
-        if self.update_rank is not None:
-            check_positive_integer("update_rank", self.update_rank)
+        for name in ("update_rank", "slice_tokens"):
+            if getattr(self, name) is not None:
+                check_positive_integer(name, getattr(self, name))
         _check_choice("bias", self.bias, BIASES)
         _check_choice("memory_mode", self.memory_mode, MEMORY_MODES)
         modes = self.activation_modes
@@ -534,6 +543,11 @@ class WasiConfig(PeftConfig):
     def resolved_memory_mode(self) -> str:
         """How far a step goes to need little memory."""
         return self.memory_mode or "exact"
+
+    @property
+    def how_blocks_run(self) -> tuple[str, bool, int | None]:
+        """What :func:`memory.modes.enter_memory_mode` takes after the model."""
+        return self.resolved_memory_mode, self.skip_padding, self.slice_tokens
 
     @property
     def awaits_loading(self) -> bool:

@@ -208,7 +208,7 @@ class WasiModel(BaseTuner):
             conceal_projections(model, attentions)
             del attentions  # which hold dense weights
             self._add_vectors(model, adapter_name)
-            enter_memory_mode(model, config.resolved_memory_mode, config.skip_padding)
+            enter_memory_mode(model, *config.how_blocks_run)
             if places is not None:
                 drop_tokens(model, config.token_keep or 1.0, places)
             if self._used_plain_svd:
@@ -259,7 +259,7 @@ class WasiModel(BaseTuner):
         """Everything that can be wrong is found here, before the first layer is replaced."""
         copied = self._source(peft_config) is not None
         check_targets(model, peft_config, copied, convolutions=True)
-        check_memory_mode(model, peft_config.resolved_memory_mode, peft_config.skip_padding)
+        check_memory_mode(model, *peft_config.how_blocks_run)
         check_trained_tokens(model, peft_config)
         if peft_config.vocabulary is not None:
             names = {plain_name(name) for name, _ in selected_modules(model, peft_config)}
@@ -287,7 +287,7 @@ class WasiModel(BaseTuner):
             raise ValueError(
                 f"All adapters of a model must have the same residual, which is their common base, got {forms}."
             )
-        for field in ("memory_mode", "skip_padding", "token_keep", "vocabulary"):
+        for field in ("memory_mode", "slice_tokens", "skip_padding", "token_keep", "vocabulary"):
             values = [getattr(other, field) for other in [*others, config]]
             if len(set(values)) > 1:
                 raise ValueError(f"All adapters of a model must have the same {field}, got {values}.")
