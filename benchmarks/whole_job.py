@@ -2,10 +2,11 @@
 
 Every job is a process of its own, in rounds, all methods once a round and nobody always first: full fine-tuning, LoRA
 r=16 with and without gradient checkpointing, WASI's residual form in the three memory modes, also at LoRA's rank
-("residual 16 small"), with the vocabulary in 8 bits too ("residual vocabulary exact") and with steps inside backward
-("residual 16 small, stepping", without clipping), and WASI's factors with their preparation; each in float32 and under
-autocast to bfloat16. Two models: DINOv2-small on Fashion-MNIST at 56 px, 3 epochs of 6,000 images in batches of 32,
-and SmolLM2-135M, 40 steps of 8 mails of 128 tokens.
+("residual 16 small"), with the vocabulary in 8 bits too ("residual vocabulary exact"), with blocks that take 544
+tokens at once, a batch of images, and MLPs that take half of it ("residual 16 small, 544 tokens"), and WASI's factors
+with their preparation; each in float32 and under autocast to bfloat16. With ", stepping" steps happen inside backward,
+without clipping. Two models: DINOv2-small on Fashion-MNIST at 56 px, 3 epochs of 6,000 images in batches of 32, and
+SmolLM2-135M, 40 steps of 8 mails of 128 tokens.
 
 Wall time is split into import, load (model and data), prepare (calibration, repair, injection, optimizer), train and
 save. The peak is that of the process (resident set) until the adapter is saved, above that of a process which only
@@ -59,13 +60,15 @@ from wasi_peft.tuner.config import MEMORY_MODES  # noqa: E402
 RESULTS = RESULTS_FOLDER / "whole_job.json"
 LORA, CHECKPOINTED, IDLE = "lora", "lora, checkpointing", "idle"
 STEPPING = ", stepping"  # OptimizerInBackward
+SLICE_TOKENS = 544  # 32 images of 17
+SLICED = f", {SLICE_TOKENS} tokens"
 VOCABULARY = "vocabulary"  # of a language model, in 8 bits too
 RESIDUALS = tuple(
     f"residual {option}{mode}"
     for option in ("", "16 ", f"{VOCABULARY} ")
-    for mode in (*MEMORY_MODES, f"small{STEPPING}")
+    for mode in (*MEMORY_MODES, f"small{STEPPING}", f"small{SLICED}", f"small{SLICED}{STEPPING}")
 )
-METHODS = ("full", LORA, CHECKPOINTED, *RESIDUALS, "factors")
+METHODS = ("full", LORA, CHECKPOINTED, f"{CHECKPOINTED}{STEPPING}", *RESIDUALS, "factors")
 # the best of those tried, by held-out data: finetune_accuracy.py and finetune_perplexity.py
 RATES = {
     "dinov2": {"full": 2e-5, "lora": 5e-4, "residual": 2e-4, "factors": 5e-4},
@@ -94,16 +97,16 @@ def load(job: dict[str, Any]) -> tuple[torch.nn.Module, Any, Any]:
 def adapt(job: dict[str, Any], model: torch.nn.Module, train_set: Any) -> torch.nn.Module:
     """Returns the model to train, preparation included."""
     vision, form = job["model"] == "dinov2", job["method"].split()[0]
-    head = [finetuning.HEAD] if vision else None
-    if job["method"] == "full":
+    head, method = [finetuning.HEAD] if vision else None, job["method"].removesuffix(STEPPING)
+    if method == "full":
         return model
-    if job["method"] in (LORA, CHECKPOINTED):
-        return with_lora(model, head, checkpointing=job["method"] == CHECKPOINTED)
+    if method in (LORA, CHECKPOINTED):
+        return with_lora(model, head, checkpointing=method == CHECKPOINTED)
     if form == "residual":
-        _, *option, mode = job["method"].removesuffix(STEPPING).split()
-        options: dict[str, Any] = {}
+        _, *option, mode = method.removesuffix(SLICED).split()
+        options: dict[str, Any] = {"slice_tokens": SLICE_TOKENS if method.endswith(SLICED) else None}
         if option:
-            options = {"vocabulary": "int8"} if option == [VOCABULARY] else {"weight_rank": int(option[0])}
+            options |= {"vocabulary": "int8"} if option == [VOCABULARY] else {"weight_rank": int(option[0])}
         return peft.get_peft_model(model, wasi_peft.WasiConfig(memory_mode=mode, modules_to_save=head, **options))
     config = wasi_peft.WasiConfig(weight_share=0.4, modules_to_save=head)
     batches = (

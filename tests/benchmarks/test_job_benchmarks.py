@@ -48,7 +48,14 @@ def test_whole_jobs_are_compared_round_by_round(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize(
     "method",
-    ["full", "lora, checkpointing", "residual small", "residual 16 exact", "residual small, stepping", "factors"],
+    [
+        "full",
+        "lora, checkpointing, stepping",
+        "residual small",
+        "residual 16 exact",
+        "residual small, 544 tokens, stepping",
+        "factors",
+    ],
 )
 def test_a_whole_job(
     method: str, tiny_llama: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -70,18 +70,16 @@ def _techniques(model: nn.Module, mode: str, skip_padding: bool, slice_tokens: i
 
 
 def _in_slices(techniques: list[Technique], tokens: int) -> list[Technique]:
-    """The same with blocks in slices of so many tokens, MLPs in chunks of as many; with slices if there were none."""
+    """The same with blocks in slices of so many tokens, their MLPs, whose tensors are the largest, of half as many."""
+    sliced = any(isinstance(technique, SlicedBlocks) for technique in techniques)
     found: list[Technique] = []
-    for technique in techniques:
+    for technique in techniques if sliced else (*techniques, SlicedBlocks()):
         if isinstance(technique, SlicedBlocks):
-            # MLPs with slices of their own keep the share that they have of a block's
-            mlp = None if technique.mlp_rows is None else max(1, tokens * technique.mlp_rows // technique.rows)
-            found.append(replace(technique, rows=tokens, mlp_rows=mlp))
+            technique = replace(technique, rows=tokens, mlp_rows=max(1, tokens // 2))
         elif isinstance(technique, ChunkedMLPs):
-            found.append(replace(technique, rows=tokens))
-        else:
-            found.append(technique)
-    return found if any(isinstance(technique, SlicedBlocks) for technique in found) else [*found, SlicedBlocks(tokens)]
+            technique = replace(technique, rows=tokens)
+        found.append(technique)
+    return found
 
 
 def check_memory_mode(

@@ -169,9 +169,10 @@ class WasiConfig(PeftConfig):
             the same loss, and MLPs that run some tokens at a time where one sample is longer than a slice. The forward
             pass is exact in every mode.
         slice_tokens (`Optional[int]`):
-            Tokens that a transformer block takes at once in training, in slices of whole samples, one at least: fewer
-            take less memory and, from some hundred down, more time. By default as `memory_mode` says: 'exact' takes
-            the whole batch, 'fast' about 3200, its MLPs half of that, and 'small' about 800.
+            Tokens that a transformer block takes at once in training, in slices of whole samples, one at least, and
+            its MLP, whose tensors are the largest, half as many: fewer take less memory and, from some hundred down,
+            more time. By default as `memory_mode` says: 'exact' takes the whole batch, 'fast' about 3200 (MLPs 1600),
+            'small' about 800.
         skip_padding (`bool`, default False):
             Have transformer blocks neither compute nor keep padded tokens in training: samples run in groups of about
             one length, each cut to its longest sample, in every memory mode. For losses that do not depend on padded
