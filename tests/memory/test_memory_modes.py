@@ -18,12 +18,14 @@ from peft import PeftModel, get_peft_model
 from strategies import relative_error
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from wasi_peft import WasiConfig, estimate_wasi, measure_peak_memory
 from wasi_peft.memory import (
     MEMORY_MODES,
     MODES,
     BatchSlices,
+    BlockRecomputation,
     ChunkedLoss,
     LeanGates,
     LeanNorms,
@@ -33,7 +35,8 @@ from wasi_peft.memory import (
     SlicedBlocks,
 )
 from wasi_peft.memory.loss import DeferredLogits
-from wasi_peft.memory.wrapping import Around
+from wasi_peft.memory.wrapping import Around, wrap
+from wasi_peft.tuner.layer import wasi_layers
 
 NAMES = ["vit", "dinov2", "swin", "bert", "gpt2", "llama", "llama_tied", "t5"]
 LOW = {"update": "low_rank", "update_rank": 2, "explained_variance_threshold": 0.9}
@@ -468,8 +471,6 @@ def test_blocks_take_as_many_tokens_as_they_are_told(case: str, mode: str) -> No
     make, make_batch = CASES[case]
     batch = make_batch(8)
     options = {**LOW, "activation_threshold": None, "memory_mode": mode}
-    if case == "llama":
-        batch["use_cache"] = False  # type: ignore[assignment]
     for tokens_at_once, samples in ((140, 2), (1, 1), (10**6, 8)):
         model = get_peft_model(make(), WasiConfig(**options, slice_tokens=tokens_at_once))
         gradients(model, batch)  # of the first batch, answers are compared, whole and in slices
@@ -485,7 +486,7 @@ def test_fewer_tokens_at_once_change_no_gradient_and_take_no_more_memory(case: s
     make, batch = functools.partial(tiny_vit, intermediate_size=1024), images(16)
     if case == "llama":
         make, batch = functools.partial(tiny_llama, intermediate_size=1024, vocab_size=100), tokens(16, 65)
-        batch = {"use_cache": False, **{key: value % 100 for key, value in batch.items()}}  # type: ignore[dict-item]
+        batch = {key: value % 100 for key, value in batch.items()}
     options = {**LOW, "activation_threshold": None, "memory_mode": mode}
     (loss, wanted), (sliced_loss, found) = (
         gradients(get_peft_model(make(), WasiConfig(**options, slice_tokens=tokens)), batch) for tokens in (None, 130)
@@ -496,11 +497,85 @@ def test_fewer_tokens_at_once_change_no_gradient_and_take_no_more_memory(case: s
     assert sliced < {"exact": 0.95, "fast": 0.95, "small": 0.6}[mode] * whole
 
 
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["recomputed", "checkpointed", "reentrant"])
+def test_slices_that_run_again_drop_the_same(reentrant: bool | None) -> None:
+    """The first pass has no gradients, the second one has; both draw their random numbers in the same order."""
+
+    class MLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            hidden = F.dropout(self.up(hidden).relu(), 0.3, self.training)
+            return F.dropout(self.down(hidden), 0.3, self.training)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = MLP()
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden + self.mlp(hidden)
+
+    torch.manual_seed(0)
+    block, hidden = Block(), torch.randn(8, 5, 16, requires_grad=True)
+    wrap(block.mlp, BatchSlices(10))
+    block(hidden)  # the first batch is compared, whole and in slices
+
+    def run(call: Any) -> list[Tensor]:
+        torch.manual_seed(1)
+        (call(hidden) * torch.arange(16)).sum().backward()
+        found = [tensor.grad for tensor in (hidden, *block.parameters())]
+        hidden.grad = None
+        block.zero_grad()
+        return [gradient for gradient in found if gradient is not None]
+
+    wanted = run(block)
+    if reentrant is None:
+        found = run(lambda hidden: BlockRecomputation()(block, hidden))
+    else:
+        found = run(lambda hidden: checkpoint(block, hidden, use_reentrant=reentrant))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_factors_meet_the_whole_first_batch_however_few_tokens_blocks_take(case: str, mode: str) -> None:
+    make, make_batch = CASES[case]
+
+    def met(**options: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = get_peft_model(make(), WasiConfig(weight_rank=8, residual_product="restored", **options)).train()
+        model(**make_batch(8))
+        found = {name: layer.form.R.detach().clone() for name, layer in wasi_layers(model)}
+        model.add_adapter("other", WasiConfig(weight_rank=8, residual_product="restored", **options))
+        model.set_adapter("other")
+        model(**make_batch(8))
+        return {**found, **{f"other {name}": layer.form.R.detach() for name, layer in wasi_layers(model)}}
+
+    whole, sliced = met(), met(memory_mode=mode, slice_tokens=1)
+    for name, R in whole.items():
+        torch.testing.assert_close(sliced[name], R, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 def test_estimates_know_how_many_tokens_blocks_take(mode: str) -> None:
-    options = {"update": "frozen_basis", "weight_rank": 24, "memory_mode": mode, "slice_tokens": 130}
-    estimate = estimate_wasi(tiny_vit(), WasiConfig(**options), batch=images(32))
-    measured = peak(tiny_vit, images(32), explained_variance_threshold=None, update_rank=None, **options)
+    """Of the second step: in the first one, blocks answer the whole batch once, without gradients."""
+    config = WasiConfig(weight_rank=24, update="frozen_basis", residual=None, memory_mode=mode, slice_tokens=130)
+    estimate = estimate_wasi(tiny_vit(), config, batch=images(32))
+    batch, model = images(32), get_peft_model(tiny_vit(), config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    lasting = {tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers(), *states)}
+    measured = sum(storage.nbytes() for storage in lasting) + measure_peak_memory(step).peak_bytes
     assert 0.9 * measured < estimate.peak_bytes < 1.1 * measured
 
 
@@ -521,6 +596,13 @@ def test_how_many_tokens_is_saved_and_the_same_for_all_adapters(tmp_path: Path) 
 def test_unloading_takes_slices_away_in_every_mode(mode: str) -> None:
     model = get_peft_model(tiny_vit(), WasiConfig(weight_rank=4, slice_tokens=130, memory_mode=mode))
     assert not arounds(model.unload())
+
+
+def test_unloading_leaves_slices_that_are_not_of_the_mode() -> None:
+    dense = tiny_vit()
+    SlicedBlocks(130).install(dense)
+    model = get_peft_model(dense, WasiConfig(weight_rank=4))
+    assert len([around for around in arounds(model.unload()) if isinstance(around.run, BatchSlices)]) == 4
 
 
 # -------------------------------------------------------------------- bad input

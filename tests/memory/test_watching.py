@@ -68,6 +68,18 @@ def test_they_are_awake_after_an_error() -> None:
     assert outer.called["ones"] == inner.called["ones"] == 1
 
 
+def test_they_are_awake_after_an_error_on_the_way_in() -> None:
+    class Failing(Counting):
+        def skip(self, layer: nn.Module, x: Tensor) -> None:
+            raise KeyError
+
+    with Other() as other, Counting() as counting, Failing() as failing:
+        with pytest.raises(KeyError), OutOfSight(NO_LAYER, NO_INPUT):
+            raise AssertionError
+        torch.ones(())
+    assert other.calls == counting.called["ones"] == failing.called["ones"] == 1
+
+
 def test_modes_of_others_see_everything() -> None:
     with Counting() as outer, Other() as other, Counting() as inner:
         with OutOfSight(NO_LAYER, NO_INPUT):

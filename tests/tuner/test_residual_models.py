@@ -328,6 +328,53 @@ def test_without_gradients_an_input_changed_in_place_is_rounded_again() -> None:
         torch.testing.assert_close(layer(x) - layer(0 * x), 2 * (before - layer(0 * x)))
 
 
+def test_what_they_share_without_gradients_is_of_the_last_input_alone() -> None:
+    """Whatever outlives the pass: hidden states that a caller keeps, those of an encoder."""
+    model = build(residual_product="int8").eval()
+    shared = shared_inputs(model)
+    with torch.no_grad():
+        states = model(**VIT.batch(), output_hidden_states=True).hidden_states
+        assert len(shared) == 0 and shared._latest is None
+        _, layer = next(wasi_layers(model))
+        kept = [torch.randn(3, layer.in_features) for _ in range(2)]
+        for x in kept:
+            layer(x)
+        assert shared._latest.x() is kept[1]
+    del states, kept, x
+    assert shared._latest is None
+
+
+def test_the_next_pass_rounds_anew_whoever_changed_the_memory() -> None:
+    """Such as numpy, unseen by torch, or a graph of CUDA that is recorded after a pass to warm up."""
+    model = build(residual_product="int8").eval()
+    _, layer = next(wasi_layers(model))
+    values = torch.randn(3, layer.in_features).numpy()
+    x = torch.from_numpy(values)
+    with torch.no_grad():
+        layer(x)
+        values *= 3
+        assert torch.equal(layer(x), layer(x.clone()))
+
+
+def test_training_after_inference_mode_on_the_same_tensor() -> None:
+    model = build(residual_product="int8").train()
+    _, layer = next(wasi_layers(model))
+    x = torch.randn(3, layer.in_features)
+    with torch.inference_mode():
+        expected = layer(x).clone()
+    answer = layer(x)
+    answer.sum().backward()
+    assert torch.allclose(answer, expected, atol=1e-5)
+
+
+def test_exported_programs_round_no_input_in_vain() -> None:
+    model = build(residual_product="int8").eval()
+    _, layer = next(wasi_layers(model))
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(3, layer.in_features),))
+    assert sum(node.target is torch.ops.aten.topk.default for node in program.graph.nodes) == 1
+
+
 def test_a_product_that_restores_the_weight_rounds_nothing_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(residual_product="restored").eval()
     with counted(inputs, monkeypatch) as shared, counted(products, monkeypatch) as own:

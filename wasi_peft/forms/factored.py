@@ -333,8 +333,8 @@ class FactoredLinear(nn.Module):
         outer, inner = (part.detach().to(dY.dtype) for part in self.factors())
         return (dY @ outer) @ inner
 
-    def takes_rounded(self, x: Tensor) -> bool:
-        """Whether `forward` without gradients takes the rows of x in 8 bits (:class:`residual.ResidualLinear`)."""
+    def takes_rounded(self, rows: int, dtype: torch.dtype) -> bool:
+        """Whether `forward` without gradients takes so many rows in 8 bits (:class:`residual.ResidualLinear`)."""
         return False
 
     def forward(self, x: Tensor) -> Tensor:

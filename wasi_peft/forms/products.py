@@ -254,7 +254,10 @@ class ProductChoice:
 
     def product(self, x: Tensor, codes: Tensor) -> type[Int8Product]:
         """The product for rows x and a weight."""
-        rows, dtype = len(x), x.dtype
+        return self.product_of(len(x), x.dtype, codes)
+
+    def product_of(self, rows: int, dtype: torch.dtype, codes: Tensor) -> type[Int8Product]:
+        """The product for so many rows and a weight."""
         kind = (codes.device, dtype, rows <= FEW_ROWS)
         chosen = PRODUCTS[self.asked] if self.asked is not None else self._chosen.get(kind)
         if chosen is None:

@@ -171,8 +171,8 @@ class Residual(nn.Module, ABC):
     def transposed_product(self, dY: Tensor) -> Tensor:
         """`dY Q`, (rows, in), of dY (rows, out): a tensor of its own."""
 
-    def takes_rounded(self, x: Tensor) -> bool:
-        """Whether :meth:`product` with these rows takes them in 8 bits: then it need not round them again."""
+    def takes_rounded(self, rows: int, dtype: torch.dtype) -> bool:
+        """Whether :meth:`product` with so many rows takes them in 8 bits: then it need not round them again."""
         return False
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -333,8 +333,8 @@ class Int8Residual(Residual):
         dtype = dtype or self.dtype
         return (codes * scale.to(_at_least_float32(dtype))).to(dtype)
 
-    def takes_rounded(self, x: Tensor) -> bool:
-        return self.products.product(x, self.codes).rounds
+    def takes_rounded(self, rows: int, dtype: torch.dtype) -> bool:
+        return self.products.product_of(rows, dtype, self.codes).rounds
 
     def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
         return self.products.product(x, self.codes).forward(x, self.codes, self.scale, rounded, thin)
@@ -499,8 +499,8 @@ class ResidualLinear(FactoredLinear):
         outer, inner = (part.detach().to(dY.dtype) for part in self.factors())
         return self.residual.transposed_product(dY).addmm_(dY @ outer, inner)
 
-    def takes_rounded(self, x: Tensor) -> bool:
-        return self.residual.takes_rounded(x)
+    def takes_rounded(self, rows: int, dtype: torch.dtype) -> bool:
+        return self.residual.takes_rounded(rows, dtype)
 
     def forward(self, x: Tensor, rounded: RoundedRows | None = None) -> Tensor:
         """`x Q^T + (x R^T) L^T + b` in the dtype of x.
@@ -510,7 +510,7 @@ class ResidualLinear(FactoredLinear):
 
         Args:
             x: Input.
-            rounded: Its rows in 8 bits, where they are known already; of no use with gradients.
+            rounded: Its rows in 8 bits, where they are known already; of no use with gradients, nor to a compiler.
         """
         outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -74,10 +74,10 @@ def _in_slices(techniques: list[Technique], tokens: int) -> list[Technique]:
     sliced = any(isinstance(technique, SlicedBlocks) for technique in techniques)
     found: list[Technique] = []
     for technique in techniques if sliced else (*techniques, SlicedBlocks()):
-        if isinstance(technique, SlicedBlocks):
-            technique = replace(technique, rows=tokens, mlp_rows=max(1, tokens // 2))
+        if isinstance(technique, SlicedBlocks):  # a cache of keys and values would keep blocks whole
+            technique = SlicedBlocks(tokens, mlp_rows=max(1, tokens // 2), drop_caches=True)
         elif isinstance(technique, ChunkedMLPs):
-            technique = replace(technique, rows=tokens)
+            technique = replace(technique, rows=max(1, tokens // 2))
         found.append(technique)
     return found
 
@@ -129,7 +129,10 @@ def enter_memory_mode(
         technique.install(model)
 
 
-def leave_memory_mode(model: nn.Module, mode: str) -> None:
-    """Undo :func:`enter_memory_mode`; nothing happens where it is not in use."""
-    for technique in (*MODES[mode], SlicedBlocks(), UnpaddedBlocks()):
+def leave_memory_mode(model: nn.Module, mode: str, skip_padding: bool = True, slice_tokens: int | None = None) -> None:
+    """Undo :func:`enter_memory_mode`, called with the same; nothing happens where it is not in use."""
+    techniques = list(MODES[mode])
+    if slice_tokens is not None:
+        techniques.append(SlicedBlocks())
+    for technique in (*techniques, UnpaddedBlocks()) if skip_padding else techniques:
         technique.remove(model)

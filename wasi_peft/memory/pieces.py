@@ -28,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 from ..models.position_wise import position_wise_modules
 from ..models.structure import blocks_of, hidden_states, without_cache
 from .recording import records
-from .watching import CHOICES, Watch
 from .wrapping import unwrap_all, wrap
 
 SLICE_ROWS = 1600  # tokens of a slice, about: fewer cost time in small operations, more cost memory
@@ -73,11 +72,13 @@ class BatchSlices:
     """Calls a block once for every few samples and joins what it returns.
 
     Arguments whose first dimension is the batch's are cut, all others are handed through. Before a block is sliced for
-    the first time, and again when it gets arguments of another form, it answers the samples of two slices at once and
-    in slices, as they are but with random numbers that change nothing, and once more with all tokens alike, which
-    crowds the experts of a block that has some. Where the answers differ, or buffers changed (running statistics), the
-    block is never sliced with such arguments. Nor is it with arguments that are no plain data (caches), or while hooks
-    record inside of it.
+    the first time, and again when it gets arguments of another form, it answers the batch whole and in slices, as it
+    is but with random numbers that change nothing, and once more with all tokens alike, which crowds the experts of a
+    block that has some. Where the answers differ, or buffers changed (running statistics), the block is never sliced
+    with such arguments. Nor is it with arguments that are no plain data (caches), or while hooks record inside of it.
+    While a module in it is yet to meet a batch (:class:`MeetsABatch`), that is the whole one.
+
+    In training mode it is sliced without gradients too: what runs again in backward draws the same random numbers.
 
     Args:
         rows: Tokens (of all samples together) in a slice, about; at least one sample.
@@ -112,10 +113,11 @@ class BatchSlices:
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         function, args, kwargs = unpartial(function, args, kwargs)
         block = getattr(function, "__self__", function)
-        if self.drop_caches and getattr(block, "training", False):
+        training = getattr(block, "training", False)
+        if self.drop_caches and training:
             args, kwargs = without_caches(block, args, kwargs)
         hidden = hidden_states(args, kwargs)
-        if hidden is None or hidden.dim() < 3 or not torch.is_grad_enabled():
+        if hidden is None or hidden.dim() < 3 or not (training or torch.is_grad_enabled()):
             return function(*args, **kwargs)
         samples, tokens = hidden.shape[0], hidden.shape[1:-1].numel()
         count = min(samples, -(-samples * tokens // self.rows))  # as few slices as the rows allow
@@ -143,9 +145,24 @@ class BatchSlices:
             return True  # without values there is nothing to compare
         verdicts = self._verdicts.setdefault(block, {})
         form = (block.training, *call.form())
-        if form not in verdicts:
+        if form not in verdicts or _meets_next_batch(block):
             verdicts[form] = _samples_apart(block, call)
         return verdicts[form]
+
+
+class MeetsABatch(Protocol):
+    """A module that learns something of the first batch it sees, such as coordinates for its factors.
+
+    Attributes:
+        meets_next_batch: True until then.
+    """
+
+    @property
+    def meets_next_batch(self) -> bool: ...
+
+
+def _meets_next_batch(block: nn.Module) -> bool:
+    return any(getattr(part, "meets_next_batch", False) for part in block.modules())
 
 
 @dataclass(frozen=True)
@@ -183,11 +200,6 @@ class _Sliced:
         return tree_unflatten(
             [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns], structures[0]
         )
-
-    def beginning(self, slices: int) -> _Sliced:
-        """The call with the samples of the first slices only."""
-        leaves = [leaf[: slices * self.size] if index in self.cut else leaf for index, leaf in enumerate(self.leaves)]
-        return _Sliced(self.function, leaves, self.structure, self.cut, self.size)
 
     def alike(self) -> _Sliced:
         """The same call with every token of the hidden states the first one."""
@@ -229,43 +241,18 @@ def trial(block: nn.Module, device: torch.device) -> Iterator[Callable[[], bool]
 
 @torch.no_grad()
 def _samples_apart(block: nn.Module, call: _Sliced) -> bool:
-    """Whether a block answers slices of a batch as it answers the batch.
-
-    Told from two slices of it, since the whole batch at once could take more memory than all that follows; a block
-    that counts or ranks may do so up to some number of tokens, and answers the whole batch.
-    """
+    """Whether a block answers slices of a batch as it answers the batch."""
     with trial(block, call.leaves[call.cut[0]].device) as undisturbed:
+        whole = call.whole()  # what fails here fails for the caller too
         try:
-            with _Counts() as counts:
-                apart = _agrees(call.beginning(2))
-            if apart and counts.met:
-                apart = _agrees(call)
-        except Exception:  # whatever it lacks in slices; what fails in any case fails for the caller next
+            apart = leaves_agree(whole, call.joined())
+            del whole  # the more there is at once, the higher the peak of a first step
+            if apart:
+                call = call.alike()
+                apart = leaves_agree(call.whole(), call.joined())
+        except Exception:  # whatever it lacks in slices
             return False
         return apart and undisturbed()
-
-
-def _agrees(call: _Sliced) -> bool:
-    """Whether the answers to a call at once and in slices are the same, also with all tokens alike."""
-    if not leaves_agree(call.whole(), call.joined()):
-        return False
-    call = call.alike()
-    return leaves_agree(call.whole(), call.joined())
-
-
-class _Counts(Watch):
-    """Notes whether something is counted or ranked, as a router of experts with a capacity does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.met = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.met |= getattr(func, "__name__", None) in _COUNTS
-        return func(*args, **(kwargs or {}))
-
-
-_COUNTS = CHOICES | {"cumsum", "nonzero", "bincount", "histc", "unique", "kthvalue", "searchsorted", "one_hot"}
 
 
 def leaves_agree(whole: Any, joined: Any) -> bool:
@@ -394,6 +381,9 @@ class _Chunks:
         rows = hidden.shape[:-1].numel()
         if rows <= self.rows or _needs_whole_batches(mlp) or records(mlp):
             return forward(*args, **kwargs)
+        if _meets_next_batch(mlp):
+            with torch.no_grad(), trial(mlp, hidden.device):
+                forward(*args, **kwargs)
         if torch.is_grad_enabled():
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
         chunks = hidden.reshape(1, rows, -1).split(self.rows, dim=1)

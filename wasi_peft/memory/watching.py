@@ -49,11 +49,15 @@ class OutOfSight:
         self._asleep: list[Watch] = []
 
     def __enter__(self) -> None:
-        while isinstance(mode := _get_current_function_mode(), Watch):
-            mode.__exit__(None, None, None)
-            self._asleep.append(mode)
-        for mode in self._asleep:
-            mode.skip(self._layer, self._x)
+        try:
+            while isinstance(mode := _get_current_function_mode(), Watch):
+                mode.__exit__(None, None, None)
+                self._asleep.append(mode)
+            for mode in self._asleep:
+                mode.skip(self._layer, self._x)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *args: object) -> None:
         while self._asleep:

@@ -5,6 +5,8 @@ Source: activation subspace iteration (ASI), as in arXiv 2510.09160; :mod:`linal
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +63,21 @@ class SharedInput:
         return self.version == x._version and self.place == _place(x)
 
 
+class _Latest:
+    """The input that layers read last without gradients, in 8 bits, and those who read it, while the tensor lives."""
+
+    def __init__(self, x: Tensor, dtype: torch.dtype, rounded: RoundedRows, gone: Callable[[Any], None]) -> None:
+        self.x = weakref.ref(x, gone)
+        self.version, self.place, self.dtype = x._version, _place(x), dtype
+        self.rounded = rounded
+        self.readers: set[Any] = set()
+
+    def serves(self, reader: Any, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether it is this tensor, as it was, for a layer that has not read it."""
+        same = self.x() is x and (self.version, self.place, self.dtype) == (x._version, _place(x), dtype)
+        return same and reader not in self.readers
+
+
 class SharedInputs:
     """The inputs that the layers of one model have read, each for as long as the tensor lives.
 
@@ -73,6 +90,7 @@ class SharedInputs:
 
     def __init__(self) -> None:
         self._entries: Any = WeakTensorKeyDictionary()
+        self._latest: _Latest | None = None
 
     def of(self, x: Tensor) -> SharedInput:
         """The entry of a tensor, a new one where it has none that describes it."""
@@ -84,6 +102,7 @@ class SharedInputs:
     def clear(self) -> None:
         """Forget all of them."""
         self._entries.clear()
+        self._latest = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -116,12 +135,36 @@ class SharedInputs:
             rows: The same in the compute dtype.
         """
         flat = rows.detach().reshape(-1, rows.shape[-1])
-        if torch.compiler.is_compiling() or x.is_inference():  # such a tensor does not say when it changes
+        if torch.compiler.is_compiling():
             return quantize_rows(flat, OUTLIERS)
         rounded = self.of(x).rounded
         if rows.dtype not in rounded:
             rounded[rows.dtype] = quantize_rows(flat, OUTLIERS)
         return rounded[rows.dtype]
+
+    def round_for(self, reader: Any, x: Tensor, rows: Tensor) -> RoundedRows:
+        """The same without gradients, kept until a layer reads another input, or a reader of this one comes again.
+
+        So nothing is held beside states that outlive the pass, and a later pass, which may find other values where
+        the tensor's memory is, rounds anew.
+
+        Args:
+            reader: The layer.
+            x: As for :meth:`round`.
+            rows: As for :meth:`round`.
+        """
+        flat = rows.detach().reshape(-1, rows.shape[-1])
+        if x.is_inference() or torch.is_inference_mode_enabled():  # such tensors do not say when they change
+            return quantize_rows(flat, OUTLIERS)
+        latest = self._latest
+        if latest is None or not latest.serves(reader, x, rows.dtype):
+            latest = self._latest = _Latest(x, rows.dtype, quantize_rows(flat, OUTLIERS), self._forget)
+        latest.readers.add(reader)
+        return latest.rounded
+
+    def _forget(self, x: Any) -> None:
+        if self._latest is not None and self._latest.x is x:
+            self._latest = None
 
     @torch.compiler.disable
     def compress(self, x: Tensor, rows: Tensor, state: InputCompression, adapter: str) -> Tucker | None:

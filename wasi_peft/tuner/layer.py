@@ -632,9 +632,10 @@ class Linear(nn.Module, WasiLayer):
             self._meet(name, x)
         if not torch.is_grad_enabled() or not trains:
             rows = x if x.dtype == compute_dtype else x.to(compute_dtype)
-            if torch.is_grad_enabled() or not form.takes_rounded(rows.reshape(-1, rows.shape[-1])):
+            plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+            if plain or not form.takes_rounded(rows.shape[:-1].numel(), rows.dtype):
                 return form.forward(rows)
-            return form.forward(rows, self.inputs.round(x, rows))
+            return form.forward(rows, self.inputs.round_for(self, x, rows))
 
         if torch.compiler.is_exporting():
             return form.forward(x.to(compute_dtype))  # ordinary operations, whatever trains
@@ -648,8 +649,19 @@ class Linear(nn.Module, WasiLayer):
             elif update.residual is not None and form.residual.rounds_inputs and compute_dtype != torch.float64:
                 compressed = self.inputs.round(x, rows)
         sink = None if compiling else self.product_gradient_sink(name)
+        if not torch.is_autocast_enabled(x.device.type):
+            return update.forward(form, rows, compressed, sink)
         with torch.autocast(device_type=x.device.type, enabled=False):
             return update.forward(form, rows, compressed, sink)
+
+    @property
+    def meets_next_batch(self) -> bool:
+        """Whether the next batch in training mode gives fresh factors their coordinates."""
+        name = self.active_name
+        if name not in self._fresh or not self.training or self._disable_adapters:
+            return False
+        form = self.form_of(name)
+        return any(form.part(part).requires_grad for part in self.wasi_update[name].trained)
 
     def meet_again(self, adapter_name: str) -> None:
         """Have the next training batch do what the first one did, for factors that were put in since.

@@ -641,8 +641,8 @@ class WasiModel(BaseTuner):
         for finish in self.after_unloading:
             finish(model)
         self._vectors.lower()
-        for mode in {config.resolved_memory_mode for config in self.peft_config.values()}:
-            leave_memory_mode(model, mode)
+        for how in {config.how_blocks_run for config in self.peft_config.values()}:
+            leave_memory_mode(model, *how)
         keep_tokens(model)
         restore_vocabulary(model)
         return model
