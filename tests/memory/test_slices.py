@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import ARCHITECTURES, Architecture
 from torch import Tensor, nn
 
 from wasi_peft.cost.peak import measure_peak_memory
 from wasi_peft.memory import BatchSlices, BlockRecomputation, RecomputedBlocks, SlicedBlocks
-from wasi_peft.memory.pieces import _NothingRandom, _samples_apart
+from wasi_peft.memory.pieces import _judge, _NothingRandom
 from wasi_peft.memory.wrapping import Around, Forward
 from wasi_peft.models.structure import Structure
 
@@ -131,9 +132,7 @@ def test_the_comparison_happens_once_for_a_block_and_form_and_leaves_no_trace(mo
     from wasi_peft.memory import pieces
 
     judged: list[nn.Module] = []
-    monkeypatch.setattr(
-        pieces, "_samples_apart", lambda block, call: judged.append(block) or _samples_apart(block, call)
-    )
+    monkeypatch.setattr(pieces, "_judge", lambda block, call: judged.append(block) or _judge(block, call))
     block, other, hidden = Block(), Block(), torch.randn(4, 3, 4)
     slices = BatchSlices(rows=6)
     slices(block, hidden)
@@ -145,6 +144,83 @@ def test_the_comparison_happens_once_for_a_block_and_form_and_leaves_no_trace(mo
     assert judged == [block, other, block, block]
     copied = pickle.loads(pickle.dumps(copy.deepcopy(slices)))
     assert copied.rows == 6 and not copied._verdicts
+
+
+def test_a_block_with_parts_that_have_met_no_batch_answers_it_whole_once() -> None:
+    lengths: list[int] = []
+
+    class Meeting(nn.Module):
+        meets_next_batch = True
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            self.meets_next_batch = False
+            lengths.append(len(hidden))
+            return hidden
+
+    class Unreached(nn.Module):
+        meets_next_batch = True
+
+    block, hidden = Block(), torch.randn(6, 3, 4)
+    block.linear, block.unreached = nn.Sequential(Meeting(), block.linear), Unreached()
+    slices = BatchSlices(rows=6)
+    judging = [6, 2, 2, 2] * 2
+    slices(block, hidden)
+    assert lengths == [*judging, 2, 2, 2]
+    lengths.clear()
+    slices(block, hidden)
+    assert lengths == [2, 2, 2]
+    lengths.clear()
+    block.linear[0].meets_next_batch = True
+    slices(block, hidden)
+    assert lengths == [*judging, 2, 2, 2]
+
+
+def drop(**options: Any) -> Any:
+    return lambda hidden: F.dropout(hidden, **options)
+
+
+@pytest.mark.parametrize(
+    ("function", "draws"),
+    [
+        (drop(p=0.1, training=True), True),
+        (drop(p=0.0, training=True), False),
+        (drop(p=0.1, training=False), False),
+        (drop(), True),
+        (lambda hidden: torch.dropout(hidden, 0.1, True), True),
+        (lambda hidden: torch.dropout(hidden, 0.1, False), False),
+        (lambda hidden: F.alpha_dropout(hidden, 0.1), False),
+        (lambda hidden: F.alpha_dropout(hidden, 0.1, True), True),
+        (lambda hidden: F.scaled_dot_product_attention(hidden, hidden, hidden, None, 0.1), True),
+        (lambda hidden: F.scaled_dot_product_attention(hidden, hidden, hidden, dropout_p=0.0), False),
+        (lambda hidden: hidden * (torch.rand(len(hidden), 1, 1) < 0.9), True),
+        (lambda hidden: hidden * hidden.new_empty(len(hidden), 1, 1).bernoulli_(0.9), True),
+        (lambda hidden: hidden, False),
+    ],
+)
+def test_without_gradients_only_blocks_that_draw_are_sliced(function: Any, draws: bool) -> None:
+    """Where they run again in backward, in slices, they have to draw the same numbers."""
+
+    lengths: list[int] = []
+
+    class Drawing(Block):
+        def forward(self, hidden: Tensor) -> Tensor:
+            lengths.append(len(hidden))
+            return super().forward(function(hidden))
+
+    def run() -> list[int]:
+        lengths.clear()
+        slices(block, hidden)
+        return lengths
+
+    block, hidden = Drawing(), torch.randn(6, 3, 4)
+    slices = BatchSlices(rows=6)
+    with torch.no_grad():
+        run()  # judged
+        assert run() == ([2, 2, 2] if draws else [6])
+        block.eval()
+        assert run() == [6]
+    block.train()
+    assert run() == [2, 2, 2]
 
 
 @pytest.mark.parametrize(("change", "sliced"), [(0.02, True), (0.04, False)])

@@ -129,10 +129,12 @@ def enter_memory_mode(
         technique.install(model)
 
 
-def leave_memory_mode(model: nn.Module, mode: str, skip_padding: bool = True, slice_tokens: int | None = None) -> None:
+def leave_memory_mode(
+    model: nn.Module, mode: str, skip_padding: bool = False, slice_tokens: int | None = None
+) -> None:
     """Undo :func:`enter_memory_mode`, called with the same; nothing happens where it is not in use."""
-    techniques = list(MODES[mode])
-    if slice_tokens is not None:
-        techniques.append(SlicedBlocks())
-    for technique in (*techniques, UnpaddedBlocks()) if skip_padding else techniques:
+    techniques: list[Technique] = list(MODES[mode])
+    techniques += [] if slice_tokens is None else [SlicedBlocks()]
+    techniques += [UnpaddedBlocks()] if skip_padding else []
+    for technique in techniques:
         technique.remove(model)

@@ -284,11 +284,11 @@ def _padding_apart(block: nn.Module, call: _Grouped) -> bool:
         leaves, _ = tree_flatten(answer)
         return [leaf.flatten(0, 1).index_select(0, real) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-    with trial(block, real.device) as undisturbed:
+    with trial(block, real.device) as answers:
         whole = call.whole()  # what fails here fails for the caller too
         try:
             ours = call.joined()
-            return leaves_agree(rows(whole), rows(ours)) and undisturbed()
+            return leaves_agree(rows(whole), rows(ours)) and answers.undisturbed()
         except Exception:  # whatever it lacks in groups
             return False
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -78,7 +78,8 @@ class BatchSlices:
     with such arguments. Nor is it with arguments that are no plain data (caches), or while hooks record inside of it.
     While a module in it is yet to meet a batch (:class:`MeetsABatch`), that is the whole one.
 
-    In training mode it is sliced without gradients too: what runs again in backward draws the same random numbers.
+    A block that draws random numbers in training is sliced without gradients too: where it runs again in backward, it
+    then draws the same ones.
 
     Args:
         rows: Tokens (of all samples together) in a slice, about; at least one sample.
@@ -97,7 +98,8 @@ class BatchSlices:
     def __init__(self, rows: int = SLICE_ROWS, *, drop_caches: bool = False) -> None:
         _check_rows("rows", rows)
         self.rows, self.drop_caches = rows, drop_caches
-        self._verdicts: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
+        self._verdicts: WeakKeyDictionary[nn.Module, dict[Any, _Verdict]] = WeakKeyDictionary()
+        self._waiting: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, of another model, judges for itself."""
@@ -130,24 +132,40 @@ class BatchSlices:
             if isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == samples
         )
         call = _Sliced(function, leaves, structure, cut, -(-samples // count))
-        if not self._can_be_sliced(block, call):
+        verdict = self._verdict(block, call)
+        if not verdict.samples_apart or not (verdict.draws or torch.is_grad_enabled()):
             return function(*args, **kwargs)
         return call.joined()
 
-    def _can_be_sliced(self, block: Any, call: _Sliced) -> bool:
+    def _verdict(self, block: Any, call: _Sliced) -> _Verdict:
         if not isinstance(block, nn.Module) or not all(isinstance(leaf, PLAIN) for leaf in call.leaves):
-            return False
+            return _Verdict(False)
         if block is call.function and (block._forward_hooks or block._forward_pre_hooks):
-            return False  # a hook expects to see the whole batch, once
+            return _Verdict(False)  # a hook expects to see the whole batch, once
         if records(block):
-            return False
+            return _Verdict(False)
         if any(isinstance(leaf, FakeTensor) for leaf in call.leaves):
-            return True  # without values there is nothing to compare
+            return _Verdict(True)  # without values there is nothing to compare
         verdicts = self._verdicts.setdefault(block, {})
         form = (block.training, *call.form())
-        if form not in verdicts or _meets_next_batch(block):
-            verdicts[form] = _samples_apart(block, call)
+        waited, waiting = self._waiting.get(block, []), _meet_next_batch(block)
+        if form not in verdicts or any(part not in waited for part in waiting):
+            verdicts[form] = _judge(block, call)
+            waiting = _meet_next_batch(block)
+        self._waiting[block] = waiting  # parts that no batch reaches are no reason to judge again
         return verdicts[form]
+
+
+class _Verdict(NamedTuple):
+    """What is known of a block with arguments of some form.
+
+    Attributes:
+        samples_apart: Whether it answers slices of a batch as it answers the batch.
+        draws: Whether it draws random numbers.
+    """
+
+    samples_apart: bool
+    draws: bool = False
 
 
 class MeetsABatch(Protocol):
@@ -161,8 +179,8 @@ class MeetsABatch(Protocol):
     def meets_next_batch(self) -> bool: ...
 
 
-def _meets_next_batch(block: nn.Module) -> bool:
-    return any(getattr(part, "meets_next_batch", False) for part in block.modules())
+def _meet_next_batch(block: nn.Module) -> list[nn.Module]:
+    return [part for part in block.modules() if getattr(part, "meets_next_batch", False)]
 
 
 @dataclass(frozen=True)
@@ -223,36 +241,59 @@ class _Sliced:
         return tuple(forms)
 
 
-@contextmanager
-def trial(block: nn.Module, device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Context in which a block may answer again and again: nothing is random, and what changes is put back after.
+class Answers:
+    """What a block is seen to do while it answers in a :func:`trial`."""
 
-    Gives a function that says whether its buffers (running statistics) are as they were.
-    """
-    buffers = [(buffer, buffer.clone()) for buffer in block.buffers()]
+    def __init__(self, block: nn.Module, randomness: _NothingRandom) -> None:
+        # running statistics, and no codes of a weight
+        self.buffers = [(buffer, buffer.clone()) for buffer in block.buffers() if buffer.dtype not in _CODES]
+        self._randomness = randomness
+
+    def undisturbed(self) -> bool:
+        """Whether its buffers (running statistics) are as they were."""
+        return all(bool((buffer == before).all()) for buffer, before in self.buffers)
+
+    @property
+    def draws(self) -> bool:
+        """Whether it asked for random numbers."""
+        return self._randomness.asked
+
+
+_CODES = (torch.int8, torch.uint8)
+
+
+@contextmanager
+def trial(block: nn.Module, device: torch.device) -> Iterator[Answers]:
+    """Context in which a block may answer again and again: nothing is random, and what changes is put back after."""
+    randomness = _NothingRandom()
+    answers = Answers(block, randomness)
     generators = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
     try:
-        with torch.random.fork_rng(**generators), _NothingRandom():
-            yield lambda: all(bool((buffer == before).all()) for buffer, before in buffers)
+        with torch.random.fork_rng(**generators), randomness:
+            yield answers
     finally:
-        for buffer, before in buffers:
+        for buffer, before in answers.buffers:
             buffer.copy_(before)
 
 
+def _judge(block: nn.Module, call: _Sliced) -> _Verdict:
+    with trial(block, call.leaves[call.cut[0]].device) as answers:
+        return _Verdict(_samples_apart(call) and answers.undisturbed(), answers.draws)
+
+
 @torch.no_grad()
-def _samples_apart(block: nn.Module, call: _Sliced) -> bool:
+def _samples_apart(call: _Sliced) -> bool:
     """Whether a block answers slices of a batch as it answers the batch."""
-    with trial(block, call.leaves[call.cut[0]].device) as undisturbed:
-        whole = call.whole()  # what fails here fails for the caller too
-        try:
-            apart = leaves_agree(whole, call.joined())
-            del whole  # the more there is at once, the higher the peak of a first step
-            if apart:
-                call = call.alike()
-                apart = leaves_agree(call.whole(), call.joined())
-        except Exception:  # whatever it lacks in slices
-            return False
-        return apart and undisturbed()
+    whole = call.whole()  # what fails here fails for the caller too
+    try:
+        apart = leaves_agree(whole, call.joined())
+        del whole  # the more there is at once, the higher the peak of a first step
+        if apart:
+            call = call.alike()
+            apart = leaves_agree(call.whole(), call.joined())
+    except Exception:  # whatever it lacks in slices
+        return False
+    return apart
 
 
 def leaves_agree(whole: Any, joined: Any) -> bool:
@@ -275,22 +316,36 @@ class _NothingRandom(TorchFunctionMode):
     """Context in which dropout drops nothing, and every draw of stochastic depth is the same.
 
     A block in training mode draws other numbers for slices than for the batch.
+
+    Attributes:
+        asked: Whether something was to be drawn.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
+            names = ("input", "p", "train" if func is torch.dropout else "training")
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            self.asked |= given.get("p", 0.5) > 0 and bool(given.get(names[2], func not in _ALPHA))
+            return given["input"]
         if func is F.scaled_dot_product_attention:
+            self.asked |= (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0)) > 0
             args, kwargs = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args, {**kwargs}
             kwargs.pop("dropout_p", None)
         if func is torch.rand:
+            self.asked = True
             return torch.full_like(func(*args, **kwargs), 0.5)
         if func is Tensor.bernoulli_:
+            self.asked = True
             return args[0].fill_(1.0)
         return func(*args, **kwargs)
 
 
+_ALPHA = frozenset((F.alpha_dropout, F.feature_alpha_dropout))  # off unless asked for
 _DROPOUTS = frozenset(
     (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
 )
@@ -381,7 +436,7 @@ class _Chunks:
         rows = hidden.shape[:-1].numel()
         if rows <= self.rows or _needs_whole_batches(mlp) or records(mlp):
             return forward(*args, **kwargs)
-        if _meets_next_batch(mlp):
+        if _meet_next_batch(mlp):
             with torch.no_grad(), trial(mlp, hidden.device):
                 forward(*args, **kwargs)
         if torch.is_grad_enabled():
