@@ -480,6 +480,24 @@ def test_blocks_take_as_many_tokens_as_they_are_told(case: str, mode: str) -> No
         assert attention.tokens == 4 * (8 // samples) * [samples * length]
 
 
+def test_an_mlp_takes_half_of_a_slice_and_runs_no_more_often_than_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once without gradients, where it may take all, and once more in backward; in the first step it is tried."""
+    rows: list[tuple[bool, int]] = []
+    gelu = F.gelu
+
+    def counted(x: Tensor, **options: Any) -> Tensor:
+        rows.append((torch.is_grad_enabled(), x.shape[:-1].numel()))
+        return gelu(x, **options)
+
+    monkeypatch.setattr(F, "gelu", counted)
+    config = WasiConfig(weight_rank=4, memory_mode="small", slice_tokens=4 * 65)
+    model, batch = get_peft_model(tiny_vit(), config), images(8)
+    gradients(model, batch)
+    rows.clear()
+    gradients(model, batch)
+    assert sorted(rows) == sorted(4 * [*2 * [(False, 260)], *4 * [(True, 130)]])
+
+
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_fewer_tokens_at_once_change_no_gradient_and_take_no_more_memory(case: str, mode: str) -> None:

@@ -77,7 +77,7 @@ def _in_slices(techniques: list[Technique], tokens: int) -> list[Technique]:
         if isinstance(technique, SlicedBlocks):  # a cache of keys and values would keep blocks whole
             technique = SlicedBlocks(tokens, mlp_rows=max(1, tokens // 2), drop_caches=True)
         elif isinstance(technique, ChunkedMLPs):
-            technique = replace(technique, rows=max(1, tokens // 2))
+            technique = replace(technique, rows=tokens)  # for samples longer than that alone: it runs MLPs once more
         found.append(technique)
     return found
 
