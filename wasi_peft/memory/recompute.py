@@ -25,7 +25,7 @@ from . import quantization
 from .pieces import unpartial, without_caches
 from .quantization import Quantized, bits_per_value, dequantize, quantize
 from .recording import records
-from .watching import CHOICES, Watch
+from .watching import Watch
 from .wrapping import unwrap_all, wrap
 
 KINDS = ("exact", *quantization.KINDS)
@@ -145,6 +145,9 @@ class _Call:
                 table.update(tensors)
 
 
+_CHOICES = frozenset(("topk", "argmax", "argsort", "sort"))
+
+
 class _Sources(Watch):
     """Notes the tensors with `requires_grad` that operations meet.
 
@@ -166,7 +169,7 @@ class _Sources(Watch):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.chose |= getattr(func, "__name__", None) in CHOICES
+        self.chose |= getattr(func, "__name__", None) in _CHOICES
         self._note(args)
         self._note(kwargs.values())
         return func(*args, **kwargs)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-CHOICES = frozenset(("topk", "argmax", "argsort", "sort"))  # calls that pick the largest of some values
-
 
 class Watch(TorchFunctionMode):
     """A function mode that looks for calls of the model's own code, and for none inside of WASI's layers."""

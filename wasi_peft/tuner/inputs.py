@@ -66,16 +66,13 @@ class SharedInput:
 class _Latest:
     """The input that layers read last without gradients, in 8 bits, and those who read it, while the tensor lives."""
 
-    def __init__(self, x: Tensor, dtype: torch.dtype, rounded: RoundedRows, gone: Callable[[Any], None]) -> None:
-        self.x = weakref.ref(x, gone)
-        self.version, self.place, self.dtype = x._version, _place(x), dtype
-        self.rounded = rounded
+    def __init__(self, x: Tensor, gone: Callable[[Any], None]) -> None:
+        self.x, self.entry = weakref.ref(x, gone), SharedInput(x)
         self.readers: set[Any] = set()
 
-    def serves(self, reader: Any, x: Tensor, dtype: torch.dtype) -> bool:
+    def serves(self, reader: Any, x: Tensor) -> bool:
         """Whether it is this tensor, as it was, for a layer that has not read it."""
-        same = self.x() is x and (self.version, self.place, self.dtype) == (x._version, _place(x), dtype)
-        return same and reader not in self.readers
+        return self.x() is x and self.entry.describes(x) and reader not in self.readers
 
 
 class SharedInputs:
@@ -134,13 +131,9 @@ class SharedInputs:
             x: The input as the layers got it.
             rows: The same in the compute dtype.
         """
-        flat = rows.detach().reshape(-1, rows.shape[-1])
         if torch.compiler.is_compiling():
-            return quantize_rows(flat, OUTLIERS)
-        rounded = self.of(x).rounded
-        if rows.dtype not in rounded:
-            rounded[rows.dtype] = quantize_rows(flat, OUTLIERS)
-        return rounded[rows.dtype]
+            return _round(rows)
+        return _rounded_once(self.of(x), rows)
 
     def round_for(self, reader: Any, x: Tensor, rows: Tensor) -> RoundedRows:
         """The same without gradients, kept until a layer reads another input, or a reader of this one comes again.
@@ -153,14 +146,13 @@ class SharedInputs:
             x: As for :meth:`round`.
             rows: As for :meth:`round`.
         """
-        flat = rows.detach().reshape(-1, rows.shape[-1])
         if x.is_inference() or torch.is_inference_mode_enabled():  # such tensors do not say when they change
-            return quantize_rows(flat, OUTLIERS)
+            return _round(rows)
         latest = self._latest
-        if latest is None or not latest.serves(reader, x, rows.dtype):
-            latest = self._latest = _Latest(x, rows.dtype, quantize_rows(flat, OUTLIERS), self._forget)
+        if latest is None or not latest.serves(reader, x):
+            latest = self._latest = _Latest(x, self._forget)
         latest.readers.add(reader)
-        return latest.rounded
+        return _rounded_once(latest.entry, rows)
 
     def _forget(self, x: Any) -> None:
         if self._latest is not None and self._latest.x is x:
@@ -202,6 +194,17 @@ class SharedInputs:
             owner.age = 0 if advance else owner.age
         entry.compressed[key] = None if result is None else result[0]
         return entry.compressed[key]
+
+
+def _round(rows: Tensor) -> RoundedRows:
+    return quantize_rows(rows.detach().reshape(-1, rows.shape[-1]), OUTLIERS)
+
+
+def _rounded_once(entry: SharedInput, rows: Tensor) -> RoundedRows:
+    """Rows of an input in 8 bits, of those that it has in their dtype, or made now."""
+    if rows.dtype not in entry.rounded:
+        entry.rounded[rows.dtype] = _round(rows)
+    return entry.rounded[rows.dtype]
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:

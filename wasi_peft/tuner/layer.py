@@ -626,7 +626,7 @@ class Linear(nn.Module, WasiLayer):
         form: Any = self._forms[name]
         update = self.wasi_update[name]
         compute_dtype = compute_dtype_of(x, form.dtype)
-        trains = any(form.part(part).requires_grad for part in update.trained)
+        trains = self._trains(name)
         if name in self._fresh and trains and self.training and not torch.compiler.is_exporting():
             # without gradients too: a block that runs again in backward meets its input before, for factors stay then
             self._meet(name, x)
@@ -649,8 +649,6 @@ class Linear(nn.Module, WasiLayer):
             elif update.residual is not None and form.residual.rounds_inputs and compute_dtype != torch.float64:
                 compressed = self.inputs.round(x, rows)
         sink = None if compiling else self.product_gradient_sink(name)
-        if not torch.is_autocast_enabled(x.device.type):
-            return update.forward(form, rows, compressed, sink)
         with torch.autocast(device_type=x.device.type, enabled=False):
             return update.forward(form, rows, compressed, sink)
 
@@ -658,9 +656,12 @@ class Linear(nn.Module, WasiLayer):
     def meets_next_batch(self) -> bool:
         """Whether the next batch in training mode gives fresh factors their coordinates."""
         name = self.active_name
-        if name not in self._fresh or not self.training or self._disable_adapters:
+        if name is None or name not in self._fresh or self._disable_adapters:
             return False
-        form = self.form_of(name)
+        return self.training and self._trains(name)
+
+    def _trains(self, name: str) -> bool:
+        form: Any = self._forms[name]
         return any(form.part(part).requires_grad for part in self.wasi_update[name].trained)
 
     def meet_again(self, adapter_name: str) -> None:

@@ -49,8 +49,6 @@ def outside_autocast(backward: Callable[[Any, Tensor], _Gradients]) -> Callable[
 
     @functools.wraps(backward)
     def run(ctx: Any, dY: Tensor) -> _Gradients:
-        if not torch.is_autocast_enabled(dY.device.type):
-            return backward(ctx, dY)
         with torch.autocast(device_type=dY.device.type, enabled=False):
             return backward(ctx, dY)
 
