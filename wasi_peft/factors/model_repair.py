@@ -6,7 +6,6 @@ A few hundred steps against the dense model's own hidden states ("healing") corr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from .moments import with_initial
 from .student import orthonormal_factors, student_of
 
 REPAIR_STEPS = 400
+COMPARED_BATCHES = 4  # on which the loss before and after is compared
 
 
 @with_projections
@@ -57,8 +57,8 @@ def repair_factors(
         progress_bar: Show a progress bar.
 
     Returns:
-        New factors, L with orthonormal columns, to be attached; the given ones, with a warning, if the loss did not
-        fall.
+        New factors, L with orthonormal columns, to be attached; the given ones, with a warning, if the loss of the
+        first batches did not fall.
 
     Raises:
         ValueError: If a number is out of range; or if the data are empty, a function, can be iterated only once, or
@@ -69,9 +69,11 @@ def repair_factors(
     with evaluating(model, gradients=True):
         student, layers = student_of(model, factors.initial)
         blocks = compared_blocks(model, factors.layers, every)
-        losses = list(_train(model, student, layers, blocks, data, steps, lr, max_batches, progress_bar))
-    span = max(1, min(10, len(losses) // 4))
-    before, after = sum(losses[:span]) / span, sum(losses[-span:]) / span
+        compared = COMPARED_BATCHES if max_batches is None else min(COMPARED_BATCHES, max_batches)
+        some = list(limited(data, compared, None))
+        before = _mean_loss(model, student, blocks, some)
+        _train(model, student, layers, blocks, data, steps, lr, max_batches, progress_bar)
+        after = _mean_loss(model, student, blocks, some)
     if not lowered(before, after, "the blocks' error"):
         return factors
     repaired = {name: orthonormal_factors(layer) for name, layer in layers.items()}
@@ -108,34 +110,40 @@ def _train(
     lr: float,
     max_batches: int | None,
     progress_bar: bool,
-) -> Iterator[float]:
-    """Yields the loss of every step, up to the first that is not finite, or depends on no factor.
-
-    Raises:
-        ValueError: If it is the dense model that answers NaN or Inf.
-    """
+) -> None:
+    """Up to the first loss that is not finite; not at all where gradients do not reach the factors."""
     parts = trained_parts(layers.values())
     descent = Descent(parts, [lr] * len(parts), steps)
     with tqdm(total=steps, desc="WASI repair", disable=not progress_bar) as bar:
         for batch in _cycle(data, max_batches, steps):
-            with torch.no_grad():
-                targets = _hidden_states(teacher, blocks, batch)
-            hidden = _hidden_states(student, blocks, batch)
-            mask = token_mask(batch)
-            terms = [relative_error(ours, theirs, mask) for ours, theirs in zip(hidden, targets, strict=True)]
-            loss = torch.stack(terms).sum()
-            value = float(loss.detach())
-            yield value
-            if not math.isfinite(value):
-                if not all(bool(torch.isfinite(state).all()) for state in targets):
-                    raise ValueError("the dense model answers NaN or Inf on the calibration data.")
-                return
-            if not loss.requires_grad:
+            loss = _loss(teacher, student, blocks, batch)
+            if not (bool(torch.isfinite(loss)) and loss.requires_grad):
                 return
             loss.backward()
             descent.step()
-            bar.set_postfix(error=f"{value:.4f}")
+            bar.set_postfix(error=f"{float(loss.detach()):.4f}")
             bar.update()
+
+
+def _loss(teacher: nn.Module, student: nn.Module, blocks: Sequence[str], batch: Any) -> Tensor:
+    """The loss of one batch.
+
+    Raises:
+        ValueError: If the dense model answers NaN or Inf.
+    """
+    with torch.no_grad():
+        targets = _hidden_states(teacher, blocks, batch)
+    if not all(bool(torch.isfinite(state).all()) for state in targets):
+        raise ValueError("the dense model answers NaN or Inf on the calibration data.")
+    mask = token_mask(batch)
+    hidden = _hidden_states(student, blocks, batch)
+    terms = [relative_error(ours, theirs, mask) for ours, theirs in zip(hidden, targets, strict=True)]
+    return torch.stack(terms).sum()
+
+
+@torch.no_grad()
+def _mean_loss(teacher: nn.Module, student: nn.Module, blocks: Sequence[str], batches: Sequence[Any]) -> float:
+    return float(torch.stack([_loss(teacher, student, blocks, batch) for batch in batches]).mean())
 
 
 def _cycle(data: Iterable[Any], max_batches: int | None, steps: int) -> Iterator[Any]:
