@@ -304,6 +304,8 @@ def test_how_a_step_runs_reaches_the_estimator(run: Any, estimated: dict[str, An
     assert (config.token_keep, config.skip_padding, config.slice_tokens) == (0.5, False, None)
     run("estimate", "vit", "--batch-size", "4", "--slice-tokens", "30")
     assert estimated["WASI"].slice_tokens == 30
+    run("estimate", "llama", "--batch-size", "4", "--vocabulary", "int8")
+    assert estimated["WASI"].vocabulary == "int8"
 
 
 def test_padding_gets_no_labels(run: Any, estimated: dict[str, Any]) -> None:
@@ -588,7 +590,11 @@ BAD = {
     ),
     "padding of the dense model": (
         ("estimate", "bert", "--batch-size", "4", "--dense", "--skip-padding", "--padding", "0.5"),
-        "--slice-tokens, --skip-padding and --token-keep are for WASI",
+        "--vocabulary, --slice-tokens, --skip-padding and --token-keep are for WASI",
+    ),
+    "vocabulary of images": (
+        ("estimate", "vit", "--batch-size", "4", "--vocabulary", "int8"),
+        "vocabulary='int8' needs",
     ),
     "patches where they are not alike": (
         ("estimate", "swin", "--batch-size", "4", "--token-keep", "0.5"),

@@ -451,6 +451,28 @@ def test_a_plan_is_for_the_step_that_will_run(memory_mode: Any) -> None:
     assert 0.85 * budget <= peak(model, plan, batch, memory_mode=memory_mode) <= budget
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"vocabulary": "int8"}),
+        ("llama", {"trainable_token_indices": [1, 2]}),
+        ("llama", {"slice_tokens": 8}),
+        ("vit", {"task_type": "SEQ_CLS"}),  # its head trains
+        ("vit", {"bias": "all", "train_vectors": True}),
+    ],
+)
+def test_what_a_plan_does_not_decide_counts_in_its_peak(name: str, options: Any) -> None:
+    model, calibration = calibrated(name)
+    batch = ARCHITECTURES[name].batch(64)
+    plain = peak(model, planned(model, calibration, weight_share=0.3), batch)
+    config = WasiConfig(update="frozen_basis", **options)
+    least = peak(model, planned(model, calibration, weight_share=0.3), batch, **options)
+    assert least != plain
+    budget = int(1.1 * least)
+    plan = planned(model, calibration, peak_bytes=budget, batch=batch, config=config)
+    assert 0.85 * budget <= peak(model, plan, batch, **options) <= budget
+
+
 @pytest.mark.slow
 def test_the_memory_mode_is_chosen_with_the_ranks() -> None:
     model, calibration = calibrated("vit")

@@ -31,6 +31,7 @@ from ..files.headers import read_header
 from ..forms.frozen import FROZEN
 from ..forms.residual import RESIDUALS
 from ..forms.stored import STORABLE
+from ..forms.vocabulary import VOCABULARIES
 from ..hub.cases import EXAMPLE_SAMPLES, EXAMPLE_TOKENS, example_batch
 from ..hub.compressed import compress
 from ..hub.export import FORMATS, export, ready_format
@@ -300,6 +301,9 @@ def _add_batch_options(command: argparse.ArgumentParser) -> None:
         "--slice-tokens", metavar="N", type=_count, help="tokens that WASI's blocks take at once (the memory mode's)"
     )
     command.add_argument(
+        "--vocabulary", choices=VOCABULARIES, help="texts: how WASI stores token embedding and head (as they are)"
+    )
+    command.add_argument(
         "--skip-padding", action="store_true", help="texts: WASI neither computes nor keeps padded tokens in training"
     )
     command.add_argument(
@@ -307,7 +311,7 @@ def _add_batch_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-_RUNNING = ("slice_tokens", "skip_padding", "token_keep")  # how a step runs, which no plan says
+_RUNNING = ("vocabulary", "slice_tokens", "skip_padding", "token_keep")  # how a step runs, which no plan says
 
 
 def _training(arguments: argparse.Namespace) -> dict[str, Any]:

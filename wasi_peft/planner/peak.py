@@ -27,23 +27,6 @@ NEGLIGIBLE_ERROR = 1e-3  # share of the energy: below it no memory mode is bette
 PEAK_MARGIN = 0.02  # of a peak in bytes, left free for what the estimate may miss
 OPTIMIZER_STATES = {"sgd": 0, "sgd_momentum": 1}  # elements per parameter; 2 for the others
 
-# what a plan does not decide, so that the step it is checked in is the one that will run
-_KEPT_FIELDS = (
-    "modules_to_save",
-    "bias",
-    "train_vectors",
-    "activation_interval",
-    "update",
-    "update_rank",
-    "frozen_dtype",
-    "memory_mode",
-    "slice_tokens",
-    "skip_padding",
-    "token_keep",
-    "base_weight",
-    "residual_product",
-)
-
 
 def plan_peak(
     problem: Problem,
@@ -95,7 +78,6 @@ def _plan_in_mode(
     Gradients hardly exist where the peak usually is, at the start of backward; where they do, the estimate tells.
     What else there is in a step is guessed from the dense model's.
     """
-    fields = {field: getattr(config, field) for field in _KEPT_FIELDS}
     states = OPTIMIZER_STATES.get(optimizer, 2) if isinstance(optimizer, str) else 2
     readers = Counter(spectrum.shared_input for spectrum in problem.spectra)
 
@@ -127,7 +109,7 @@ def _plan_in_mode(
             problem,
             lasting,
             lambda group, ranks: bytes_per_element * kept(group, ranks),
-            lambda plan: peaks(WasiConfig(plan=plan, **fields)),
+            lambda plan: peaks(config.with_plan(plan)),
             (1 - PEAK_MARGIN) * budget,
             fixed,
         )

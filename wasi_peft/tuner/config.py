@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from peft.config import PeftConfig
@@ -38,6 +38,9 @@ _PLANNED = (  # what a plan decides instead
     "activation_ranks",
     "activation_modes",
 )
+
+
+_DECIDED = (*_PLANNED, "target_modules", "residual", "explained_variance_threshold", "activation_threshold", "ranks")
 
 
 def _check_threshold(name: str, value: Any) -> None:
@@ -534,6 +537,11 @@ class WasiConfig(PeftConfig):
         if UPDATES[self.update or DEFAULT_UPDATE].needs_residual:
             changed.update = DEFAULT_UPDATE
         return changed
+
+    def with_plan(self, plan: WasiPlan) -> WasiConfig:
+        """A fresh one with this plan, which decides layers, forms and ranks; everything else stays."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_DECIDED, "plan", "peft_type")}
+        return WasiConfig(plan=plan, **kept)
 
     @property
     def base_form(self) -> str:
