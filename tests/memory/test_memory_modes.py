@@ -577,9 +577,33 @@ def test_factors_meet_the_whole_first_batch_however_few_tokens_blocks_take(case:
         torch.testing.assert_close(sliced[name], R, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("mode", "slice_tokens"), [("exact", 130), ("fast", None), ("small", None), ("small", 130)])
+@pytest.mark.parametrize("case", CASES)
+def test_the_first_step_holds_no_more_than_others(case: str, mode: str, slice_tokens: int | None) -> None:
+    """Though blocks are tried out in it, and factors meet the batch."""
+    make, make_batch = CASES[case]
+    batch = make_batch(96)
+    model = get_peft_model(make(), WasiConfig(memory_mode=mode, slice_tokens=slice_tokens)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    model(**{name: tensor[:1] for name, tensor in batch.items()})["loss"].backward()
+    optimizer.step()  # there is its state, but no factor has met a batch
+    optimizer.zero_grad()
+    for _, layer in wasi_layers(model):
+        with torch.no_grad():
+            layer.form.L.zero_()
+        layer.meet_again("default")
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first, second = (measure_peak_memory(step).peak_bytes for _ in range(2))
+    assert first < 1.05 * second  # two slices are tried out together
+
+
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 def test_estimates_know_how_many_tokens_blocks_take(mode: str) -> None:
-    """Of the second step: in the first one, blocks answer the whole batch once, without gradients."""
     config = WasiConfig(weight_rank=24, update="frozen_basis", residual=None, memory_mode=mode, slice_tokens=130)
     estimate = estimate_wasi(tiny_vit(), config, batch=images(32))
     batch, model = images(32), get_peft_model(tiny_vit(), config).train()

@@ -132,7 +132,7 @@ def test_the_comparison_happens_once_for_a_block_and_form_and_leaves_no_trace(mo
     from wasi_peft.memory import pieces
 
     judged: list[nn.Module] = []
-    monkeypatch.setattr(pieces, "_judge", lambda block, call: judged.append(block) or _judge(block, call))
+    monkeypatch.setattr(pieces, "_judge", lambda block, *args: judged.append(block) or _judge(block, *args))
     block, other, hidden = Block(), Block(), torch.randn(4, 3, 4)
     slices = BatchSlices(rows=6)
     slices(block, hidden)
@@ -146,33 +146,80 @@ def test_the_comparison_happens_once_for_a_block_and_form_and_leaves_no_trace(mo
     assert copied.rows == 6 and not copied._verdicts
 
 
-def test_a_block_with_parts_that_have_met_no_batch_answers_it_whole_once() -> None:
-    lengths: list[int] = []
+class Meets(nn.Module):
+    """Learns the sum of the first batch that reaches it."""
 
-    class Meeting(nn.Module):
-        meets_next_batch = True
+    meets_next_batch = True
+    meeting: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: list[int] = []
+        self.learnt: list[Tensor] = []
+
+    def learn(self, total: Tensor) -> None:
+        self.learnt.append(total)
+        self.meets_next_batch = False
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.lengths.append(len(hidden))
+        if self.meets_next_batch and self.meeting is None:
+            self.learn(hidden.sum())
+        elif self.meets_next_batch:
+            self.meeting.add(self, hidden.sum(), self.learn)
+        return hidden
+
+
+def block_that_meets() -> tuple[Block, Meets]:
+    block, meets = Block(), Meets()
+    block.linear, block.unreached = nn.Sequential(meets, block.linear), Meets()
+    return block, meets
+
+
+def test_parts_that_have_met_no_batch_meet_the_whole_one() -> None:
+    (block, meets), hidden = block_that_meets(), torch.randn(6, 3, 4)
+    slices = BatchSlices(rows=6)
+    slices(block, hidden)
+    assert meets.lengths == [*[4, 2, 2] * 2, *[2, 2, 2] * 2]  # judged on four samples, met, computed
+    meets.lengths.clear()
+    slices(block, hidden)
+    assert meets.lengths == [2, 2, 2]
+    meets.lengths.clear()
+    meets.meets_next_batch = True  # after the verdict, as parts of a second adapter
+    slices(block, hidden)
+    assert meets.lengths == [2, 2, 2] * 2
+    assert len(meets.learnt) == 2 and meets.meeting is None
+    for learnt in meets.learnt:
+        torch.testing.assert_close(learnt, hidden.sum())
+
+
+def test_blocks_that_are_known_to_treat_samples_apart_never_see_a_whole_batch() -> None:
+    (block, meets), hidden = block_that_meets(), torch.randn(6, 3, 4)
+    slices = BatchSlices(rows=6, apart=True)
+    torch.testing.assert_close(slices(block, hidden), block(hidden))
+    assert meets.lengths == [2, *[2, 2, 2] * 2, 6]
+    torch.testing.assert_close(meets.learnt, [hidden.sum()])
+    assert pickle.loads(pickle.dumps(slices)).apart
+
+
+def test_a_first_batch_that_fails_on_its_way_is_not_met() -> None:
+    class Fails(nn.Module):
+        calls = 0
 
         def forward(self, hidden: Tensor) -> Tensor:
-            self.meets_next_batch = False
-            lengths.append(len(hidden))
+            self.calls += 1
+            if self.calls == 3:  # judged on one slice, then in the second one that is met
+                raise ZeroDivisionError
             return hidden
 
-    class Unreached(nn.Module):
-        meets_next_batch = True
-
-    block, hidden = Block(), torch.randn(6, 3, 4)
-    block.linear, block.unreached = nn.Sequential(Meeting(), block.linear), Unreached()
-    slices = BatchSlices(rows=6)
-    judging = [6, 2, 2, 2] * 2
+    (block, meets), hidden = block_that_meets(), torch.randn(6, 3, 4)
+    block.linear.append(Fails())
+    slices = BatchSlices(rows=6, apart=True)
+    with pytest.raises(ZeroDivisionError):
+        slices(block, hidden)
+    assert meets.meets_next_batch and meets.meeting is None and not meets.learnt
     slices(block, hidden)
-    assert lengths == [*judging, 2, 2, 2]
-    lengths.clear()
-    slices(block, hidden)
-    assert lengths == [2, 2, 2]
-    lengths.clear()
-    block.linear[0].meets_next_batch = True
-    slices(block, hidden)
-    assert lengths == [*judging, 2, 2, 2]
+    torch.testing.assert_close(meets.learnt, [hidden.sum()])
 
 
 def drop(**options: Any) -> Any:
@@ -229,7 +276,7 @@ def test_what_rounding_changes_is_tolerated(change: float, sliced: bool) -> None
 
     class Rounding(Block):
         def forward(self, hidden: Tensor) -> Tensor:
-            return super().forward(hidden) * (1 if len(hidden) == 6 else 1 + change)
+            return super().forward(hidden) * (1 + change if len(hidden) == 2 else 1)
 
     block = Rounding()
     BatchSlices(rows=6)(block, torch.randn(6, 3, 4))
@@ -331,6 +378,30 @@ def test_experts_with_a_capacity_are_never_sliced() -> None:
     hidden[:, :, 0] = torch.tensor([1.0, -1.0, 1.0]) * torch.tensor([1.0, -1.0] * 3)[:, None]  # 9 tokens each
     BatchSlices(rows=6)(block, hidden)
     assert block.samples == [6]
+
+
+def test_a_block_that_chooses_is_judged_on_the_whole_batch() -> None:
+    """What its experts have room for may be more than the tokens of two slices and less than those of a batch."""
+    lengths: list[int] = []
+
+    class Roomy(Block):
+        room = 14
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                lengths.append(len(hidden))
+            rows = super().forward(hidden).flatten(0, 1)
+            place = torch.ones(len(rows)).cumsum(0)
+            return (rows * (place <= self.room)[:, None]).view_as(hidden)
+
+    block, plain, hidden = Roomy(), Block(), torch.randn(8, 3, 4)
+    BatchSlices(rows=6)(block, hidden)
+    assert max(lengths) == 8 and block.samples == [8]
+    block.room = 24
+    BatchSlices(rows=6)(block, hidden)
+    assert block.samples == [8, 2, 2, 2, 2]
+    BatchSlices(rows=6)(plain, hidden)
+    assert plain.samples == [2, 2, 2, 2]
 
 
 def test_running_statistics_are_kept_once() -> None:

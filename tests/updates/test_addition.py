@@ -298,13 +298,19 @@ def test_an_addition_of_zero_can_be_resized(name: str) -> None:
 # ---------------------------------------------------------------- coordinates from the first batch
 
 
+def meet(name: str, form: ResidualLinear, *parts: Tensor) -> None:
+    update = make_update(name, residual="int8")
+    sums = [update.input_sums(form, part) for part in parts]
+    update.meet(form, sum(sums[1:], start=sums[0]))
+
+
 @pytest.mark.parametrize("name", ["addition", "frozen_basis"])
 def test_the_first_batch_whitens_the_image(name: str) -> None:
     form = trained_form(zero=True)
     x = normal(500, IN, seed=6) @ torch.diag(torch.logspace(-1, 1, IN, dtype=torch.float64)) + 1
     R = form.R.detach().clone()
     before = form(x)
-    make_update(name, residual="int8").meet(form, x)
+    meet(name, form, x)
     image = x @ form.R.T
     moment = image.T @ image / len(x)
     size = moment.diagonal().mean()
@@ -314,6 +320,15 @@ def test_the_first_batch_whitens_the_image(name: str) -> None:
     assert torch.equal(form(x), before)
 
 
+@pytest.mark.parametrize("name", ["addition", "frozen_basis"])
+def test_a_batch_in_parts_whitens_as_the_whole_one(name: str) -> None:
+    x = normal(500, IN, seed=6) @ torch.diag(torch.logspace(-1, 1, IN, dtype=torch.float64)) + 1
+    whole, parts = trained_form(zero=True), trained_form(zero=True)
+    meet(name, whole, x)
+    meet(name, parts, *x.split(120))
+    assert relative_error(parts.R, whole.R) < 1e-6  # the mean square is summed in float32
+
+
 @pytest.mark.parametrize("rank", [4, 32, 64, 128])
 def test_one_step_of_a_wide_addition_moves_outputs_no_further(rank: int) -> None:
     """Adam moves each entry of L by the learning rate: outputs by up to the sum of the image's entries."""
@@ -321,7 +336,7 @@ def test_one_step_of_a_wide_addition_moves_outputs_no_further(rank: int) -> None
     L, R = torch.zeros(200, rank), normal(rank, 256, seed=7).float()
     form = ResidualLinear.beside(RESIDUALS["int8"](dense), {"L": L, "R": R}, None)
     x = normal(2000, 256, seed=8).float() @ torch.diag(torch.logspace(-0.3, 0.3, 256))
-    make_update("addition", residual="int8").meet(form, x)
+    meet("addition", form, x)
     largest_change = float((x @ form.R.detach().t()).abs().sum(1).mean() / x.square().mean().sqrt())
     # the mean magnitude of a normal variable is sqrt(2 / pi) of its standard deviation
     assert largest_change == pytest.approx(min(rank, 32) * math.sqrt(2 / math.pi), rel=0.05)
@@ -335,14 +350,14 @@ def test_one_step_of_a_wide_addition_moves_outputs_no_further(rank: int) -> None
 def test_a_batch_without_numbers_changes_nothing(rows: Tensor) -> None:
     form = trained_form(zero=True)
     R = form.R.detach().clone()
-    make_update("addition", residual="int8").meet(form, rows.double())
+    meet("addition", form, rows.double())
     assert torch.equal(form.R, R)
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(5, IN), torch.ones(5, IN)], ids=["zeros", "constant"])
 def test_a_constant_batch_leaves_finite_directions(rows: Tensor) -> None:
     form = trained_form(zero=True)
-    make_update("addition", residual="int8").meet(form, rows.double())
+    meet("addition", form, rows.double())
     assert bool(form.R.isfinite().all()) and bool(form.R.any())
     assert int(torch.linalg.matrix_rank(form.R.detach())) == RANK
 
@@ -350,5 +365,5 @@ def test_a_constant_batch_leaves_finite_directions(rows: Tensor) -> None:
 def test_an_addition_that_has_learnt_keeps_its_coordinates() -> None:
     form = trained_form()
     R = form.R.detach().clone()
-    make_update("addition", residual="int8").meet(form, normal(9, IN, seed=6))
+    meet("addition", form, normal(9, IN, seed=6))
     assert torch.equal(form.R, R)

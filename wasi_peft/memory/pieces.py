@@ -10,9 +10,9 @@ which is recomputed when backward reaches it: the widest tensors of a block then
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ..models.position_wise import position_wise_modules
 from ..models.structure import blocks_of, hidden_states, without_cache
 from .recording import records
+from .watching import Watch
 from .wrapping import unwrap_all, wrap
 
 SLICE_ROWS = 1600  # tokens of a slice, about: fewer cost time in small operations, more cost memory
@@ -72,11 +72,12 @@ class BatchSlices:
     """Calls a block once for every few samples and joins what it returns.
 
     Arguments whose first dimension is the batch's are cut, all others are handed through. Before a block is sliced for
-    the first time, and again when it gets arguments of another form, it answers the batch whole and in slices, as it
-    is but with random numbers that change nothing, and once more with all tokens alike, which crowds the experts of a
-    block that has some. Where the answers differ, or buffers changed (running statistics), the block is never sliced
+    the first time, and again when it gets arguments of another form, it answers the samples of two slices together and
+    in slices, as it is but with random numbers that change nothing, and once more with all tokens alike. One that
+    chooses among what it computes, as routers do, is judged on the whole batch, since what experts have room for may
+    depend on it. Where the answers differ, or buffers changed (running statistics), the block is never sliced
     with such arguments. Nor is it with arguments that are no plain data (caches), or while hooks record inside of it.
-    While a module in it is yet to meet a batch (:class:`MeetsABatch`), that is the whole one.
+    Modules in it that are yet to meet a batch (:class:`MeetsABatch`) see all slices before the first of them counts.
 
     A block that draws random numbers in training is sliced without gradients too: where it runs again in backward, it
     then draws the same ones.
@@ -84,6 +85,7 @@ class BatchSlices:
     Args:
         rows: Tokens (of all samples together) in a slice, about; at least one sample.
         drop_caches: Hand blocks in training mode None for a cache of keys and values.
+        apart: Whether the blocks are known to treat samples apart: nothing is compared, so none answers a whole batch.
 
     Raises:
         ValueError: If `rows` is not positive.
@@ -95,15 +97,15 @@ class BatchSlices:
         True
     """
 
-    def __init__(self, rows: int = SLICE_ROWS, *, drop_caches: bool = False) -> None:
+    def __init__(self, rows: int = SLICE_ROWS, *, drop_caches: bool = False, apart: bool = False) -> None:
         _check_rows("rows", rows)
-        self.rows, self.drop_caches = rows, drop_caches
+        self.rows, self.drop_caches, self.apart = rows, drop_caches, apart
         self._verdicts: WeakKeyDictionary[nn.Module, dict[Any, _Verdict]] = WeakKeyDictionary()
         self._waiting: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, of another model, judges for itself."""
-        return functools.partial(BatchSlices, self.rows, drop_caches=self.drop_caches), ()
+        return functools.partial(BatchSlices, self.rows, drop_caches=self.drop_caches, apart=self.apart), ()
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `function(*args, **kwargs)` returns."""
@@ -148,11 +150,14 @@ class BatchSlices:
             return _Verdict(True)  # without values there is nothing to compare
         verdicts = self._verdicts.setdefault(block, {})
         form = (block.training, *call.form())
-        waited, waiting = self._waiting.get(block, []), _meet_next_batch(block)
-        if form not in verdicts or any(part not in waited for part in waiting):
-            verdicts[form] = _judge(block, call)
-            waiting = _meet_next_batch(block)
-        self._waiting[block] = waiting  # parts that no batch reaches are no reason to judge again
+        if form not in verdicts:
+            verdicts[form] = _judge(block, call, self.apart)
+        waited, waiting = self._waiting.get(block, []), _waiting(block)
+        if verdicts[form].samples_apart and any(part not in waited for part in waiting):
+            with trial(block, call.leaves[call.cut[0]].device):
+                _meet_in_parts(block, call.answers())
+            waiting = _waiting(block)
+        self._waiting[block] = waiting  # for parts that no batch reaches, slices do not run again
         return verdicts[form]
 
 
@@ -168,19 +173,76 @@ class _Verdict(NamedTuple):
     draws: bool = False
 
 
+class Meeting:
+    """What modules learn of a batch that comes to them in parts: sums over its rows.
+
+    Example:
+        >>> meeting, learnt = Meeting(), []
+        >>> for part in torch.ones(5, 2).split(2):
+        ...     meeting.add("layer", part.sum(0), learnt.append)
+        >>> meeting.end()
+        >>> learnt
+        [tensor([5., 5.])]
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Hashable, tuple[Tensor, Callable[[Tensor], None]]] = {}
+
+    def add(self, who: Hashable, sums: Tensor, learn: Callable[[Tensor], None]) -> None:
+        """Add the sums over some rows of who is to learn from those over all of them."""
+        if who in self._seen:
+            sums = self._seen[who][0] + sums
+        self._seen[who] = sums, learn
+
+    def end(self) -> None:
+        """Have all learn, in the order of their first rows: in distributed runs that is the order of a whole batch."""
+        for sums, learn in self._seen.values():
+            learn(sums)
+
+
 class MeetsABatch(Protocol):
     """A module that learns something of the first batch it sees, such as coordinates for its factors.
 
     Attributes:
         meets_next_batch: True until then.
+        meeting: Where it adds what it sees, while the batch comes in parts.
     """
+
+    meeting: Meeting | None
 
     @property
     def meets_next_batch(self) -> bool: ...
 
 
-def _meet_next_batch(block: nn.Module) -> list[nn.Module]:
-    return [part for part in block.modules() if getattr(part, "meets_next_batch", False)]
+def _waiting(module: nn.Module) -> list[Any]:
+    """The parts that are to meet a batch, less those to which one is coming in parts already."""
+    return [part for part in _fresh(module) if getattr(part, "meeting", None) is None]
+
+
+def _fresh(module: nn.Module) -> list[Any]:
+    return [part for part in module.modules() if getattr(part, "meets_next_batch", False)]
+
+
+@contextmanager
+def _attending(parts: list[Any], meeting: Meeting) -> Iterator[None]:
+    before = [getattr(part, "meeting", None) for part in parts]
+    try:
+        for part in parts:
+            part.meeting = meeting
+        yield
+    finally:
+        for part, outer in zip(parts, before, strict=True):
+            part.meeting = outer
+
+
+@torch.no_grad()
+def _meet_in_parts(module: nn.Module, answers: Iterator[Any]) -> None:
+    """Have all parts that wait for a batch meet the one that these answers of the module are made of."""
+    meeting = Meeting()
+    with _attending(_waiting(module), meeting):
+        for _ in answers:
+            pass
+        meeting.end()
 
 
 @dataclass(frozen=True)
@@ -205,15 +267,24 @@ class _Sliced:
         args, kwargs = tree_unflatten(self.leaves, self.structure)
         return self.function(*args, **kwargs)
 
-    def joined(self) -> Any:
-        """One result of those of the slices."""
+    def shortened(self) -> _Sliced:
+        """The same call with no more samples than a slice and the last one have."""
+        samples = len(self.leaves[self.cut[0]])
+        kept = self.size + (samples % self.size or self.size)
+        leaves = [leaf[:kept] if index in self.cut else leaf for index, leaf in enumerate(self.leaves)]
+        return replace(self, leaves=leaves)
+
+    def answers(self) -> Iterator[Any]:
+        """The results of the slices, one after the other."""
         parts = {index: self.leaves[index].split(self.size) for index in self.cut}
-        results = []
         for number in range(len(next(iter(parts.values())))):
             leaves = [parts[index][number] if index in parts else leaf for index, leaf in enumerate(self.leaves)]
             args, kwargs = tree_unflatten(leaves, self.structure)
-            results.append(self.function(*args, **kwargs))
-        flat, structures = zip(*map(tree_flatten, results), strict=True)
+            yield self.function(*args, **kwargs)
+
+    def joined(self) -> Any:
+        """One result of those of the slices."""
+        flat, structures = zip(*map(tree_flatten, self.answers()), strict=True)
         columns = zip(*flat, strict=True)
         return tree_unflatten(
             [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns], structures[0]
@@ -226,7 +297,7 @@ class _Sliced:
         assert hidden is not None
         token = hidden.reshape(-1, hidden.shape[-1])[0]
         leaves = [token.expand_as(leaf).clone() if leaf is hidden else leaf for leaf in self.leaves]
-        return _Sliced(self.function, leaves, self.structure, self.cut, self.size)
+        return replace(self, leaves=leaves)
 
     def form(self) -> tuple[Any, ...]:
         """What slicing depends on: which arguments are cut, how long others are in samples, flags."""
@@ -258,6 +329,11 @@ class Answers:
         """Whether it asked for random numbers."""
         return self._randomness.asked
 
+    @property
+    def chooses(self) -> bool:
+        """Whether it chose among what it computed, as routers do."""
+        return self._randomness.chose
+
 
 _CODES = (torch.int8, torch.uint8)
 
@@ -276,24 +352,60 @@ def trial(block: nn.Module, device: torch.device) -> Iterator[Answers]:
             buffer.copy_(before)
 
 
-def _judge(block: nn.Module, call: _Sliced) -> _Verdict:
-    with trial(block, call.leaves[call.cut[0]].device) as answers:
-        return _Verdict(_samples_apart(call) and answers.undisturbed(), answers.draws)
-
-
 @torch.no_grad()
+def _judge(block: nn.Module, call: _Sliced, apart: bool = False) -> _Verdict:
+    """Judge a block; of one that is known to treat samples apart, whether it draws."""
+    with trial(block, call.leaves[call.cut[0]].device) as answers, _attending(_fresh(block), Meeting()):
+        short = call.shortened()
+        if apart:
+            next(short.answers())
+        else:
+            apart = _samples_apart(short)
+            if answers.chooses or (not apart and short.leaves is not call.leaves):
+                apart = _samples_apart(call)
+        return _Verdict(apart and answers.undisturbed(), answers.draws)
+
+
 def _samples_apart(call: _Sliced) -> bool:
     """Whether a block answers slices of a batch as it answers the batch."""
-    whole = call.whole()  # what fails here fails for the caller too
     try:
-        apart = leaves_agree(whole, call.joined())
-        del whole  # the more there is at once, the higher the peak of a first step
+        whole = call.whole()
+        apart = _parts_agree(whole, call.answers())
+        del whole
         if apart:
             call = call.alike()
-            apart = leaves_agree(call.whole(), call.joined())
-    except Exception:  # whatever it lacks in slices
+            apart = _parts_agree(call.whole(), call.answers())
+    except Exception:  # whatever it lacks
         return False
     return apart
+
+
+def _parts_agree(whole: Any, parts: Iterator[Any]) -> bool:
+    """:func:`leaves_agree`, of answers to slices that are never joined."""
+    ours = tree_leaves(whole)
+    squares = [[0.0, 0.0] for _ in ours]  # of the difference, and of the whole
+    start = [0] * len(ours)
+    for part in parts:
+        theirs = tree_leaves(part)
+        if len(theirs) != len(ours):
+            return False
+        for index, (leaf, piece) in enumerate(zip(ours, theirs, strict=True)):
+            if not isinstance(leaf, Tensor):
+                if not _leaves_agree(leaf, piece):
+                    return False
+                continue
+            expected = leaf[start[index] : start[index] + len(piece)]
+            start[index] += len(piece)
+            if expected.shape != piece.shape:
+                return False
+            if not leaf.is_floating_point():
+                if not torch.equal(expected, piece):
+                    return False
+                continue
+            squares[index][0] += float((expected - piece).norm()) ** 2
+            squares[index][1] += float(expected.norm()) ** 2
+    complete = all(not isinstance(leaf, Tensor) or start[index] == len(leaf) for index, leaf in enumerate(ours))
+    return complete and all(off <= TOLERANCE**2 * size for off, size in squares)
 
 
 def leaves_agree(whole: Any, joined: Any) -> bool:
@@ -312,21 +424,23 @@ def _leaves_agree(whole: Any, joined: Any) -> bool:
     return bool((whole - joined).norm() <= TOLERANCE * whole.norm())
 
 
-class _NothingRandom(TorchFunctionMode):
+class _NothingRandom(Watch):
     """Context in which dropout drops nothing, and every draw of stochastic depth is the same.
 
     A block in training mode draws other numbers for slices than for the batch.
 
     Attributes:
         asked: Whether something was to be drawn.
+        chose: Whether something was chosen by its value.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked = False
+        self.asked = self.chose = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.chose |= getattr(func, "__name__", "") in _CHOOSING
         if func in _DROPOUTS:
             names = ("input", "p", "train" if func is torch.dropout else "training")
             given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -345,6 +459,9 @@ class _NothingRandom(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_CHOOSING = frozenset(
+    ("topk", "sort", "argsort", "argmax", "argmin", "nonzero", "cumsum", "bincount", "histc", "unique")
+)
 _ALPHA = frozenset((F.alpha_dropout, F.feature_alpha_dropout))  # off unless asked for
 _DROPOUTS = frozenset(
     (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
@@ -396,7 +513,7 @@ class SlicedBlocks:
             wrap(stage, BatchSlices(self.rows, drop_caches=self.drop_caches))
         for name, mlp in mlps.items():
             if name not in stages:
-                wrap(mlp, BatchSlices(self.mlp_rows or self.rows))
+                wrap(mlp, BatchSlices(self.mlp_rows or self.rows, apart=True))  # as its operations say
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`install`."""
@@ -436,12 +553,12 @@ class _Chunks:
         rows = hidden.shape[:-1].numel()
         if rows <= self.rows or _needs_whole_batches(mlp) or records(mlp):
             return forward(*args, **kwargs)
-        if _meet_next_batch(mlp):
-            with torch.no_grad(), trial(mlp, hidden.device):
-                forward(*args, **kwargs)
+        chunks = hidden.reshape(1, rows, -1).split(self.rows, dim=1)
+        if _waiting(mlp):
+            with trial(mlp, hidden.device):
+                _meet_in_parts(mlp, map(forward, chunks))
         if torch.is_grad_enabled():
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
-        chunks = hidden.reshape(1, rows, -1).split(self.rows, dim=1)
         return torch.cat([forward(chunk) for chunk in chunks], dim=1).view(hidden.shape)
 
 

@@ -25,7 +25,7 @@ from ..linalg.coordinates import addition_basis
 from ..linalg.low_bit import quantize_rows
 from ..linalg.spectra import factorize_weight, rank_for_threshold
 from ..models.experts import ExpertStack
-from ..updates.addition import whiten
+from ..updates.addition import image_sums, whiten
 from ..updates.base import InitialFactors, Update
 from ..updates.stacked import stacked_linear
 from .config import WasiConfig
@@ -162,7 +162,8 @@ class Experts(PackedWeight, Linear):
             if expert in unmet:
                 unmet.discard(expert)
                 # no new version of R: where experts are called one by one, backward of another may have kept it
-                whiten(form.L.data[expert], form.R.data[expert], rows[start:stop].detach())
+                L, R = form.L.data[expert], form.R.data[expert]
+                whiten(L, R, image_sums(R, rows[start:stop].detach()))
         if not unmet:
             self._fresh.discard(name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
 from ..forms.residual import RESIDUALS, ExactResidual, Residual, ResidualLinear
 from ..forms.shards import write_through
+from ..memory.pieces import Meeting
 from ..memory.watching import OutOfSight
 from ..updates.base import InitialFactors, ProductGradientSink, Update
 from .config import WasiConfig
@@ -574,6 +576,7 @@ class Linear(nn.Module, WasiLayer):
     """`y = (x R^T) L^T + b`, or another form of a weight, in place of an `nn.Linear` or a transformers `Conv1D`."""
 
     _z3_leaf = True  # DeepSpeed's ZeRO-3 gathers what is in it at once: it calls no module that holds the factors
+    meeting: Meeting | None = None  # where it adds what it sees of a first batch that comes in parts
 
     def __init__(
         self,
@@ -676,15 +679,29 @@ class Linear(nn.Module, WasiLayer):
     @torch.compiler.disable
     def _meet(self, name: str, rows: Tensor) -> None:
         met = self._met.get(name)
-        if met is None:
-            form = self.form_of(name)
-            self.wasi_update[name].meet(form, rows.detach().reshape(-1, rows.shape[-1]))
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            if distributed and not write_through(form.R, form.R.detach()):
-                self._met[name] = MetFactor(form)
-                return
-        elif met.restore():
+        if met is not None:
+            if not met.restore():
+                self._has_met(name)
             return
+        sums = self.wasi_update[name].input_sums(self.form_of(name), rows.detach().reshape(-1, rows.shape[-1]))
+        if sums is None:
+            self._has_met(name)
+        elif self.meeting is None:
+            self._learn(name, sums)
+        else:
+            self.meeting.add((self, name), sums, functools.partial(self._learn, name))
+
+    def _learn(self, name: str, sums: Tensor) -> None:
+        """What the sums over the first batch make of fresh factors."""
+        form = self.form_of(name)
+        self.wasi_update[name].meet(form, sums)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and not write_through(form.R, form.R.detach()):
+            self._met[name] = MetFactor(form)
+        else:
+            self._has_met(name)
+
+    def _has_met(self, name: str) -> None:
         self._met.pop(name, None)
         self._fresh.discard(name)
 

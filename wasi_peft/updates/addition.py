@@ -50,9 +50,12 @@ class Addition(Update):
     ) -> Tensor:
         return addition_linear(x, form.residual, form.L, form.R, form.bias, compressed)
 
-    def meet(self, form: ResidualLinear, rows: Tensor) -> None:
+    def input_sums(self, form: ResidualLinear, rows: Tensor) -> Tensor:
+        return image_sums(form.R, rows)
+
+    def meet(self, form: ResidualLinear, sums: Tensor) -> None:
         """Put R into coordinates in which the image of this input is white."""
-        whiten_image(form, rows)
+        whiten(form.L, form.R, sums)
 
     def image_width(self, form: ResidualLinear) -> int:
         return form.weight_rank if form.L.requires_grad else 0
@@ -75,33 +78,36 @@ class Addition(Update):
         return 2 * input_rank * rank * in_features
 
 
-def whiten_image(form: ResidualLinear, rows: Tensor) -> None:
-    """Put R of an addition into coordinates in which its image is white, as long as L is zero.
+@torch.no_grad()
+def image_sums(R: Tensor, rows: Tensor) -> Tensor:
+    """Sums over rows x: of `h h^T` with `h = R x`, of the mean square of the entries of x, and how many there are.
+
+    **Shape**
+        - R: (K, in); rows: (rows, in); returns (K * K + 2,), float64
+    """
+    R = (
+        R.detach()
+    )  # a view of a parameter claims to need a gradient even here, and a recomputed block would ask for it
+    with torch.autocast(device_type=rows.device.type, enabled=False):
+        h = (rows.to(R.dtype) @ R.t()).to(torch.promote_types(R.dtype, torch.float32))
+        image, square = h.t() @ h, rows.float().square().mean(1).sum()
+    return torch.cat([image.flatten(), square.reshape(1).to(image), image.new_full((1,), len(rows))]).double()
+
+
+@torch.no_grad()
+def whiten(L: Tensor, R: Tensor, sums: Tensor) -> None:
+    """Put R of an addition into coordinates in which its image is white, in place, as long as L is zero.
 
     In a distributed run all processes see all inputs.
 
     **Shape**
-        - rows: (rows, in)
+        - L: (out, K); R: (K, in); sums: (K * K + 2,), of :func:`image_sums`
     """
-    whiten(form.L, form.R, rows)
-
-
-@torch.no_grad()
-def whiten(L: Tensor, R: Tensor, rows: Tensor) -> None:
-    """The same of the factors themselves, R in place.
-
-    **Shape**
-        - L: (out, K); R: (K, in); rows: (rows, in)
-    """
-    # detached: a view of a parameter claims to need a gradient even here, and a recomputed block would ask for it
     L, R = L.detach(), R.detach()
     if bool(L.any()):
         return
-    with torch.autocast(device_type=rows.device.type, enabled=False):
-        h = (rows.to(R.dtype) @ R.t()).to(torch.promote_types(R.dtype, torch.float32))
-        image, square = h.t() @ h, rows.float().square().mean(1).sum()
-    sums = torch.cat([image.flatten(), square.reshape(1).to(image), image.new_full((1,), len(rows))]).double()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sums = sums.clone()
         torch.distributed.all_reduce(sums)
     if bool(sums.isfinite().all()) and float(sums[-1]) > 0:
         moments = sums[:-1] / sums[-1]

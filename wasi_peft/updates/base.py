@@ -215,11 +215,18 @@ class Update(ABC):
         """
         return None
 
-    def meet(self, form: Any, rows: Tensor) -> None:
-        """See the first input with which a form of fresh factors trains, (rows, in), before it answers.
+    def input_sums(self, form: Any, rows: Tensor) -> Tensor | None:
+        """What :meth:`meet` asks of an input, (rows, in): numbers that add up over its rows; by default nothing."""
+        return None
 
-        What the form computes must stay as it is; the coordinates in which it trains may change. By default they do
-        not.
+    def meet(self, form: Any, sums: Tensor) -> None:
+        """Meet the first input with which a form of fresh factors trains, before it answers.
+
+        What the form computes must stay as it is; the coordinates in which it trains may change.
+
+        Args:
+            form: The form.
+            sums: :meth:`input_sums` of the input, or of its parts together.
         """
         return None
 

@@ -19,7 +19,7 @@ from ..forms.factored import FactoredLinear
 from ..forms.residual import ResidualLinear
 from ..linalg.coordinates import basis_form
 from ..linalg.tucker import Tucker
-from .addition import addition_linear, whiten_image
+from .addition import addition_linear, image_sums, whiten
 from .base import InitialFactors, ProductGradientSink, Update
 from .factored import factored_linear
 from .image import image_linear
@@ -53,10 +53,12 @@ class FrozenBasis(Update):
     def from_image(self, form: FactoredLinear, h: Tensor) -> Tensor:
         return image_linear(h, form.L, form.bias)
 
-    def meet(self, form: FactoredLinear, rows: Tensor) -> None:
+    def input_sums(self, form: FactoredLinear, rows: Tensor) -> Tensor | None:
+        return image_sums(form.R, rows) if isinstance(form, ResidualLinear) else None
+
+    def meet(self, form: FactoredLinear, sums: Tensor) -> None:
         """Beside a residual, put R into coordinates in which the image of this input is white."""
-        if isinstance(form, ResidualLinear):
-            whiten_image(form, rows)
+        whiten(form.L, form.R, sums)
 
     def shrink(self, form: FactoredLinear, rank: int, carry: Carry) -> None:
         """`L = U D V^T`: the new factors are `L V_k` and `V_k^T R`, so rows of R stay as orthogonal as they were."""
