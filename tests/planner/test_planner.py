@@ -473,6 +473,17 @@ def test_what_a_plan_does_not_decide_counts_in_its_peak(name: str, options: Any)
     assert 0.85 * budget <= peak(model, plan, batch, **options) <= budget
 
 
+def test_a_configuration_with_a_plan_keeps_everything_else() -> None:
+    model, calibration = calibrated("vit")
+    plan = planned(model, calibration, weight_share=0.3)
+    config = WasiConfig(
+        update="subspace", bias="all", skip_padding=True, memory_mode="small", inference_mode=True, weight_rank=3
+    )
+    kept = config.with_plan(plan)
+    assert kept.plan == plan.to_dict() and not kept.inference_mode and kept.weight_rank is None
+    assert (kept.update, kept.bias, kept.skip_padding, kept.memory_mode) == ("subspace", "all", True, "small")
+
+
 @pytest.mark.slow
 def test_the_memory_mode_is_chosen_with_the_ranks() -> None:
     model, calibration = calibrated("vit")

@@ -6,6 +6,7 @@ A few hundred steps against the dense model's own hidden states ("healing") corr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -71,10 +72,10 @@ def repair_factors(
         blocks = compared_blocks(model, factors.layers, every)
         compared = COMPARED_BATCHES if max_batches is None else min(COMPARED_BATCHES, max_batches)
         some = list(limited(data, compared, None))
-        before = _mean_loss(model, student, blocks, some)
+        before = _losses(model, student, blocks, some)
         _train(model, student, layers, blocks, data, steps, lr, max_batches, progress_bar)
-        after = _mean_loss(model, student, blocks, some)
-    if not lowered(before, after, "the blocks' error"):
+        after = _losses(model, student, blocks, some)
+    if not lowered(_mean_of_finite(before), float(after.mean()), "the blocks' error"):
         return factors
     repaired = {name: orthonormal_factors(layer) for name, layer in layers.items()}
     return with_initial(model, factors, repaired, data, progress_bar=progress_bar)
@@ -133,17 +134,25 @@ def _loss(teacher: nn.Module, student: nn.Module, blocks: Sequence[str], batch: 
     """
     with torch.no_grad():
         targets = _hidden_states(teacher, blocks, batch)
-    if not all(bool(torch.isfinite(state).all()) for state in targets):
-        raise ValueError("the dense model answers NaN or Inf on the calibration data.")
     mask = token_mask(batch)
     hidden = _hidden_states(student, blocks, batch)
-    terms = [relative_error(ours, theirs, mask) for ours, theirs in zip(hidden, targets, strict=True)]
-    return torch.stack(terms).sum()
+    loss = torch.stack(
+        [relative_error(ours, theirs, mask) for ours, theirs in zip(hidden, targets, strict=True)]
+    ).sum()
+    if not bool(torch.isfinite(loss)) and not all(bool(torch.isfinite(state).all()) for state in targets):
+        raise ValueError("the dense model answers NaN or Inf on the calibration data.")
+    return loss
 
 
 @torch.no_grad()
-def _mean_loss(teacher: nn.Module, student: nn.Module, blocks: Sequence[str], batches: Sequence[Any]) -> float:
-    return float(torch.stack([_loss(teacher, student, blocks, batch) for batch in batches]).mean())
+def _losses(teacher: nn.Module, student: nn.Module, blocks: Sequence[str], batches: Sequence[Any]) -> Tensor:
+    return torch.stack([_loss(teacher, student, blocks, batch) for batch in batches])
+
+
+def _mean_of_finite(losses: Tensor) -> float:
+    """Infinite where none is finite: whatever is finite afterwards is less."""
+    finite = losses[losses.isfinite()]
+    return float(finite.mean()) if len(finite) else math.inf
 
 
 def _cycle(data: Iterable[Any], max_batches: int | None, steps: int) -> Iterator[Any]:

@@ -72,10 +72,10 @@ class BatchSlices:
     """Calls a block once for every few samples and joins what it returns.
 
     Arguments whose first dimension is the batch's are cut, all others are handed through. Before a block is sliced for
-    the first time, and again when it gets arguments of another form, it answers the samples of two slices together and
-    in slices, as it is but with random numbers that change nothing, and once more with all tokens alike. One that
-    chooses among what it computes, as routers do, is judged on the whole batch, since what experts have room for may
-    depend on it. Where the answers differ, or buffers changed (running statistics), the block is never sliced
+    the first time, and again when it gets arguments of another form, it answers as many samples as two slices have
+    together and in slices, with random numbers that change nothing: samples that differ, then with all tokens alike.
+    One that chooses among what it computes, as routers do, is judged on the whole batch, since what experts have room
+    for may depend on it. Where the answers differ, or buffers changed (running statistics), the block is never sliced
     with such arguments. Nor is it with arguments that are no plain data (caches), or while hooks record inside of it.
     Modules in it that are yet to meet a batch (:class:`MeetsABatch`) see all slices before the first of them counts.
 
@@ -174,37 +174,39 @@ class _Verdict(NamedTuple):
 
 
 class Meeting:
-    """What modules learn of a batch that comes to them in parts: sums over its rows.
+    """What modules see of a batch that comes to them in parts: sums over its rows.
 
     Example:
-        >>> meeting, learnt = Meeting(), []
+        >>> meeting, seen = Meeting(), []
         >>> for part in torch.ones(5, 2).split(2):
-        ...     meeting.add("layer", part.sum(0), learnt.append)
+        ...     meeting.add("layer", part.sum(0), seen.append)
         >>> meeting.end()
-        >>> learnt
+        >>> seen
         [tensor([5., 5.])]
     """
 
     def __init__(self) -> None:
         self._seen: dict[Hashable, tuple[Tensor, Callable[[Tensor], None]]] = {}
 
-    def add(self, who: Hashable, sums: Tensor, learn: Callable[[Tensor], None]) -> None:
-        """Add the sums over some rows of who is to learn from those over all of them."""
+    def add(self, who: Hashable, sums: Tensor, keep: Callable[[Tensor], None]) -> None:
+        """Add the sums over some rows; `keep` is to be given those over all of them."""
         if who in self._seen:
             sums = self._seen[who][0] + sums
-        self._seen[who] = sums, learn
+        self._seen[who] = sums, keep
 
     def end(self) -> None:
-        """Have all learn, in the order of their first rows: in distributed runs that is the order of a whole batch."""
-        for sums, learn in self._seen.values():
-            learn(sums)
+        """Hand out the sums over all rows."""
+        for sums, keep in self._seen.values():
+            keep(sums)
 
 
 class MeetsABatch(Protocol):
     """A module that learns something of the first batch it sees, such as coordinates for its factors.
 
+    Of a batch that came in parts it learns in the next call: outside of its own calls its parameters may be elsewhere.
+
     Attributes:
-        meets_next_batch: True until then.
+        meets_next_batch: True until it has seen one.
         meeting: Where it adds what it sees, while the batch comes in parts.
     """
 
@@ -268,10 +270,13 @@ class _Sliced:
         return self.function(*args, **kwargs)
 
     def shortened(self) -> _Sliced:
-        """The same call with no more samples than a slice and the last one have."""
+        """The same call with as many samples as a slice and the last one have, from all over the batch."""
         samples = len(self.leaves[self.cut[0]])
         kept = self.size + (samples % self.size or self.size)
-        leaves = [leaf[:kept] if index in self.cut else leaf for index, leaf in enumerate(self.leaves)]
+        if kept >= samples:
+            return self
+        chosen = torch.linspace(0, samples - 1, kept).round().long()
+        leaves = [leaf[chosen.to(leaf.device)] if i in self.cut else leaf for i, leaf in enumerate(self.leaves)]
         return replace(self, leaves=leaves)
 
     def answers(self) -> Iterator[Any]:
@@ -290,14 +295,25 @@ class _Sliced:
             [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns], structures[0]
         )
 
-    def alike(self) -> _Sliced:
-        """The same call with every token of the hidden states the first one."""
+    def _hidden(self) -> Tensor:
         args, kwargs = tree_unflatten(self.leaves, self.structure)
         hidden = hidden_states(args, kwargs)
         assert hidden is not None
-        token = hidden.reshape(-1, hidden.shape[-1])[0]
-        leaves = [token.expand_as(leaf).clone() if leaf is hidden else leaf for leaf in self.leaves]
-        return replace(self, leaves=leaves)
+        return hidden
+
+    def _with_hidden(self, hidden: Tensor, other: Tensor) -> _Sliced:
+        return replace(self, leaves=[other if leaf is hidden else leaf for leaf in self.leaves])
+
+    def alike(self) -> _Sliced:
+        """The same call with every token of the hidden states the first one."""
+        hidden = self._hidden()
+        return self._with_hidden(hidden, hidden.reshape(-1, hidden.shape[-1])[0].expand_as(hidden).clone())
+
+    def unlike(self) -> _Sliced:
+        """The same call with each sample of the hidden states times a number of its own, from 1 to 2."""
+        hidden = self._hidden()
+        factors = torch.linspace(1, 2, len(hidden), device=hidden.device).to(hidden.dtype)
+        return self._with_hidden(hidden, hidden * factors.view(-1, *[1] * (hidden.dim() - 1)))
 
     def form(self) -> tuple[Any, ...]:
         """What slicing depends on: which arguments are cut, how long others are in samples, flags."""
@@ -355,29 +371,30 @@ def trial(block: nn.Module, device: torch.device) -> Iterator[Answers]:
 @torch.no_grad()
 def _judge(block: nn.Module, call: _Sliced, apart: bool = False) -> _Verdict:
     """Judge a block; of one that is known to treat samples apart, whether it draws."""
+    short = call.shortened()
     with trial(block, call.leaves[call.cut[0]].device) as answers, _attending(_fresh(block), Meeting()):
-        short = call.shortened()
         if apart:
             next(short.answers())
         else:
-            apart = _samples_apart(short)
-            if answers.chooses or (not apart and short.leaves is not call.leaves):
-                apart = _samples_apart(call)
+            found = _samples_apart(short)
+            if short is not call and (found is None or answers.chooses):
+                found = _samples_apart(call)
+            apart = bool(found)
         return _Verdict(apart and answers.undisturbed(), answers.draws)
 
 
-def _samples_apart(call: _Sliced) -> bool:
-    """Whether a block answers slices of a batch as it answers the batch."""
+def _samples_apart(call: _Sliced) -> bool | None:
+    """Whether a block answers slices of a batch as it answers the batch; None where it does not answer."""
     try:
-        whole = call.whole()
-        apart = _parts_agree(whole, call.answers())
-        del whole
-        if apart:
-            call = call.alike()
-            apart = _parts_agree(call.whole(), call.answers())
-    except Exception:  # whatever it lacks
-        return False
-    return apart
+        for change in (_Sliced.unlike, _Sliced.alike):
+            tried = change(call)
+            if not _parts_agree(tried.whole(), tried.answers()):
+                return False
+    except Exception as error:  # whatever it lacks
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            raise  # that says nothing about the block
+        return None
+    return True
 
 
 def _parts_agree(whole: Any, parts: Iterator[Any]) -> bool:
@@ -440,7 +457,7 @@ class _NothingRandom(Watch):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.chose |= getattr(func, "__name__", "") in _CHOOSING
+        self.chose |= _chooses(func, args, kwargs)
         if func in _DROPOUTS:
             names = ("input", "p", "train" if func is torch.dropout else "training")
             given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -459,8 +476,47 @@ class _NothingRandom(Watch):
         return func(*args, **kwargs)
 
 
+def _chooses(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operation picks or places values by others, as routers do; a few others do as well."""
+    name = getattr(func, "__name__", "")
+    if name in ("max", "min"):  # with a dimension, they say where
+        return "dim" in kwargs or (len(args) > 1 and isinstance(args[1], int))
+    if name == "where":
+        return len(args) + len(kwargs) == 1
+    if name in ("__getitem__", "__setitem__"):
+        return any(isinstance(index, Tensor) for index in (args[1] if isinstance(args[1], tuple) else args[1:2]))
+    return name.rstrip("_") in _CHOOSING
+
+
 _CHOOSING = frozenset(
-    ("topk", "sort", "argsort", "argmax", "argmin", "nonzero", "cumsum", "bincount", "histc", "unique")
+    (
+        *(
+            "topk",
+            "sort",
+            "argsort",
+            "msort",
+            "argmax",
+            "argmin",
+            "kthvalue",
+            "median",
+            "mode",
+            "quantile",
+            "multinomial",
+        ),
+        *(
+            "gumbel_softmax",
+            "nonzero",
+            "argwhere",
+            "searchsorted",
+            "bucketize",
+            "one_hot",
+            "unique",
+            "unique_consecutive",
+        ),
+        *("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "bincount", "histc", "index_select", "index_add"),
+        *("index_put", "index_copy", "scatter", "scatter_add", "scatter_reduce", "gather", "take", "take_along_dim"),
+        *("masked_select", "masked_scatter"),
+    )
 )
 _ALPHA = frozenset((F.alpha_dropout, F.feature_alpha_dropout))  # off unless asked for
 _DROPOUTS = frozenset(

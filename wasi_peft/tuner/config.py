@@ -540,7 +540,8 @@ class WasiConfig(PeftConfig):
 
     def with_plan(self, plan: WasiPlan) -> WasiConfig:
         """A fresh one with this plan, which decides layers, forms and ranks; everything else stays."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_DECIDED, "plan", "peft_type")}
+        others = (*_DECIDED, "plan", "peft_type", "inference_mode")  # the last says how it was loaded
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         return WasiConfig(plan=plan, **kept)
 
     @property

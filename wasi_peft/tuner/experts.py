@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -158,14 +159,23 @@ class Experts(PackedWeight, Linear):
         form, unmet = self.form_of(name), self._unmet[name]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             unmet.clear()
+        seen = self._seen.get(name, {}) if self.meeting is None else {}
         for expert, start, stop in segments:
-            if expert in unmet:
+            if expert not in unmet:
+                continue
+            L, R = form.L.data[expert], form.R.data[expert]
+            sums = seen.pop(expert) if expert in seen else image_sums(R, rows[start:stop].detach())
+            if self.meeting is None:
                 unmet.discard(expert)
                 # no new version of R: where experts are called one by one, backward of another may have kept it
-                L, R = form.L.data[expert], form.R.data[expert]
-                whiten(L, R, image_sums(R, rows[start:stop].detach()))
+                whiten(L, R, sums)
+            else:
+                self.meeting.add((self, name, expert), sums, functools.partial(self._see, name, expert))
         if not unmet:
             self._fresh.discard(name)
+
+    def _see(self, name: str, expert: int, sums: Tensor) -> None:
+        self._seen.setdefault(name, {})[expert] = sums
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise TypeError("a packed weight is read by the module that holds it, and not called.")

@@ -87,6 +87,7 @@ class WasiLayer(BaseTunerLayer):
         self._products: ProductChoice | None = None  # of a residual to come
         self._starts_fresh: set[str] = set()  # adapters whose first factors had met no data
         self._fresh: set[str] = set()  # adapters whose factors have met no data yet
+        self._seen: dict[str, Any] = {}  # of those, what a first batch that came in parts says, until the next call
         self._met: dict[str, MetFactor] = {}  # of those, what the first batch made of factors that may be in shards
 
     # ---------------------------------------------------------------- what is in the layer's place
@@ -348,7 +349,7 @@ class WasiLayer(BaseTunerLayer):
         """Drop what is known of an adapter beside its form."""
         for known in (self._awaiting, self._starts_fresh, self._fresh, self.frozen_biases):
             known.discard(adapter_name)
-        for table in (self.wasi_update, self.wasi_input, self._sinks, self._met):
+        for table in (self.wasi_update, self.wasi_input, self._sinks, self._met, self._seen):
             table.pop(adapter_name, None)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
@@ -659,7 +660,13 @@ class Linear(nn.Module, WasiLayer):
     def meets_next_batch(self) -> bool:
         """Whether the next batch in training mode gives fresh factors their coordinates."""
         name = self.active_name
-        if name is None or name not in self._fresh or self._disable_adapters:
+        if (
+            name is None
+            or name not in self._fresh
+            or name in self._seen
+            or name in self._met
+            or self._disable_adapters
+        ):
             return False
         return self.training and self._trains(name)
 
@@ -674,6 +681,7 @@ class Linear(nn.Module, WasiLayer):
         """
         if adapter_name in self._starts_fresh:
             self._met.pop(adapter_name, None)
+            self._seen.pop(adapter_name, None)
             self._fresh.add(adapter_name)
 
     @torch.compiler.disable
@@ -683,13 +691,15 @@ class Linear(nn.Module, WasiLayer):
             if not met.restore():
                 self._has_met(name)
             return
-        sums = self.wasi_update[name].input_sums(self.form_of(name), rows.detach().reshape(-1, rows.shape[-1]))
+        sums = self._seen.pop(name, None) if self.meeting is None else None
+        if sums is None:
+            sums = self.wasi_update[name].input_sums(self.form_of(name), rows.detach().reshape(-1, rows.shape[-1]))
         if sums is None:
             self._has_met(name)
         elif self.meeting is None:
             self._learn(name, sums)
         else:
-            self.meeting.add((self, name), sums, functools.partial(self._learn, name))
+            self.meeting.add((self, name), sums, functools.partial(self._seen.__setitem__, name))
 
     def _learn(self, name: str, sums: Tensor) -> None:
         """What the sums over the first batch make of fresh factors."""
