@@ -70,7 +70,7 @@ def repair_factors(
     with evaluating(model, gradients=True):
         student, layers = student_of(model, factors.initial)
         blocks = compared_blocks(model, factors.layers, every)
-        compared = COMPARED_BATCHES if max_batches is None else min(COMPARED_BATCHES, max_batches)
+        compared = min(COMPARED_BATCHES, steps, COMPARED_BATCHES if max_batches is None else max_batches)
         some = list(limited(data, compared, None))
         before = _losses(model, student, blocks, some)
         _train(model, student, layers, blocks, data, steps, lr, max_batches, progress_bar)

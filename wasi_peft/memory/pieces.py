@@ -489,34 +489,10 @@ def _chooses(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 _CHOOSING = frozenset(
-    (
-        *(
-            "topk",
-            "sort",
-            "argsort",
-            "msort",
-            "argmax",
-            "argmin",
-            "kthvalue",
-            "median",
-            "mode",
-            "quantile",
-            "multinomial",
-        ),
-        *(
-            "gumbel_softmax",
-            "nonzero",
-            "argwhere",
-            "searchsorted",
-            "bucketize",
-            "one_hot",
-            "unique",
-            "unique_consecutive",
-        ),
-        *("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "bincount", "histc", "index_select", "index_add"),
-        *("index_put", "index_copy", "scatter", "scatter_add", "scatter_reduce", "gather", "take", "take_along_dim"),
-        *("masked_select", "masked_scatter"),
-    )
+    "topk sort argsort msort argmax argmin kthvalue median mode quantile multinomial gumbel_softmax nonzero argwhere "
+    "searchsorted bucketize one_hot unique unique_consecutive cumsum cumprod cummax cummin logcumsumexp bincount "
+    "histc index_select index_add index_put index_copy scatter scatter_add scatter_reduce gather take take_along_dim "
+    "masked_select masked_scatter".split()
 )
 _ALPHA = frozenset((F.alpha_dropout, F.feature_alpha_dropout))  # off unless asked for
 _DROPOUTS = frozenset(
