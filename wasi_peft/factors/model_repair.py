@@ -136,9 +136,8 @@ def _loss(teacher: nn.Module, student: nn.Module, blocks: Sequence[str], batch: 
         targets = _hidden_states(teacher, blocks, batch)
     mask = token_mask(batch)
     hidden = _hidden_states(student, blocks, batch)
-    loss = torch.stack(
-        [relative_error(ours, theirs, mask) for ours, theirs in zip(hidden, targets, strict=True)]
-    ).sum()
+    terms = [relative_error(ours, theirs, mask) for ours, theirs in zip(hidden, targets, strict=True)]
+    loss = torch.stack(terms).sum()
     if not bool(torch.isfinite(loss)) and not all(bool(torch.isfinite(state).all()) for state in targets):
         raise ValueError("the dense model answers NaN or Inf on the calibration data.")
     return loss

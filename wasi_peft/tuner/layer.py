@@ -660,15 +660,10 @@ class Linear(nn.Module, WasiLayer):
     def meets_next_batch(self) -> bool:
         """Whether the next batch in training mode gives fresh factors their coordinates."""
         name = self.active_name
-        if (
-            name is None
-            or name not in self._fresh
-            or name in self._seen
-            or name in self._met
-            or self._disable_adapters
-        ):
+        if name is None or name not in self._fresh or self._disable_adapters:
             return False
-        return self.training and self._trains(name)
+        waits = name not in self._seen and name not in self._met
+        return waits and self.training and self._trains(name)
 
     def _trains(self, name: str) -> bool:
         form: Any = self._forms[name]

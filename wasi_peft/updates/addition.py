@@ -85,9 +85,8 @@ def image_sums(R: Tensor, rows: Tensor) -> Tensor:
     **Shape**
         - R: (K, in); rows: (rows, in); returns (K * K + 2,), float64
     """
-    R = (
-        R.detach()
-    )  # a view of a parameter claims to need a gradient even here, and a recomputed block would ask for it
+    # a view of a parameter claims to need a gradient even here, and a recomputed block would ask for it
+    R = R.detach()
     with torch.autocast(device_type=rows.device.type, enabled=False):
         h = (rows.to(R.dtype) @ R.t()).to(torch.promote_types(R.dtype, torch.float32))
         image, square = h.t() @ h, rows.float().square().mean(1).sum()
