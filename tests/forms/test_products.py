@@ -230,6 +230,29 @@ def test_where_rows_are_many_the_gradient_of_the_input_counts(monkeypatch: pytes
     assert measure(device, torch.bfloat16, False) == {"int8": 3.0, "restored": 4.0}
 
 
+def test_one_thread_is_timed_and_as_many_as_before_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, device, threads = measured_seconds.__wrapped__, torch.device("cpu"), []
+
+    def seconds(task: object, device: torch.device) -> float:
+        threads.append(torch.get_num_threads())
+        if len(threads) == 3:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(products, "timed", seconds)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            measure(device, torch.float32, True)
+        assert torch.get_num_threads() == 3
+        measure(device, torch.float32, True)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(threads) == {1}
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_what_is_asked_for_is_used_where_it_works(name: str) -> None:
     codes, _, _ = weight(24, 40)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -214,7 +215,8 @@ PRODUCTS: dict[str, type[Int8Product]] = {
 def measured_seconds(device: torch.device, dtype: torch.dtype, few: bool) -> dict[str, float]:
     """Seconds of every product that works there, with a square weight of 1024: what this machine is like.
 
-    With many rows, which is how models train, that of the gradient of the input counts as well.
+    With many rows, which is how models train, that of the gradient of the input counts as well. On a CPU one thread is
+    timed: several that share their cores with other processes wait for each other, and then times say nothing.
 
     Args:
         device: Of the operands.
@@ -226,7 +228,7 @@ def measured_seconds(device: torch.device, dtype: torch.dtype, few: bool) -> dic
     scale = torch.zeros(SAMPLE_SIDE, 1, device=device)
     able = [product for product in PRODUCTS.values() if product.supports(codes, len(x), dtype)]
     seconds = {product.name: math.inf for product in able}
-    with torch.no_grad():
+    with torch.no_grad(), _one_thread(device):
         for _ in range(SAMPLE_RUNS):  # in rounds, so that a slow moment of the machine meets all of them
             for product in able:
                 took = timed(functools.partial(product.forward, x, codes, scale), device)
@@ -234,6 +236,19 @@ def measured_seconds(device: torch.device, dtype: torch.dtype, few: bool) -> dic
                     took += timed(functools.partial(product.transposed, x, codes, scale), device)
                 seconds[product.name] = min(seconds[product.name], took)
     return seconds
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class ProductChoice:
