@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from wasi_peft.cost.peak import measure_peak_memory
 from wasi_peft.memory import BatchSlices, BlockRecomputation, RecomputedBlocks, SlicedBlocks
-from wasi_peft.memory.pieces import _judge, _NothingRandom
+from wasi_peft.memory.pieces import _judge
+from wasi_peft.memory.trials import _NothingRandom
 from wasi_peft.memory.wrapping import Around, Forward
 from wasi_peft.models.structure import Structure
 

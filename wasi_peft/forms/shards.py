@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 keeps in shards, and those of which DeepSpeed's ZeRO steps copies.
+"""Runs of several processes: parameters that FSDP2 keeps in shards, and those of which DeepSpeed's ZeRO steps copies.
 
 torch can be built without what shards are made of, and DeepSpeed need not be there: what it adds to a parameter says
 that it manages it.
@@ -10,6 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether this process belongs to a group of them."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..models.structure import blocks_of, hidden_states
-from .pieces import PLAIN, leaves_agree, trial, without_caches
+from .pieces import PLAIN, without_caches
 from .recording import records
+from .trials import parts_agree, trial
 from .wrapping import unwrap_all, wrap
 
 MASKED = -9999.0  # added to a score, from here on: masks without -inf have -10000 or the least number of the dtype
@@ -288,7 +289,7 @@ def _padding_apart(block: nn.Module, call: _Grouped) -> bool:
         whole = call.whole()  # what fails here fails for the caller too
         try:
             ours = call.joined()
-            return leaves_agree(rows(whole), rows(ours)) and answers.undisturbed()
+            return parts_agree(rows(whole), [rows(ours)]) and answers.undisturbed()
         except Exception:  # whatever it lacks in groups
             return False
 

@@ -10,31 +10,27 @@ which is recomputed when backward reaches it: the widest tensors of a block then
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ..models.position_wise import position_wise_modules
 from ..models.structure import blocks_of, hidden_states, without_cache
+from .meeting import Meeting, attending, fresh_parts, meet_in_parts, waiting_parts
 from .recording import records
-from .watching import Watch
+from .trials import parts_agree, trial
 from .wrapping import unwrap_all, wrap
 
 SLICE_ROWS = 1600  # tokens of a slice, about: fewer cost time in small operations, more cost memory
 CHUNK_ROWS = 256  # tokens of a chunk
-# of the norm of a block's output. Samples that meet change it by far more, layers that round their rows by up to
-# 0.017: which columns they do not round depends on the batch.
-TOLERANCE = 0.03
 PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -77,7 +73,7 @@ class BatchSlices:
     One that chooses among what it computes, as routers do, is judged on the whole batch, since what experts have room
     for may depend on it. Where the answers differ, or buffers changed (running statistics), the block is never sliced
     with such arguments. Nor is it with arguments that are no plain data (caches), or while hooks record inside of it.
-    Modules in it that are yet to meet a batch (:class:`MeetsABatch`) see all slices before the first of them counts.
+    Modules in it that are yet to meet a batch (:class:`~.meeting.MeetsABatch`) see all slices before the first counts.
 
     A block that draws random numbers in training is sliced without gradients too: where it runs again in backward, it
     then draws the same ones.
@@ -152,11 +148,11 @@ class BatchSlices:
         form = (block.training, *call.form())
         if form not in verdicts:
             verdicts[form] = _judge(block, call, self.apart)
-        waited, waiting = self._waiting.get(block, []), _waiting(block)
+        waited, waiting = self._waiting.get(block, []), waiting_parts(block)
         if verdicts[form].samples_apart and any(part not in waited for part in waiting):
             with trial(block, call.leaves[call.cut[0]].device):
-                _meet_in_parts(block, call.answers())
-            waiting = _waiting(block)
+                meet_in_parts(block, call.answers())
+            waiting = waiting_parts(block)
         self._waiting[block] = waiting  # for parts that no batch reaches, slices do not run again
         return verdicts[form]
 
@@ -171,80 +167,6 @@ class _Verdict(NamedTuple):
 
     samples_apart: bool
     draws: bool = False
-
-
-class Meeting:
-    """What modules see of a batch that comes to them in parts: sums over its rows.
-
-    Example:
-        >>> meeting, seen = Meeting(), []
-        >>> for part in torch.ones(5, 2).split(2):
-        ...     meeting.add("layer", part.sum(0), seen.append)
-        >>> meeting.end()
-        >>> seen
-        [tensor([5., 5.])]
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[Hashable, tuple[Tensor, Callable[[Tensor], None]]] = {}
-
-    def add(self, who: Hashable, sums: Tensor, keep: Callable[[Tensor], None]) -> None:
-        """Add the sums over some rows; `keep` is to be given those over all of them."""
-        if who in self._seen:
-            sums = self._seen[who][0] + sums
-        self._seen[who] = sums, keep
-
-    def end(self) -> None:
-        """Hand out the sums over all rows."""
-        for sums, keep in self._seen.values():
-            keep(sums)
-
-
-class MeetsABatch(Protocol):
-    """A module that learns something of the first batch it sees, such as coordinates for its factors.
-
-    Of a batch that came in parts it learns in the next call: outside of its own calls its parameters may be elsewhere.
-
-    Attributes:
-        meets_next_batch: True until it has seen one.
-        meeting: Where it adds what it sees, while the batch comes in parts.
-    """
-
-    meeting: Meeting | None
-
-    @property
-    def meets_next_batch(self) -> bool: ...
-
-
-def _waiting(module: nn.Module) -> list[Any]:
-    """The parts that are to meet a batch, less those to which one is coming in parts already."""
-    return [part for part in _fresh(module) if getattr(part, "meeting", None) is None]
-
-
-def _fresh(module: nn.Module) -> list[Any]:
-    return [part for part in module.modules() if getattr(part, "meets_next_batch", False)]
-
-
-@contextmanager
-def _attending(parts: list[Any], meeting: Meeting) -> Iterator[None]:
-    before = [getattr(part, "meeting", None) for part in parts]
-    try:
-        for part in parts:
-            part.meeting = meeting
-        yield
-    finally:
-        for part, outer in zip(parts, before, strict=True):
-            part.meeting = outer
-
-
-@torch.no_grad()
-def _meet_in_parts(module: nn.Module, answers: Iterator[Any]) -> None:
-    """Have all parts that wait for a batch meet the one that these answers of the module are made of."""
-    meeting = Meeting()
-    with _attending(_waiting(module), meeting):
-        for _ in answers:
-            pass
-        meeting.end()
 
 
 @dataclass(frozen=True)
@@ -328,51 +250,11 @@ class _Sliced:
         return tuple(forms)
 
 
-class Answers:
-    """What a block is seen to do while it answers in a :func:`trial`."""
-
-    def __init__(self, block: nn.Module, randomness: _NothingRandom) -> None:
-        # running statistics, and no codes of a weight
-        self.buffers = [(buffer, buffer.clone()) for buffer in block.buffers() if buffer.dtype not in _CODES]
-        self._randomness = randomness
-
-    def undisturbed(self) -> bool:
-        """Whether its buffers (running statistics) are as they were."""
-        return all(bool((buffer == before).all()) for buffer, before in self.buffers)
-
-    @property
-    def draws(self) -> bool:
-        """Whether it asked for random numbers."""
-        return self._randomness.asked
-
-    @property
-    def chooses(self) -> bool:
-        """Whether it chose among what it computed, as routers do."""
-        return self._randomness.chose
-
-
-_CODES = (torch.int8, torch.uint8)
-
-
-@contextmanager
-def trial(block: nn.Module, device: torch.device) -> Iterator[Answers]:
-    """Context in which a block may answer again and again: nothing is random, and what changes is put back after."""
-    randomness = _NothingRandom()
-    answers = Answers(block, randomness)
-    generators = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
-    try:
-        with torch.random.fork_rng(**generators), randomness:
-            yield answers
-    finally:
-        for buffer, before in answers.buffers:
-            buffer.copy_(before)
-
-
 @torch.no_grad()
 def _judge(block: nn.Module, call: _Sliced, apart: bool = False) -> _Verdict:
     """Judge a block; of one that is known to treat samples apart, whether it draws."""
     short = call.shortened()
-    with trial(block, call.leaves[call.cut[0]].device) as answers, _attending(_fresh(block), Meeting()):
+    with trial(block, call.leaves[call.cut[0]].device) as answers, attending(fresh_parts(block), Meeting()):
         if apart:
             next(short.answers())
         else:
@@ -388,116 +270,13 @@ def _samples_apart(call: _Sliced) -> bool | None:
     try:
         for change in (_Sliced.unlike, _Sliced.alike):
             tried = change(call)
-            if not _parts_agree(tried.whole(), tried.answers()):
+            if not parts_agree(tried.whole(), tried.answers()):
                 return False
     except Exception as error:  # whatever it lacks
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
             raise  # that says nothing about the block
         return None
     return True
-
-
-def _parts_agree(whole: Any, parts: Iterator[Any]) -> bool:
-    """:func:`leaves_agree`, of answers to slices that are never joined."""
-    ours = tree_leaves(whole)
-    squares = [[0.0, 0.0] for _ in ours]  # of the difference, and of the whole
-    start = [0] * len(ours)
-    for part in parts:
-        theirs = tree_leaves(part)
-        if len(theirs) != len(ours):
-            return False
-        for index, (leaf, piece) in enumerate(zip(ours, theirs, strict=True)):
-            if not isinstance(leaf, Tensor):
-                if not _leaves_agree(leaf, piece):
-                    return False
-                continue
-            expected = leaf[start[index] : start[index] + len(piece)]
-            start[index] += len(piece)
-            if expected.shape != piece.shape:
-                return False
-            if not leaf.is_floating_point():
-                if not torch.equal(expected, piece):
-                    return False
-                continue
-            squares[index][0] += float((expected - piece).norm()) ** 2
-            squares[index][1] += float(expected.norm()) ** 2
-    complete = all(not isinstance(leaf, Tensor) or start[index] == len(leaf) for index, leaf in enumerate(ours))
-    return complete and all(off <= TOLERANCE**2 * size for off, size in squares)
-
-
-def leaves_agree(whole: Any, joined: Any) -> bool:
-    """Whether two answers of a block are the same, up to the rounding of rows in layers that round them."""
-    ours, theirs = tree_leaves(whole), tree_leaves(joined)
-    return len(ours) == len(theirs) and all(map(_leaves_agree, ours, theirs))
-
-
-def _leaves_agree(whole: Any, joined: Any) -> bool:
-    if not isinstance(whole, Tensor):
-        return whole is joined or bool(whole == joined)
-    if whole.shape != joined.shape:
-        return False
-    if not whole.is_floating_point():
-        return torch.equal(whole, joined)
-    return bool((whole - joined).norm() <= TOLERANCE * whole.norm())
-
-
-class _NothingRandom(Watch):
-    """Context in which dropout drops nothing, and every draw of stochastic depth is the same.
-
-    A block in training mode draws other numbers for slices than for the batch.
-
-    Attributes:
-        asked: Whether something was to be drawn.
-        chose: Whether something was chosen by its value.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked = self.chose = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.chose |= _chooses(func, args, kwargs)
-        if func in _DROPOUTS:
-            names = ("input", "p", "train" if func is torch.dropout else "training")
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            self.asked |= given.get("p", 0.5) > 0 and bool(given.get(names[2], func not in _ALPHA))
-            return given["input"]
-        if func is F.scaled_dot_product_attention:
-            self.asked |= (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0)) > 0
-            args, kwargs = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args, {**kwargs}
-            kwargs.pop("dropout_p", None)
-        if func is torch.rand:
-            self.asked = True
-            return torch.full_like(func(*args, **kwargs), 0.5)
-        if func is Tensor.bernoulli_:
-            self.asked = True
-            return args[0].fill_(1.0)
-        return func(*args, **kwargs)
-
-
-def _chooses(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an operation picks or places values by others, as routers do; a few others do as well."""
-    name = getattr(func, "__name__", "")
-    if name in ("max", "min"):  # with a dimension, they say where
-        return "dim" in kwargs or (len(args) > 1 and isinstance(args[1], int))
-    if name == "where":
-        return len(args) + len(kwargs) == 1
-    if name in ("__getitem__", "__setitem__"):
-        return any(isinstance(index, Tensor) for index in (args[1] if isinstance(args[1], tuple) else args[1:2]))
-    return name.rstrip("_") in _CHOOSING
-
-
-_CHOOSING = frozenset(
-    "topk sort argsort msort argmax argmin kthvalue median mode quantile multinomial gumbel_softmax nonzero argwhere "
-    "searchsorted bucketize one_hot unique unique_consecutive cumsum cumprod cummax cummin logcumsumexp bincount "
-    "histc index_select index_add index_put index_copy scatter scatter_add scatter_reduce gather take take_along_dim "
-    "masked_select masked_scatter".split()
-)
-_ALPHA = frozenset((F.alpha_dropout, F.feature_alpha_dropout))  # off unless asked for
-_DROPOUTS = frozenset(
-    (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
-)
 
 
 @dataclass(frozen=True)
@@ -586,9 +365,9 @@ class _Chunks:
         if rows <= self.rows or _needs_whole_batches(mlp) or records(mlp):
             return forward(*args, **kwargs)
         chunks = hidden.reshape(1, rows, -1).split(self.rows, dim=1)
-        if _waiting(mlp):
+        if waiting_parts(mlp):
             with trial(mlp, hidden.device):
-                _meet_in_parts(mlp, map(forward, chunks))
+                meet_in_parts(mlp, map(forward, chunks))
         if torch.is_grad_enabled():
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
         return torch.cat([forward(chunk) for chunk in chunks], dim=1).view(hidden.shape)

@@ -8,6 +8,7 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..forms.shards import is_distributed
 from ..tuner.layer import WasiLayer
 
 
@@ -25,9 +26,8 @@ def check_weight_decay(value: float) -> None:
 
 def check_single_process(reason: str) -> None:
     """Raise RuntimeError in a run of several processes; the reason also says what to use there."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(f"{reason} in a distributed run, got {distributed.get_world_size()} processes.")
+    if is_distributed() and (processes := torch.distributed.get_world_size()) > 1:
+        raise RuntimeError(f"{reason} in a distributed run, got {processes} processes.")
 
 
 def create_wasi_optimizer(

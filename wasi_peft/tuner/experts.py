@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..forms.factored import FactoredLinear
 from ..forms.products import OUTLIERS, ProductChoice
 from ..forms.residual import Residual
+from ..forms.shards import is_distributed
 from ..forms.stacked import (
     FactoredStack,
     PackedWeight,
@@ -157,7 +158,7 @@ class Experts(PackedWeight, Linear):
 
     def _meet_experts(self, name: str, rows: Tensor, segments: Sequence[Segment]) -> None:
         form, unmet = self.form_of(name), self._unmet[name]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             unmet.clear()
         seen = self._seen.get(name, {}) if self.meeting is None else {}
         for expert, start, stop in segments:

@@ -26,8 +26,8 @@ from ..forms.dense import (
 from ..forms.factored import FactoredLinear
 from ..forms.products import ProductChoice
 from ..forms.residual import RESIDUALS, ExactResidual, Residual, ResidualLinear
-from ..forms.shards import write_through
-from ..memory.pieces import Meeting
+from ..forms.shards import is_distributed, write_through
+from ..memory.meeting import Meeting
 from ..memory.watching import OutOfSight
 from ..updates.base import InitialFactors, ProductGradientSink, Update
 from .config import WasiConfig
@@ -700,8 +700,7 @@ class Linear(nn.Module, WasiLayer):
         """What the sums over the first batch make of fresh factors."""
         form = self.form_of(name)
         self.wasi_update[name].meet(form, sums)
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and not write_through(form.R, form.R.detach()):
+        if is_distributed() and not write_through(form.R, form.R.detach()):
             self._met[name] = MetFactor(form)
         else:
             self._has_met(name)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ..forms.factored import FactoredLinear
 from ..forms.residual import Residual, ResidualLinear
+from ..forms.shards import is_distributed
 from ..linalg.coordinates import whitened_rows
 from ..linalg.low_bit import RoundedRows, transposed_times_rows
 from ..linalg.tucker import NOTHING, Tucker, expand_rows, roundable
@@ -105,7 +106,7 @@ def whiten(L: Tensor, R: Tensor, sums: Tensor) -> None:
     L, R = L.detach(), R.detach()
     if bool(L.any()):
         return
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         sums = sums.clone()
         torch.distributed.all_reduce(sums)
     if bool(sums.isfinite().all()) and float(sums[-1]) > 0:
