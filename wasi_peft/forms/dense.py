@@ -225,8 +225,9 @@ def build_dense(dense_class: type[nn.Module], weight: Tensor, bias: Tensor | Non
             layer = Conv1D(weight.shape[1], weight.shape[0])
         else:
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+    # not by `register_parameter`, which `low_cpu_mem_usage=True` has make parameters on the meta device
+    layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    layer._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return layer
 
 

@@ -57,7 +57,7 @@ class Residual(nn.Module, ABC):
         self.out_features, self.in_features = weight.shape
         self.dense_class = type(dense)
         self.products = ProductChoice() if products is None else products
-        self.register_parameter("bias", _frozen(dense_bias(dense)))
+        self._parameters["bias"] = _frozen(dense_bias(dense))  # see build_dense
         self._like = weight.new_empty(0)  # has the device and dtype of the dense layer
         self._hold(weight)
 
@@ -110,7 +110,7 @@ class Residual(nn.Module, ABC):
         residual.out_features, residual.in_features = shape
         residual.dense_class = dense_class
         residual.products = ProductChoice() if products is None else products
-        residual.register_parameter("bias", _frozen(bias))
+        residual._parameters["bias"] = _frozen(bias)
         for name in cls.layout(*shape):
             residual.register_buffer(name, buffers[name])
         first = next(iter(buffers.values()))

@@ -319,8 +319,9 @@ class WasiLayer(BaseTunerLayer):
         folded = self.wasi_update[adapter_name].fold(self.form_of(adapter_name))
         if folded is None:
             return False
+        trained = any(parameter.requires_grad for parameter in self.wasi_form.parameters())
         self.wasi_form[adapter_name], self.wasi_update[adapter_name] = folded
-        self.set_adapter(self.active_adapters)
+        self.set_adapter(self.active_adapters, inference_mode=not trained)
         return True
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -502,8 +503,8 @@ class WasiLayer(BaseTunerLayer):
 
     def _unloaded(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         if merge:
-            if not self.merged:
-                self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            if not self.merged or set(adapter_names or self.merged_adapters) != set(self.merged_adapters):
+                self.merge(safe_merge=safe_merge, adapter_names=adapter_names)  # which refuses a second one
             if self.merged:
                 return self.base_layer
         if self.merged:
@@ -535,6 +536,8 @@ class WasiLayer(BaseTunerLayer):
             ):
                 self._awaiting.discard(name)
                 self._freeze_non_trainable_peft_weights(name)  # a loader may have replaced the parameters
+                if self._like.is_meta:  # of a dense weight that was never there
+                    self._like = self._like.new_empty(0, device=tensors[0].device)
         group = self._loading_group
         if self._awaiting or any(layer._awaiting for layer in group.values()):
             return
@@ -606,15 +609,17 @@ class Linear(nn.Module, WasiLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)
         self._like = fn(self._like)
+        for base in self._unmerged_base:
+            base._apply(fn)
         return self
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self.weight_scale != 1:
             x = x * self.weight_scale
-        if adapter_names is not None:
-            return self._mixed_forward(x, adapter_names)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
+        if adapter_names is not None and not self._disable_adapters:
+            return self._mixed_forward(x, adapter_names)
         name = self.active_name
         if name is None or self._disable_adapters or self.merged_adapters or (self._awaiting and self._uses_base):
             return self.base_layer(x, *args, **kwargs)
@@ -727,7 +732,9 @@ class Linear(nn.Module, WasiLayer):
             if name in self.wasi_form:
                 self._require_loaded(name)
                 form = self.form_of(name)
-                part = form(x[samples])
+                rows = x[samples].to(compute_dtype_of(x, form.dtype))
+                with torch.autocast(device_type=x.device.type, enabled=False):
+                    part = form(rows)
             elif self.base_is_released:
                 raise ValueError(RELEASED.format(action=f"{name!r} in adapter_names"))
             else:
