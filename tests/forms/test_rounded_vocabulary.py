@@ -250,3 +250,14 @@ def test_the_chunked_loss_is_that_of_the_dense_weight(dtype: torch.dtype, bias: 
     wanted = run(made.dense_weight(torch.float64), exact, None if offset is None else offset.double())
     for ours, theirs in zip(found, wanted, strict=True):
         assert relative_error(ours, theirs) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_float16_is_not_left_by_codes() -> None:
+    torch.manual_seed(0)
+    table = 0.02 * torch.randn(100, 256)
+    h = 10 * torch.randn(3, 256)
+    table[7] = 200 * h[0] / h[0].norm() ** 2
+    vocabulary = Vocabulary(build_dense(nn.Linear, table.half(), None))
+    dense, dY = vocabulary.dense_weight(torch.float64), torch.full((3, 100), 1e-6, dtype=torch.float16)
+    assert relative_error(vocabulary.product(h.half()).double(), h.half().double() @ dense.T) < 0.01
+    assert relative_error(vocabulary.transposed_product(dY).double(), dY.double() @ dense) < 0.1

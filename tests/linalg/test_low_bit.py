@@ -60,7 +60,7 @@ def test_a_row_of_zeros_is_zero_and_an_outlier_costs_its_own_row_alone() -> None
 
 @pytest.mark.parametrize("tile", [40, 200, low_bit.TILE])  # rows 1, 5 or all at a time
 @pytest.mark.parametrize("outliers", [0, 3])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_a_gradient_from_rounded_rows_is_that_of_the_values_they_stand_for(
     dtype: torch.dtype, outliers: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +73,12 @@ def test_a_gradient_from_rounded_rows_is_that_of_the_values_they_stand_for(
     found, wanted = transposed_times_rows(h, rows), h.double().t() @ restored
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     assert float((found - wanted).norm() / wanted.norm()) < 2 * torch.finfo(dtype).eps
+
+
+def test_a_small_gradient_in_float16_is_not_lost() -> None:
+    x, h = normal(256, 40, seed=4, dtype=torch.float32).half(), (1e-5 * normal(256, 3, seed=5)).half()
+    found, expected = transposed_times_rows(h, quantize_rows(x, 4)), h.double().t() @ x.double()
+    assert float((found - expected).norm() / expected.norm()) < 0.01
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

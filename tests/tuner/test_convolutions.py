@@ -219,3 +219,19 @@ def test_other_convolutions_are_refused_before_anything_changes(options: dict[st
     assert str(error.value).startswith("middle: a convolution can be a target with groups=1")
     assert reason in str(error.value)
     assert list(model.modules()) == modules
+
+
+@pytest.mark.parametrize("options", [{"weight_rank": 3}, {"residual": None, "weight_rank": 6}], ids=str)
+def test_loading_without_a_second_copy_in_memory(options: dict[str, Any], tmp_path: Path) -> None:
+    def convolutions() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 1))
+
+    options = {"target_modules": ["0", "2"], "residual_product": "restored", **options}
+    model, x = get_peft_model(convolutions(), wasi_peft.WasiConfig(**options)).eval(), images()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(convolutions(), tmp_path, low_cpu_mem_usage=True).eval()
+    loaded.load_adapter(tmp_path, "other")
+    for name in ("default", "other"):
+        loaded.set_adapter(name)
+        assert torch.equal(loaded(x), model(x))

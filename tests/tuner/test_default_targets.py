@@ -267,6 +267,12 @@ def said(model: nn.Module, caplog: pytest.LogCaptureFixture, **options: Any) -> 
     return record
 
 
+def test_what_trains_whole_counts_once(caplog: pytest.LogCaptureFixture) -> None:
+    for name, module in (("vit", "classifier"), ("llama", "lm_head")):
+        plain = said(ARCHITECTURES[name].model(), caplog).getMessage()
+        assert said(ARCHITECTURES[name].model(), caplog, modules_to_save=[module]).getMessage() == plain
+
+
 def test_what_stays_dense_is_said_with_its_share(caplog: pytest.LogCaptureFixture) -> None:
     model = ARCHITECTURES["llama"].model()
     matrices = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from models import ARCHITECTURES
 from peft import TaskType, get_peft_model
 from torch import nn
@@ -48,10 +49,18 @@ def test_one_of_a_checkpoint_is_not(caplog: pytest.LogCaptureFixture) -> None:
     assert named(vit_with_head(0.1), caplog) == []
 
 
-def test_a_task_type_trains_the_head(caplog: pytest.LogCaptureFixture) -> None:
-    bert: Any = ARCHITECTURES["bert"].model()
-    nn.init.zeros_(bert.classifier.bias)
-    assert named(bert, caplog, task_type=TaskType.SEQ_CLS) == []
+@pytest.mark.parametrize(
+    ("kind", "task_type"),
+    [
+        (tf.BertForSequenceClassification, TaskType.SEQ_CLS),
+        (tf.BertForTokenClassification, "TOKEN_CLS"),
+        (tf.BertForQuestionAnswering, TaskType.QUESTION_ANS),
+    ],
+)
+def test_a_task_type_trains_the_head(kind: Any, task_type: Any, caplog: pytest.LogCaptureFixture) -> None:
+    bert = kind(ARCHITECTURES["bert"].model().config)
+    assert named(bert, caplog, task_type=task_type) == []
+    assert len(named(kind(bert.config), caplog)) == 1
 
 
 def test_a_language_model_has_none(caplog: pytest.LogCaptureFixture) -> None:

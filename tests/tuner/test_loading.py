@@ -498,7 +498,9 @@ COMPILED = [(True, False), (False, True), (True, True)]
 
 
 @pytest.mark.parametrize(("train_compiled", "load_compiled"), COMPILED, ids=str)
-@pytest.mark.parametrize("options", [{"weight_rank": 5}, {"weight_share": 0.5, "bias": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"weight_rank": 5, "residual_product": "int8"}, {"weight_share": 0.5, "bias": "all"}], ids=str
+)
 def test_compiled_bases(train_compiled: bool, load_compiled: bool, options: dict[str, Any], tmp_path: Path) -> None:
     """Files and configurations hold plain names, so an adapter goes from a compiled base to a plain one and back."""
 
@@ -574,3 +576,34 @@ def test_adapters_of_transformers_itself_are_saved_by_it(tmp_path: Path) -> None
     base.add_adapter(WasiConfig(weight_share=0.6))
     base.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_a_base_on_the_meta_device_takes_further_adapters(tmp_path: Path) -> None:
+    model = wasi_model(VIT.model(), weight_rank=3)
+    model.save_pretrained(tmp_path)
+    base = VIT.model()
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear) and name != "classifier":
+            module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)
+    loaded.load_adapter(tmp_path, "other")
+    for name in ("default", "other"):
+        loaded.set_adapter(name)
+        assert torch.equal(logits(loaded, VIT.batch()), logits(model, VIT.batch()))
+
+
+@pytest.mark.parametrize("options", [{"explained_variance_threshold": 0.7}, {"weight_share": 0.6}], ids=str)
+def test_one_configuration_for_two_models(options: dict[str, Any], tmp_path: Path) -> None:
+    """What each model's layers got is in its own file."""
+    config, models = WasiConfig(**options), []
+    for scale in (1.0, 0.0):
+        base = VIT.model()
+        for parameter in base.parameters():
+            if parameter.dim() == 2:  # of rank one, or nearly
+                parameter.data.mul_(scale).add_(0.01 * torch.randn_like(parameter)).add_(1 - scale)
+        models.append(get_peft_model(base, config).eval())
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(number))
+        loaded = PeftModel.from_pretrained(VIT.model(), tmp_path / str(number))
+        state, expected = loaded.state_dict(), model.state_dict()
+        assert all(torch.equal(state[name], expected[name]) for name in state if "wasi_" in name)

@@ -173,6 +173,18 @@ def test_low_cpu_mem_usage(form: str, kind: type[nn.Module], tmp_path: Path) -> 
 
 
 @matrix
+def test_an_empty_adapter_leaves_nothing_of_the_base_on_the_meta_device(form: str, kind: type[nn.Module]) -> None:
+    model = adapted(kind, form)
+    expected, state = answer(model), get_peft_model_state_dict(model)
+    empty = get_peft_model(base(kind), config(form), low_cpu_mem_usage=True)
+    set_peft_model_state_dict(empty, state, low_cpu_mem_usage=True)
+    assert torch.equal(answer(empty), expected)
+    with empty.disable_adapter():
+        torch.testing.assert_close(answer(empty), answer(frozen(kind, form)))
+    assert not any(tensor.is_meta for tensor in empty.unload().state_dict().values())
+
+
+@matrix
 def test_state_dict_round_trip_under_wrapped_names(form: str, kind: type[nn.Module]) -> None:
     """As `set_peft_model_state_dict` gets it from an FSDP or a compiled model: other keys around, the same inside."""
     model, other = adapted(kind, form), adapted(kind, form)
@@ -310,6 +322,36 @@ def test_mixed_adapter_batches(form: str, kind: type[nn.Module]) -> None:
         assert torch.allclose(mixed[index], expected[name][index], atol=1e-6)
 
 
+@matrix
+def test_a_batch_of_one_adapter_takes_its_vectors(form: str, kind: type[nn.Module]) -> None:
+    model = two_trained(form, kind)
+    model.add_adapter("plain", config(form, train_vectors=False))
+    expected = {"__base__": answer(frozen(kind, form))}
+    for name in ("default", "other", "plain"):
+        model.set_adapter(name)
+        expected[name] = answer(model)
+    for active in ("default", "plain"):
+        model.set_adapter(active)
+        for names in (["other"] * 5, ["default"] * 5, ["__base__"] * 5, ["plain", "__base__", *["plain"] * 3]):
+            with torch.no_grad():
+                mixed = model(inputs, adapter_names=names)
+            for index, name in enumerate(names):
+                torch.testing.assert_close(mixed[index], expected[name][index], atol=1e-5, rtol=1e-5)
+        assert torch.equal(answer(model), expected[active])
+    with model.disable_adapter(), torch.no_grad():
+        torch.testing.assert_close(model(inputs, adapter_names=["other"] * 5), expected["__base__"])
+
+
+@matrix
+def test_mixed_adapter_batches_under_autocast(form: str, kind: type[nn.Module]) -> None:
+    model = two_trained(form, kind, train_vectors=False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mixed = model(inputs, adapter_names=["default", "__base__", "other", "other", "default"])
+        for index, name in ((0, "default"), (2, "other")):
+            model.set_adapter(name)
+            torch.testing.assert_close(mixed[index].float(), model(inputs)[index].float(), atol=0.02, rtol=0.02)
+
+
 MIXED_ERRORS: dict[str, tuple[Callable[[PeftModel], Any], list[str], str]] = {
     "training": (lambda model: model.train(), ["default"] * 5, "training mode"),
     "unknown": (lambda model: model.eval(), ["default"] * 4 + ["nobody"], "nobody"),
@@ -383,6 +425,38 @@ def test_merging_another_than_the_active_adapter_takes_its_vectors(
     torch.testing.assert_close(answer(model), other, atol=1e-5, rtol=1e-5)
     model.unmerge_adapter()
     assert torch.equal(answer(model), active)
+
+
+def test_another_than_the_merged_adapter_is_not_unloaded() -> None:
+    model = two_trained("addition int8", nn.Linear)
+    model.merge_adapter(["default"])
+    before = answer(model)
+    with pytest.raises(ValueError, match=r"only one adapter can be merged at a time, got \['other'\]"):
+        model.merge_and_unload(adapter_names=["other"])
+    assert torch.equal(answer(model), before)
+    assert torch.equal(answer(model.merge_and_unload(adapter_names=["default"])), before)
+
+
+@matrix
+@pytest.mark.parametrize("dense", [None, True, False])
+def test_a_merge_that_is_refused_leaves_all_layers(form: str, kind: type[nn.Module], dense: bool | None) -> None:
+    model = adapted(kind, form)
+    layers = [type(module) for module in model.modules()]
+    next(p for name, p in model.named_parameters() if "lin1" in name and p.requires_grad).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True, dense=dense)
+    assert [type(module) for module in model.modules()] == layers
+    model.unload()
+
+
+@matrix
+def test_a_merged_model_that_is_cast_can_be_unmerged(form: str, kind: type[nn.Module]) -> None:
+    model = adapted(kind, form)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    with torch.no_grad(), model.disable_adapter():
+        assert model(inputs.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from models import ARCHITECTURES, Architecture
 from peft import PeftModel, get_peft_model
 
 from wasi_peft import WasiConfig
+from wasi_peft.memory.wrapping import runner_of
 from wasi_peft.tuner.vectors import Lowered
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -74,7 +76,7 @@ def test_the_base_model_answers_in_its_own_vectors(name: str, dtype: torch.dtype
         assert not torch.equal(model(**batch).logits, expected)
     plain = model.unload()
     assert {parameter.dtype for parameter in plain.parameters()} == {dtype}
-    assert not any(Lowered.of(module) for module in plain.modules())
+    assert not any(runner_of(module, Lowered) for module in plain.modules())
 
 
 @dtypes
@@ -93,18 +95,74 @@ def test_copies_and_files(dtype: torch.dtype, options: dict[str, Any], tmp_path:
         assert torch.equal(copy.deepcopy(model)(**batch).logits, expected)
 
 
-def test_a_pass_that_fails_leaves_the_float32_vectors() -> None:
-    model = adapted("llama", torch.float16, OPTIONS["residual"])
-    norm = model.base_model.model.model.norm
-    vector = norm.weight
-    with pytest.raises(TypeError):
-        norm(None, None, None)
-    assert norm.weight is vector and vector.dtype == torch.float32
-    seen = []
-    handle = norm.register_forward_pre_hook(lambda module, _: seen.append(module.weight.dtype))
-    norm(torch.ones(2, norm.weight.numel(), dtype=torch.float16))
-    handle.remove()
-    assert seen == [torch.float16] and norm.weight is vector
+def test_a_pass_that_fails_leaves_the_float32_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("vit", torch.float16, OPTIONS["residual"])
+    embeddings = model.base_model.model.vit.embeddings
+    vector, forward, seen = embeddings.cls_token, type(embeddings).forward, []
+    errors = [None, KeyboardInterrupt, TypeError, None]
+
+    def noting(module: Any, *args: Any, **kwargs: Any) -> Any:
+        error = errors[len(seen)]
+        seen.append(module.cls_token.dtype)
+        if error is not None:
+            raise error
+        return forward(module, *args, **kwargs)
+
+    monkeypatch.setattr(type(embeddings), "forward", noting)
+    pixels = batch_of(ARCHITECTURES["vit"], torch.float16)["pixel_values"]
+    for error in errors:
+        with contextlib.nullcontext() if error is None else pytest.raises(error):
+            embeddings(pixels)
+        assert embeddings.cls_token is vector and vector.dtype == torch.float32 and vector.is_leaf
+    assert seen == 4 * [torch.float16]
+
+
+@models
+@pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_a_model_that_is_cast_computes_in_its_new_dtype(name: str, target: torch.dtype) -> None:
+    model = adapted(name, torch.bfloat16, OPTIONS["residual"]).eval().to(target)
+    batch = batch_of(ARCHITECTURES[name], target)
+    with torch.no_grad():
+        assert model(**batch).logits.dtype == target
+    assert {parameter.dtype for parameter in copy.deepcopy(model).unload().parameters()} == {target}
+
+
+@dtypes
+@pytest.mark.parametrize("bias", ["none", "wasi_only", "all"])
+@either
+def test_a_second_adapter(dtype: torch.dtype, bias: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    model = get_peft_model(ARCHITECTURES["vit"].model().to(dtype), WasiConfig(**options, bias=bias))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.save_pretrained(tmp_path)
+    model.add_adapter("fresh", WasiConfig(**options, bias=bias))
+    model.add_adapter("reference", model.peft_config["default"])
+    model.load_adapter(tmp_path, "loaded", is_trainable=True)
+    model.add_weighted_adapter(["default", "loaded"], [0.5, 0.5], "sum")
+    loaded = ".loaded."  # which PEFT leaves training, active or not
+    now = {name for name, parameter in model.named_parameters() if parameter.requires_grad and loaded not in name}
+    assert now == trained
+    for name in ("fresh", "reference", "loaded", "sum"):
+        model.set_adapter(name)
+        others = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        assert others == {key.replace(".default", f".{name}") for key in trained}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_vectors_of_a_file_are_held_as_the_model_holds_them(
+    low_cpu_mem_usage: bool, autocast: bool, tmp_path: Path
+) -> None:
+    get_peft_model(ARCHITECTURES["vit"].model(), WasiConfig()).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        ARCHITECTURES["vit"].model().bfloat16(),
+        tmp_path,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        autocast_adapter_dtype=autocast,
+    )
+    norms = {parameter.dtype for name, parameter in loaded.named_parameters() if "layernorm" in name}
+    assert norms == {torch.float32 if autocast else torch.bfloat16}
+    with torch.no_grad():
+        assert loaded(**batch_of(ARCHITECTURES["vit"], torch.bfloat16)).logits.isfinite().all()
 
 
 def test_without_autocast_of_adapters_nothing_is_raised() -> None:

@@ -13,9 +13,10 @@ from models import ARCHITECTURES, exact_config, logits, train, wasi_model
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+import wasi_peft
 from wasi_peft import WasiConfig
 from wasi_peft.tuner.layer import wasi_layers
-from wasi_peft.tuner.vectors import AdapterVectors, Place, vector_parameter_names, vector_places
+from wasi_peft.tuner.vectors import AdapterVectors, Place, vector_places
 
 VIT = ARCHITECTURES["vit"]
 
@@ -93,7 +94,6 @@ def test_places() -> None:
         "head.bias",
     }
     assert set(places(model)) == {"cls_token", *NORM, *STATISTICS, "blocks.0.0.bias", "head.bias"}
-    assert set(vector_parameter_names(model)) == {"cls_token", *NORM}
     for name, place in places(model).items():
         assert place.table[place.name] is tensors(model)[name]
 
@@ -439,3 +439,49 @@ def test_statistics_stay_where_vectors_do_not_train() -> None:
     assert not next(layer for _, layer in wasi_layers(model)).vectors.adapters
     step(model)
     assert int(model.unload().blocks[0][1].num_batches_tracked) == 2
+
+
+def norms_train(model: Any) -> set[bool]:
+    return {parameter.requires_grad for name, parameter in model.named_parameters() if "layernorm" in name}
+
+
+def test_vectors_train_where_the_factors_of_their_adapter_do() -> None:
+    options: dict[str, Any] = {"residual": None, "update": "frozen_basis", **LOW}
+    model = get_peft_model(VIT.model(), WasiConfig(**options))
+    model.add_adapter("other", WasiConfig(**options))
+    for trains in (False, True):
+        model.base_model.set_requires_grad("default", trains)
+        assert norms_train(model) == {trains}
+        forms = [layer.form_of("default") for _, layer in wasi_layers(model)]
+        assert [{form.part(part).requires_grad for form in forms} for part in ("L", "R")] == [{trains}, {False}]
+    model.delete_adapter("default")
+    assert model.active_adapters == ["other"] and norms_train(model) == {True}
+
+
+@pytest.mark.parametrize("call", ["set_adapter", "add_adapter"])
+def test_while_adapters_are_disabled_the_base_keeps_its_vectors(call: str) -> None:
+    model: Any = get_peft_model(VIT.model(), exact_config(**LOW))
+    train(model, VIT.batch())
+    model.add_adapter("other", exact_config(**LOW))
+    model.set_adapter("other")
+    train(model, VIT.batch(), steps=4)
+    expected = logits(model, VIT.batch())
+    with model.disable_adapter():
+        base = logits(model, VIT.batch())
+        if call == "set_adapter":
+            model.set_adapter("default")
+            model.set_adapter("other")
+        else:
+            model.add_adapter("third", exact_config(**LOW))
+        assert torch.equal(logits(model, VIT.batch()), base)
+    assert torch.equal(logits(model, VIT.batch()), expected)
+
+
+def test_beside_compressed_layers_the_same_vectors_train() -> None:
+    dense = get_peft_model(VIT.model(), WasiConfig(weight_rank=4))
+    base = wasi_peft.compress(VIT.model(), WasiConfig(weight_rank=4))
+    rounded = get_peft_model(base, WasiConfig(weight_rank=4))
+    trained = [
+        {name for name, parameter in model.named_parameters() if parameter.requires_grad} for model in (dense, rounded)
+    ]
+    assert trained[0] == trained[1]

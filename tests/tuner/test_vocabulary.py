@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from strategies import relative_error
 from torch import Tensor, nn
 
-from wasi_peft import WasiConfig, estimate_wasi, measure_peak_memory
+from wasi_peft import WasiConfig, estimate_wasi, load_adapter, measure_peak_memory
 from wasi_peft.forms.dense import build_dense
 from wasi_peft.forms.vocabulary import Vocabulary, VocabularyWeight
 from wasi_peft.memory import MEMORY_MODES
@@ -315,3 +315,20 @@ def test_a_table_that_another_kind_of_module_shares_is_refused() -> None:
     ):
         adapted(model)
     assert type(model.lm_head.weight) is nn.Parameter
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("options", [{}, {"residual": None, "weight_rank": 20}], ids=["residual", "factors"])
+def test_loading_without_a_second_copy_in_memory(tied: bool, options: dict[str, Any], tmp_path: Path) -> None:
+    llama(tied).save_pretrained(tmp_path / "base")
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model, batch = adapted(base, **options).eval(), tokens()
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model(**batch).logits + 0
+        for loaded in (
+            PeftModel.from_pretrained(llama(tied), tmp_path / "adapter", low_cpu_mem_usage=True),
+            load_adapter(tmp_path / "adapter"),
+        ):
+            assert not any(buffer.is_meta for buffer in loaded.buffers())
+            torch.testing.assert_close(loaded.eval()(**batch).logits + 0, expected)

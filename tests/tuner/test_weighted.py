@@ -165,3 +165,49 @@ def test_a_failure_leaves_the_adapters_as_they_were(monkeypatch: pytest.MonkeyPa
         model.add_weighted_adapter(["default", "other"], [1, 1], "sum")
     assert list(model.state_dict()) == keys and set(model.peft_config) == {"default", "other"}
     assert torch.equal(logits(model, VIT.batch()), answer)
+
+
+def language_models(tokens: list[list[int]]) -> Any:
+    """A model with an adapter for each list of tokens that train, moved at random."""
+    options: dict[str, Any] = {"weight_rank": 3, "residual_product": "restored"}
+    configs = [WasiConfig(**options, trainable_token_indices=own) for own in tokens]
+    model = get_peft_model(ARCHITECTURES["llama_tied"].model(), configs[0])
+    for number, config in enumerate(configs[1:], 1):
+        model.add_adapter(f"other{number}", config)
+    for seed, name in enumerate(list(model.peft_config)):
+        model.set_adapter(name)
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.set_adapter("default")
+    return model.eval()
+
+
+def test_trained_tokens_are_summed(tmp_path: Path) -> None:
+    model, batch = language_models([[1, 2, 3], [1, 2, 3]]), ARCHITECTURES["llama_tied"].batch()
+    one = logits(model, batch)
+    model.add_weighted_adapter(["default"], [1.0], "same", "cat")
+    model.add_weighted_adapter(["default", "other1"], [0.25, 0.5], "sum", "cat")
+    rows = model.get_base_model().model.embed_tokens.token_adapter
+    base, first, second = (
+        rows.trainable_tokens_original["default"],
+        *(rows.trainable_tokens_delta[name] for name in ("default", "other1")),
+    )
+    torch.testing.assert_close(
+        rows.trainable_tokens_delta["sum"].detach(), (base + 0.25 * (first - base) + 0.5 * (second - base)).detach()
+    )
+    model.set_adapter("same")
+    torch.testing.assert_close(logits(model, batch), one, atol=1e-5, rtol=1e-5)
+    model.set_adapter("sum")
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(ARCHITECTURES["llama_tied"].model(), tmp_path / "sum")
+    torch.testing.assert_close(logits(loaded, batch), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_that_train_other_tokens_have_no_sum() -> None:
+    model = language_models([[1, 2], [2, 3]])
+    with pytest.raises(ValueError, match=r"the same trainable_token_indices, got \[\[1, 2\], \[2, 3\]\]"):
+        model.add_weighted_adapter(["default", "other1"], [0.5, 0.5], "sum", "cat")
+    assert set(model.peft_config) == {"default", "other1"}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from ..linalg.low_bit import RoundedRows, quantize_rows, row_tiles
-from ..linalg.timing import timed
+from ..linalg.timing import timed_in_one_thread
 
 TILE_ELEMENTS = 2**20  # of a weight that is restored a part at a time
 SAMPLE_SIDE, SAMPLE_RUNS = 1024, 8
@@ -161,7 +160,10 @@ def transposed_by_tiles(dY: Tensor, sizes: tuple[int, int], tile: Callable[[int,
 
 
 class RestoredWeight(Int8Product):
-    """The weight is restored in the dtype of the rows, a tile at a time: exact, at the speed of a dense product."""
+    """The weight is restored in the dtype of the rows, a tile at a time: exact, at the speed of a dense product.
+
+    Codes are multiplied as they are and the product is scaled, but in float16, whose range that would leave.
+    """
 
     name: ClassVar[str] = "restored"
     compute: ClassVar[torch.dtype | None] = None
@@ -178,14 +180,20 @@ class RestoredWeight(Int8Product):
         rows = x.to(dtype)
 
         def columns(start: int, stop: int) -> Tensor:
+            if dtype == torch.float16:
+                return rows @ scaled_codes(codes[start:stop], scale[start:stop], dtype).t()
             return (rows @ codes[start:stop].t().to(dtype)).mul_(scale[start:stop].t())
 
         return add_thin(by_tiles(x, (codes.shape[0], codes.shape[1]), columns), thin)
 
     @classmethod
     def transposed(cls, dY: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        dtype = cls.compute or dY.dtype
-        rows, sizes = (dY * scale.t()).to(dtype), (codes.shape[0], codes.shape[1])
+        dtype, sizes = cls.compute or dY.dtype, (codes.shape[0], codes.shape[1])
+        if dtype == torch.float16:
+            return transposed_by_tiles(
+                dY, sizes, lambda start, stop: scaled_codes(codes[start:stop], scale[start:stop], dtype)
+            )
+        rows = (dY * scale.t()).to(dtype)
         return transposed_by_tiles(rows, sizes, lambda start, stop: codes[start:stop].to(dtype)).to(dY.dtype)
 
 
@@ -198,6 +206,11 @@ class RestoredInBFloat16(RestoredWeight):
     @staticmethod
     def supports(codes: Tensor, rows: int, dtype: torch.dtype) -> bool:
         return dtype == torch.float32
+
+
+def scaled_codes(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`diag(scale) codes` in a dtype, computed in at least float32."""
+    return (codes * scale.to(torch.promote_types(dtype, torch.float32))).to(dtype)
 
 
 def tiles(out_features: int, in_features: int) -> list[tuple[int, int]]:
@@ -215,8 +228,7 @@ PRODUCTS: dict[str, type[Int8Product]] = {
 def measured_seconds(device: torch.device, dtype: torch.dtype, few: bool) -> dict[str, float]:
     """Seconds of every product that works there, with a square weight of 1024: what this machine is like.
 
-    With many rows, which is how models train, that of the gradient of the input counts as well. On a CPU one thread is
-    timed: several that share their cores with other processes wait for each other, and then times say nothing.
+    With many rows, which is how models train, that of the gradient of the input counts as well.
 
     Args:
         device: Of the operands.
@@ -228,27 +240,14 @@ def measured_seconds(device: torch.device, dtype: torch.dtype, few: bool) -> dic
     scale = torch.zeros(SAMPLE_SIDE, 1, device=device)
     able = [product for product in PRODUCTS.values() if product.supports(codes, len(x), dtype)]
     seconds = {product.name: math.inf for product in able}
-    with torch.no_grad(), _one_thread(device):
+    with torch.no_grad():
         for _ in range(SAMPLE_RUNS):  # in rounds, so that a slow moment of the machine meets all of them
             for product in able:
-                took = timed(functools.partial(product.forward, x, codes, scale), device)
+                took = timed_in_one_thread(functools.partial(product.forward, x, codes, scale), device)
                 if not few:
-                    took += timed(functools.partial(product.transposed, x, codes, scale), device)
+                    took += timed_in_one_thread(functools.partial(product.transposed, x, codes, scale), device)
                 seconds[product.name] = min(seconds[product.name], took)
     return seconds
-
-
-@contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class ProductChoice:

@@ -29,7 +29,7 @@ from ..linalg.low_bit import (
 )
 from .dense import FactoredWeight, build_dense, dense_bias, dense_weight, is_quantized, is_transposed
 from .factored import FactoredLinear, check_rank
-from .products import ProductChoice, Thin, add_thin, by_tiles, tiles, transposed_by_tiles
+from .products import ProductChoice, Thin, add_thin, by_tiles, scaled_codes, tiles, transposed_by_tiles
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of tensors, by name
 
@@ -330,8 +330,7 @@ class Int8Residual(Residual):
 
     def restore(self, codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The entries that some of the codes stand for, with the scales of their rows."""
-        dtype = dtype or self.dtype
-        return (codes * scale.to(_at_least_float32(dtype))).to(dtype)
+        return scaled_codes(codes, scale, dtype or self.dtype)
 
     def takes_rounded(self, rows: int, dtype: torch.dtype) -> bool:
         return self.products.product_of(rows, dtype, self.codes).rounds

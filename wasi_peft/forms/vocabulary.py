@@ -58,14 +58,20 @@ class Vocabulary(Int8Residual):
         dtype, scale = self._compute_dtype(x), self.scale.t()
         rows = x.to(dtype)
         for part in self._parts(len(x)):
-            torch.mul(rows @ self.codes[part].to(dtype).t(), scale[:, part], out=y[:, part])
+            if dtype == torch.float16:  # whose range a product with codes would leave
+                torch.mm(rows, self.restore(self.codes[part], self.scale[part], dtype).t(), out=y[:, part])
+            else:
+                torch.mul(rows @ self.codes[part].to(dtype).t(), scale[:, part], out=y[:, part])
         return add_thin(y, thin)
 
     def transposed_product(self, dY: Tensor) -> Tensor:
         dtype, scale = self._compute_dtype(dY), self.scale.t()
         dX = dY.new_zeros(len(dY), self.in_features, dtype=torch.promote_types(dY.dtype, torch.float32))
         for part in self._parts(len(dY)):
-            dX += (dY[:, part] * scale[:, part]).to(dtype) @ self.codes[part].to(dtype)
+            if dtype == torch.float16:
+                dX += dY[:, part] @ self.restore(self.codes[part], self.scale[part], dtype)
+            else:
+                dX += (dY[:, part] * scale[:, part]).to(dtype) @ self.codes[part].to(dtype)
         return dX.to(dY.dtype)
 
     def _parts(self, rows: int) -> Iterator[slice]:

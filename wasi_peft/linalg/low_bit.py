@@ -99,11 +99,13 @@ def transposed_times_rows(h: Tensor, rows: RoundedRows) -> Tensor:
         >>> transposed_times_rows(h, quantize_rows(x))
         tensor([[3.0079, 0.0000]])
     """
-    scaled = h * rows.scale.to(h.dtype)
+    narrow = h.dtype == torch.float16  # in whose range h and scales multiplied may be nothing
+    scaled = h if narrow else h * rows.scale.to(h.dtype)
     n = rows.codes.shape[1]
     product = h.new_zeros(h.shape[1], n, dtype=torch.promote_types(h.dtype, torch.float32))
     for part in row_tiles(len(h), n, h.device):
-        product += scaled[part].t() @ rows.codes[part].to(h.dtype)
+        codes = rows.codes[part]
+        product += scaled[part].t() @ (codes * rows.scale[part] if narrow else codes).to(h.dtype)
     if rows.columns is not None:  # which are kept as they are
         assert rows.values is not None
         product.index_add_(1, rows.columns, (h.t() @ rows.values).to(product.dtype))

@@ -9,12 +9,13 @@ end, and around `forward`, so that it can put back whatever it changes, also whe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 Runner = Callable[..., Any]
+R = TypeVar("R")
 
 
 class Technique(Protocol):
@@ -87,6 +88,16 @@ def unwrap(module: nn.Module, kind: type) -> None:
         module.__dict__["forward"] = rest.replaced
     else:
         del module.__dict__["forward"]
+
+
+def runner_of(module: nn.Module, kind: type[R]) -> R | None:
+    """The runner of a class around the forward of a module, None where there is none."""
+    there = module.__dict__.get("forward")
+    while isinstance(there, Around):
+        if isinstance(there.run, kind):
+            return there.run
+        there = there.inner
+    return None
 
 
 def unwrap_all(model: nn.Module, kind: type) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forms.convolution import Patches
-from .layer import Linear
+from .layer import Linear, compute_dtype_of
 
 
 class Convolution(Linear):
@@ -43,11 +43,9 @@ class Convolution(Linear):
 
     def _multiplied(self, x: Tensor) -> Tensor:
         """What the form answers by a convolution with R and one of 1 x 1 after it."""
-        form, device = self.form, x.device.type
-        dtype = x.dtype if x.dtype.itemsize < form.dtype.itemsize else form.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device_type=device, enabled=False):
+        form = self.form
+        dtype = compute_dtype_of(x, form.dtype)
+        with torch.autocast(device_type=x.device.type, enabled=False):
             h = self.patches.multiply(x.to(dtype), form.R.to(dtype))
             return self.update.from_image(form, h)
 

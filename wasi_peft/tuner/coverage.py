@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .layer import WasiLayer
@@ -56,6 +57,7 @@ def coverage(model: nn.Module, adapter_name: str) -> Coverage:
     covered, tables, dense, seen = 0, 0, dict[str, int](), set[int]()
     inside: tuple[str, ...] = ()
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = getattr(head, "original_module", head)
     for name, module in model.named_modules():
         if inside and f"{name}.".startswith(inside):
             continue
@@ -67,9 +69,12 @@ def coverage(model: nn.Module, adapter_name: str) -> Coverage:
             else:
                 dense[name] = size
             continue
+        if isinstance(module, ModulesToSaveWrapper):
+            inside += (f"{name}.modules_to_save.",)  # copies
         own = [part for part in module.parameters(recurse=False) if part.dim() > 1 and id(part) not in seen]
         seen.update(map(id, own))
         if own:
+            name = name.replace(".original_module", "")
             dense[name] = sum(part.numel() for part in own)
             tables += dense[name] if module is head or isinstance(module, nn.Embedding) else 0
     return Coverage(covered, dense, tables)

@@ -5,7 +5,7 @@ Names in `modules_to_save` that no module has would leave one out in silence, to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -19,7 +19,11 @@ FRESH_HEAD = (
 )
 UNMATCHED = "modules_to_save names {name!r}, and no module of {model} has that name: nothing is trained whole for it."
 CLASSIFIES = "Classification"  # in the names of transformers' classes
-HEADS_OF_TASKS = ("classifier", "score", "qa_outputs")
+HEADS_OF_TASKS: Mapping[str | None, tuple[str, ...]] = {  # which PEFT trains whole, some of them after the injection
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def fresh_heads(model: nn.Module, config: WasiConfig) -> Iterator[str]:
@@ -36,7 +40,8 @@ def fresh_heads(model: nn.Module, config: WasiConfig) -> Iterator[str]:
     if not isinstance(backbone, nn.Module) or backbone is model or config.inference_mode:
         return
     inner = {id(module) for module in backbone.modules()}
-    saved, new_classifier = tuple(config.modules_to_save or ()), _is_new_classifier(model)
+    saved = {*(config.modules_to_save or ()), *HEADS_OF_TASKS.get(config.task_type, ())}
+    new_classifier = _is_new_classifier(model)
     for name, module in model.named_modules():
         if isinstance(module, (WasiLayer, AuxiliaryTrainingWrapper)):
             inner |= {id(child) for child in module.modules()}
@@ -56,7 +61,7 @@ def _is_new_classifier(model: nn.Module) -> bool:
 
 def unmatched_names(model: nn.Module, config: WasiConfig) -> list[str]:
     """Names in `modules_to_save` that no module of a model has, but for those that PEFT adds for a task type."""
-    added = HEADS_OF_TASKS if config.task_type is not None else ()
+    added = HEADS_OF_TASKS.get(config.task_type, ())
     names = [name for name, _ in model.named_modules()]
     wanted = () if config.inference_mode else config.modules_to_save or ()
     return [key for key in wanted if key not in added and not any(name.endswith(key) for name in names)]

@@ -253,6 +253,11 @@ class WasiLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._watch_steps()
 
+    def starts_like(self, source: str, adapter_name: str) -> None:
+        """Have a copy of an adapter meet its first batch as that one would."""
+        for known in (self._starts_fresh, self._fresh):
+            (known.add if source in known else known.discard)(adapter_name)
+
     def _form_of(self, update: Update, initial: InitialFactors, rank: int, products: ProductChoice) -> FactoredLinear:
         """The form that an adapter starts with."""
         form = update.form_of(initial, rank, self.dense_class, self._like)
@@ -608,7 +613,9 @@ class Linear(nn.Module, WasiLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)
-        self._like = fn(self._like)
+        before, self._like = self._like.dtype, fn(self._like)
+        if self._like.dtype != before:
+            self.vectors.model_dtype.value = self._like.dtype
         for base in self._unmerged_base:
             base._apply(fn)
         return self

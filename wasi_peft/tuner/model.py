@@ -181,6 +181,8 @@ class WasiModel(BaseTuner):
         leaves the model as it was.
         """
         config = self.peft_config[adapter_name]
+        if config.resolved_ranks is not None and self._source(config) is None:
+            config = self.peft_config[adapter_name] = copy.copy(config)  # those of another model's layers stay
         if adapter_name.startswith(self.prefix) or adapter_name in ("base_layer", BASE):
             raise ValueError(
                 f"an adapter's name must not start with {self.prefix!r}, nor be 'base_layer' or {BASE!r}: PEFT could "
@@ -328,6 +330,8 @@ class WasiModel(BaseTuner):
         if isinstance(target, WasiLayer):
             layer = target
             layer.update_layer(adapter_name, peft_config, name, rank, initial)
+            if source is not None:
+                layer.starts_like(source, adapter_name)
         else:
             options = (adapter_name, peft_config, name, rank, initial, self._inputs, self._vectors)
             if isinstance(target, ExpertStack):
@@ -429,9 +433,14 @@ class WasiModel(BaseTuner):
             places = dict(vector_places(model, config.train_vectors, config.bias == "all"))
             keep = all(layer.keeps_base(config.base_form_of(plain_name(name))) for name, layer in wasi_layers(model))
             self._vectors.add(adapter_name, places, keep_base=keep, source=source)
-        self._vectors.activate_one_of(self.active_adapters)
+        if not self._disabled:
+            self._vectors.activate_one_of(self.active_adapters)
         if adapter_name in self.active_adapters:
             self._vectors.require_grad(adapter_name, not config.inference_mode)
+
+    @property
+    def _disabled(self) -> bool:
+        return any(layer.disable_adapters for _, layer in wasi_layers(self.model))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Forms are made where they belong, so nothing is moved; a head that is a container has no weight to move."""
@@ -446,15 +455,18 @@ class WasiModel(BaseTuner):
             self._vectors.hold_in_float32(adapter_name)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        super()._mark_only_adapters_as_trainable(model)
+        managed = tuple(
+            f"{name}."
+            for name, module in model.named_modules()
+            if isinstance(module, (WasiLayer, AuxiliaryTrainingWrapper))
+        )
+        for name, parameter in model.named_parameters():
+            if not name.startswith(managed):
+                parameter.requires_grad_(False)
         for _, layer in wasi_layers(model):
             if "base_layer" in layer._modules:
-                layer._modules["base_layer"].requires_grad_(False)  # bias="all" means the adapter's bias
-            for name in layer.wasi_form:
-                bias = layer.form_of(name).bias
-                trains = name in self.active_adapters and not self.peft_config[name].inference_mode
-                if bias is not None and not trains:
-                    bias.requires_grad_(False)
+                layer._modules["base_layer"].requires_grad_(False)
+            layer._freeze_non_trainable_peft_weights()
         for name in self.active_adapters:
             if name in self.peft_config:
                 self._vectors.require_grad(name, not self.peft_config[name].inference_mode)
@@ -472,10 +484,18 @@ class WasiModel(BaseTuner):
                 raise ValueError(
                     f"{key}: WASI factors replace the weight, so only one adapter can be active, got {own}."
                 )
-        self._vectors.activate_one_of(names)
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._vectors.one_of(names)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)  # in which layers activate them
         for name in self.active_adapters:
             self._vectors.require_grad(name, not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Have adapters train or not, whether they are active or not."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        for _, layer in wasi_layers(self.model):
+            layer._freeze_non_trainable_peft_weights(adapter_names)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._vectors.require_grad(name, requires_grad)
 
     # ---------------------------------------------------------------- inference
 
@@ -501,9 +521,13 @@ class WasiModel(BaseTuner):
             for layer in self.model.modules()
             if isinstance(layer, (WasiLayer, AuxiliaryTrainingWrapper))
         ]
+        active = self._vectors.active
         try:
+            if not self._disabled:
+                self._vectors.activate_one_of(sorted(set(adapter_names)))
             yield
         finally:
+            self._vectors.activate(active)
             for handle in handles:
                 handle.remove()
 
@@ -538,7 +562,7 @@ class WasiModel(BaseTuner):
         combination_type: str = "svd",
         svd_rank: int | None = None,
     ) -> None:
-        """Add an adapter that is a weighted sum of others, in their factors, biases, vectors and whole modules.
+        """Add an adapter that is a weighted sum of others: factors, biases, vectors, trained tokens, whole modules.
 
         Args:
             adapters: Names of the adapters, whose factors are L and R, beside the same frozen weights or instead of
@@ -584,7 +608,10 @@ class WasiModel(BaseTuner):
         """Delete an adapter; the last one only where the dense weights were kept."""
         if set(self.peft_config) == {adapter_name}:
             self._require_base(f"deleting the only adapter ({adapter_name!r})")
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
+        for name in self.active_adapters if was_active else ():
+            self._vectors.require_grad(name, True)  # as the factors of the one that takes its place
 
     def unload(self) -> nn.Module:
         """The base model with its original weights; needs `base_weight="keep"` or "cpu"."""
@@ -621,7 +648,8 @@ class WasiModel(BaseTuner):
                 that); by default layers become what those of the base are.
         """
         self._check_names(adapter_names)
-        layers = [] if dense is None else [layer for _, layer in wasi_layers(self.model)]
+        # all before the first is unloaded, where one may be refused
+        layers = [] if dense is None and not safe_merge else [layer for _, layer in wasi_layers(self.model)]
         try:
             for layer in layers:
                 if not layer.merged:
@@ -678,7 +706,10 @@ class WasiModel(BaseTuner):
         remapped = with_model_keys(model, adapter_name, remapped)
         check_loadable(model, config, adapter_name, remapped)
         take_ranks(model, config, adapter_name, remapped)
-        if shared_vectors(model).active != adapter_name:  # those that wait are not where the model looks for them
-            for key, vector in vectors_by_key(model, adapter_name):
+        waits = shared_vectors(model).active != adapter_name  # such are not where the model looks for them
+        for key, vector in vectors_by_key(model, adapter_name):
+            if waits:
                 vector.data.copy_(remapped.pop(key))
+            else:
+                remapped[key] = remapped[key].to(vector.dtype)  # a loader may put it there as it is
         return remapped

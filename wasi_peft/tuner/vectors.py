@@ -18,6 +18,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..forms.compressed import Compressed
+from ..memory.wrapping import runner_of, unwrap, wrap
+
 # layers that hold matrices, tables or filters: never "vectors that cost nothing"
 _MATRIX_HOLDERS: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -55,25 +58,22 @@ def vector_places(model: nn.Module, vectors: bool = True, biases: bool = False) 
         biases: Every bias.
     """
     skipped: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()  # of compressed layers, which hold a matrix and perhaps a bias
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             skipped += (prefix,)
-        if skipped and prefix.startswith(skipped):
+        if isinstance(module, Compressed):
+            forms += (prefix,)
+        if prefix.startswith(skipped):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if (vectors and _is_vector(module, name, parameter)) or (biases and name == "bias"):
+            is_vector = not prefix.startswith(forms) and _is_vector(module, name, parameter)
+            if (vectors and is_vector) or (biases and name == "bias"):
                 yield prefix + name, Place(module, name)
         if vectors and isinstance(module, nn.modules.batchnorm._BatchNorm):
             for name, _ in module.named_buffers(recurse=False):
                 yield prefix + name, Place(module, name)
-
-
-def vector_parameter_names(model: nn.Module) -> Iterator[str]:
-    """Names of the parameters that `train_vectors` trains."""
-    for name, place in vector_places(model):
-        if place.name in place.owner._parameters:
-            yield name
 
 
 def _is_vector(module: nn.Module, name: str, parameter: Tensor) -> bool:
@@ -83,48 +83,60 @@ def _is_vector(module: nn.Module, name: str, parameter: Tensor) -> bool:
     return sum(size > 1 for size in parameter.shape) <= 1 or is_token
 
 
-class Lowered:
-    """Hooks of a module that computes with 16-bit casts of the vectors that it holds, for training, in float32.
+class ModelDtype:
+    """What dtype the layers of a model have been cast to since they were made.
 
-    Outside the module's forward pass, the float32 vectors are what it holds. The casts pass gradients on.
+    Attributes:
+        value: None as long as they have not been.
     """
 
-    def __init__(self) -> None:
-        self.dtypes: dict[str, torch.dtype] = {}  # by name of the vector, what the module computes in
-        self._held: list[dict[str, Any]] = []  # a stack: a module may run inside itself
-        self._handles: list[Any] = []
+    value: torch.dtype | None = None
+
+
+class Lowered:
+    """Runner of a module that computes with 16-bit casts of the vectors that it holds, for training, in float32.
+
+    Outside the module's forward pass, the float32 vectors are what it holds. The casts pass gradients on. A model that
+    is cast computes in its new dtype.
+
+    Args:
+        model_dtype: Of the model that the module is in.
+    """
+
+    def __init__(self, model_dtype: ModelDtype) -> None:
+        self._model_dtype = model_dtype
+        self._dtypes: dict[str, torch.dtype] = {}  # by name of the vector, what the module computes in
 
     @classmethod
-    def of(cls, module: nn.Module) -> Lowered | None:
-        """That of a module, None where there is none."""
-        hooks = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
-        return next((hook for hook in hooks if isinstance(hook, cls)), None)
+    def install(cls, module: nn.Module, name: str, dtype: torch.dtype, model_dtype: ModelDtype) -> None:
+        """Have a module compute with one more of its vectors in a dtype."""
+        lowered = runner_of(module, cls)
+        if lowered is None:
+            lowered = cls(model_dtype)
+            wrap(module, lowered)
+        lowered._dtypes[name] = dtype
 
-    def install(self, module: nn.Module) -> None:
-        """Have the module call this around its forward pass."""
-        self._handles.append(module.register_forward_pre_hook(self._before))
-        self._handles.append(module.register_forward_hook(self._after, always_call=True))
-
-    def remove(self, module: nn.Module) -> None:
-        """Leave the module with the 16-bit values of what it holds."""
-        for handle in self._handles:
-            handle.remove()
-        for name, dtype in self.dtypes.items():
+    @classmethod
+    def remove(cls, module: nn.Module) -> None:
+        """Leave a module with the 16-bit values of what it holds; nothing happens where this is not in use."""
+        lowered = runner_of(module, cls)
+        if lowered is None:
+            return
+        unwrap(module, cls)
+        for name, dtype in lowered._dtypes.items():
             vector = module._parameters[name]
             if vector is not None:
-                vector.data = vector.data.to(dtype)
+                vector.data = vector.data.to(lowered._model_dtype.value or dtype)
 
-    def _before(self, module: nn.Module, args: Any) -> None:
-        table = module._parameters
-        high = {name: table[name] for name in self.dtypes if getattr(table.get(name), "dtype", None) == torch.float32}
-        self._held.append(high)
-        for name, vector in high.items():
-            assert vector is not None
-            table[name] = vector.to(self.dtypes[name])  # type: ignore[assignment]
-
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._held:
-            module._parameters.update(self._held.pop())
+    def __call__(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        table = forward.__self__._parameters
+        high = {name: table[name] for name in self._dtypes if getattr(table.get(name), "dtype", None) == torch.float32}
+        try:
+            for name, vector in high.items():
+                table[name] = vector.to(self._model_dtype.value or self._dtypes[name])
+            return forward(*args, **kwargs)
+        finally:
+            table.update(high)
 
 
 class AdapterVectors:
@@ -132,10 +144,12 @@ class AdapterVectors:
 
     Attributes:
         active: The adapter whose vectors are registered in the model; None for the base model's own.
+        model_dtype: What the model has been cast to.
     """
 
     def __init__(self) -> None:
         self.active: str | None = None
+        self.model_dtype = ModelDtype()
         self._places: dict[str, Place] = {}
         # by adapter (None: the base model) and full name; those of the active one may be older than what is registered
         self._values: dict[str | None, dict[str, Any]] = {}
@@ -192,11 +206,7 @@ class AdapterVectors:
                 continue
             self._raised.add(adapter)
             owner, key = self._places[name]
-            lowered = Lowered.of(owner)
-            if lowered is None:
-                lowered = Lowered()
-                lowered.install(owner)
-            lowered.dtypes[key] = vector.dtype
+            Lowered.install(owner, key, vector.dtype, self.model_dtype)
             if id(vector) not in raised:
                 raised[id(vector)] = nn.Parameter(vector.detach().float(), vector.requires_grad)
             self._values[adapter][name] = raised[id(vector)]
@@ -206,9 +216,7 @@ class AdapterVectors:
     def lower(self) -> None:
         """Leave the model with vectors in 16 bits again, for when it has no adapters any more."""
         for owner, _ in self._places.values():
-            lowered = Lowered.of(owner)
-            if lowered is not None:
-                lowered.remove(owner)
+            Lowered.remove(owner)
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter's vectors; where they are in use, the base model's come back, if there are any.
@@ -237,16 +245,20 @@ class AdapterVectors:
             place.table[place.name] = _moved(value, like.device, value.dtype if own_dtype else like.dtype)
         self.active = target
 
-    def activate_one_of(self, adapters: Sequence[str]) -> None:
-        """Register the vectors of the one adapter among these that has any.
+    def one_of(self, adapters: Sequence[str]) -> str | None:
+        """The one adapter among these that has vectors, None if none has.
 
         Raises:
-            ValueError: If several of them have; nothing is changed then.
+            ValueError: If several of them have.
         """
         trained = [name for name in adapters if name in self._values]
         if len(trained) > 1:
             raise ValueError(f"only one adapter that trains vectors of the model can be active, got {trained}.")
-        self.activate(trained[0] if trained else None)
+        return trained[0] if trained else None
+
+    def activate_one_of(self, adapters: Sequence[str]) -> None:
+        """Register the vectors of the one adapter among these that has any; raises as :meth:`one_of`."""
+        self.activate(self.one_of(adapters))
 
     def require_grad(self, adapter: str, trains: bool) -> None:
         """Have an adapter's vectors train or not."""

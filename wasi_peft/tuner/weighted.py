@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from ..forms.residual import ResidualLinear
@@ -38,8 +38,9 @@ def check_weighted(
     """Refuse adapters of which there is no sum.
 
     Raises:
-        ValueError: If one does not exist, the new one does, weights are not numbers, one for each, or adapters have
-            other factors than L and R, or replace weights and their weights do not add up to one.
+        ValueError: If one does not exist, the new one does, weights are not numbers, one for each, adapters train
+            other tokens than each other, have other factors than L and R, or replace weights and their weights do not
+            add up to one.
     """
     unknown = [name for name in adapters if name not in configs]
     if not adapters or unknown:
@@ -57,6 +58,9 @@ def check_weighted(
                 f"svd_rank must be a positive integer and goes with combination_type='svd', got {svd_rank!r} with "
                 f"{combination_type!r}."
             )
+    tokens = [configs[adapter].trainable_token_indices for adapter in adapters]
+    if any(other != tokens[0] for other in tokens):
+        raise ValueError(f"adapters must have the same trainable_token_indices, got {tokens}.")
     for name, layer in wasi_layers(model):
         missing = [adapter for adapter in adapters if adapter not in layer.wasi_form]
         if missing:
@@ -114,6 +118,8 @@ def add_up(
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             _add_up_modules(module, adapters, weights, adapter_name)
+        if isinstance(module, TrainableTokensWrapper):
+            _add_up_tokens(module, adapters, weights, adapter_name)
     return ranks
 
 
@@ -163,6 +169,23 @@ def _add_up_modules(
     for name, value in wrapper.modules_to_save[adapter_name].state_dict().items():
         if value.is_floating_point():
             value.copy_(_sum([state[name] for state in states], weights, base.get(name)))
+
+
+@torch.no_grad()
+def _add_up_tokens(
+    wrapper: TrainableTokensWrapper, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+) -> None:
+    """Rows of an embedding, which PEFT holds as they have become, and as they were; a tied head has the same ones."""
+    layer = wrapper.token_adapter
+    if not all(adapter in layer.token_indices for adapter in adapters):
+        return
+    if adapter_name not in wrapper._adapters:
+        wrapper.update(adapter_name, token_indices=layer.token_indices[adapters[0]], tied_adapter=layer.tied_adapter)
+    if layer.tied_adapter is None:
+        rows = layer.trainable_tokens_delta
+        rows[adapter_name].requires_grad_(False)
+        base = layer.trainable_tokens_original[adapter_name]
+        rows[adapter_name].copy_(_sum([rows[adapter] for adapter in adapters], weights, base))
 
 
 def _sum(values: Sequence[Tensor], weights: Sequence[float], base: Tensor | None) -> Tensor:

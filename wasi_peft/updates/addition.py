@@ -8,7 +8,6 @@ backward keeps for R is the input as the product with Q rounds it, one byte a nu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +21,7 @@ from ..forms.shards import is_distributed
 from ..linalg.coordinates import whitened_rows
 from ..linalg.low_bit import RoundedRows, transposed_times_rows
 from ..linalg.tucker import NOTHING, Tucker, expand_rows, roundable
-from .base import InitialFactors, ProductGradientSink, Update
+from .base import ProductGradientSink, Update
 from .factored import outside_autocast
 from .resizing import Carry, grow_factors, shrink_factors
 
@@ -38,9 +37,6 @@ class Addition(Update):
     takes_residual: ClassVar[bool] = True
     needs_residual: ClassVar[bool] = True
     takes_stacks: ClassVar[bool] = True
-
-    def start(self, initial: InitialFactors, rank: int) -> Mapping[str, Tensor]:
-        return {"L": initial.L, "R": initial.R}
 
     def forward(
         self,

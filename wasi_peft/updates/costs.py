@@ -58,11 +58,6 @@ def dense_forward_flops(rows: int, out_features: int, in_features: int) -> int:
     return 2 * rows * out_features * in_features
 
 
-def factored_forward_flops(rows: int, out_features: int, in_features: int, rank: int, core: bool = False) -> int:
-    """FLOPs of `(x R^T) L^T`, or of `((x R^T) M^T) L^T`."""
-    return 2 * rows * factored_elements(out_features, in_features, rank, core)
-
-
 def input_elements(batch: int, tokens: int, in_features: int, ranks: Mapping[str, int] | None) -> int:
     """Elements of what backward keeps of an input [batch, tokens, features]: a Tucker form at the ranks, or a copy.
 
