@@ -25,7 +25,7 @@ from strategies import relative_error
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from wasi_peft import WasiConfig, wasi_summary
+from wasi_peft import WasiConfig, compress, wasi_summary
 from wasi_peft.forms import products
 from wasi_peft.forms.residual import RESIDUALS, ExactResidual, Int8Residual, Residual, ResidualLinear
 from wasi_peft.linalg.low_bit import RoundedRows, quantize_rows
@@ -643,3 +643,24 @@ def test_a_batch_of_several_slices_meets_fresh_factors_once_and_before_backward(
     model(pixel_values=images, labels=labels).loss.backward()
     assert all(torch.equal(before, layer.form.R) for before, layer in zip(met, layers, strict=True))
     assert all(bool(layer.form.L.grad.any()) for layer in layers)
+
+
+def test_the_product_of_a_second_adapter_is_said_to_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
+    model = get_peft_model(VIT.model(), WasiConfig(weight_rank=3, residual_product="int8"))
+    with caplog.at_level("WARNING", logger="wasi_peft"):
+        model.add_adapter("same", WasiConfig(weight_rank=3, residual_product="int8"))
+        model.add_adapter("any", WasiConfig(weight_rank=3))
+        assert "residual_product" not in caplog.text
+        model.add_adapter("other", WasiConfig(weight_rank=3, residual_product="restored"))
+    assert "residual_product='restored' has no effect" in caplog.text and "'int8'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options", [{"weight_rank": 4}, {"residual": None, "weight_rank": 8, "frozen_dtype": "int8"}], ids=str
+)
+def test_beside_compressed_layers_products_are_those_asked_for(options: dict[str, Any]) -> None:
+    model = get_peft_model(
+        compress(VIT.model(), WasiConfig(**options)), WasiConfig(weight_rank=3, residual_product="restored")
+    )
+    asked = {module.products.asked for module in model.modules() if isinstance(module, Residual)}
+    assert asked == {"restored"}

@@ -289,6 +289,13 @@ class WasiModel(BaseTuner):
             raise ValueError(
                 f"All adapters of a model must have the same residual, which is their common base, got {forms}."
             )
+        if others and config.residual_product not in (None, others[0].residual_product):
+            logger.warning(
+                "residual_product=%r has no effect: the model multiplies by its residuals as its first adapter asked "
+                "for, %r.",
+                config.residual_product,
+                others[0].residual_product,
+            )
         for field in ("memory_mode", "slice_tokens", "skip_padding", "token_keep", "vocabulary"):
             values = [getattr(other, field) for other in [*others, config]]
             if len(set(values)) > 1:
