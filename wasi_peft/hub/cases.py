@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.calls import LABEL_KEYS, call_arguments
+from ..models.texts import ordinary_tokens
 
 EXAMPLE_SAMPLES, EXAMPLE_TOKENS = 2, 16
 BATCH_AXIS, SEQUENCE_AXIS = "batch", "sequence"
@@ -59,9 +60,8 @@ def example_batch(
         )
     config = config.get_text_config()
     length = min(tokens, getattr(config, "max_position_embeddings", None) or tokens)
-    ordinary = [token for token in range(config.vocab_size) if token not in (config.pad_token_id, config.eos_token_id)]
-    chosen = torch.randint(len(ordinary), (samples, length), generator=generator)
-    ids = torch.tensor(ordinary)[chosen]
+    ordinary = ordinary_tokens(config)
+    ids = ordinary[torch.randint(len(ordinary), (samples, length), generator=generator)]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {**batch, "decoder_input_ids": ids.clone()} if config.is_encoder_decoder else batch
 
