@@ -15,6 +15,7 @@ from models import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 
 from wasi_peft import WasiConfig, prepare_checkpoint
+from wasi_peft.files import folders
 from wasi_peft.hub import working
 from wasi_peft.hub.working import WorkingFolder
 
@@ -157,6 +158,49 @@ def test_a_failing_move_puts_the_former_folder_back(
     assert sorted(os.listdir(tmp_path)) == ["output", "output.partial"]
     run(dense, output, "int8", overwrite=True)
     assert "mine.txt" not in os.listdir(output) and sorted(os.listdir(tmp_path)) == ["output"]
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, when: Callable[[Path], bool]) -> None:
+    """A function of one path is interrupted when it is called with a certain one."""
+    real = getattr(where, name)
+
+    def interrupted(path: Path, *arguments: Any, **options: Any) -> Any:
+        if when(path):
+            raise Injected
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(where, name, interrupted)
+
+
+@pytest.mark.parametrize("place", ["the move is done", "flush", "the former folder", "the rest"])
+def test_a_published_folder_is_not_published_again_without_its_weights(
+    place: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = run(dense, tmp_path / "output", "int8")
+    whole = contents(output)
+    with monkeypatch.context() as patch, pytest.raises(Injected):
+        if place == "the move is done":
+            interrupt(patch, Path, "rename", lambda path: path.name == "output.partial")
+        elif place == "flush":
+            interrupt(patch, folders, "flush", lambda path: path == tmp_path)
+        else:
+            end = ".former" if place == "the former folder" else ".tmp"
+            interrupt(patch, folders.shutil, "rmtree", lambda path: Path(path).suffix == end)
+        run(dense, output, "int8", overwrite=True)
+    assert contents(output) == whole
+    assert Path(f"{output}.partial").exists() == (place == "the move is done")
+    run(dense, output, "int8", overwrite=True)
+    assert contents(output) == whole and not Path(f"{output}.partial").exists()
+
+
+def test_a_file_that_is_lost_meanwhile_is_named(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Injected):
+        counted(patch, STEPS["int8"] - 1, late=True)
+        run(dense, tmp_path / "output", "int8")
+    (tmp_path / "output.partial" / "result" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors must be there, .* Remove .*output.partial"):
+        run(dense, tmp_path / "output", "int8")
+    assert not (tmp_path / "output").exists()
 
 
 # ---------------------------------------------------------------- what must be the same

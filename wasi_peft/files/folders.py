@@ -85,14 +85,16 @@ def flush_all(folder: Path) -> None:
         flush(path)
 
 
-def move_into_place(scratch: Path, target: Path) -> None:
+def move_into_place(scratch: Path, target: Path, workplace: Path | None = None) -> None:
     """Give a folder a name beside it; a former folder of that name is deleted after, and put back if this fails.
 
     Args:
         scratch: The folder, on the disk.
         target: Its new name; what is there is the caller's to give up.
+        workplace: A folder of no use without `scratch`, which is in it. It loses its name before anything is deleted.
     """
     former = target.with_name(f".{target.name}.{secrets.token_hex(8)}.former")
+    spent = [former]
     try:
         if target.exists():
             target.rename(former)
@@ -101,5 +103,17 @@ def move_into_place(scratch: Path, target: Path) -> None:
         if former.exists() and not target.exists():
             former.rename(target)
         raise
+    if workplace is not None:
+        spent.append(_out_of_use(workplace))
     flush(target.parent)
-    shutil.rmtree(former, ignore_errors=True)
+    for folder in spent:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder; what an interrupt leaves of it has another name."""
+    shutil.rmtree(_out_of_use(folder), ignore_errors=True)
+
+
+def _out_of_use(folder: Path) -> Path:
+    return folder.rename(folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp"))

@@ -396,8 +396,10 @@ class _Preparation:
             names = [f"model-{shard + 1:05d}-of-{count:05d}.safetensors" for shard in range(count)]
         paths = [os.path.join(self.work.result, name) for name in names]
         for path, shard in zip(paths, shards, strict=True):
-            files = [self._file(part) for part in shard]
-            self._step(f"shard {shard[0]}", join_files, files, path)
+            files, step = [self._file(part) for part in shard], f"shard {shard[0]}"
+            if step in self.work.steps and not os.path.isfile(path):
+                raise ValueError(f"{path} must be there, since it has been written. Remove {self.work.path!r}.")
+            self._step(step, join_files, files, path)
             for file in files:
                 with suppress(FileNotFoundError):
                     os.remove(file)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files.folders import flush_all, move_into_place
+from ..files.folders import discard, flush_all, move_into_place
 from ..files.whole import whole_file
 
 STATE_FORMAT = 1
@@ -47,12 +47,19 @@ class WorkingFolder:
         check_output(self.output, overwrite)
         if os.path.isfile(self.at(_STATE)):
             self.steps = self._read_state()
+            if not os.path.isdir(self.result):  # it is in its place, or there was nothing in it yet
+                discard(Path(self.path))
+                self._begin()
         elif os.path.lexists(self.path) and not self._only_begun():
             raise ValueError(f"{self.path!r}: must be of an interrupted preparation or not exist; it has no {_STATE}.")
         else:
-            os.makedirs(self.path, exist_ok=True)
-            self._write_state()
-        os.makedirs(self.result, exist_ok=True)
+            self._begin()
+
+    def _begin(self) -> None:
+        self.steps = {}
+        os.makedirs(self.path, exist_ok=True)
+        self._write_state()
+        os.makedirs(self.result)
 
     def _only_begun(self) -> bool:
         """Whether all that is there is what an interrupt left before there was a state."""
@@ -96,8 +103,7 @@ class WorkingFolder:
         """The result becomes the output; one that was there is whole until then, and again if this fails."""
         check_output(self.output, self.overwrite)
         flush_all(Path(self.result))
-        move_into_place(Path(self.result), Path(self.output))
-        shutil.rmtree(self.path)
+        move_into_place(Path(self.result), Path(self.output), workplace=Path(self.path))
 
 
 class TensorFiles:
