@@ -76,6 +76,18 @@ def test_it_goes_on_training(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("head", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}])
+def test_all_has_the_dtype_that_peft_gives_it(head: dict[str, Any], is_trainable: bool, tmp_path: Path) -> None:
+    saved("llama", tmp_path, weight_share=0.6, **head)
+    loaded = load_adapter(tmp_path / "adapter", dtype=torch.bfloat16, is_trainable=is_trainable)
+    base = type(LLAMA.model()).from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    usual = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=is_trainable)
+    kinds, expected = [{key: p.dtype for key, p in model.named_parameters()} for model in (loaded, usual)]
+    assert kinds == expected
+    torch.testing.assert_close(logits(loaded, LLAMA.batch()), logits(usual, LLAMA.batch()))
+
+
 @pytest.mark.parametrize("options", [{}, {"weight_share": 0.6, "base_weight": "keep"}])
 def test_weights_that_are_needed_are_read(options: dict[str, Any], tmp_path: Path) -> None:
     model, batch = saved("vit", tmp_path, **options), VIT.batch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import peft
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -76,7 +78,7 @@ def load_adapter(
         options["quantization_config"] = _AbsentConfig(absent)
     model_class = model_class or _saved_class(folder, config)
     model = model_class.from_pretrained(base, revision=config.revision, **options)
-    return PeftModel.from_pretrained(
+    loaded = PeftModel.from_pretrained(
         model,
         os.fspath(folder),
         adapter_name=adapter_name,
@@ -84,6 +86,23 @@ def load_adapter(
         low_cpu_mem_usage=True,
         **({} if revision is None else {"revision": revision}),
     )
+    _take_dtypes_of_base(loaded, adapter_name)
+    return loaded
+
+
+def _take_dtypes_of_base(model: nn.Module, adapter_name: str) -> None:
+    """Have modules that an adapter holds whole in the dtypes of the base's own; `low_cpu_mem_usage` has the file's."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            for saved, own in zip(
+                _tensors(wrapper.modules_to_save[adapter_name]), _tensors(wrapper.original_module), strict=True
+            ):
+                if saved.is_floating_point() and own.is_floating_point():
+                    saved.data = saved.data.to(own.dtype)
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
 
 
 def _saved_class(folder: Any, config: WasiConfig) -> Any:
