@@ -12,9 +12,12 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import wasi_peft
+from wasi_peft.factors import expert_factors
 from wasi_peft.factors.expert_factors import prepare_experts
+from wasi_peft.models.experts import expose_experts
 from wasi_peft.tuner.experts import Experts
 from wasi_peft.tuner.layer import wasi_layers
+from wasi_peft.tuner.prepared import attached_layers
 
 BATCHES = [{"input_ids": tokens(4, 8)}, {"input_ids": tokens(4, 8).flip(1)}]
 
@@ -123,3 +126,20 @@ def test_an_interrupt_leaves_the_model_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt):
         prepare_experts(base, config, interrupted, progress_bar=False)
     assert packed_names(base) == names and not base.training
+
+
+def test_an_interrupted_preparation_attaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, prepared, calls = experts_model("mixtral", torch.float32), expert_factors.prepared_stack, list[str]()
+
+    def interrupted(name: str, *arguments: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return prepared(name, *arguments)
+
+    monkeypatch.setattr(expert_factors, "prepared_stack", interrupted)
+    config = wasi_peft.WasiConfig(weight_rank=4, residual=None)
+    with pytest.raises(KeyboardInterrupt):
+        wasi_peft.preprocess_wasi(base, config, BATCHES, repair_steps=0, progress_bar=False)
+    expose_experts(base)
+    assert not attached_layers(base)

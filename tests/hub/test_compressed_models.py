@@ -24,7 +24,11 @@ from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, compress
 from wasi_peft.forms.compressed import CompressedLinear
+from wasi_peft.hub import compressed as hub_compressed
 from wasi_peft.hub.compressed import WasiQuantizationConfig, mark_compressed
+from wasi_peft.tuner.layer import WasiLayer
+from wasi_peft.tuner.model import WasiModel
+from wasi_peft.tuner.prepared import attached_layers
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -394,6 +398,61 @@ def test_a_failed_injection_leaves_the_dense_model() -> None:
     with pytest.raises(ValueError, match="rank must be at most"):
         compress(model, WasiConfig(weight_rank=1000))
     assert torch.equal(logits(model, batch), before) and not layers(model)
+
+
+@pytest.mark.parametrize("kind", ["int8", "factors", "factors in 8 bits"])
+@pytest.mark.parametrize(
+    ("owner", "name", "count"),
+    [
+        (CompressedLinear, "__init__", 1),
+        (CompressedLinear, "__init__", 12),
+        (WasiLayer, "unload_and_optionally_merge_module", 5),
+        (hub_compressed, "quantization_config", 1),
+    ],
+)
+def test_an_interrupt_leaves_the_dense_model(
+    owner: Any, name: str, count: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When layers become compressed their weights are gone already: it has those of the forms."""
+    model, calls, real = LLAMA.model(), [0], getattr(owner, name)
+    model.get_input_embeddings().requires_grad_(False)
+    keys, trains = list(model.state_dict()), [parameter.requires_grad for parameter in model.parameters()]
+    kinds = [type(module) for module in model.modules()]
+    expected = logits(made(LLAMA, **CONFIGS[kind]), LLAMA.batch())
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == count:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, interrupted)
+        compress(model, WasiConfig(**CONFIGS[kind]))
+    assert [type(module) for module in model.modules()] == kinds and list(model.state_dict()) == keys
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
+    assert not any(hasattr(model, name) for name in ("peft_config", "hf_quantizer", "quantization_method"))
+    close(logits(model.eval(), LLAMA.batch()), expected)
+    assert layers(compress(model, WasiConfig(**CONFIGS[kind])))
+
+
+def test_where_no_layer_becomes_smaller_all_trains_as_before() -> None:
+    model = VIT.model()
+    with pytest.raises(ValueError, match="no layer became smaller"):
+        compress(model, WasiConfig(explained_variance_threshold=1.0))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_was_prepared_for_a_failed_injection_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = VIT.model()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(WasiModel, "_release", interrupt)
+        compress(model, WasiConfig(**CONFIGS["factors"]), [VIT.batch()], progress_bar=False)
+    assert not attached_layers(model)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 Edit = Callable[[dict[str, Any], dict[str, Tensor]], None]

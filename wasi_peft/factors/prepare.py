@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 from ..forms.attention import with_projections
 from ..forms.compressed import Compressed
 from ..forms.dense import dense_weight
+from ..models.experts import conceal_experts, expose_experts
 from ..ranks.allocate import allocate_ranks
 from ..tuner.config import WasiConfig
 from ..tuner.model import initial_rank, rank_for
-from ..tuner.prepared import PreparedLayer, WasiFactors
+from ..tuner.prepared import PreparedLayer, WasiFactors, drop_prepared
 from ..tuner.targets import asked_rank, resolve_targets
 from .additions import prepare_additions
 from .calibration import Calibration, calibrate_layers, dense_targets
@@ -148,8 +149,21 @@ def preprocess_wasi(
     factors = WasiFactors({**layers, **additions})
     factors.attach(model)
     if data is not None:
-        prepare_experts(model, config, data, **limits, progress_bar=progress_bar)
+        try:
+            prepare_experts(model, config, data, **limits, progress_bar=progress_bar)
+        except BaseException:
+            drop_all_prepared(model)
+            raise
     return factors
+
+
+@with_projections
+def drop_all_prepared(model: nn.Module) -> None:
+    """Nothing is attached to a model any more, to its packed experts neither."""
+    expose_experts(model)
+    for module in model.modules():
+        drop_prepared(module)
+    conceal_experts(model)
 
 
 def _calibrate(

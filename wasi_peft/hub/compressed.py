@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..factors.data import CalibrationData
-from ..factors.prepare import preprocess_wasi
+from ..factors.prepare import drop_all_prepared, preprocess_wasi
 from ..forms.compressed import Compressed
 from ..forms.compressed_stack import accept_stored_names
 from ..forms.compressing import from_stored, stack_from_stored
@@ -151,10 +151,7 @@ class WasiQuantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        for name, layer in list(compressed_layers(model)):
-            model.set_submodule(name, layer.to_dense().to(dtype))
-        conceal_experts(model)
+        _restore_dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -232,6 +229,12 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def compressed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Names and modules of the compressed layers and packed experts of a model."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Compressed))
+
+
+def _restore_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    for name, layer in list(compressed_layers(model)):
+        model.set_submodule(name, layer.to_dense().to(dtype))
+    conceal_experts(model)
 
 
 class _Stored(nn.Module):
@@ -323,6 +326,9 @@ def compress(
     `dequantize()` is the dense model again. Layers that a form would not make smaller stay dense. Packed experts are
     compressed with the linear layers.
 
+    What fails or is interrupted leaves a dense model dense, and what trains as it was. Its weights are as before while
+    the forms are made; after that they are those of the forms, rounded or of fewer ranks.
+
     Args:
         model: A dense transformers model, which is changed; or a PEFT model with a WASI adapter, whose layers become
             compressed ones that compute what the adapter computes.
@@ -369,11 +375,30 @@ def compress(
         config.inference_mode = True  # nothing is going to train
         if config.residual == "exact":
             raise ValueError("residual='exact' keeps the dense weights; choose 'int8', 'int4' or factors.")
-        if data is not None:
-            preprocess_wasi(model, config, data, **options)
-        tuner = get_peft_model(model, config).base_model
+        return _compress_dense(model, config, data, **options)
     names = None if adapter_name is None else [adapter_name]
     return mark_compressed(tuner.merge_and_unload(adapter_names=names, dense=False))
+
+
+def _compress_dense(model: nn.Module, config: WasiConfig, data: CalibrationData | None, **options: Any) -> nn.Module:
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if data is not None:
+        preprocess_wasi(model, config, data, **options)
+    try:
+        tuner = get_peft_model(model, config).base_model
+    except BaseException:
+        if data is not None:
+            drop_all_prepared(model)
+        raise
+    try:
+        return mark_compressed(tuner.merge_and_unload(dense=False))
+    except BaseException:
+        tuner.merge_and_unload(dense=True)
+        _restore_dense(model)
+        _renew_mark(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        raise
 
 
 def mark_compressed(model: nn.Module) -> nn.Module:
