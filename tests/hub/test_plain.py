@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from models import ARCHITECTURES, moved, train
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForImageClassification, ViTForImageClassification
+from transformers import AutoModelForImageClassification, GenerationConfig, ViTForImageClassification
 
 from wasi_peft import WasiConfig, compress, export, to_plain
 from wasi_peft.forms.compressed import CompressedLinear
@@ -256,6 +257,17 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     code = "import load; load.load()"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "plain", capture_output=True, text=True)
     assert "factored.safetensors does not fit config.json" in done.stderr
+
+
+@pytest.mark.parametrize("form", ["factors", "int8"])
+def test_it_generates_as_the_model_does(form: str, tmp_path: Path) -> None:
+    model: Any = adapted("llama", form)
+    model.get_base_model().generation_config.update(max_new_tokens=5, do_sample=True, temperature=0.3)
+    export(model, tmp_path / "plain")
+    load = runpy.run_path(str(tmp_path / "plain" / "load.py"))["load"]
+    loaded = load().generation_config
+    assert (loaded.max_new_tokens, loaded.do_sample, loaded.temperature) == (5, True, 0.3)
+    assert load(generation_config=GenerationConfig(max_new_tokens=7)).generation_config.max_new_tokens == 7
 
 
 def test_half_precision(tmp_path: Path) -> None:

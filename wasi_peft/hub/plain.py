@@ -318,10 +318,10 @@ class Model(transformers.MODEL_CLASS):
 def load(**options):
     """The model in evaluation mode; options are those of from_pretrained, such as dtype or device_map."""
     config, state = transformers.AutoConfig.from_pretrained(FOLDER), load_file(FOLDER / "WEIGHTS")
-    options = {"config": config, "state_dict": state, "output_loading_info": True, "dtype": config.dtype, **options}
-    model, report = Model.from_pretrained(None, **options)
-    wrong = {key: names for key, names in report.items() if names}
-    if wrong:
+    own = {"generation_config": transformers.GenerationConfig.from_pretrained(FOLDER)} if Model.can_generate() else {}
+    own |= {"config": config, "state_dict": state, "output_loading_info": True, "dtype": config.dtype}
+    model, report = Model.from_pretrained(None, **{**own, **options})
+    if wrong := {key: names for key, names in report.items() if names}:
         raise ValueError(f"WEIGHTS does not fit config.json: {wrong}")
     return model
 
