@@ -34,6 +34,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from strategies import normal, orthonormal, orthonormality_error, relative_error
 from torch import Tensor, nn
+from transformers import BatchEncoding, BatchFeature
 
 from wasi_peft import Calibration, WasiConfig, calibrate_wasi
 from wasi_peft.factors import calibration, collecting, statistics
@@ -498,7 +499,14 @@ def test_padding_does_not_count() -> None:
         assert relative_error(first.energies(name), second.energies(name)) < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["tensors", "tuples", "dicts", "loader", "function", "max_batches"])
+class Stream(torch.utils.data.IterableDataset[Tensor]):
+    """Samples of a data set whose size nobody knows."""
+
+    def __iter__(self) -> Any:
+        yield from torch.cat(batches())
+
+
+@pytest.mark.parametrize("kind", ["tensors", "tuples", "dicts", "loader", "stream", "function", "max_batches"])
 def test_kinds_of_data_give_the_same_spectra(kind: str) -> None:
     net, data = reference.tiny_net(4), batches()
     options: dict[str, Any] = {}
@@ -510,6 +518,8 @@ def test_kinds_of_data_give_the_same_spectra(kind: str) -> None:
     elif kind == "loader":
         dataset = torch.utils.data.TensorDataset(torch.cat(data))
         given = torch.utils.data.DataLoader(dataset, batch_size=4)
+    elif kind == "stream":
+        given = torch.utils.data.DataLoader(Stream(), batch_size=4)
     elif kind == "function":
 
         def given() -> None:
@@ -971,6 +981,19 @@ def test_batches_with_words_and_numbers_are_told_apart() -> None:
     assert describe_data([batch], None) == describe_data([dict(batch)], 5)
     others = [{**batch, "name": "b"}, {**batch, "scale": 2.0}, {**batch, "x": torch.zeros(3, 2)}]
     assert len({describe_data([other], None)["first_batch"] for other in [batch, *others]}) == 4
+
+
+@pytest.mark.parametrize("made", [BatchEncoding, BatchFeature, lambda batch: (BatchEncoding(batch), torch.ones(2))])
+def test_what_tokenizers_and_processors_give_is_told_apart(made: Any) -> None:
+    first, other = [describe_data([made({"x": torch.full((2, 3), value)})], None) for value in (0.0, 1.0)]
+    assert first != other
+    if isinstance(made, type):
+        assert first == describe_data([{"x": torch.zeros(2, 3)}], None)
+
+
+def test_a_stream_is_as_long_as_it_may_be() -> None:
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=4)
+    assert [describe_data(loader, limit)["batches"] for limit in (None, 2)] == [None, 2]
 
 
 @pytest.mark.parametrize("change", ["another architecture", "another shape", "a layer that is not asked for"])

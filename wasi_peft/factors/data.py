@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
 
@@ -33,10 +32,7 @@ def limited(data: Iterable[Any], max_batches: int | None, description: str | Non
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, got {max_batches!r}.")
-    total = len(data) if isinstance(data, Sized) else None
-    if max_batches is not None:
-        total = max_batches if total is None else min(total, max_batches)
-    count = 0
+    total, count = _count(data, max_batches), 0
     with tqdm(total=total, desc=description, disable=description is None) as bar:
         for batch in itertools.islice(data, max_batches):
             yield batch
@@ -44,6 +40,15 @@ def limited(data: Iterable[Any], max_batches: int | None, description: str | Non
             count += 1
     if count == 0:
         raise ValueError("calibration data must hold at least one batch, got none.")
+
+
+def _count(data: Any, max_batches: int | None) -> int | None:
+    """How many batches are used, None where nobody knows before: a loader of a streamed data set has no length."""
+    try:
+        count = len(data)
+    except (TypeError, NotImplementedError):
+        return max_batches
+    return count if max_batches is None else min(count, max_batches)
 
 
 def describe_data(data: Any, max_batches: int | None) -> dict[str, int | None]:
@@ -54,9 +59,7 @@ def describe_data(data: Any, max_batches: int | None) -> dict[str, int | None]:
     """
     if callable(data):
         return {"batches": None, "first_batch": None}
-    count = len(data) if isinstance(data, Sized) else None
-    if max_batches is not None:
-        count = max_batches if count is None else min(count, max_batches)
+    count = _count(data, max_batches)
     loader = isinstance(data, DataLoader)
     ordered = isinstance(getattr(data.batch_sampler, "sampler", None), SequentialSampler) if loader else False
     if not (ordered or isinstance(data, Sequence)) or not count:
@@ -69,9 +72,18 @@ def describe_data(data: Any, max_batches: int | None) -> dict[str, int | None]:
 def batch_checksum(batch: Any) -> int:
     """CRC-32 of all tensors and numbers of a batch."""
     total = 0
-    for leaf in tree_leaves(batch):
+    for leaf in _leaves(batch):
         if isinstance(leaf, Tensor):
             total = checksum(leaf, zlib.crc32(str((leaf.dtype, tuple(leaf.shape))).encode(), total))
         elif isinstance(leaf, (bool, int, float, str)):
             total = zlib.crc32(repr(leaf).encode(), total)
     return total
+
+
+def _leaves(batch: Any) -> Iterator[Any]:
+    """All that is in nested mappings, such as the `BatchEncoding` of a tokenizer, tuples and lists."""
+    if isinstance(batch, (Mapping, tuple, list)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _leaves(part)
+    else:
+        yield batch
