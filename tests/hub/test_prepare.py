@@ -12,15 +12,19 @@ import pytest
 import torch
 import transformers as tf
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from models import ARCHITECTURES, logits
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, calibrate_wasi, compress, measure_peak_memory, prepare_checkpoint, preprocess_wasi
 from wasi_peft.forms.compressed import CompressedLinear
 from wasi_peft.forms.dense import dense_weight
+from wasi_peft.hub import checkpoint
 from wasi_peft.hub.cards import FOLDER, TAGS, card_section
 from wasi_peft.hub.compressed import mark_compressed
 
@@ -252,6 +256,23 @@ def test_files_of_tokenizers_are_copied_and_nothing_else(tmp_path: Path) -> None
     assert set(os.listdir(output)) == {"config.json", "model.safetensors", "README.md", *copied}
     assert (output / "vocab.txt").read_text() == "vocab.txt"
     assert (output / "README.md").read_text() != "README.md"
+
+
+def test_all_chat_templates_are_copied(tmp_path: Path) -> None:
+    saved("llama", tmp_path / "dense")
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    templates = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=templates).save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense/onnx").mkdir()
+    output = prepared(tmp_path / "dense", tmp_path / "small")
+    assert tf.AutoTokenizer.from_pretrained(output).chat_template == templates
+    assert [path.name for path in output.iterdir() if path.is_dir()] == ["additional_chat_templates"]
+
+
+def test_of_the_hub_all_that_is_copied_is_read_and_other_folders_are_not() -> None:
+    files = ["model.safetensors", "tokenizer.json", "additional_chat_templates/tool_use.jinja"]
+    others = ["onnx/model.onnx_data", "original/consolidated.safetensors", "a/b.json", "a/ja/b.pth", "model.gguf"]
+    assert list(filter_repo_objects([*files, *others], ignore_patterns=checkpoint._NOT_READ)) == files
 
 
 @pytest.mark.parametrize("form", ["int8 with additions", "factors of a share"])

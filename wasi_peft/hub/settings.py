@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..forms.compressing import from_stored, stack_from_stored
 from ..forms.dense import weight_shape
@@ -50,6 +51,9 @@ def write_settings(
         own = name == CONFIG_NAME or lowered.endswith(".index.json") or lowered.startswith("adapter_")
         if wanted and not own and os.path.isfile(os.path.join(dense, name)):
             shutil.copyfile(os.path.join(dense, name), os.path.join(result, name))
+    for template in sorted(Path(dense, CHAT_TEMPLATE_DIR).glob("*.jinja")):
+        os.makedirs(os.path.join(result, CHAT_TEMPLATE_DIR), exist_ok=True)
+        shutil.copyfile(template, os.path.join(result, CHAT_TEMPLATE_DIR, template.name))
     expose_experts(model)
     for name, entry in layers.items():
         model.set_submodule(name, _without_numbers(StoredForm(**entry), targets[name], model.dtype))
