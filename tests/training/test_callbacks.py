@@ -13,7 +13,7 @@ import reference
 import torch
 import transformers as tf
 from models import ARCHITECTURES, FORMS, Architecture, input_options, logits, train
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from strategies import normal, orthonormal, orthonormality_error, relative_error
 from torch import Tensor, nn
 
@@ -146,6 +146,35 @@ def test_no_hook_stays_behind(tmp_path: Path) -> None:
     model = build()
     fit(model, WasiCallback(), tmp_path)
     assert not any(layer._forward_hooks for _, layer in wasi_layers(model))  # type: ignore[attr-defined]
+
+
+class Interrupting(nn.Module):
+    """Interrupts the step, behind the layers that are looked at."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+
+def test_after_an_interrupted_step_the_model_can_be_copied_and_saved_and_trained(tmp_path: Path) -> None:
+    model, callback = build(), WasiCallback()
+    head = model.base_model.model.classifier
+    model.base_model.model.classifier = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, callback, tmp_path)
+    model.base_model.model.classifier = head
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for again in (loaded, copy.deepcopy(model), model):
+        logits(again, VIT.batch())
+        fit(again, WasiCallback(), tmp_path, max_steps=1)
+        assert not any(module._forward_hooks for _, module in wasi_layers(again))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(target_modules=["fc1"])])
+def test_a_model_without_wasi_layers_is_refused_at_once(adapter: Any, tmp_path: Path) -> None:
+    model = VIT.model() if adapter is None else get_peft_model(VIT.model(), adapter)
+    with pytest.raises(ValueError, match="needs a model with an active WASI adapter, got"):
+        fit(model, WasiCallback(), tmp_path)
 
 
 def test_the_callback_does_not_change_training(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,7 +50,8 @@ class WasiCallback(TrainerCallback):
         drift: Measure drift, for which a copy of what trains is kept between logs.
 
     Raises:
-        ValueError: If `activation_threshold` is outside (0, 1].
+        ValueError: If `activation_threshold` is outside (0, 1]; and when the training begins, if the model has no
+            WASI layers.
 
     Example:
         >>> WasiCallback(activation_threshold=0.9).activation_threshold
@@ -79,6 +81,9 @@ class WasiCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        if not active_layers(model):
+            raise ValueError(f"WasiCallback needs a model with an active WASI adapter, got {type(model).__name__}.")
+        _stop_looking(model)
         self._forget()
         self._subspaces = self._current_subspaces(model)
 
@@ -91,7 +96,7 @@ class WasiCallback(TrainerCallback):
             self._energies = {}
             for name, layer in active_layers(model).items():
                 # recomputation stops inside the last layer of a block, once it has what it needs
-                handle = layer.register_forward_hook(self._look(name), with_kwargs=True, always_call=True)
+                handle = layer.register_forward_hook(_Look(name, self), with_kwargs=True, always_call=True)
                 self._handles.append(handle)
 
     def on_step_end(
@@ -175,19 +180,16 @@ class WasiCallback(TrainerCallback):
             subspaces[name] = layer.update.column_space(layer.form), feature
         return subspaces
 
-    def _look(self, name: str) -> Callable[..., None]:
-        @torch.no_grad()
-        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x = args[0] if args else kwargs["x"]
-            compressed = _compressed_input(layer, x)
-            if compressed is None:
-                return
-            if self._last[0] is not compressed.core:  # once for layers that share their input
-                self._last = compressed.core, _energy(compressed.core), _energy(x)
-            kept, total = self._energies.get(name, (0.0, 0.0))
-            self._energies[name] = kept + self._last[1], total + self._last[2]
-
-        return hook
+    @torch.no_grad()
+    def look(self, name: str, layer: WasiLayer, x: Tensor) -> None:
+        """Measure what a layer has just kept of its input."""
+        compressed = _compressed_input(layer, x)
+        if compressed is None:
+            return
+        if self._last[0] is not compressed.core:  # once for layers that share their input
+            self._last = compressed.core, _energy(compressed.core), _energy(x)
+        kept, total = self._energies.get(name, (0.0, 0.0))
+        self._energies[name] = kept + self._last[1], total + self._last[2]
 
     def _check(self, layers: Mapping[str, WasiLayer], kept: Mapping[str, float]) -> None:
         """Warn of the layers whose inputs lost too much, of each once, of all that are found together at once."""
@@ -214,6 +216,35 @@ class WasiCallback(TrainerCallback):
         threshold = self.activation_threshold if fixed else rule.threshold
         # every mode may lose as much
         return 0.0 if threshold is None else 1 - len(rule.modes) * (1 - threshold)
+
+
+class _Look:
+    """A hook that has a callback look at a layer's input.
+
+    Of an interrupted step nobody is told that it is over, so it stays until the next training begins. The model can be
+    copied and saved meanwhile: a copy is a hook that does nothing.
+    """
+
+    def __init__(self, name: str, callback: WasiCallback | None = None) -> None:
+        self.name = name
+        self._callback = None if callback is None else weakref.ref(callback)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Look, (self.name,)
+
+    def __call__(self, layer: WasiLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        callback = None if self._callback is None else self._callback()
+        if callback is not None:
+            callback.look(self.name, layer, args[0] if args else kwargs["x"])
+
+
+def _stop_looking(model: nn.Module) -> None:
+    """Remove what interrupted steps left behind, whoever's hooks they are."""
+    for module in model.modules():
+        hooks = module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Look)]:
+            for table in hooks:
+                table.pop(key, None)
 
 
 def _rank(layer: WasiLayer) -> int:
