@@ -145,6 +145,36 @@ def test_words_of_the_user_stay(tmp_path: Path) -> None:
     assert card.data.license == "mit" and {"own", "wasi"} <= set(card.data.tags) and "My words." in card.text
 
 
+UNREADABLE = [
+    b"---\n: [a\n---\nMine.",
+    b"---\na\n---\nMine.",
+    b"---\n1: 2\n---\nMine.",
+    b"---\ntags: 3\n---\n",
+    b"\xff\xfe",
+]
+
+
+@pytest.mark.parametrize("kind", ["compressed", "adapter"])
+@pytest.mark.parametrize("text", UNREADABLE)
+def test_a_card_that_cannot_be_read_is_left_alone(
+    text: bytes, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = compress(VIT.model()) if kind == "compressed" else get_peft_model(VIT.model(), WasiConfig())
+    path = tmp_path / "README.md"
+    path.write_bytes(text)
+    model.save_pretrained(tmp_path)
+    assert path.read_bytes() == text and len(list(tmp_path.iterdir())) > 2
+    assert f"{path}: the front matter of a card must be YAML, a dict: " in caplog.text
+    with pytest.raises(ValueError, match=r"README\.md: the front matter of a card must be YAML"):
+        write_card(model, tmp_path)
+
+
+def test_tags_that_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\ntags:\n- 2024\n- own\n---\n")
+    compress(VIT.model()).save_pretrained(tmp_path)
+    assert {2024, "own", "wasi"} <= set(ModelCard.load(tmp_path / "README.md").data.tags)
+
+
 def test_many_classes_do_not_bury_the_snippet(tmp_path: Path) -> None:
     labels = {index: f"class {index}" for index in range(200)}
     base = base_of(VIT, tmp_path / "base", id2label=labels, label2id={name: index for index, name in labels.items()})

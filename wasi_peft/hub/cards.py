@@ -8,12 +8,14 @@ an empty one, in the place of either. :func:`install` has this package add its p
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from torch import nn
@@ -23,6 +25,8 @@ from ..files.whole import whole_file
 from ..forms.compressed import Compressed
 from ..tuner.model import WasiModel
 from ..tuner.summary import WasiSummary, wasi_summary
+
+logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 TAGS = ("wasi", "arxiv:2510.09160")
@@ -118,19 +122,19 @@ def write_card(model: nn.Module, folder: str | os.PathLike[str], metrics: Mappin
         The card's path.
 
     Raises:
-        ValueError: If the model is neither.
+        ValueError: If the model is neither, or the front matter of the card that is there cannot be read.
     """
     adapter = _is_adapter(model)
     if not adapter and not _is_compressed(model):
         raise ValueError(
             f"a card is for a model with a WASI adapter or compressed layers, got {type(model).__name__}."
         )
-    path = Path(folder) / "README.md"
+    path = Path(folder) / CARD
     library = "peft" if adapter else "transformers"
     begun = f"---\n{ModelCardData(library_name=library).to_yaml()}\n---\n"
-    card = ModelCard.load(path) if path.exists() else ModelCard(begun)
+    card = _load(path) if path.exists() else ModelCard(begun)
     card.data["library_name"] = library
-    card.data["tags"] = sorted({*(card.data.get("tags") or []), *TAGS})
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), *TAGS}, key=str)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     origin = getattr(base, "name_or_path", None)
     if origin and not card.data.get("base_model"):
@@ -144,6 +148,26 @@ def write_card(model: nn.Module, folder: str | os.PathLike[str], metrics: Mappin
     with whole_file(path) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
     return path
+
+
+class UnreadableCardError(ValueError):
+    """There is a card whose front matter cannot be read."""
+
+
+def _load(path: Path) -> ModelCard:
+    try:
+        return ModelCard.load(path)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UnreadableCardError(f"{path}: the front matter of a card must be YAML, a dict: {reason}") from error
+
+
+def _complete_card(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write a card for who wants a model saved: one that cannot be read is no reason to fail."""
+    try:
+        write_card(model, folder)
+    except UnreadableCardError as error:
+        logger.warning("%s It stays as it is, and says nothing of this model.", error)
 
 
 def install() -> None:
@@ -161,7 +185,11 @@ def install() -> None:
             write(self, output_dir)
             return
         path = Path(output_dir) / CARD
-        tags = ModelCard.load(path).data.get("tags") if path.exists() else None
+        try:
+            tags = _load(path).data.get("tags") if path.exists() else None
+        except UnreadableCardError:
+            _complete_card(self, output_dir)  # which says so
+            return
         write(self, output_dir)
         card = ModelCard.load(path)
         card.data["tags"] = [*(card.data.get("tags") or []), *(tags or [])]  # PEFT forgets those that were there
@@ -182,7 +210,7 @@ def _saved_with_card(save: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         saved = save(self, save_directory, is_main_process, *args, **kwargs)
         if is_main_process and _is_compressed_alone(self) and os.path.isdir(save_directory):
-            write_card(self, save_directory)
+            _complete_card(self, save_directory)
             _complete_cards_of_trainer()
         return saved
 
@@ -201,7 +229,7 @@ def _complete_cards_of_trainer() -> None:
         create(self, *args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
         if self.is_world_process_zero() and _is_compressed_alone(model):
-            write_card(model, self.args.output_dir)
+            _complete_card(model, self.args.output_dir)
 
     create_model_card._wasi = True  # type: ignore[attr-defined]
     trainer.Trainer.create_model_card = create_model_card
@@ -211,7 +239,7 @@ def _with_card(upload: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(upload)
     def upload_with_card(self: Any, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         if _is_adapter(self) or _is_compressed_alone(self):
-            write_card(self, working_dir)
+            _complete_card(self, working_dir)
         return upload(self, working_dir, *args, **kwargs)
 
     return upload_with_card
