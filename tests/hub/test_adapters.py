@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import core_model_loading
 
-from wasi_peft import WasiConfig, load_adapter
+from wasi_peft import WasiConfig, load_adapter, start_from_lora
 from wasi_peft.tuner.layer import wasi_layers
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -113,6 +114,31 @@ def test_with_a_task_and_with_a_new_head(tmp_path: Path) -> None:
     again = load_adapter(tmp_path / "headed", num_labels=7, ignore_mismatched_sizes=True)
     batch = {key: value for key, value in VIT.batch().items() if key != "labels"}
     torch.testing.assert_close(logits(again, batch), logits(headed, batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (b'{"r": 1', "must be a JSON file: Expecting"),
+        (b"\xff", "must be a JSON file: 'utf-8' codec"),
+        (b"[]", "must hold a JSON object, got list"),
+    ],
+)
+def test_a_broken_configuration_is_named(text: bytes, match: str, tmp_path: Path) -> None:
+    model = saved("vit", tmp_path, weight_share=0.6)
+    for name in ("base/config.json", "adapter/adapter_config.json"):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name)) + f": {match}"):
+            load_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=f"adapter_config.json: {match}"):
+        start_from_lora(model, tmp_path / "adapter")
+
+
+def test_a_configuration_of_no_known_adapter_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text('{"peft_type": "OTHER"}')
+    with pytest.raises(ValueError, match=r"adapter_config\.json: must be the configuration of an adapter: .*OTHER"):
+        load_adapter(tmp_path)
 
 
 def test_misuse(tmp_path: Path) -> None:

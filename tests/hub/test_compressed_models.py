@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from wasi_peft import WasiConfig, compress
 from wasi_peft.forms.compressed import CompressedLinear
 from wasi_peft.hub import compressed as hub_compressed
 from wasi_peft.hub.compressed import WasiQuantizationConfig, mark_compressed
+from wasi_peft.hub.headers import is_compressed, read_headers
 from wasi_peft.tuner.layer import WasiLayer
 from wasi_peft.tuner.model import WasiModel
 from wasi_peft.tuner.prepared import attached_layers
@@ -569,6 +571,24 @@ def test_damaged_files(damage: str, tmp_path: Path) -> None:
     path.write_bytes(changed)
     with pytest.raises(Exception, match=r"damaged|[Hh]eader|safetensors"):
         load(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "must be a JSON file: Expecting"),
+        ("[]", "must hold a JSON object, got list"),
+        ("{}", "layers of a compressed checkpoint must be a dict"),
+    ],
+)
+def test_a_configuration_that_headers_cannot_be_read_by_is_named(text: str, match: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {match}")):
+        read_headers(tmp_path)
+    if text != "{}":
+        with pytest.raises(ValueError, match=re.escape(f"{path}: {match}")):
+            is_compressed(tmp_path)
 
 
 def test_a_dense_model_is_not_compressed_by_loading_it(tmp_path: Path) -> None:

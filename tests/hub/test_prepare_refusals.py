@@ -58,6 +58,10 @@ def shorten(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
 
 
+def broken_config(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "config.json").write_text(text) and None
+
+
 def claim(**entry: Any) -> Callable[[Path], None]:
     """The header says something else of a tensor; the file stays as large as it is."""
 
@@ -140,6 +144,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pickled weights": (pickled, "must be in model.safetensors or indexed shards of it, got only pytorch_model.bin"),
     "no weights": (without("model.safetensors"), "must be in model.safetensors .*got none"),
     "no configuration": (without("config.json"), "a checkpoint must have a config.json, got none"),
+    "a configuration that is no JSON": (broken_config("{"), r"config\.json: must be a JSON file: Expecting"),
+    "a configuration that is no object": (broken_config("[]"), r"config\.json: must hold a JSON object, got list"),
     "a shard elsewhere": (indexed({NORM: "../a.safetensors"}), "file of the same folder, got '../a.safetensors'"),
     "a pickled shard": (indexed({NORM: "shard.bin"}), "must be a safetensors file .*, got 'shard.bin'"),
     "a shard that is not there": (indexed({NORM: "b.safetensors"}), "names 'b.safetensors', which does not exist"),

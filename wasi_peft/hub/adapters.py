@@ -11,7 +11,7 @@ import peft
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..files.objects import read_object
 from ..forms.attention import PROJECTIONS
 from ..models.experts import packed_experts
 from ..tuner.config import WasiConfig
@@ -67,12 +68,15 @@ def load_adapter(
         >>> any(parameter.is_meta for parameter in model.parameters())
         False
     """
-    config = PeftConfig.from_pretrained(os.fspath(folder), **({} if revision is None else {"revision": revision}))
+    config = read_adapter_config(folder, **({} if revision is None else {"revision": revision}))
     if not isinstance(config, WasiConfig):
         raise ValueError(f"{folder}: must be an adapter of type WASI, got {config.peft_type}.")
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(f"{folder}: the adapter does not name its base model; load that and use PeftModel.")
+    path = os.path.join(base, transformers.utils.CONFIG_NAME)
+    if os.path.isfile(path):
+        read_object(path)  # which names it where it is none
     absent = [name for name in config.ranks or {} if config.base_form_of(name) == "release"]
     if absent and not _is_quantized(base, config.revision):
         options["quantization_config"] = _AbsentConfig(absent)
@@ -88,6 +92,26 @@ def load_adapter(
     )
     _take_dtypes_of_base(loaded, adapter_name)
     return loaded
+
+
+def read_adapter_config(folder: str | os.PathLike[str], **options: Any) -> PeftConfig:
+    """The configuration of an adapter.
+
+    Args:
+        folder: Of the adapter, or its hub id.
+        **options: Where to find that, such as `revision`.
+
+    Raises:
+        ValueError: If there is none, or it is none of an adapter that PEFT knows.
+    """
+    path = os.path.join(folder, CONFIG_NAME)
+    if not os.path.isfile(path):
+        return PeftConfig.from_pretrained(os.fspath(folder), **options)
+    read_object(path)
+    try:
+        return PeftConfig.from_pretrained(os.fspath(folder), **options)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: must be the configuration of an adapter: {error!r}") from error
 
 
 def _take_dtypes_of_base(model: nn.Module, adapter_name: str) -> None:

@@ -20,6 +20,7 @@ from ..linalg.sums import compressed_sum, stacked_sum
 from ..tuner.layer import WasiLayer, wasi_layers
 from ..tuner.targets import plain_name
 from ..updates.resizing import set_part
+from .adapters import read_adapter_config
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def start_from_lora(
     name = str(model.active_adapter) if adapter_name is None else adapter_name
     if name not in model.peft_config:
         raise ValueError(f"adapter_name must name an adapter of the model, {sorted(model.peft_config)}, got {name!r}.")
-    settings = PeftConfig.from_pretrained(os.fspath(lora), **options)
+    settings = read_adapter_config(lora, **options)
     _check_settings(lora, settings)
     base = model.get_base_model()
     layers = {plain_name(key): layer for key, layer in wasi_layers(base) if name in layer.wasi_form}

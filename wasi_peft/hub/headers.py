@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers.utils import CONFIG_NAME
+
 from ..files.headers import read_header
+from ..files.objects import read_object
 from ..forms.stored import layer_of
 from .compressed import METHOD, WasiQuantizationConfig
 
@@ -30,7 +32,11 @@ class Checkpoint(NamedTuple):
 
 
 def is_compressed(folder: Path) -> bool:
-    """Whether a folder holds a compressed checkpoint, by its configuration."""
+    """Whether a folder holds a compressed checkpoint, by its configuration.
+
+    Raises:
+        ValueError: If that is no JSON object.
+    """
     return _settings(folder).get("quant_method") == METHOD
 
 
@@ -40,9 +46,11 @@ def read_headers(folder: Path) -> Checkpoint:
     Raises:
         ValueError: If the configuration is not that of one, a file is damaged, or a layer is not in the files.
     """
-    config = WasiQuantizationConfig(
-        **{key: value for key, value in _settings(folder).items() if key != "quant_method"}
-    )
+    settings = {key: value for key, value in _settings(folder).items() if key != "quant_method"}
+    try:
+        config = WasiQuantizationConfig(**settings)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     sizes: dict[str, int] = {}
     for path in sorted(folder.glob("*.safetensors")):
         sizes |= {key: math.prod(header.shape) * _width(header.dtype) for key, header in read_header(path).items()}
@@ -60,11 +68,8 @@ def read_headers(folder: Path) -> Checkpoint:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    config = json.loads(path.read_text(encoding="utf-8"))
-    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    path = folder / CONFIG_NAME
+    settings = read_object(path).get("quantization_config") if path.is_file() else None
     return settings if isinstance(settings, dict) else {}
 
 

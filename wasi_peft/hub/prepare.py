@@ -34,6 +34,7 @@ from ..factors.statistics import InputStatistics
 from ..files.folders import check_apart
 from ..files.headers import read_header
 from ..files.joining import join_files
+from ..files.objects import read_object
 from ..forms.compressed import CompressedLinear
 from ..forms.compressed_stack import CompressedStack
 from ..forms.compressing import compressed
@@ -424,8 +425,10 @@ def _targets(model: nn.Module, config: WasiConfig) -> dict[str, nn.Module]:
 
 
 def _read_config(folder: str) -> PretrainedConfig:
-    if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+    path = os.path.join(folder, CONFIG_NAME)
+    if not os.path.isfile(path):
         raise ValueError(f"{folder!r}: a checkpoint must have a {CONFIG_NAME}, got none.")
+    read_object(path)  # which names it where it is none
     config: PretrainedConfig = AutoConfig.from_pretrained(folder)
     known = getattr(config, "quantization_config", None)
     if known is not None:
