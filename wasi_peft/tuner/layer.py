@@ -407,10 +407,10 @@ class WasiLayer(BaseTunerLayer):
         if base_form == "cpu":
             self._modules["base_layer"] = self._parked(dense)
         elif base_form in RESIDUALS:
+            stored = [part for part in dense.modules() if isinstance(part, Residual)]
             if isinstance(dense, Compressed) and products is not None:
-                for part in dense.modules():
-                    if isinstance(part, Residual):
-                        part.products = products
+                for part in stored:
+                    part.products = products
             if is_quantized(dense):
                 return  # it is in few bits already, which the factors are beside as they are
             residual = self._rounded(dense, base_form, products)
