@@ -17,7 +17,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from wasi_peft import WasiConfig
+from wasi_peft import WasiConfig, compress
 from wasi_peft.cost import timing
 from wasi_peft.cost.estimate import PlannedPeaks, estimate_peak, estimate_wasi, input_sizes
 from wasi_peft.cost.timing import LayerTimer
@@ -423,7 +423,7 @@ def test_a_step_fits_and_uses_what_it_may(name: str, caplog: pytest.LogCaptureFi
     config = WasiConfig(update="subspace", **options)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError,
-        match=r"peak_bytes must be at least 0\.\d MiB \([\d,]+ bytes\) for this model, got 0\.1 MiB \(10 bytes\)",
+        match=r"peak_bytes must be at least [\d.]+ KiB \([\d,]+ bytes\) for this model, got 0\.1 KiB \(10 bytes\)",
     ):
         planned(model, calibration, peak_bytes=10, batch=batch, config=config)
     with caplog.at_level("WARNING", logger="wasi_peft.planner.peak"):
@@ -517,7 +517,7 @@ def test_the_memory_mode_is_chosen_with_the_ranks() -> None:
     plan = chosen(tight)
     assert len(errors) > 1
     assert plan.memory_mode == next(m for m in errors if errors[m] <= (1 + MODE_TOLERANCE) * min(errors.values()))
-    with pytest.raises(ValueError, match=r"peak_bytes must be at least .* for this model, got 0\.1 MiB"):
+    with pytest.raises(ValueError, match=r"peak_bytes must be at least .* for this model, got 0\.1 KiB"):
         chosen(10)
     for modes in ((), "small", ("tiny",)):
         with pytest.raises(
@@ -749,6 +749,27 @@ def test_the_model_must_be_dense(config: peft.PeftConfig) -> None:
     _, calibration = calibrated("vit")
     with pytest.raises(ValueError, match="needs the dense model"):
         plan_wasi(get_peft_model(ARCHITECTURES["vit"].model(), config), calibration, weight_share=0.5)
+
+
+def test_the_model_must_not_be_compressed() -> None:
+    _, calibration = calibrated("vit")
+    with pytest.raises(ValueError, match="needs the dense model, got a compressed one"):
+        plan_wasi(compress(ARCHITECTURES["vit"].model()), calibration, weight_share=0.5)
+
+
+def test_an_infeasible_peak_names_the_modes() -> None:
+    model, calibration = calibrated("vit")
+    batch = ARCHITECTURES["vit"].batch()
+    for modes, expected in (
+        (None, "with memory_mode='exact'; memory_modes=('exact', 'fast', 'small') tries all."),
+        (("fast", "exact"), "with memory_modes=('fast', 'exact'); memory_modes=('exact', 'fast', 'small') tries all."),
+        (MEMORY_MODES, "with memory_modes=('exact', 'fast', 'small')."),
+    ):
+        with pytest.raises(ValueError, match=re.escape(expected) + "$"):
+            planned(model, calibration, peak_bytes=10, batch=batch, memory_modes=modes)
+    config = WasiConfig(update="subspace", memory_mode="small")
+    with pytest.raises(ValueError, match="with memory_mode='small'; memory_modes="):
+        planned(model, calibration, peak_bytes=10, batch=batch, config=config)
 
 
 def test_some_layer_must_be_worth_it() -> None:

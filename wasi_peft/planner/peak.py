@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from ..cost.estimate import MIB, OptimizerFactory, PlannedPeaks, estimate_peak
+from ..cost.estimate import OptimizerFactory, PlannedPeaks, estimate_peak
 from ..forms.residual import RESIDUALS
 from ..ranks.choosing import least_error_of, plan_error
 from ..ranks.knapsack import InfeasibleError
-from ..ranks.plan import WasiPlan
+from ..ranks.plan import WasiPlan, readable_bytes
 from ..ranks.spectrum import InputGroup, LayerSpectrum, input_groups
 from ..tuner.config import WasiConfig
 from .fit import Problem, fit_budget
@@ -117,9 +117,9 @@ def _plan_in_mode(
         raise InfeasibleError("peak_bytes", budget, error.least / (1 - PEAK_MARGIN)) from error
     if dense is not None and needed >= dense:  # a model with frozen layers is not what fine-tuning takes
         logger.warning(
-            "A step under this plan needs %.1f MiB, dense fine-tuning %.1f MiB: the plan saves no memory. "
+            "A step under this plan needs %s, dense fine-tuning %s: the plan saves no memory. "
             "Lower peak_bytes, or fine-tune the dense model.",
-            needed / MIB,
-            dense / MIB,
+            readable_bytes(needed),
+            readable_bytes(dense),
         )
     return replace(plan, memory_mode=config.memory_mode)

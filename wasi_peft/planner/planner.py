@@ -18,10 +18,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..cost.estimate import GIGA, MIB, OptimizerFactory, input_sizes, watched_sizes
+from ..cost.estimate import GIGA, OptimizerFactory, input_sizes, watched_sizes
 from ..cost.timing import LayerTimer
 from ..factors.calibration import Calibration, all_targets
 from ..forms.attention import with_projections
+from ..forms.compressed import Compressed
 from ..forms.dense import dense_weight, weight_shape
 from ..forms.residual import RESIDUALS
 from ..linalg.tucker import canonical
@@ -31,7 +32,7 @@ from ..models.tokens import patches_left, token_places
 from ..ranks.allocate import allocate_ranks
 from ..ranks.choosing import plan_error
 from ..ranks.knapsack import InfeasibleError
-from ..ranks.plan import FORMS, WasiPlan, build_plan
+from ..ranks.plan import FORMS, WasiPlan, build_plan, readable_bytes
 from ..ranks.spectrum import FACTORS, LayerSpectrum, with_forms
 from ..tuner.config import WasiConfig
 from ..updates import RESIDUAL_UPDATE
@@ -120,7 +121,8 @@ def plan_wasi(
     Raises:
         ValueError: If there is not exactly one budget, it is out of range or below the least feasible one (which the
             message names), the batch is missing, `memory_modes` is empty, unknown or given with another budget, the
-            calibration is of another model, the model has an adapter, or the configuration decides ranks itself.
+            calibration is of another model, the model has an adapter or is compressed, or the configuration decides
+            ranks itself.
 
     Example:
         >>> from wasi_peft import calibrate_wasi
@@ -183,6 +185,7 @@ def plan_wasi(
         least = _rounded_up(infeasible.least)
         raise ValueError(
             f"{name} must be at least {_readable(name, least)} for this model, got {_readable(name, value)}."
+            + (_in_modes(modes) if name == "peak_bytes" else "")
         ) from infeasible
     if FACTORS in chosen_forms and len(chosen_forms) > 1:
         plan = _never_worse(plan, plan_for, Problem(spectra, shapes, {name: value}), offered)
@@ -238,9 +241,20 @@ def _modes_to_try(memory_modes: Sequence[str] | None, budget: str, config: WasiC
     return tuple(memory_modes)
 
 
+def _in_modes(modes: Sequence[str]) -> str:
+    """What a peak was found in, and how to have more tried."""
+    considered = f"memory_mode={modes[0]!r}" if len(modes) == 1 else f"memory_modes={tuple(modes)}"
+    others = f"; memory_modes={MEMORY_MODES} tries all" if set(modes) != set(MEMORY_MODES) else ""
+    return f" This is with {considered}{others}."
+
+
 def _planned_targets(model: nn.Module, calibration: Calibration, config: WasiConfig | None) -> dict[str, nn.Module]:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("plan_wasi needs the dense model, got one with an adapter.")
+    if any(isinstance(module, Compressed) for module in model.modules()):
+        raise ValueError(
+            "plan_wasi needs the dense model, got a compressed one: model.dequantize() restores its layers."
+        )
     for field in _DECIDED_FIELDS:
         if config is not None and getattr(config, field):
             raise ValueError(f"a plan decides all ranks; leave {field} out, got {getattr(config, field)!r}.")
@@ -344,7 +358,7 @@ def _rounded_up(value: float) -> float | int:
 def _readable(name: str, value: float) -> str:
     """A budget as a person reads it, the exact number included."""
     if name == "peak_bytes":
-        return f"{math.ceil(10 * value / MIB) / 10:,.1f} MiB ({value:,} bytes)"
+        return f"{readable_bytes(value, math.ceil)} ({value:,} bytes)"
     if value > 1:
         return f"{value / GIGA:,.3g} GFLOP ({value:,} FLOPs)"
     if name.endswith(("_flops", "_seconds")):

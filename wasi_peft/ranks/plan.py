@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -316,8 +316,23 @@ def rank_range(ranks: Sequence[int]) -> str:
 def _asked(name: str, value: Any) -> str:
     """A budget as a person reads it."""
     if name == "peak_bytes" and isinstance(value, (int, float)):
-        return f"a peak of {value / 2**20:,.1f} MiB"
+        return f"a peak of {readable_bytes(value)}"
     return f"{name}={value}"
+
+
+def readable_bytes(size: float, whole: Callable[[float], int] = round) -> str:
+    """Bytes as a person reads them, with one decimal.
+
+    Args:
+        size: Bytes.
+        whole: How the last digit is rounded.
+
+    Example:
+        >>> readable_bytes(1.5 * 2**20), readable_bytes(1000), readable_bytes(1000, math.floor)
+        ('1.5 MiB', '1.0 KiB', '0.9 KiB')
+    """
+    unit, divisor = ("MiB", 2**20) if size >= 2**20 else ("KiB", 2**10)
+    return f"{whole(10 * size / divisor) / 10:,.1f} {unit}"
 
 
 def _check_keys(where: str, data: dict[str, Any], known: tuple[str, ...]) -> None:
