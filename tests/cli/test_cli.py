@@ -126,6 +126,10 @@ def test_inspect_model(run: Any) -> None:
     assert data["architecture"] == "ViTForImageClassification" and data["task"] == "image-classification"
     assert {row["layers"]: row["break-even rank"] for row in data["kinds"]}["fc1"] == 9
     assert json.loads(run("inspect", "vit", "--json", "--task", "features"))["architecture"] == "ViTModel"
+    layers = run("inspect", "vit", "--layers").splitlines()
+    assert layers[0].split() == ["layer", "out", "in", "break-even", "rank", "parameters"]
+    assert [line.split()[0] for line in layers[1:-1]] == list(data["layers"])
+    assert layers[-1] == text.splitlines()[-1]
 
 
 def test_packed_experts_count(run: Any, tmp_path: Path) -> None:
@@ -136,6 +140,9 @@ def test_packed_experts_count(run: Any, tmp_path: Path) -> None:
     assert packed["gate_up_proj"] == (4, 4 * 32 * 16) and packed["down_proj"] == (4, 4 * 16 * 16)
     elements = 4 * 16 * 16 + 4 * 32 * 16 + 4 * 16 * 16
     assert data["target_share"] == elements / sum(parameter.numel() for parameter in model.parameters())
+    lines = [line.split() for line in run("inspect", str(tmp_path / "experts"), "--layers").splitlines()]
+    assert lines[0][:2] == ["layer", "experts"]
+    assert {line[0].rpartition(".")[2]: line[1] for line in lines[1:-1]}["gate_up_proj"] == "4"
     estimates = json.loads(run("estimate", str(tmp_path / "experts"), "--batch-size", "2", "--json"))["estimates"]
     packed_names = [name for name, layer in data["layers"].items() if layer["experts"] > 1]
     layers = sorted(set(data["layers"]) - set(packed_names))
@@ -302,7 +309,10 @@ def test_how_a_step_runs_reaches_the_estimator(run: Any, estimated: dict[str, An
     run("estimate", "vit", "--batch-size", "4", "--token-keep", "0.5")
     config = estimated["WASI"]
     assert (config.token_keep, config.skip_padding, config.slice_tokens) == (0.5, False, None)
+    run("estimate", "vit", "--batch-size", "4", "--memory-mode", "small")
+    assert estimated["WASI"].memory_mode == "small"
     run("estimate", "vit", "--batch-size", "4", "--slice-tokens", "30")
+    assert estimated["WASI"].memory_mode == "exact"
     assert estimated["WASI"].slice_tokens == 30
     run("estimate", "llama", "--batch-size", "4", "--vocabulary", "int8")
     assert estimated["WASI"].vocabulary == "int8"
@@ -420,6 +430,23 @@ def test_profile_refuses_what_estimate_refuses(run: Any) -> None:
     assert "--activation-rank goes with" in run("profile", "vit", *ESTIMATED, "--activation-rank", "2", code=2)
     assert "give --lora or --dense" in run("profile", "vit", *ESTIMATED, "--dense", "--lora", "2", code=2)
     assert "at least 1" in run("profile", "vit", *ESTIMATED, "--rounds", "0", code=2)
+    assert "--memory-mode, --" in run("profile", "vit", *ESTIMATED, "--dense", "--memory-mode", "fast", code=2)
+
+
+def test_a_text_may_end_in_several_ways(run: Any, tmp_path: Path) -> None:
+    model: Any = ARCHITECTURES["llama"].model()
+    model.config.eos_token_id = [1, 2]
+    model.save_pretrained(tmp_path)
+    options = ("--batch-size", "2", "--sequence-length", "6", "--rounds", "1", "--dense", "--json")
+    assert list(json.loads(run("profile", str(tmp_path), *options))["profiles"]) == ["dense"]
+
+
+@pytest.mark.parametrize("command", ["estimate", "profile", "plan"])
+def test_help_says_which_update_is_the_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "what a plan says; else addition beside a residual, frozen_basis for factors alone" in text
 
 
 # ------------------------------------------------------------------------------------------------ plan

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..forms.dense import weight_shape
 from ..models.experts import conceal_experts, expose_experts
+from ..models.texts import ordinary_tokens
 from ..tuner.config import WasiConfig
 from ..tuner.registration import NAME
 from ..tuner.targets import default_target_names
@@ -243,9 +244,7 @@ def random_content(batch: dict[str, Any], model: transformers.PreTrainedModel) -
     if "pixel_values" in batch:
         batch["pixel_values"].normal_(generator=generator)
         return
-    config = model.config.get_text_config()
-    special = {config.pad_token_id, config.eos_token_id}
-    ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
+    ordinary = ordinary_tokens(model.config)
     chosen = torch.randint(len(ordinary), batch["input_ids"].shape, generator=generator)
     batch["input_ids"].copy_(ordinary[chosen])
 

@@ -49,7 +49,7 @@ from ..report.kinds import kinds_table, stored_rows
 from ..report.profiles import GROUPINGS, costs_table, plot_profiles, profiles_table
 from ..tuner.config import AUTO, RESIDUAL_RANK, WasiConfig
 from ..tuner.summary import LayerSummary, WasiSummary
-from ..updates import DEFAULT_UPDATE, UPDATES
+from ..updates import DEFAULT_UPDATE, RESIDUAL_UPDATE, UPDATES
 from .loading import (
     SEQUENCE_LENGTH,
     TASKS,
@@ -275,6 +275,11 @@ def _add_variant_options(command: argparse.ArgumentParser) -> None:
         help="with --weight-rank and an update that keeps inputs: their feature rank",
     )
     command.add_argument("--lora", metavar="R", type=_count, help=f"rank of LoRA ({LORA_RANK})")
+    command.add_argument(
+        "--memory-mode",
+        choices=MEMORY_MODES,
+        help="what WASI's blocks keep for backward (what a plan says, else exact)",
+    )
 
 
 def _add_batch_options(command: argparse.ArgumentParser) -> None:
@@ -283,7 +288,10 @@ def _add_batch_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--image-size", metavar="P", type=_count, help="pixels of an image's side (the model's)")
     command.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="(adamw)")
     command.add_argument(
-        "--update", choices=tuple(UPDATES), help=f"what trains (what a plan says, else {DEFAULT_UPDATE})"
+        "--update",
+        choices=tuple(UPDATES),
+        help=f"what trains (what a plan says; else {RESIDUAL_UPDATE} beside a residual, {DEFAULT_UPDATE} for factors "
+        "alone)",
     )
     command.add_argument(
         "--update-rank",
@@ -316,8 +324,8 @@ _RUNNING = ("vocabulary", "slice_tokens", "skip_padding", "token_keep")  # how a
 
 def _training(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fields of `WasiConfig` that say how a step runs."""
-    fields = ("update", "update_rank", "frozen_dtype", *_RUNNING)
-    return {name: getattr(arguments, name) for name in fields}
+    fields = ("update", "update_rank", "frozen_dtype", "memory_mode", *_RUNNING)
+    return {name: getattr(arguments, name, None) for name in fields}
 
 
 def _add_model_options(command: argparse.ArgumentParser, plot: bool = True) -> None:
@@ -506,9 +514,8 @@ def _inspect_model(arguments: argparse.Namespace) -> None:
     sizes = target_sizes(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     targeted = sum(target.elements for target in sizes.values())
-    rows = tables.target_rows(
-        {name: target[:2] for name, target in sizes.items()}, {name: target.experts for name, target in sizes.items()}
-    )
+    shapes = {name: target[:2] for name, target in sizes.items()}
+    experts = {name: target.experts for name, target in sizes.items()}
     share = targeted / parameters
     text = f"{type(model).__name__} ({task}): {parameters:,} parameters, {share:.1%} in {len(sizes)} target layers"
     data = {
@@ -517,10 +524,10 @@ def _inspect_model(arguments: argparse.Namespace) -> None:
         "task": task,
         "parameters": parameters,
         "target_share": share,
-        "kinds": rows,
+        "kinds": tables.target_rows(shapes, experts),
         "layers": {name: target._asdict() for name, target in sizes.items()},
     }
-    _show(arguments, f"{tables.table(rows)}\n{text}", data)
+    _show(arguments, f"{tables.table(tables.target_rows(shapes, experts, every=arguments.layers))}\n{text}", data)
 
 
 def _variants(
@@ -559,8 +566,9 @@ def _check_variants(arguments: argparse.Namespace) -> None:
         raise ValueError("--residual is for one rank everywhere, --weight-rank; a plan has its own.")
     if arguments.dense and arguments.lora:
         raise ValueError("--dense leaves LoRA out; give --lora or --dense, not both.")
-    if arguments.dense and any(getattr(arguments, name) for name in _RUNNING):
-        options = [f"--{name.replace('_', '-')}" for name in _RUNNING]
+    running = ("memory_mode", *_RUNNING)
+    if arguments.dense and any(getattr(arguments, name) for name in running):
+        options = [f"--{name.replace('_', '-')}" for name in running]
         raise ValueError(f"{', '.join(options[:-1])} and {options[-1]} are for WASI, which --dense leaves out.")
     replaces = arguments.residual == "none" or arguments.frozen_dtype
     replaces = replaces or (arguments.update and not UPDATES[arguments.update].takes_residual)

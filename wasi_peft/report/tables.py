@@ -123,29 +123,34 @@ def _unit(largest: float, names: Sequence[str], base: int) -> tuple[str, int]:
     return names[power], base**power
 
 
-def target_rows(sizes: Mapping[str, tuple[int, int]], experts: Mapping[str, int] | None = None) -> list[Row]:
+def target_rows(
+    sizes: Mapping[str, tuple[int, int]], experts: Mapping[str, int] | None = None, every: bool = False
+) -> list[Row]:
     """One row per kind of layer and shape, from (out_features, in_features) by layer name.
 
     Args:
         sizes: By layer name.
         experts: How many weights of that size a layer has, where it has more than one: packed experts.
+        every: Whether each layer gets a row instead.
     """
+    counts = {name: (experts or {}).get(name, 1) for name in sizes}
+    if every:
+        several = max(counts.values(), default=1) > 1
+        return [
+            {"layer": name, **({"experts": counts[name]} if several else {}), **_target_row(counts[name], size)}
+            for name, size in sizes.items()
+        ]
     places = layer_places(sizes)
-    counts: dict[tuple[str, tuple[int, int]], int] = {}
+    kinds: dict[tuple[str, tuple[int, int]], int] = {}
     for name, size in sizes.items():
         key = places[name].kind, size
-        counts[key] = counts.get(key, 0) + (experts or {}).get(name, 1)
-    return [
-        {
-            "layers": kind,
-            "count": count,
-            "out": size[0],
-            "in": size[1],
-            "break-even rank": break_even_rank(*size),
-            "parameters": count * dense_elements(*size),
-        }
-        for (kind, size), count in counts.items()
-    ]
+        kinds[key] = kinds.get(key, 0) + counts[name]
+    return [{"layers": kind, "count": count, **_target_row(count, size)} for (kind, size), count in kinds.items()]
+
+
+def _target_row(count: int, size: tuple[int, int]) -> Row:
+    sizes = {"out": size[0], "in": size[1], "break-even rank": break_even_rank(*size)}
+    return {**sizes, "parameters": count * dense_elements(*size)}
 
 
 def plan_table(plan: WasiPlan | WasiSummary) -> str:
