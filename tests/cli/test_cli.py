@@ -632,7 +632,8 @@ BAD = {
         ("estimate", "vit", *ESTIMATED, "--weight-rank", "99"),
         "at most min(out_features, in_features)",
     ),
-    "no such plan": (("estimate", "vit", *ESTIMATED, "--plan", "none.json"), "No such file or directory: 'none.json'"),
+    "no such plan": (("estimate", "vit", *ESTIMATED, "--plan", "none.json"), "none.json: no such file or folder."),
+    "plan that is a folder": (("estimate", "vit", *ESTIMATED, "--plan", "vit"), "vit: must be a file, got a folder."),
     "plan of another model": (
         ("estimate", "bert", *ESTIMATED, "--plan", "plan.json"),
         "the plan is for another model",
@@ -658,6 +659,32 @@ BAD = {
     "not a number": (("plan", "vit", *ESTIMATED, "--error", "little"), "a number in (0, 1], got 'little'"),
     "infinite": (("plan", "vit", *ESTIMATED, "--inference-flops", "inf"), "a number above 0, got 'inf'"),
     "no data": (("plan", "vit", *PLANNED), "--data is needed, or --calibration"),
+    "plan in place of a folder": (("plan", "vit", *PLANNED, "--data", "images", "--output", "images"), "got a folder"),
+    "plan where it cannot be": (
+        ("plan", "vit", *PLANNED, "--data", "images", "--output", "/proc/x.json"),
+        "/proc/x.json: cannot be written",
+    ),
+    "plan in place of its data": (
+        ("plan", "bert", *PLANNED, "--data", "texts.txt", "--output", "texts.txt"),
+        "texts.txt: holds something else than a plan",
+    ),
+    "plan in place of a model": (
+        ("plan", "vit", *PLANNED, "--data", "images", "--output", "vit/config.json"),
+        "vit/config.json: holds something else than a plan",
+    ),
+    "plot in place of its data": (
+        ("plan", "vit", *PLANNED, "--data", "images", "--plot", "images/one/0.png"),
+        "the output must be outside of the data's folder, images.",
+    ),
+    "plot of an unknown kind": (
+        ("plan", "vit", *PLANNED, "--data", "images", "--plot", "x.foo"),
+        "x.foo: a figure must",
+    ),
+    "profile plotted to an unknown kind": (("profile", "vit", *ESTIMATED, "--plot", "x.foo"), "x.foo: a figure must"),
+    "plot in place of a folder": (
+        ("inspect", "plan.json", "--plot", "images"),
+        "images: must be a file, got a folder",
+    ),
     "no folder for the plan": (("plan", "vit", *PLANNED, "--output", "none/p.json"), "the folder must exist"),
     "no calibration": (("plan", "vit", *PLANNED, "--calibration", "images"), "must hold a saved calibration"),
     "calibration of another": (("plan", "bert", *PLANNED, "--calibration", "calibration"), "belongs to another model"),
@@ -675,6 +702,9 @@ BAD = {
     "deep JSON": (("inspect", "deep.json"), "maximum recursion depth exceeded"),
     "damaged configuration": (("inspect", "worded"), "worded: cannot be read: "),
     "damaged weights": (("plan", "cut", "--data", "images", *PLANNED), "cut: cannot be read: SafetensorError"),
+    "no tokenizer": (("plan", "bare", *PLANNED, "--data", "texts.txt"), "error: bare: "),
+    "half an image": (("plan", "vit", *PLANNED, "--data", "halves"), "halves/image.png: "),
+    "other letters": (("plan", "bert", *PLANNED, "--data", "latin.txt"), "latin.txt: 'utf-8' codec can't decode"),
     "image like a bomb": (
         ("plan", "vit", "--data", "bomb", *PLANNED),
         "bomb/image.png: Image size (400000000 pixels)",
@@ -689,6 +719,20 @@ BAD = {
         "leave out residual='int4'",
     ),
     "nothing to prepare": (("prepare", "images", "--output", "x"), "a checkpoint must have a config.json, got none"),
+    "output around its data": (
+        ("prepare", "vit", "--output", "images", "--data", "images/one", "--overwrite"),
+        "the output must be another folder than the data's, and not around it.",
+    ),
+    "output around texts": (
+        ("prepare", "bert", "--output", "around", "--data", "around/in/texts.txt", "--overwrite"),
+        "the output must be another folder than the data's, and not around it.",
+    ),
+    "output in its data": (
+        ("prepare", "vit", "--output", "images/one", "--data", "images", "--overwrite"),
+        "the output must be outside of the data's folder, images.",
+    ),
+    "output in place of the model": (("prepare", "vit", "--output", "vit", "--overwrite"), "another folder than"),
+    "output where it cannot be": (("prepare", "vit", "--output", "/proc/x"), "/proc/x: cannot be written"),
     "data that is not there": (("prepare", "vit", "--output", "x", "--data", "none"), "none: no such file or folder."),
     "another adapter": (("inspect", "lora"), "lora: must be an adapter of type WASI, got LORA."),
     "not an adapter": (("inspect", "listed"), "must be an adapter of type WASI, got None."),
@@ -717,6 +761,13 @@ def bad_assets(assets: Path) -> None:
     Image.new("1", (20_000, 20_000)).save(assets / "bomb" / "image.png")
     (assets / "broken").mkdir()
     (assets / "broken" / "image.png").write_text("no image")
+    ARCHITECTURES["llama"].model().save_pretrained(assets / "bare")
+    (assets / "halves").mkdir()
+    whole = (assets / "images" / "one" / "0.png").read_bytes()
+    (assets / "halves" / "image.png").write_bytes(whole[: len(whole) // 2])
+    (assets / "latin.txt").write_bytes("a\xe9b".encode("latin-1"))
+    (assets / "around" / "in").mkdir(parents=True)
+    shutil.copy(assets / "texts.txt", assets / "around" / "in")
     (assets / "empty.txt").write_text("\n \n")
     (assets / "bad.jsonl").write_text('{"text": "a"}\n{text}\n')
     get_peft_model(ARCHITECTURES["vit"].model(), LoraConfig(target_modules=["fc1"])).save_pretrained(assets / "lora")
@@ -729,12 +780,26 @@ def bad_assets(assets: Path) -> None:
     save_file({"fc.wasi_form.wasi_L": torch.zeros(2, 1)}, assets / "halved" / "adapter_model.safetensors")
 
 
+EARLY = (
+    "plan in place of a folder", "plan where it cannot be", "plan in place of its data", "plan in place of a model",
+    "plot in place of its data", "plot of an unknown kind", "profile plotted to an unknown kind",
+    "output around its data", "output around texts", "output in its data", "output where it cannot be",
+    "no such plan", "plan that is a folder",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_errors_are_one_line_and_code_2(run: Any, bad_assets: None, case: str) -> None:
+def test_errors_are_one_line_and_code_2(
+    run: Any, bad_assets: None, assets: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments, message = BAD[case]
     if "--plot" in arguments:
         pytest.importorskip("matplotlib")
+    if case in EARLY:  # before a model is loaded
+        monkeypatch.setattr(cli, "load_model", None)
+    before = set(assets.rglob("*"))
     assert message in run(*arguments, code=2)
+    assert set(assets.rglob("*")) == before
 
 
 @pytest.mark.parametrize("architectures", [None, ["BertForPreTraining"]])

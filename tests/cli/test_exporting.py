@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from expert_models import experts_model
 from models import ARCHITECTURES, logits, wasi_model
 from safetensors.torch import load_file
 from tokenizing import byte_llama, byte_tokenizer
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from wasi_peft import WasiConfig, compress
 from wasi_peft.cli import loading
 from wasi_peft.cli import main as cli
+from wasi_peft.cost.estimate import estimate_wasi
 from wasi_peft.forms.compressed import CompressedLinear
 
 FACTORS = {"residual": None, "weight_rank": 3, "update": "frozen_basis", "activation_threshold": None}
@@ -119,6 +121,41 @@ def test_inspect_a_compressed_checkpoint(run: Any, assets: Path, monkeypatch: py
     assert "fc1         2     0-1  factors     3" in text and "compressed checkpoint: 12 layers in" in text
 
 
+def test_a_checkpoint_that_is_no_folder_is_inspected_by_its_configuration(
+    run: Any, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_files = json.loads(run("inspect", "small", "--json"))
+    monkeypatch.setattr(cli, "is_compressed", lambda folder: False)
+    found = json.loads(run("inspect", "small", "--json"))
+    found["layers"].sort(key=lambda layer: layer["name"])
+    assert found == by_files
+
+
+@pytest.mark.parametrize("kind", ["factors", "int8", "experts"])
+def test_estimates_of_a_compressed_checkpoint_are_those_of_the_model(run: Any, tmp_path: Path, kind: str) -> None:
+    config = WasiConfig(**FACTORS) if kind != "int8" else WasiConfig()
+    if kind == "experts":
+        model, auto_class = experts_model("mixtral", torch.float32), AutoModelForCausalLM
+    else:
+        model, auto_class = ARCHITECTURES["vit"].model(), AutoModelForImageClassification
+    compress(model, config).save_pretrained(tmp_path)
+    arguments = ("estimate", tmp_path, "--batch-size", "2", "--weight-rank", "2")
+    estimates = json.loads(run(*arguments, "--json"))["estimates"]
+    loaded = auto_class.from_pretrained(tmp_path)
+    adapter = WasiConfig(weight_rank=2, modules_to_save=None if kind == "experts" else ["classifier"])
+    batch = loading.dummy_batch(
+        cli._parser().parse_args(list(map(str, arguments))),
+        loaded,
+        "causal-lm" if kind == "experts" else "image-classification",
+    )
+    assert estimates == {"WASI K=2": estimate_wasi(loaded, adapter, batch=batch).to_dict()}
+
+
+def test_profiles_do_not_call_a_compressed_model_dense(run: Any) -> None:
+    options = ("--batch-size", "2", "--rounds", "1", "--weight-rank", "2", "--json")
+    assert list(json.loads(run("profile", "small", *options))["profiles"]) == ["compressed", "LoRA r=16", "WASI K=2"]
+
+
 def test_the_base_of_an_adapter_may_be_elsewhere(run: Any, assets: Path, tmp_path: Path) -> None:
     settings = json.loads((assets / "beside" / "adapter_config.json").read_text())
     (tmp_path / "moved").mkdir()
@@ -173,13 +210,43 @@ BAD = {
     "LoRA of a model": (("export", "vit", "--format", "lora", "--output", "x"), "a PEFT model with a WASI adapter"),
     "LoRA of factors": (("export", "factors", "--format", "lora", "--output", "x"), "its factors replace the weight"),
     "plot of a checkpoint": (("inspect", "small", "--plot", "x.png"), "got a compressed checkpoint"),
+    "plan of a checkpoint": (
+        ("plan", "small", "--data", "x", "--weight-share", "0.5", "--batch-size", "2"),
+        "small: a plan is made for a dense model, got a compressed checkpoint.",
+    ),
+    "LoRA on a checkpoint": (
+        ("estimate", "small", "--batch-size", "2", "--lora", "2"),
+        "leave --dense and --lora out",
+    ),
+    "fine-tuning of a checkpoint": (("estimate", "small", "--batch-size", "2", "--dense"), "leave --dense and --lora"),
+    "estimate of other bits": (
+        ("estimate", "others", "--batch-size", "2"),
+        "others: must be dense or compressed by wasi_peft, got weights stored by 'bitsandbytes'.",
+    ),
+    "estimate of an adapter": (
+        ("estimate", "nameless", "--batch-size", "2"),
+        "nameless: must be a model, got an adapter of type WASI; its base model is None.",
+    ),
+    "preparation of an adapter": (("prepare", "factors", "--output", "x"), "got an adapter of type WASI; its base"),
+    "merge without weights": (
+        ("merge", "weightless", "--output", "x"),
+        "weightless: must hold the adapter's weights, adapter_model.safetensors, got none.",
+    ),
+    "merge of half a configuration": (("merge", "halved", "--output", "x"), "halved/adapter_config.json: Expecting"),
+    "export of half a configuration": (("export", "halved", "--output", "x"), "halved/adapter_config.json: Expecting"),
+    "half a configuration": (("inspect", "halved"), "halved/adapter_config.json: Expecting"),
+    "half a configuration of a model": (("inspect", "torn"), "torn/config.json: Expecting"),
+    "half a configuration of a base": (("merge", "factors", "--base", "torn", "--output", "x"), "torn"),
+    "configuration that cannot be": (("inspect", "impossible"), "impossible/adapter_config.json: weight_rank must"),
+    "merge where it cannot be": (("merge", "factors", "--output", "/proc/x"), "/proc/x: cannot be written"),
+    "export where it cannot be": (("export", "vit", "--output", "/proc/x"), "/proc/x: cannot be written"),
     "incomplete checkpoint": (("inspect", "incomplete"), "is in config.json and in no file"),
     "damaged checkpoint": (("inspect", "damaged"), "the file is damaged or no safetensors file"),
     "checkpoint of a later version": (("inspect", "later"), "format_version 1, got 2"),
 }
 EARLY = (
     "no output", "unknown format", "8 bits elsewhere", "tokenizer elsewhere", "there", "merge into what is there",
-    "merge of a model",
+    "merge of a model", "merge where it cannot be", "export where it cannot be",
 )  # fmt: skip
 
 
@@ -189,6 +256,16 @@ def bad_assets(assets: Path) -> None:
     shutil.copytree(assets / "factors", assets / "nameless")
     config = json.loads((assets / "nameless" / "adapter_config.json").read_text())
     (assets / "nameless" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    shutil.copytree(assets / "factors", assets / "weightless")
+    (assets / "weightless" / "adapter_model.safetensors").unlink()
+    for name in ("halved", "impossible"):
+        shutil.copytree(assets / "factors", assets / name)
+        bad = "{" if name == "halved" else json.dumps({**config, "weight_rank": "big"})
+        (assets / name / "adapter_config.json").write_text(bad)
+    for name in ("others", "torn"):
+        (assets / name).mkdir()
+        settings = {**json.loads(text), "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+        (assets / name / "config.json").write_text(json.dumps(settings) if name == "others" else "{")
     for name in ("incomplete", "damaged", "later"):
         (assets / name).mkdir()
         (assets / name / "config.json").write_text(text)
@@ -245,3 +322,50 @@ def test_export_does_not_replace_the_model(run: Any, assets: Path, tmp_path: Pat
     shutil.copytree(base, tmp_path / "base")
     error = run("export", tmp_path / "base", "--output", tmp_path / "base", "--overwrite", code=2)
     assert "the output must be another folder than the model's" in error
+
+
+@pytest.mark.parametrize("place", ["keep", "keep/../keep/tokenizer"])
+def test_what_a_tokenizer_is_read_from_is_not_replaced(run: Any, tmp_path: Path, place: str) -> None:
+    pytest.importorskip("gguf")
+    kept = tmp_path / "keep" / "tokenizer"
+    byte_tokenizer().save_pretrained(kept)
+    options = ("--format", "gguf", "--tokenizer", kept, "--overwrite")
+    error = run("export", "vit", *options, "--output", tmp_path / place, code=2)
+    assert "the output must be another folder than the tokenizer's" in error
+    assert (kept / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("owner", ["base", "adapter", None])
+def test_tokenizers_come_along(run: Any, tmp_path: Path, owner: str | None) -> None:
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    byte_llama().save_pretrained(base)
+    (base / "model.safetensors.index.json").write_text("{}")
+    wasi_model(byte_llama(), update=None, residual="int8", weight_rank=3).save_pretrained(adapter)
+    (adapter / "trainer_state.json").write_text("{}")
+    if owner is not None:
+        byte_tokenizer().save_pretrained(base)
+    if owner == "adapter":
+        tokenizer = byte_tokenizer()
+        tokenizer.model_max_length = 77
+        tokenizer.save_pretrained(adapter)
+    run("merge", adapter, "--base", base, "--output", merged)
+    own = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    names = {path.name for path in merged.iterdir()} - own
+    assert names == ({"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} if owner else set())
+    if owner is not None:
+        assert (AutoTokenizer.from_pretrained(merged).model_max_length == 77) is (owner == "adapter")
+
+
+def test_tokenizers_of_a_hub_id_come_along(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "snapshot")
+    asked: list[str] = []
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.append(name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
+    (tmp_path / "merged").mkdir()
+    arguments = cli._parser().parse_args(["merge", "factors", "--base", "some/base", "--output", "x"])
+    loading.copy_processors(arguments, tmp_path / "merged")
+    assert asked == ["some/base"] and (tmp_path / "merged" / "tokenizer.json").is_file()

@@ -138,3 +138,6 @@ def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
             check_apart(output, {"the adapter's": tmp_path / "other", "the base's": source})
     check_apart(source / "small", {"the base's": source})
     check_apart(tmp_path / "small", {"the base's": "org/name"})
+    (source / "texts.txt").write_text("a")
+    with pytest.raises(ValueError, match="another folder than the data's"):
+        check_apart(source, {"the data's": source / "texts.txt"})

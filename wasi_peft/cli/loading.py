@@ -7,6 +7,8 @@ import inspect
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch.utils.data import DataLoader
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..forms.dense import weight_shape
+from ..hub.compressed import METHOD
 from ..models.experts import conceal_experts, expose_experts
 from ..models.texts import ordinary_tokens
 from ..tuner.config import WasiConfig
@@ -25,6 +31,8 @@ from ..tuner.registration import NAME
 from ..tuner.targets import default_target_names
 
 SEQUENCE_LENGTH = 128
+ADAPTER_CONFIG = "adapter_config.json"
+_MISSING = "{}: no such file or folder."
 IGNORED_LABEL = -100  # what losses of transformers leave out
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
@@ -53,14 +61,8 @@ TASKS = {
 
 def load_model(arguments: argparse.Namespace, weights: bool) -> tuple[transformers.PreTrainedModel, str]:
     """The model and its task; without weights it takes no memory, whatever its size."""
-    source = arguments.model
+    source, config = arguments.model, read_config(arguments)
     options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
-    if os.path.isfile(source):
-        raise ValueError(f"{source}: must be a folder or a hub id, got a file.")
-    if not os.path.isdir(source) and (source.endswith(".json") or source.startswith((".", os.sep))):
-        raise ValueError(f"{source}: no such file or folder.")
-    with reading(source):
-        config = transformers.AutoConfig.from_pretrained(source, **options)
     task = arguments.task or task_of((config.architectures or ["nothing"])[0])
     auto_class = getattr(transformers, TASKS[task].auto_class)
     if arguments.dtype:
@@ -70,7 +72,42 @@ def load_model(arguments: argparse.Namespace, weights: bool) -> tuple[transforme
             labels = {"num_labels": arguments.num_labels} if getattr(arguments, "num_labels", None) else {}
             return auto_class.from_pretrained(source, **options, **labels), task
         with torch.device("meta"):
-            return auto_class.from_config(config, **options), task
+            model = auto_class.from_config(config, **options)
+        if quantized_by(config) == METHOD:
+            quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+            quantizer.preprocess_model(model)
+            quantizer.postprocess_model(model)
+        return model, task
+
+
+def read_config(arguments: argparse.Namespace) -> transformers.PretrainedConfig:
+    """The configuration of the model that is named."""
+    check_model(arguments.model)
+    with reading(arguments.model):
+        config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            arguments.model, trust_remote_code=arguments.trust_remote_code
+        )
+    return config
+
+
+def check_model(source: str) -> None:
+    """Refuse what is no folder of a model and cannot be a hub id."""
+    if os.path.isfile(source):
+        raise ValueError(f"{source}: must be a folder or a hub id, got a file.")
+    if not os.path.isdir(source) and (source.endswith(".json") or source.startswith((".", os.sep))):
+        raise ValueError(_MISSING.format(source))
+    folder = Path(source)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        settings = read_settings(folder / ADAPTER_CONFIG)
+        kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
+        raise ValueError(f"{source}: must be a model, got an adapter of type {kind}; its base model is {base!r}.")
+
+
+def quantized_by(config: transformers.PretrainedConfig) -> str | None:
+    """Name of the method that a configuration says to have stored the weights, None for dense ones."""
+    known = getattr(config, "quantization_config", None)
+    method: str | None = known.get("quant_method") if isinstance(known, dict) else getattr(known, "quant_method", None)
+    return method
 
 
 def load_with_adapter(arguments: argparse.Namespace) -> Any:
@@ -79,6 +116,9 @@ def load_with_adapter(arguments: argparse.Namespace) -> Any:
     if base is None:
         return load_model(arguments, weights=True)[0]
     settings = adapter_settings(folder)
+    adapter_config(folder)
+    if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise ValueError(f"{folder}: must hold the adapter's weights, {SAFETENSORS_WEIGHTS_NAME}, got none.")
     of_base = argparse.Namespace(**{**vars(arguments), "model": base})
     known = settings.get("auto_mapping") or {}
     if arguments.task is None and known.get("base_model_class"):
@@ -96,7 +136,7 @@ def load_with_adapter(arguments: argparse.Namespace) -> Any:
 def base_of(arguments: argparse.Namespace) -> str | None:
     """The base model of an adapter's folder, by `--base` or as the adapter names it; None of anything else."""
     folder = Path(arguments.model)
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         if arguments.base:
             raise ValueError(f"--base goes with an adapter's folder; {folder} is none.")
         return None
@@ -107,12 +147,42 @@ def base_of(arguments: argparse.Namespace) -> str | None:
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
-    """The configuration of a WASI adapter's folder."""
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    """What the folder of a WASI adapter says of it."""
+    settings = read_settings(folder / ADAPTER_CONFIG)
+    kind = settings.get("peft_type")
     if kind != NAME:
         raise ValueError(f"{folder}: must be an adapter of type {NAME}, got {kind}.")
-    return dict(settings)
+    return settings
+
+
+def adapter_config(folder: Path) -> WasiConfig:
+    """The configuration of a WASI adapter's folder."""
+    adapter_settings(folder)
+    with reading(str(folder)), naming(folder / ADAPTER_CONFIG):
+        config: WasiConfig = WasiConfig.from_pretrained(str(folder))
+    return config
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where the file holds another value."""
+    with naming(path):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    return settings if isinstance(settings, dict) else {}
+
+
+def check_file(path: str) -> None:
+    """Refuse a path that is no file."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: must be a file, got a folder." if os.path.isdir(path) else _MISSING.format(path))
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What is wrong with a file is said with its name."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
 @contextmanager
@@ -277,6 +347,29 @@ def _sequence_length(arguments: argparse.Namespace, model: transformers.PreTrain
     return int(length)
 
 
+# -------------------------------------------------------------------- tokenizers and processors
+
+_FILES = (".json", ".txt", ".model", ".jinja", ".spm", ".vocab", ".tiktoken")
+_MARKS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+# have the same endings
+_OTHERS = re.compile(r"config\.json|.*\.index\.json|adapter_.*|trainer_state\.json|.*_results\.json")
+
+
+def copy_processors(arguments: argparse.Namespace, folder: Path) -> None:
+    """Files of tokenizer and processor of an adapter, or else of its base model, beside those of a model."""
+    source = Path(arguments.model)
+    if not any((source / name).is_file() for name in _MARKS):
+        base = str(base_of(arguments))
+        patterns = [f"*{ending}" for ending in _FILES]
+        source = Path(
+            base if os.path.isdir(base) else snapshot_download(base, allow_patterns=patterns, ignore_patterns="*/*")
+        )
+    for path in sorted(source.iterdir()):
+        wanted = path.suffix in _FILES and not _OTHERS.fullmatch(path.name) and path.is_file()
+        if wanted and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+
+
 # -------------------------------------------------------------------- data
 
 
@@ -286,7 +379,7 @@ def calibration_batches(
     """Batches of the data that are named, made ready for the model."""
     path = Path(arguments.data)
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder.")
+        raise ValueError(_MISSING.format(path))
     if _reads_images(model):
         items: list[Any] = _image_paths(path)
         collate = _image_collator(arguments, model)
@@ -306,9 +399,10 @@ def _image_paths(folder: Path) -> list[Path]:
 
 
 def _image_collator(arguments: argparse.Namespace, model: transformers.PreTrainedModel) -> Any:
-    processor = transformers.AutoImageProcessor.from_pretrained(
-        arguments.model, trust_remote_code=arguments.trust_remote_code
-    )
+    with reading(arguments.model), naming(arguments.model):
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            arguments.model, trust_remote_code=arguments.trust_remote_code
+        )
     options: dict[str, Any] = {}
     if arguments.image_size:
         square = {"height": arguments.image_size, "width": arguments.image_size}
@@ -326,7 +420,7 @@ def _image_collator(arguments: argparse.Namespace, model: transformers.PreTraine
             try:
                 with Image.open(path) as image:
                     images.append(image.convert("RGB"))
-            except Image.DecompressionBombError as error:
+            except Exception as error:  # of a damaged file Pillow raises whatever it stumbles on
                 raise ValueError(f"{path}: {error}") from error
         pixels = processor(images, return_tensors="pt", **options)["pixel_values"]
         return {"pixel_values": pixels.to(model.dtype), **extra}
@@ -337,7 +431,7 @@ def _image_collator(arguments: argparse.Namespace, model: transformers.PreTraine
 def _texts(path: Path, key: str) -> list[str]:
     if path.is_dir():
         raise ValueError(f"{path}: must be a text file or a .jsonl file for a text model, got a folder.")
-    with path.open(encoding="utf-8") as file:
+    with naming(path), path.open(encoding="utf-8") as file:
         lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
     texts = [line.strip() for _, line in lines]
     if path.suffix == ".jsonl":
@@ -359,9 +453,10 @@ def _text_of(line: str, key: str, where: str) -> str:
 
 
 def _text_collator(arguments: argparse.Namespace, model: transformers.PreTrainedModel, task: str) -> Any:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        arguments.model, trust_remote_code=arguments.trust_remote_code
-    )
+    with reading(arguments.model), naming(arguments.model):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            arguments.model, trust_remote_code=arguments.trust_remote_code
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     length = _sequence_length(arguments, model)

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,9 +34,9 @@ from ..forms.residual import RESIDUALS
 from ..forms.stored import STORABLE
 from ..forms.vocabulary import VOCABULARIES
 from ..hub.cases import EXAMPLE_SAMPLES, EXAMPLE_TOKENS, example_batch
-from ..hub.compressed import compress
+from ..hub.compressed import METHOD, compress, compressed_layers
 from ..hub.export import FORMATS, export, ready_format
-from ..hub.headers import is_compressed, read_headers
+from ..hub.headers import Checkpoint, StoredLayer, is_compressed, read_headers
 from ..hub.plain import PlainFormat
 from ..hub.prepare import prepare_checkpoint
 from ..hub.working import check_output
@@ -51,16 +52,23 @@ from ..tuner.config import AUTO, RESIDUAL_RANK, WasiConfig
 from ..tuner.summary import LayerSummary, WasiSummary
 from ..updates import DEFAULT_UPDATE, RESIDUAL_UPDATE, UPDATES
 from .loading import (
+    ADAPTER_CONFIG,
     SEQUENCE_LENGTH,
     TASKS,
-    adapter_settings,
+    adapter_config,
     base_of,
     calibration_batches,
+    check_file,
+    check_model,
+    copy_processors,
     dummy_batch,
     load_model,
     load_with_adapter,
+    naming,
     padding_share,
+    quantized_by,
     random_content,
+    read_config,
     target_sizes,
     task_heads,
 )
@@ -381,14 +389,14 @@ def _size(text: str) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    _check_outputs(arguments.plot, plot=True)
+    _check_plot(arguments.plot)
     what = Path(arguments.model)
     if what.is_file():
         plan = WasiPlan.load(what)
         _show(arguments, _plan_text(arguments, plan), plan.to_dict())
         if arguments.plot:
             plots.plot_plan(plan, path=arguments.plot)
-    elif (what / "adapter_config.json").is_file():
+    elif (what / ADAPTER_CONFIG).is_file():
         _inspect_adapter(arguments, what)
     elif (what / "index.json").is_file():
         calibration = Calibration.load(what)
@@ -396,16 +404,30 @@ def _inspect(arguments: argparse.Namespace) -> None:
         _show(arguments, tables.table(rows), {"layers": rows})
         if arguments.plot:
             plots.plot_calibration(calibration, arguments.plot)
-    elif is_compressed(what):
-        _inspect_checkpoint(arguments, what)
+    elif _is_compressed(what):
+        _inspect_checkpoint(arguments, read_headers(what))
     else:
         _inspect_model(arguments)
 
 
-def _inspect_checkpoint(arguments: argparse.Namespace, folder: Path) -> None:
+def _is_compressed(folder: Path) -> bool:
+    with naming(folder / "config.json"):
+        return is_compressed(folder)
+
+
+def _stored_in(model: transformers.PreTrainedModel) -> Checkpoint:
+    """What a compressed checkpoint holds, by the model that its configuration makes."""
+    layers = []
+    for name, layer in compressed_layers(model):
+        form, size = layer.stored_form, sum(tensor.nbytes for tensor in layer.stored().values())
+        layers.append(StoredLayer(name, form.form, form.rank + form.side_rank, size))
+    tensors = {id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
+    return Checkpoint(tuple(layers), sum(tensors.values()))
+
+
+def _inspect_checkpoint(arguments: argparse.Namespace, checkpoint: Checkpoint) -> None:
     if arguments.plot:
         raise ValueError("--plot needs a plan, an adapter or a calibration, got a compressed checkpoint.")
-    checkpoint = read_headers(folder)
     compressed = sum(layer.stored_bytes for layer in checkpoint.layers)
     unit, size = tables.byte_unit(compressed)
     rows = stored_rows(checkpoint.layers, unit, size, every=arguments.layers)
@@ -461,8 +483,7 @@ _ON_FACTORS = " The factors of an adapter on a compressed model are in that mode
 
 def _read_adapter(folder: Path) -> tuple[WasiConfig, WasiSummary]:
     """Configuration and layers of a saved adapter; the base model is not needed."""
-    adapter_settings(folder)
-    config = WasiConfig.from_pretrained(str(folder))
+    config = adapter_config(folder)
     path = folder / "adapter_model.safetensors"
     layers = []
     headers = read_header(path)
@@ -511,6 +532,8 @@ def _inspect_model(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         raise ValueError("--plot needs a plan, an adapter or a calibration, got a model.")
     model, task = load_model(arguments, weights=False)
+    if any(compressed_layers(model)):
+        return _inspect_checkpoint(arguments, _stored_in(model))
     sizes = target_sizes(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     targeted = sum(target.elements for target in sizes.values())
@@ -535,7 +558,7 @@ def _variants(
 ) -> dict[str, PeftConfig | None]:
     """Configurations to compare, by label; None is full fine-tuning."""
     heads = task_heads(model, task)
-    configs: dict[str, PeftConfig | None] = {"dense": None}
+    configs: dict[str, PeftConfig | None] = {"compressed" if any(compressed_layers(model)) else "dense": None}
     if not arguments.dense:
         rank, targets = arguments.lora or LORA_RANK, target_sizes(model)
         layers, packed = (
@@ -574,6 +597,8 @@ def _check_variants(arguments: argparse.Namespace) -> None:
     replaces = replaces or (arguments.update and not UPDATES[arguments.update].takes_residual)
     if replaces and not (arguments.weight_rank or arguments.plan or arguments.dense):
         raise ValueError("factors in place of the weights need --weight-rank, or --plan.")
+    if arguments.plan:
+        check_file(arguments.plan)
     _check_padding(arguments, "give it with --padding, such as 0.5.")
 
 
@@ -607,15 +632,25 @@ def _compared(
 
 
 def _estimate(arguments: argparse.Namespace) -> None:
-    _check_outputs(arguments.plot, plot=True)
+    _check_plot(arguments.plot)
     _check_variants(arguments)
+    method = quantized_by(read_config(arguments))
+    if method is not None and method != METHOD:
+        raise ValueError(
+            f"{arguments.model}: must be dense or compressed by wasi_peft, got weights stored by {method!r}."
+        )
+    if method == METHOD and (arguments.dense or arguments.lora):
+        raise ValueError("of a compressed checkpoint WASI alone is estimated; leave --dense and --lora out.")
     model, task = load_model(arguments, weights=False)
     batch = dummy_batch(arguments, model, task)
 
     def estimate(config: PeftConfig | None) -> Estimate:
         return estimate_wasi(model, config, batch=batch, optimizer=arguments.optimizer)
 
-    estimates = _for_each(_variants(arguments, model, task), "Estimates", estimate)
+    configs = _variants(arguments, model, task)
+    if method == METHOD:
+        configs = {label: config for label, config in configs.items() if isinstance(config, WasiConfig)}
+    estimates = _for_each(configs, "Estimates", estimate)
     line, data = _compared(arguments, task, batch, model)
     data["estimates"] = {label: estimate.to_dict() for label, estimate in estimates.items()}
     _show(arguments, f"{tables.estimates_table(estimates)}\n{line}", data)
@@ -624,7 +659,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
 
 def _profile(arguments: argparse.Namespace) -> None:
-    _check_outputs(arguments.plot, plot=True)
+    _check_plot(arguments.plot)
     _check_variants(arguments)
     model, task = load_model(arguments, weights=True)
     batch = dummy_batch(arguments, model, task)
@@ -645,12 +680,14 @@ def _profile(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    _check_outputs(arguments.output)
-    _check_outputs(arguments.plot, plot=True)
+    _check_plan(arguments.output)
+    _check_plot(arguments.plot, arguments.data)
     if arguments.data is None and arguments.calibration is None:
         raise ValueError("--data is needed, or --calibration with a finished calibration; got neither.")
     if arguments.data is None:
         _check_padding(arguments, "give it with --padding, or --data to measure it on.")
+    if quantized_by(read_config(arguments)) == METHOD:
+        raise ValueError(f"{arguments.model}: a plan is made for a dense model, got a compressed checkpoint.")
     model, task = load_model(arguments, weights=True)
     data = None if arguments.data is None else calibration_batches(arguments, model, task)
     if data is not None and arguments.skip_padding and arguments.padding is None:
@@ -697,6 +734,10 @@ def _how_to_train(arguments: argparse.Namespace, heads: list[str] | None) -> str
 
 def _prepare(arguments: argparse.Namespace) -> None:
     check_output(arguments.output, arguments.overwrite)
+    check_model(arguments.model)
+    check_apart(arguments.output, {"the model's": arguments.model})
+    _check_data(arguments.output, arguments.data)
+    _check_writable(arguments.output)
     config = WasiConfig(
         residual={None: AUTO, "none": None}.get(arguments.residual, arguments.residual),
         weight_share=arguments.weight_share,
@@ -729,14 +770,14 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 def _merge(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.model)
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{folder}: must be the folder of a WASI adapter, got one without adapter_config.json.")
-    check_apart(arguments.output, _sources(arguments))
-    check_target(arguments.output, arguments.overwrite)
+    _check_folder(arguments)
     model = load_with_adapter(arguments)
     merged: Any = model.base_model.merge_and_unload(dense=True) if arguments.dense else compress(model)
     with new_folder(arguments.output, arguments.overwrite) as scratch:
         merged.save_pretrained(scratch)
+        copy_processors(arguments, scratch)
     _show_folder(arguments, "a dense model" if arguments.dense else "a compressed model", {})
 
 
@@ -756,8 +797,7 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.tokenizer is not None:
         options["tokenizer"] = arguments.tokenizer
     ready_format(arguments.format, **options)
-    check_apart(arguments.output, _sources(arguments))
-    check_target(arguments.output, arguments.overwrite)
+    _check_folder(arguments)
     model = load_with_adapter(arguments)
     try:
         difference = export(
@@ -776,9 +816,13 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _sources(arguments: argparse.Namespace) -> dict[str, str]:
-    """What a command reads, an adapter and its base or a model, by what it is."""
+    """What `merge` and `export` read, by what it is."""
     base = base_of(arguments)
-    return {"the model's": arguments.model} if base is None else {"the adapter's": arguments.model, "the base's": base}
+    found = (
+        {"the model's": arguments.model} if base is None else {"the adapter's": arguments.model, "the base's": base}
+    )
+    tokenizer = getattr(arguments, "tokenizer", None)
+    return found if tokenizer is None else {**found, "the tokenizer's": tokenizer}
 
 
 def _show_folder(arguments: argparse.Namespace, text: str, data: dict[str, Any]) -> None:
@@ -788,14 +832,62 @@ def _show_folder(arguments: argparse.Namespace, text: str, data: dict[str, Any])
     _show(arguments, f"{arguments.output}: {text}, {size / 2**20:,.2f} MiB", data)
 
 
-def _check_outputs(path: str | None, plot: bool = False) -> None:
-    """Before any work: can what is asked for be written?"""
+# -------------------------------------------------------------------- what is asked for can be written
+
+
+def _check_folder(arguments: argparse.Namespace) -> None:
+    check_apart(arguments.output, _sources(arguments))
+    check_target(arguments.output, arguments.overwrite)
+    _check_writable(arguments.output)
+
+
+def _check_plan(path: str | None) -> None:
     if path is None:
         return
-    if plot:
-        plots.require_matplotlib()
+    _check_file(path)
+    if os.path.isfile(path) and os.path.getsize(path):
+        try:
+            WasiPlan.load(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: holds something else than a plan, which is not replaced: name another."
+            ) from error
+
+
+def _check_plot(path: str | None, data: str | None = None) -> None:
+    if path is None:
+        return
+    plots.check_format(path)
+    _check_file(path)
+    if os.path.exists(path):
+        _check_data(path, data)
+
+
+def _check_file(path: str) -> None:
     if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"{path}: the folder must exist.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: must be a file, got {'a folder' if os.path.isdir(path) else 'something else'}.")
+    _check_writable(path)
+
+
+def _check_writable(path: str) -> None:
+    """Refuse a place where nothing can be made; folders above it that are not there would be made."""
+    above = next(folder for folder in Path(path).resolve().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}.") from error
+
+
+def _check_data(output: str, data: str | None) -> None:
+    """Refuse an output that would take data along, or would be taken for some."""
+    if data is None:
+        return
+    check_apart(output, {"the data's": data})
+    if Path(data).resolve() in Path(output).resolve().parents:
+        raise ValueError(f"{output}: the output must be outside of the data's folder, {data}.")
 
 
 def _show(arguments: argparse.Namespace, text: str, data: Any) -> None:

@@ -32,7 +32,8 @@ def check_apart(output: Location, sources: Mapping[str, Location]) -> None:
 
     Args:
         output: The folder that is to be written.
-        sources: What is read, by its name in the sentence, "the adapter's"; a hub id is no folder and left out.
+        sources: Folders and files that are read, by their names in the sentence, "the adapter's"; a hub id is neither
+            and left out.
 
     Raises:
         ValueError: If the output is one of them or has it inside.
@@ -40,7 +41,7 @@ def check_apart(output: Location, sources: Mapping[str, Location]) -> None:
     target = Path(output).resolve()
     for kind, source in sources.items():
         place = Path(source).resolve()
-        if place.is_dir() and (place == target or target in place.parents):
+        if place.exists() and (place == target or target in place.parents):
             raise ValueError(f"{os.fspath(output)}: the output must be another folder than {kind}, and not around it.")
 
 

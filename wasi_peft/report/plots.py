@@ -51,6 +51,21 @@ def require_matplotlib() -> None:
         raise ImportError("plots need matplotlib: pip install 'wasi_peft[plot]'") from error
 
 
+def check_format(path: Path) -> None:
+    """Refuse a figure that cannot be saved.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If it does not know what the ending of the path says.
+    """
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known, ending = FigureCanvasBase.get_supported_filetypes(), os.path.splitext(path)[1].lstrip(".").lower()
+    if ending and ending not in known:
+        raise ValueError(f"{os.fspath(path)}: a figure must end in one of {', '.join(sorted(known))}, got {ending}.")
+
+
 def plot_plan(
     plan: WasiPlan | WasiSummary, calibration: Calibration | None = None, path: Path | None = None
 ) -> Figure:
