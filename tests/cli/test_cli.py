@@ -19,8 +19,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from wasi_peft import Calibration, WasiConfig, WasiPlan
-from wasi_peft.cli import loading
+from wasi_peft.cli import comparing, inspecting, loading, planning
 from wasi_peft.cli import main as cli
+from wasi_peft.cli.options import build_parser, size_in_bytes
 from wasi_peft.cost.estimate import CATEGORIES, Estimate, estimate_wasi
 from wasi_peft.planner.planner import plan_wasi
 from wasi_peft.ranks.plan import LayerPlan
@@ -211,8 +212,8 @@ def test_inspect_adapter_made_from_a_plan(run: Any, assets: Path, tmp_path: Path
     ],
 )
 def test_how_inputs_are_kept_in_words(options: dict[str, Any], expected: str) -> None:
-    assert cli._input_rule(WasiConfig(update="factor", **options), "fc1") == expected
-    assert cli._input_rule(WasiConfig(residual=None, update="frozen_basis"), "fc1") == "image"
+    assert inspecting._input_rule(WasiConfig(update="factor", **options), "fc1") == expected
+    assert inspecting._input_rule(WasiConfig(residual=None, update="frozen_basis"), "fc1") == "image"
 
 
 def test_inspect_plan(run: Any, assets: Path) -> None:
@@ -264,7 +265,7 @@ def estimated(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         asked[config.peft_type if config else "dense"] = config
         return Estimate(*[1024] * 7, dict.fromkeys(CATEGORIES, 1024), *[1024] * 5)
 
-    monkeypatch.setattr(cli, "estimate_wasi", estimate_wasi)
+    monkeypatch.setattr(comparing, "estimate_wasi", estimate_wasi)
     return asked
 
 
@@ -331,7 +332,7 @@ def test_plans_measure_padding_on_their_data(run: Any, monkeypatch: pytest.Monke
         asked.update(options)
         return WasiPlan((LayerPlan("fc", 8, 8, 2, None, 0.9),))
 
-    monkeypatch.setattr(cli, "plan_wasi", plan_wasi)
+    monkeypatch.setattr(planning, "plan_wasi", plan_wasi)
     run("plan", "bert", *PLANNED, "--data", "texts.txt", "--skip-padding", "--sequence-length", "6")
     # texts of 4, 2, 6 and 5 tokens
     assert asked["config"].skip_padding and asked["batch"]["attention_mask"].sum() in (17, 18)
@@ -352,7 +353,7 @@ def test_plans_measure_padding_on_their_data(run: Any, monkeypatch: pytest.Monke
 def test_the_batch_suits_the_model(name: str, options: tuple[str, ...], shapes: dict[str, Any]) -> None:
     model = ARCHITECTURES[name].model()
     model.config.architectures = [type(model).__name__]
-    arguments = cli._parser().parse_args(["estimate", name, *ESTIMATED, *options])
+    arguments = build_parser(cli.COMMANDS).parse_args(["estimate", name, *ESTIMATED, *options])
     batch = loading.dummy_batch(arguments, model, loading.task_of(model.config.architectures[0]))
     assert {key: batch[key].shape for key in shapes} == shapes
     assert model(**batch).loss.isfinite()
@@ -371,7 +372,7 @@ def test_labels_suit_the_problem(changes: dict[str, Any], shape: tuple[int, ...]
     model = ARCHITECTURES["bert"].model()
     for key, value in changes.items():
         setattr(model.config, key, value)
-    arguments = cli._parser().parse_args(["estimate", "bert", *ESTIMATED])
+    arguments = build_parser(cli.COMMANDS).parse_args(["estimate", "bert", *ESTIMATED])
     labels = loading.dummy_batch(arguments, model, "text-classification")["labels"]
     assert (labels.shape, labels.dtype) == (shape, dtype)
 
@@ -379,7 +380,7 @@ def test_labels_suit_the_problem(changes: dict[str, Any], shape: tuple[int, ...]
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("weights", [True, False])
 def test_dtype(assets: Path, dtype: str, weights: bool) -> None:
-    arguments = cli._parser().parse_args(["inspect", str(assets / "llama"), "--dtype", dtype])
+    arguments = build_parser(cli.COMMANDS).parse_args(["inspect", str(assets / "llama"), "--dtype", dtype])
     model, task = loading.load_model(arguments, weights)
     assert (model.dtype, model.device.type) == (getattr(torch, dtype), "cpu" if weights else "meta")
     assert task == "causal-lm"
@@ -519,9 +520,9 @@ def test_every_budget_reaches_the_planner(
         asked.update(options)
         return WasiPlan((LayerPlan("fc", 4, 4, 1, None, 0.5),))
 
-    monkeypatch.setattr(cli, "plan_wasi", plan_wasi)
+    monkeypatch.setattr(planning, "plan_wasi", plan_wasi)
     run("plan", "vit", "--calibration", "calibration", "--batch-size", "3", "--optimizer", "sgd", *budget)
-    assert {key: asked[key] for key in cli.BUDGETS if asked[key] is not None} == {name: value}
+    assert {key: asked[key] for key in planning.BUDGETS if asked[key] is not None} == {name: value}
     assert asked["optimizer"] == "sgd" and asked["batch"]["pixel_values"].shape == (3, 3, 8, 8)
 
 
@@ -555,7 +556,7 @@ def test_plan_with_larger_images_and_a_plot(run: Any, tmp_path: Path, monkeypatc
 
 
 def test_samples_are_spread_over_sorted_files(run: Any, assets: Path) -> None:
-    arguments = cli._parser().parse_args(["plan", "vit", "--data", "images", *PLANNED, "--samples", "4"])
+    arguments = build_parser(cli.COMMANDS).parse_args(["plan", "vit", "--data", "images", *PLANNED, "--samples", "4"])
     loader = loading.calibration_batches(arguments, ARCHITECTURES["vit"].model(), "image-classification")
     assert [path.parent.name for path in loader.dataset] == ["one", "one", "two", "two"]  # type: ignore[attr-defined]
 
@@ -565,7 +566,7 @@ def test_cropping_processors_resize_the_shorter_side(run: Any, assets: Path, tmp
     settings |= {"do_center_crop": True, "crop_size": {"height": 8, "width": 8}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     AutoConfig.from_pretrained(assets / "vit").save_pretrained(tmp_path)
-    arguments = cli._parser().parse_args(["plan", str(tmp_path), *PLANNED, "--image-size", "12"])
+    arguments = build_parser(cli.COMMANDS).parse_args(["plan", str(tmp_path), *PLANNED, "--image-size", "12"])
     collate = loading._image_collator(arguments, ARCHITECTURES["vit"].model())
     assert collate([assets / "images" / "one" / "0.png"])["pixel_values"].shape == (1, 3, 12, 12)
 
@@ -574,9 +575,9 @@ def test_cropping_processors_resize_the_shorter_side(run: Any, assets: Path, tmp
 
 
 def test_sizes() -> None:
-    assert cli._size("1.5GiB") == 3 * 2**29
-    assert cli._size("20 MB") == 20_000_000
-    assert cli._size("7kb") == 7000 and cli._size(".5KiB") == 512 and cli._size("12B") == 12
+    assert size_in_bytes("1.5GiB") == 3 * 2**29
+    assert size_in_bytes("20 MB") == 20_000_000
+    assert size_in_bytes("7kb") == 7000 and size_in_bytes(".5KiB") == 512 and size_in_bytes("12B") == 12
 
 
 BAD = {
@@ -735,7 +736,7 @@ BAD = {
     "output where it cannot be": (("prepare", "vit", "--output", "/proc/x"), "/proc/x: cannot be written"),
     "data that is not there": (("prepare", "vit", "--output", "x", "--data", "none"), "none: no such file or folder."),
     "another adapter": (("inspect", "lora"), "lora: must be an adapter of type WASI, got LORA."),
-    "not an adapter": (("inspect", "listed"), "must be an adapter of type WASI, got None."),
+    "not an adapter": (("inspect", "listed"), "listed/adapter_config.json: must hold a JSON object, got list."),
     "adapter without weights": (("inspect", "empty"), "No such file"),
     "damaged adapter": (("inspect", "damaged"), "adapter_model.safetensors"),
     "adapter without factors": (("inspect", "unfactored"), "must hold WASI factors, got none."),
@@ -796,7 +797,8 @@ def test_errors_are_one_line_and_code_2(
     if "--plot" in arguments:
         pytest.importorskip("matplotlib")
     if case in EARLY:  # before a model is loaded
-        monkeypatch.setattr(cli, "load_model", None)
+        for module in (comparing, inspecting, planning):
+            monkeypatch.setattr(module, "load_model", None)
     before = set(assets.rglob("*"))
     assert message in run(*arguments, code=2)
     assert set(assets.rglob("*")) == before
@@ -816,7 +818,7 @@ def test_models_that_read_something_else() -> None:
     with pytest.raises(ValueError, match="must read 'pixel_values' or 'input_ids', got 'input_values'"):
         loading._reads_images(sound)  # type: ignore[arg-type]
     any_size = SimpleNamespace(config=SimpleNamespace())
-    arguments = cli._parser().parse_args(["estimate", "vit", *ESTIMATED])
+    arguments = build_parser(cli.COMMANDS).parse_args(["estimate", "vit", *ESTIMATED])
     with pytest.raises(ValueError, match="--image-size is needed"):
         loading._image_size(arguments, any_size)  # type: ignore[arg-type]
 

@@ -17,8 +17,9 @@ from tokenizing import byte_llama, byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from wasi_peft import WasiConfig, compress
-from wasi_peft.cli import loading
+from wasi_peft.cli import inspecting, loading, making
 from wasi_peft.cli import main as cli
+from wasi_peft.cli.options import build_parser
 from wasi_peft.cost.estimate import estimate_wasi
 from wasi_peft.forms.compressed import CompressedLinear
 
@@ -125,7 +126,7 @@ def test_a_checkpoint_that_is_no_folder_is_inspected_by_its_configuration(
     run: Any, assets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_files = json.loads(run("inspect", "small", "--json"))
-    monkeypatch.setattr(cli, "is_compressed", lambda folder: False)
+    monkeypatch.setattr(inspecting, "is_compressed", lambda folder: False)
     found = json.loads(run("inspect", "small", "--json"))
     found["layers"].sort(key=lambda layer: layer["name"])
     assert found == by_files
@@ -144,7 +145,7 @@ def test_estimates_of_a_compressed_checkpoint_are_those_of_the_model(run: Any, t
     loaded = auto_class.from_pretrained(tmp_path)
     adapter = WasiConfig(weight_rank=2, modules_to_save=None if kind == "experts" else ["classifier"])
     batch = loading.dummy_batch(
-        cli._parser().parse_args(list(map(str, arguments))),
+        build_parser(cli.COMMANDS).parse_args(list(map(str, arguments))),
         loaded,
         "causal-lm" if kind == "experts" else "image-classification",
     )
@@ -232,10 +233,16 @@ BAD = {
         ("merge", "weightless", "--output", "x"),
         "weightless: must hold the adapter's weights, adapter_model.safetensors, got none.",
     ),
-    "merge of half a configuration": (("merge", "halved", "--output", "x"), "halved/adapter_config.json: Expecting"),
-    "export of half a configuration": (("export", "halved", "--output", "x"), "halved/adapter_config.json: Expecting"),
-    "half a configuration": (("inspect", "halved"), "halved/adapter_config.json: Expecting"),
-    "half a configuration of a model": (("inspect", "torn"), "torn/config.json: Expecting"),
+    "merge of half a configuration": (
+        ("merge", "halved", "--output", "x"),
+        "halved/adapter_config.json: must be a JSON file",
+    ),
+    "export of half a configuration": (
+        ("export", "halved", "--output", "x"),
+        "halved/adapter_config.json: must be a JSON file",
+    ),
+    "half a configuration": (("inspect", "halved"), "halved/adapter_config.json: must be a JSON file"),
+    "half a configuration of a model": (("inspect", "torn"), "torn/config.json: must be a JSON file: Exp"),
     "half a configuration of a base": (("merge", "factors", "--base", "torn", "--output", "x"), "torn"),
     "configuration that cannot be": (("inspect", "impossible"), "impossible/adapter_config.json: weight_rank must"),
     "merge where it cannot be": (("merge", "factors", "--output", "/proc/x"), "/proc/x: cannot be written"),
@@ -279,7 +286,7 @@ def test_errors_are_one_line_and_code_2(run: Any, assets: Path, case: str, monke
     if case.startswith("plot"):
         pytest.importorskip("matplotlib")
     if case in EARLY:  # before a model is loaded
-        monkeypatch.setattr(cli, "load_with_adapter", None)
+        monkeypatch.setattr(making, "load_with_adapter", None)
     arguments, message = BAD[case]
     before = sorted(path.name for path in assets.iterdir())
     assert message in run(*arguments, code=2)
@@ -366,6 +373,6 @@ def test_tokenizers_of_a_hub_id_come_along(run: Any, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
     (tmp_path / "merged").mkdir()
-    arguments = cli._parser().parse_args(["merge", "factors", "--base", "some/base", "--output", "x"])
+    arguments = build_parser(cli.COMMANDS).parse_args(["merge", "factors", "--base", "some/base", "--output", "x"])
     loading.copy_processors(arguments, tmp_path / "merged")
     assert asked == ["some/base"] and (tmp_path / "merged" / "tokenizer.json").is_file()

@@ -22,6 +22,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch.utils.data import DataLoader
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from ..files.objects import read_object
 from ..forms.dense import weight_shape
 from ..hub.compressed import METHOD
 from ..models.experts import conceal_experts, expose_experts
@@ -98,7 +99,7 @@ def check_model(source: str) -> None:
         raise ValueError(_MISSING.format(source))
     folder = Path(source)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        settings = read_settings(folder / ADAPTER_CONFIG)
+        settings = read_object(folder / ADAPTER_CONFIG)
         kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
         raise ValueError(f"{source}: must be a model, got an adapter of type {kind}; its base model is {base!r}.")
 
@@ -148,7 +149,7 @@ def base_of(arguments: argparse.Namespace) -> str | None:
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
     """What the folder of a WASI adapter says of it."""
-    settings = read_settings(folder / ADAPTER_CONFIG)
+    settings = read_object(folder / ADAPTER_CONFIG)
     kind = settings.get("peft_type")
     if kind != NAME:
         raise ValueError(f"{folder}: must be an adapter of type {NAME}, got {kind}.")
@@ -161,13 +162,6 @@ def adapter_config(folder: Path) -> WasiConfig:
     with reading(str(folder)), naming(folder / ADAPTER_CONFIG):
         config: WasiConfig = WasiConfig.from_pretrained(str(folder))
     return config
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where the file holds another value."""
-    with naming(path):
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    return settings if isinstance(settings, dict) else {}
 
 
 def check_file(path: str) -> None:

@@ -24,7 +24,7 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = file.read()
     try:
         found = json.loads(content.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)}: must be a JSON file: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{os.fspath(path)}: must hold a JSON object, got {type(found).__name__}.")
