@@ -305,6 +305,16 @@ def test_padding_takes_the_mask_that_it_takes(name: str) -> None:
     check_peak(estimate_wasi(model, batch=batch), measured_peak(model, batch), architecture)
 
 
+def test_blocks_that_share_a_position_bias_stay_whole() -> None:
+    """T5's answer a part that has no samples, which slices cannot put together."""
+    architecture = ARCHITECTURES["t5"]
+    model, batch = architecture.build(), architecture.batch(SAMPLES)
+    config = WasiConfig(weight_rank=5, slice_tokens=32, residual_product="int8")
+    estimate = estimate_wasi(model, copy.deepcopy(config), batch=batch)
+    twin = get_peft_model(model, config)
+    check_peak(estimate, measured_peak(twin, batch), architecture)
+
+
 def test_dropout() -> None:
     architecture = ARCHITECTURES["bert"]
     model, batch = architecture.model(), architecture.batch(SAMPLES)

@@ -181,7 +181,7 @@ def test_parts_that_have_met_no_batch_meet_the_whole_one() -> None:
     (block, meets), hidden = block_that_meets(), torch.randn(6, 3, 4)
     slices = BatchSlices(rows=6)
     slices(block, hidden)
-    assert meets.lengths == [*[4, 2, 2] * 2, *[2, 2, 2] * 2]  # judged on four samples, met, computed
+    assert meets.lengths == [*[2, 1, 1] * 2, *[2, 2, 2] * 2]  # judged on two samples, met, computed
     meets.lengths.clear()
     slices(block, hidden)
     assert meets.lengths == [2, 2, 2]
@@ -403,6 +403,35 @@ def test_a_block_that_chooses_is_judged_on_the_whole_batch() -> None:
     assert block.samples == [8, 2, 2, 2, 2]
     BatchSlices(rows=6)(plain, hidden)
     assert plain.samples == [2, 2, 2, 2]
+
+
+class Windowed(Block):
+    """Places a bias by a table of its own, as Swin does, or by a copy of it that was written to."""
+
+    lengths: tuple[int, ...] = ()
+
+    def __init__(self, routes: bool) -> None:
+        super().__init__()
+        self.routes = routes
+        self.bias = nn.Parameter(torch.randn(5, 4))
+        self.register_buffer("places", torch.tensor([[0, 3, 1]]))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            self.lengths += (len(hidden),)
+        places = self.places.view(-1).clone()
+        if self.routes:
+            places.view(3)[:] = (hidden[0, :, 0] > 0).long()
+        return super().forward(hidden) + 0 * self.bias[places]
+
+
+def test_a_table_of_its_own_is_no_choice() -> None:
+    hidden = torch.randn(8, 3, 4)
+    for routes in (False, True):
+        block = Windowed(routes)
+        BatchSlices(rows=6)(block, hidden)
+        assert block.samples == [2, 2, 2, 2]
+        assert max(block.lengths) == (8 if routes else 2)
 
 
 def test_samples_that_are_alike_hide_no_block_that_mixes_them() -> None:

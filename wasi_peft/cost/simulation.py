@@ -25,10 +25,10 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from ..memory.watching import Account
 from ..models.calls import tensors_in
 from .replay import Recipes
 
@@ -187,7 +187,7 @@ class UnknownValue(Exception):
     """An operation needs the values of a tensor that has none."""
 
 
-class Simulation(TorchDispatchMode):
+class Simulation(Account):
     """Runs operations on tensors without memory; follows the memory they would take and counts their FLOPs.
 
     What depends on no such tensor and is small is computed: token ids, masks, counters.
@@ -257,6 +257,8 @@ class Simulation(TorchDispatchMode):
 
     def _note(self, outputs: list[Tensor], flops: int, workspace_bytes: int) -> None:
         """Write down what an operation gave and took."""
+        if self.paused:
+            return
         for tensor in outputs:
             self.memory.follow(tensor)
         if workspace_bytes:

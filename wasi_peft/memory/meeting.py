@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from .trials import trial
 
 
 class Meeting:
@@ -84,3 +87,19 @@ def meet_in_parts(module: nn.Module, answers: Iterator[Any]) -> None:
         for _ in answers:
             pass
         meeting.end()
+
+
+class FirstBatches:
+    """Has parts that wait for a batch meet one that comes in parts, before the first of these counts."""
+
+    def __init__(self) -> None:
+        self._passed_by: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+
+    def meet(self, block: nn.Module, device: torch.device, answers: Callable[[], Iterator[Any]]) -> None:
+        """Meet the batch whose parts a block answers, unless none waits but parts that a batch did not reach."""
+        passed_by, waiting = self._passed_by.get(block, []), waiting_parts(block)
+        if any(part not in passed_by for part in waiting):
+            with trial(block, device):
+                meet_in_parts(block, answers())
+            waiting = waiting_parts(block)
+        self._passed_by[block] = waiting

@@ -24,9 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..models.position_wise import position_wise_modules
 from ..models.structure import blocks_of, hidden_states, without_cache
-from .meeting import Meeting, attending, fresh_parts, meet_in_parts, waiting_parts
+from .meeting import FirstBatches, Meeting, attending, fresh_parts, meet_in_parts, waiting_parts
 from .recording import records
-from .trials import parts_agree, trial
+from .trials import lacks_memory, parts_agree, trial
 from .wrapping import unwrap_all, wrap
 
 SLICE_ROWS = 1600  # tokens of a slice, about: fewer cost time in small operations, more cost memory
@@ -68,8 +68,9 @@ class BatchSlices:
     """Calls a block once for every few samples and joins what it returns.
 
     Arguments whose first dimension is the batch's are cut, all others are handed through. Before a block is sliced for
-    the first time, and again when it gets arguments of another form, it answers as many samples as two slices have
-    together and in slices, with random numbers that change nothing: samples that differ, then with all tokens alike.
+    the first time, and again when it gets arguments of another form, it answers as many samples as a slice has, two at
+    least, together and in halves, with random numbers that change nothing: samples that differ, then with all tokens
+    alike. It holds no more then than it will in slices.
     One that chooses among what it computes, as routers do, is judged on the whole batch, since what experts have room
     for may depend on it. Where the answers differ, or buffers changed (running statistics), the block is never sliced
     with such arguments. Nor is it with arguments that are no plain data (caches), or while hooks record inside of it.
@@ -97,7 +98,7 @@ class BatchSlices:
         _check_rows("rows", rows)
         self.rows, self.drop_caches, self.apart = rows, drop_caches, apart
         self._verdicts: WeakKeyDictionary[nn.Module, dict[Any, _Verdict]] = WeakKeyDictionary()
-        self._waiting: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+        self._first_batches = FirstBatches()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, of another model, judges for itself."""
@@ -142,18 +143,12 @@ class BatchSlices:
             return _Verdict(False)  # a hook expects to see the whole batch, once
         if records(block):
             return _Verdict(False)
-        if any(isinstance(leaf, FakeTensor) for leaf in call.leaves):
-            return _Verdict(True)  # without values there is nothing to compare
         verdicts = self._verdicts.setdefault(block, {})
         form = (block.training, *call.form())
         if form not in verdicts:
             verdicts[form] = _judge(block, call, self.apart)
-        waited, waiting = self._waiting.get(block, []), waiting_parts(block)
-        if verdicts[form].samples_apart and any(part not in waited for part in waiting):
-            with trial(block, call.leaves[call.cut[0]].device):
-                meet_in_parts(block, call.answers())
-            waiting = waiting_parts(block)
-        self._waiting[block] = waiting  # for parts that no batch reaches, slices do not run again
+        if verdicts[form].samples_apart and not call.lacks_values():
+            self._first_batches.meet(block, call.leaves[call.cut[0]].device, call.answers)
         return verdicts[form]
 
 
@@ -192,14 +187,22 @@ class _Sliced:
         return self.function(*args, **kwargs)
 
     def shortened(self) -> _Sliced:
-        """The same call with as many samples as a slice and the last one have, from all over the batch."""
-        samples = len(self.leaves[self.cut[0]])
-        kept = self.size + (samples % self.size or self.size)
-        if kept >= samples:
+        """The same call with as many samples as a slice, two at least, from all over the batch, and slices of half."""
+        samples, kept = len(self.leaves[self.cut[0]]), max(2, self.size)
+        if kept == samples:
             return self
-        chosen = torch.linspace(0, samples - 1, kept).round().long()
-        leaves = [leaf[chosen.to(leaf.device)] if i in self.cut else leaf for i, leaf in enumerate(self.leaves)]
-        return replace(self, leaves=leaves)
+        chosen = [round(number * (samples - 1) / (kept - 1)) for number in range(kept)]
+        leaves = [leaf[chosen] if index in self.cut else leaf for index, leaf in enumerate(self.leaves)]
+        return replace(self, leaves=leaves, size=-(-kept // 2))
+
+    def lacks_values(self) -> bool:
+        """Whether there is nothing but shapes to compare."""
+        return any(isinstance(leaf, FakeTensor) for leaf in self.leaves)
+
+    def tables(self) -> list[Tensor]:
+        """Arguments that are the same for all samples."""
+        others = (leaf for index, leaf in enumerate(self.leaves) if index not in self.cut)
+        return [leaf for leaf in others if isinstance(leaf, Tensor) and leaf.shape[:1] == (1,)]
 
     def answers(self) -> Iterator[Any]:
         """The results of the slices, one after the other."""
@@ -254,9 +257,10 @@ class _Sliced:
 def _judge(block: nn.Module, call: _Sliced, apart: bool = False) -> _Verdict:
     """Judge a block; of one that is known to treat samples apart, whether it draws."""
     short = call.shortened()
-    with trial(block, call.leaves[call.cut[0]].device) as answers, attending(fresh_parts(block), Meeting()):
+    device = call.leaves[call.cut[0]].device
+    with trial(block, device, call.tables()) as answers, attending(fresh_parts(block), Meeting()):
         if apart:
-            next(short.answers())
+            next(call.answers())
         else:
             found = _samples_apart(short)
             if short is not call and (found is None or answers.chooses):
@@ -268,13 +272,12 @@ def _judge(block: nn.Module, call: _Sliced, apart: bool = False) -> _Verdict:
 def _samples_apart(call: _Sliced) -> bool | None:
     """Whether a block answers slices of a batch as it answers the batch; None where it does not answer."""
     try:
-        for change in (_Sliced.unlike, _Sliced.alike):
-            tried = change(call)
+        for tried in (call,) if call.lacks_values() else (call.unlike(), call.alike()):
             if not parts_agree(tried.whole(), tried.answers()):
                 return False
     except Exception as error:  # whatever it lacks
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-            raise  # that says nothing about the block
+        if lacks_memory(error):
+            raise
         return None
     return True
 

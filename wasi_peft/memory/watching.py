@@ -1,4 +1,4 @@
-"""Function modes of techniques, and how a layer gets out of their sight.
+"""Function modes of techniques, and how a layer gets out of their sight; what is tried gets out of that of accounts.
 
 While a function mode is on, every call of torch goes through Python once more, for each mode. A layer of WASI makes
 some forty small ones, and none that a technique looks for.
@@ -6,8 +6,12 @@ some forty small ones, and none that a technique looks for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 
 class Watch(TorchFunctionMode):
@@ -15,6 +19,29 @@ class Watch(TorchFunctionMode):
 
     def skip(self, layer: nn.Module, x: Tensor) -> None:
         """Called in place of what a layer of WASI calls."""
+
+
+class Account(TorchDispatchMode):
+    """A dispatch mode that writes down what a step does.
+
+    Attributes:
+        paused: True while something is only tried.
+    """
+
+    paused = False
+
+
+@contextmanager
+def unaccounted() -> Iterator[None]:
+    """Context in which every :class:`Account` that is on is paused."""
+    accounts = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Account) and not mode.paused]
+    try:
+        for account in accounts:
+            account.paused = True
+        yield
+    finally:
+        for account in accounts:
+            account.paused = False
 
 
 class OutOfSight:
