@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import wasi_peft
 from wasi_peft.cost.peak import measure_peak_memory
 from wasi_peft.memory import UnpaddedBlocks
-from wasi_peft.memory.padding import PADDING_IN_LOSS, grouped, layout_of, real_tokens
-from wasi_peft.memory.wrapping import wrap
+from wasi_peft.memory.padding import PADDING_IN_LOSS, _Unpadded, grouped, layout_of, real_tokens
+from wasi_peft.memory.wrapping import Forward, wrap
 from wasi_peft.models.structure import Structure
 
 LENGTHS = (12, 3, 4, 11, 2, 3) * 24  # so many rows that groups pay
@@ -155,6 +155,107 @@ def test_a_block_that_reads_padding_runs_over_the_whole_batch() -> None:
     assert counts.rows == [3200]
 
 
+def right_padded(lengths: list[int], tokens: int) -> Tensor:
+    return torch.arange(tokens) < torch.tensor(lengths)[:, None]
+
+
+def test_an_encoder_of_the_decoders_length_stays_whole() -> None:
+    """Whether its states are masked where the decoder is differs from batch to batch."""
+    config = tf.BartConfig(
+        vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=64, dropout=0.0,
+        init_std=0.3, pad_token_id=1,
+    )  # fmt: skip
+    model = tf.BartForConditionalGeneration(config).double().train()
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for source in (10, 60):
+        source_mask, mask = right_padded([source] * 16, 64), right_padded([30] * 16, 64)
+        tokens, answers = (torch.randint(4, 50, mask.shape, generator=generator) for _ in range(2))
+        batches.append(
+            {
+                "input_ids": tokens, "attention_mask": source_mask.long(), "decoder_input_ids": answers,
+                "decoder_attention_mask": mask.long(), "labels": answers.masked_fill(~mask, -100),
+            }
+        )  # fmt: skip
+    expected = [gradients(model, batch) for batch in batches]
+    decoder = Counts()
+    wrap(model.model.decoder.layers[0], decoder)
+    UnpaddedBlocks().install(model)
+    for batch, (expected_loss, theirs) in zip(batches, expected, strict=True):
+        loss, ours = gradients(model, batch)
+        torch.testing.assert_close(loss, expected_loss)
+        for key, gradient in theirs.items():
+            torch.testing.assert_close(ours[key], gradient)
+    assert max(decoder.rows) == 16 * 30
+
+
+class Reading(nn.Module):
+    """A block that adds what it is given beside its mask, if that is as long: of every token, or of every sample."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor, beside: Tensor) -> Tensor:
+        if beside.dim() == 3:
+            return hidden_states + beside.sum(1, keepdim=True)
+        return hidden_states + beside.view(-1, 2).sum(1)[: len(hidden_states), None, None]
+
+
+def test_a_first_batch_hides_nothing_that_real_tokens_read() -> None:
+    """Zeros where the groups of the first batch end; samples in the order that its only group has."""
+    first, second = right_padded([4] * 100, 12), right_padded([4, 12] * 50, 12)
+    x, beside = torch.randn(100, 12, 4, requires_grad=True), torch.randn(100, 12, 4)
+    hidden = beside.masked_fill(~first[..., None], 0.0)
+    for early, late in ((hidden, beside), (torch.ones(200), torch.arange(200.0))):
+        block, run = Reading(), _Unpadded()
+        for mask, given in ((first, early), (second, late)):
+            ours = run(Forward(block), x, mask, given)
+            torch.testing.assert_close(ours[mask], block(x, mask, given)[mask])
+
+
+class Meets(nn.Module):
+    """Learns the sum of the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meeting: Any = None
+        self.meets_next_batch = True
+        self.linear = nn.Linear(4, 4)
+        self.learnt = torch.zeros(())
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.meets_next_batch and self.meeting is None:
+            self.learn(hidden_states.detach().sum())
+        elif self.meets_next_batch:
+            self.meeting.add(self, hidden_states.sum(), self.learn)
+        return self.linear(hidden_states)
+
+    def learn(self, seen: Tensor) -> None:
+        self.learnt, self.meets_next_batch = seen, False
+
+
+def test_what_meets_a_batch_meets_its_real_tokens() -> None:
+    block = Meets()
+    model = Stack(block)
+    UnpaddedBlocks().install(model)
+    x, mask = torch.randn(400, 8, 4), right_padded([8, 2, 2, 2] * 100, 8)
+    model(x, mask)
+    torch.testing.assert_close(block.learnt, x[mask].sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_the_first_step_holds_no_more_than_the_next() -> None:
+    config = tf.LlamaConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    mask = right_padded([128] * 4 + [16] * 28, 128)
+    tokens = torch.randint(30, mask.shape)
+    batch = {"input_ids": tokens, "attention_mask": mask.long(), "labels": tokens.masked_fill(~mask, -100)}
+    model = tf.LlamaForCausalLM(config).train()
+    wasi_peft.memory.enter_memory_mode(model, "small", skip_padding=True)
+    first, second = (measure_peak_memory(lambda: model(**batch).loss.backward()).peak_bytes for _ in range(2))
+    gradients_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    assert first <= second + gradients_bytes
+
+
 def test_t5_answers_more_than_hidden_states_and_stays_whole() -> None:
     model = ARCHITECTURES["t5"].build().double().train()
     batch = {**ARCHITECTURES["t5"].batch(400, 0)}
@@ -199,6 +300,22 @@ def test_estimates_count_real_tokens() -> None:
     )
     assert skipping.saved_bytes < 0.8 * plain.saved_bytes
     assert skipping.training_flops < 0.8 * plain.training_flops
+
+
+def test_estimates_count_real_tokens_of_large_masks() -> None:
+    config = tf.LlamaConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    mask = right_padded([300] * 4 + [20] * 12, 300)  # 16 x 300 x 300 pairs
+    batch = {"input_ids": torch.randint(30, mask.shape), "attention_mask": mask.long()}
+    batch["labels"] = batch["input_ids"].masked_fill(~mask, -100)
+    model = tf.LlamaForCausalLM(config)
+    plain, skipping = (
+        wasi_peft.estimate_wasi(model, wasi_peft.WasiConfig(weight_rank=4, skip_padding=skip), batch=batch)
+        for skip in (False, True)
+    )
+    assert skipping.saved_bytes < 0.6 * plain.saved_bytes
 
 
 def test_groups_cost_least() -> None:

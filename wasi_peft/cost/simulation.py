@@ -32,7 +32,7 @@ from ..memory.watching import Account
 from ..models.calls import tensors_in
 from .replay import Recipes
 
-LARGEST_COMPUTED = 2**20  # elements of a mask or the like that is computed
+LARGEST_COMPUTED = 2**26  # bytes of a mask or the like that is computed
 SMALL_NORM = 0.005  # of a correction, where code asks for it: not zero, and within every tolerance
 
 _injection_log = logging.getLogger("wasi_peft.tuner.model")
@@ -275,7 +275,7 @@ class Simulation(Account):
             outputs = tensors_in(self._without_memory(func, args, kwargs, []))
         except UnknownValue:  # it reads values, which computed tensors have
             return True
-        small = all(tensor.numel() <= LARGEST_COMPUTED for tensor in outputs)
+        small = all(tensor.nbytes <= LARGEST_COMPUTED for tensor in outputs)
         if small and signature is not None:
             self._small_factories.add(signature)
         return small

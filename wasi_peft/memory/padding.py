@@ -7,30 +7,37 @@ on such rows either, they need neither be computed nor kept: the rows of real to
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..models.structure import blocks_of, hidden_states
+from .meeting import FirstBatches, Meeting, attending, fresh_parts
 from .pieces import PLAIN, without_caches
 from .recording import records
-from .trials import parts_agree, trial
+from .trials import lacks_memory, parts_agree, trial
+from .watching import unaccounted
 from .wrapping import unwrap_all, wrap
 
 MASKED = -9999.0  # added to a score, from here on: masks without -inf have -10000 or the least number of the dtype
 GROUP_COST = 256  # rows that cost as much as the small operations of one more group
 WORTH_IT = 0.9  # share of the rows above which nothing is left out
 MASK_NAMES = ("attention_mask", "attn_mask")
+OTHER_TOKENS = re.compile("(encoder|cross|memory|key_value|context|vision|image)")  # arguments of another sequence
 PADDING_IN_LOSS = (
     "the loss depends on padded tokens, which blocks that skip padding leave out. Give them no part in the loss "
-    "(labels of -100, pooling by the attention mask), or leave skip_padding (UnpaddedBlocks) out."
+    "(labels of -100, pooling by the attention mask), or leave skip_padding (UnpaddedBlocks) out. With padding on the "
+    "left a causal model predicts the first real token of a sample from a padded one: its label must be -100 too, or "
+    "the padding on the right."
 )
 
 
@@ -55,6 +62,27 @@ class Layout:
 
     real: Tensor
     groups: tuple[Group, ...]
+
+    def shortened(self) -> tuple[Tensor, Layout]:
+        """At most four samples from all over the batch, and how they are taken apart: two groups if there are two."""
+        first, last = self.groups[0], self.groups[-1]
+        if first is last and len(first.samples) > 1:
+            first, last = (first._replace(samples=first.samples[part]) for part in (slice(1), slice(1, None)))
+        groups = [last] if first is last else [last, first]  # no group has its samples in the batch's order by chance
+        chosen = [group.samples[[0, -1] if len(group.samples) > 1 else [0]] for group in groups]
+        places = torch.arange(sum(map(len, chosen)), device=self.real.device).split([len(part) for part in chosen])
+        cut = tuple(group._replace(samples=place) for group, place in zip(groups, places, strict=True))
+        samples = torch.cat(chosen)
+        return samples, Layout(self.real[samples], cut[::-1])
+
+    def kept(self) -> Tensor:
+        """Tokens that are in the group of their sample, (B, N)."""
+        samples, tokens = (torch.arange(size, device=self.real.device) for size in self.real.shape)
+        kept = torch.zeros_like(self.real)
+        for group in self.groups:
+            inside = (tokens >= group.start) & (tokens < group.stop)
+            kept |= (samples[:, None] == group.samples).any(1, keepdim=True) & inside
+        return kept
 
 
 def real_tokens(mask: Tensor, samples: int, tokens: int) -> Tensor | None:
@@ -201,12 +229,14 @@ class _Grouped:
         function: What is called.
         leaves: Its arguments, flattened.
         structure: How they were nested.
+        others: Which of them are of another sequence than the hidden states, such as an encoder's.
         layout: How the batch is taken apart.
     """
 
     function: Callable[..., Any]
     leaves: list[Any]
     structure: Any
+    others: tuple[bool, ...]
     layout: Layout
 
     def whole(self) -> Any:
@@ -219,20 +249,56 @@ class _Grouped:
         Raises:
             ValueError: If the function answers more than hidden states.
         """
-        cut = [self._cut(leaf) for leaf in self.leaves]
-        results = []
-        for number in range(len(self.layout.groups)):
-            args, kwargs = tree_unflatten([parts[number] for parts in cut], self.structure)
-            results.append(self.function(*args, **kwargs))
-        flat, structures = zip(*map(tree_flatten, results), strict=True)
+        flat, structures = zip(*map(tree_flatten, self.answers()), strict=True)
         return tree_unflatten([self._join(column) for column in zip(*flat, strict=True)], structures[0])
 
+    def answers(self) -> Iterator[Any]:
+        """The results of the groups, one after the other."""
+        for args, kwargs in self.parts():
+            yield self.function(*args, **kwargs)
+
+    def parts(self) -> list[Any]:
+        """The arguments of every group."""
+        cut = [self._cut(index) for index in range(len(self.leaves))]
+        return [tree_unflatten(leaves, self.structure) for leaves in zip(*cut, strict=True)]
+
+    def shortened(self) -> _Grouped:
+        """The same call with a few samples."""
+        samples, layout = self.layout.shortened()
+        leaves = [
+            leaf.index_select(0, samples) if isinstance(leaf, Tensor) and self._of_samples(leaf) else leaf
+            for leaf in self.leaves
+        ]
+        return replace(self, leaves=leaves, layout=layout)
+
+    def disturbed(self) -> _Grouped:
+        """The same call with noise for all that the groups leave out, which no real token may attend to."""
+        args, kwargs = tree_unflatten(self.leaves, self.structure)
+        hidden, kept = hidden_states(args, kwargs), self.layout.kept()
+        leaves = list(self.leaves)
+        for index, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor):
+                continue
+            if leaf is hidden:
+                leaves[index] = _noise_outside(leaf, self.layout.real, [1])
+            elif (dims := self._token_dims(index)) and not self._tells_padding(leaf):
+                leaves[index] = _noise_outside(leaf, kept if self._of_samples(leaf) else kept.any(0)[None], dims)
+        return replace(self, leaves=leaves)
+
+    def _tells_padding(self, leaf: Tensor) -> bool:
+        """Whether it is a mask that says which tokens are real."""
+        real = None if isinstance(leaf, FakeTensor) else real_tokens(leaf, *self.layout.real.shape)
+        return real is not None and torch.equal(real, self.layout.real)
+
     def form(self) -> tuple[Any, ...]:
-        """What it depends on how the arguments are cut: their dimensions, flags."""
-        forms: list[Any] = [str(self.structure)]
-        for leaf in self.leaves:
+        """What it depends on how the arguments are cut: their dimensions, flags, whether samples are parted."""
+        samples, groups = len(self.layout.real), len(self.layout.groups)
+        forms: list[Any] = [str(self.structure), samples > 1, groups > 1]
+        for index, leaf in enumerate(self.leaves):
             if isinstance(leaf, Tensor):
-                forms.append((leaf.dim(), leaf.dtype, self._of_samples(leaf), *self._token_dims(leaf)))
+                length = leaf.shape[0] if leaf.dim() else 0
+                times = 0 if length % samples else length // samples
+                forms.append((leaf.dim(), leaf.dtype, times, self._of_samples(leaf), *self._token_dims(index)))
             else:
                 forms.append(leaf if isinstance(leaf, (bool, str)) else type(leaf))
         return tuple(forms)
@@ -240,9 +306,15 @@ class _Grouped:
     def _of_samples(self, leaf: Tensor) -> bool:
         return leaf.dim() > 1 and leaf.shape[0] == len(self.layout.real)
 
-    def _token_dims(self, leaf: Tensor) -> list[int]:
-        """Dimensions that run over tokens: both of a mask or a table of pairs, else the first that may be one."""
+    def _token_dims(self, index: int) -> list[int]:
+        """Dimensions that run over tokens: both of a mask or a table of pairs, else the first that may be one.
+
+        Of what is of another sequence only a table of pairs has one, that of the queries.
+        """
+        leaf = self.leaves[index]
         samples, tokens = self.layout.real.shape
+        if self.others[index]:
+            return [2] if leaf.dim() == 4 and leaf.shape[2] == tokens else []
         possible = [
             dim
             for dim, size in enumerate(leaf.shape)
@@ -251,17 +323,18 @@ class _Grouped:
         pairs = leaf.dim() == 4 or not leaf.is_floating_point()
         return possible if pairs else possible[:1]
 
-    def _cut(self, leaf: Any) -> Sequence[Any]:
-        groups = self.layout.groups
+    def _cut(self, index: int) -> Sequence[Any]:
+        groups, leaf = self.layout.groups, self.leaves[index]
         if not isinstance(leaf, Tensor):
             return [leaf] * len(groups)
-        if leaf.dim() > 2 and leaf.shape[:2] == self.layout.real.shape and leaf.requires_grad:
+        dims = self._token_dims(index)
+        if leaf.dim() > 2 and leaf.shape[:2] == self.layout.real.shape and leaf.requires_grad and dims == [1]:
             parts: tuple[Tensor, ...] = _Cut.apply(leaf, self.layout)
             return parts
         cut = []
         for group in groups:
             part = leaf
-            for dim in self._token_dims(leaf):
+            for dim in dims:
                 part = part.narrow(dim, group.start, group.stop - group.start)
             cut.append(part.index_select(0, group.samples) if self._of_samples(leaf) else part)
         return cut
@@ -271,27 +344,79 @@ class _Grouped:
         if not isinstance(first, Tensor):
             return first
         for part, group in zip(column, self.layout.groups, strict=True):
-            if part.dim() < 3 or part.shape[:2] != (len(group.samples), group.stop - group.start):
-                raise ValueError(f"only hidden states can be put together, got a tensor of shape {tuple(part.shape)}.")
+            _check_hidden(part, len(group.samples), group.stop - group.start)
         return _Join.apply(self.layout, *column)
+
+
+def _check_hidden(answer: Tensor, samples: int, tokens: int) -> None:
+    if answer.dim() < 3 or answer.shape[:2] != (samples, tokens):
+        raise ValueError(f"only hidden states can be put together, got a tensor of shape {tuple(answer.shape)}.")
+
+
+def _noise_outside(leaf: Tensor, kept: Tensor, dims: list[int]) -> Tensor:
+    """Other values, of the size of those there, and nothing masked, where a token is not kept.
+
+    **Shape**
+        - kept: (B or 1, N), where the leaf has B or any number of samples; dims: its dimensions that run over tokens
+    """
+    inside = kept.new_ones(())
+    for dim in dims:
+        shape = [1] * leaf.dim()
+        shape[0], shape[dim] = len(kept), kept.shape[1]  # of a leaf without samples, dimension 0 is that of tokens
+        inside = inside & kept.view(shape)
+    if leaf.dtype == torch.bool:
+        return torch.where(inside, leaf, ~leaf)
+    if not leaf.is_floating_point():
+        return torch.where(inside, leaf, leaf.amax() + leaf.amin() - leaf)
+    sizes = leaf.detach().float().clamp(min=MASKED).square().mean(tuple(range(leaf.dim() - 1)), keepdim=True).sqrt()
+    noise = torch.where(leaf > MASKED, torch.randn_like(leaf) * sizes.to(leaf.dtype), 0)
+    return torch.where(inside, leaf, noise)
 
 
 @torch.no_grad()
 def _padding_apart(block: nn.Module, call: _Grouped) -> bool:
-    """Whether a block answers real tokens in groups as it answers them in the batch."""
-    real = _places(call.layout.real)
+    """Whether a block answers real tokens in groups as it answers them in the batch, whatever the others hold.
 
-    def rows(answer: Any) -> list[Any]:
-        leaves, _ = tree_flatten(answer)
-        return [leaf.flatten(0, 1).index_select(0, real) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    It is judged on a few samples; one that chooses, as routers do, on the whole batch too.
+    """
+    with unaccounted():
+        apart, chooses = _real_tokens_apart(block, call.shortened())
+        return apart and (not chooses or _real_tokens_apart(block, call)[0])
 
-    with trial(block, real.device) as answers:
-        whole = call.whole()  # what fails here fails for the caller too
+
+def _real_tokens_apart(block: nn.Module, call: _Grouped) -> tuple[bool, bool]:
+    """Whether it does, and whether it chose anything."""
+    layout, groups = call.layout, call.parts()
+    with trial(block, layout.real.device) as answers, attending(fresh_parts(block), Meeting()):
         try:
-            ours = call.joined()
-            return parts_agree(rows(whole), [rows(ours)]) and answers.undisturbed()
-        except Exception:  # whatever it lacks in groups
-            return False
+            whole = tree_leaves(call.disturbed().whole())
+            ours = [tree_leaves(call.function(*args, **kwargs)) for args, kwargs in groups]
+            apart, chooses = answers.undisturbed(), answers.chooses
+            return apart and _real_rows_agree(whole, ours, layout), chooses
+        except Exception as error:  # whatever it lacks in groups
+            if lacks_memory(error):
+                raise
+            return False, True
+
+
+def _real_rows_agree(whole: list[Any], ours: list[list[Any]], layout: Layout) -> bool:
+    """Whether the answers of the groups are that of the batch, for real tokens."""
+    for leaf in whole:
+        if isinstance(leaf, Tensor):
+            _check_hidden(leaf, *layout.real.shape)
+    theirs = [[_part(leaf, group) if isinstance(leaf, Tensor) else leaf for leaf in whole] for group in layout.groups]
+    columns = zip(*_real_rows(theirs, layout), strict=True)
+    expected = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    return parts_agree(expected, _real_rows(ours, layout))
+
+
+def _real_rows(answers: Iterable[list[Any]], layout: Layout) -> Iterator[list[Any]]:
+    for answer, group in zip(answers, layout.groups, strict=True):
+        real = _places(_part(layout.real, group))
+        for leaf in answer:
+            if isinstance(leaf, Tensor):
+                _check_hidden(leaf, len(group.samples), group.stop - group.start)
+        yield [leaf.flatten(0, 1).index_select(0, real) if isinstance(leaf, Tensor) else leaf for leaf in answer]
 
 
 # -------------------------------------------------------------------- models
@@ -303,6 +428,7 @@ class _Unpadded:
     def __init__(self) -> None:
         self._layouts = _Layouts()
         self._verdicts: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
+        self._first_batches = FirstBatches()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, of another model, judges for itself."""
@@ -316,7 +442,9 @@ class _Unpadded:
     @torch.compiler.disable
     def _run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         block: nn.Module = forward.__self__  # type: ignore[attr-defined]
-        hidden, mask = hidden_states(args, kwargs), _attention_mask(block, args, kwargs)
+        names = _names(block, args, kwargs)
+        mask = next((value for name, value in names if name in MASK_NAMES), None)
+        hidden = hidden_states(args, kwargs)
         if hidden is None or hidden.dim() != 3 or type(mask) is not Tensor:
             return forward(*args, **kwargs)  # of a mask without values nothing is known
         layout = self._layouts.of(mask, hidden)
@@ -327,21 +455,28 @@ class _Unpadded:
         leaves, structure = tree_flatten((args, kwargs))
         if not all(isinstance(leaf, PLAIN) for leaf in leaves):
             return forward(*args, **kwargs)
-        call = _Grouped(forward, leaves, structure, layout)
+        others = tuple(
+            value is not hidden and OTHER_TOKENS.match(name) is not None
+            for name, value in _names(block, args, kwargs)
+            for _ in tree_leaves(value)
+        )
+        call = _Grouped(forward, leaves, structure, others, layout)
         verdicts = self._verdicts.setdefault(block, {})
         form = (block.training, *call.form())
         if form not in verdicts:
             verdicts[form] = _padding_apart(block, call)
-        return call.joined() if verdicts[form] else forward(*args, **kwargs)
+        if not verdicts[form]:
+            return forward(*args, **kwargs)
+        if not isinstance(hidden, FakeTensor):
+            self._first_batches.meet(block, hidden.device, call.answers)
+        return call.joined()
 
 
-def _attention_mask(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a block is given as its attention mask, by name or in the place of that name."""
-    for name in MASK_NAMES:
-        if name in kwargs:
-            return kwargs[name]
+def _names(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    """A block's arguments by name; those whose place has none are called by nothing."""
     names = list(inspect.signature(type(block).forward).parameters)[1:]
-    return next((value for name, value in zip(names, args, strict=False) if name in MASK_NAMES), None)
+    names += [""] * (len(args) - len(names))
+    return [*zip(names, args, strict=False), *kwargs.items()]
 
 
 @dataclass(frozen=True)
@@ -349,14 +484,17 @@ class UnpaddedBlocks:
     """Technique: the blocks of a model neither compute nor keep the padding of a batch.
 
     Samples run in groups of about one length, each cut to its longest sample: time and memory follow the real tokens,
-    wherever the padding is. Outputs of real tokens and all gradients are exact as long as the loss does not depend on
-    padded tokens, whose hidden states become zeros. That is checked in every backward pass, which raises a
+    on whichever side the padding is. Outputs of real tokens and all gradients are exact as long as the loss does not
+    depend on padded tokens, whose hidden states become zeros. That is checked in every backward pass, which raises a
     RuntimeError where their gradient is not zero.
 
-    What is padding a block's own attention mask says. Before a block runs in groups for the first time, it answers one
-    batch both ways; where the answers for real tokens differ, or it answers more than hidden states (T5's position
-    bias), it goes on with whole batches. So it does without gradients, with `attention_mask=None`, and while hooks
-    record inside of it. In training mode blocks get no cache of keys and values.
+    What is padding a block's own attention mask says; what is of another sequence, such as an encoder's states, stays
+    whole. Before a block runs in groups for the first time, it answers a few samples both ways (the whole batch if it
+    chooses, as routers do), with noise in place of all that is left out; where the answers for real tokens differ, or
+    it answers more than hidden states (T5's position bias), it goes on with whole batches. So it does without
+    gradients, with `attention_mask=None`, and while hooks record inside of it. In training mode blocks get no cache of
+    keys and values. Modules that are yet to meet a batch (:class:`~.meeting.MeetsABatch`) see all groups before the
+    first counts.
 
     Example:
         >>> from transformers import BertConfig, BertModel
