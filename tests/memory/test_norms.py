@@ -25,6 +25,7 @@ from wasi_peft.memory import LeanNorms, norms
 from wasi_peft.memory.norms import RMSFormula, rms_formula
 
 WIDTH = 24
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORMS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaRMSNorm(WIDTH, eps=1e-3),
     "gemma": lambda: GemmaRMSNorm(WIDTH, eps=1e-5),
@@ -99,6 +100,19 @@ def test_a_norm_is_known_by_what_it_computes(kind: str) -> None:
     assert "forward" not in module.__dict__
     assert rms_formula(norm(kind, torch.float16)) == FORMULAS[kind]
     assert torch.equal(before, norm(kind).weight)
+
+
+@pytest.mark.parametrize("weight", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", NORMS)
+def test_the_output_is_the_modules_in_whatever_dtypes(kind: str, dtype: torch.dtype, weight: torch.dtype) -> None:
+    """T5 in float16 gives its norms float32."""
+    module, x = norm(kind, weight), normal(5, WIDTH, seed=1).to(dtype).requires_grad_()
+    wanted = module(x)
+    found = lean(module)(x)
+    assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+    if kind == "llama":
+        assert type(found.grad_fn).__name__ == "RMSNormFunctionBackward"
 
 
 class Unlike(LlamaRMSNorm):

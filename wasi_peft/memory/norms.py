@@ -10,6 +10,7 @@ A norm is known by what it computes, not by the name of its class: it is tried o
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from .wrapping import unwrap_all, wrap
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what models call it
 _PROBED = (torch.float32, torch.bfloat16)
+_DTYPES = (*_PROBED, torch.float16)
 
 
 class RMSFormula(NamedTuple):
@@ -110,35 +112,55 @@ def rms_formula(module: nn.Module) -> RMSFormula | None:
     if epsilon is None or isinstance(module, nn.modules.batchnorm._NormBase):
         return None
     formulas = [RMSFormula(epsilon, offset, rounded) for rounded in (True, False) for offset in (0, 1)]
-    with torch.no_grad(), _disable_current_modes():  # of an estimate, in which nothing has values
-        for dtype in _PROBED:
-            # the first rows are so small that it is the epsilon that decides
-            x = torch.linspace(-1, 1, 4 * len(weight), device="cpu").sin_().view(4, -1).to(dtype)
-            x[:2] *= epsilon**0.5
-            values = torch.linspace(0.4, 1.7, len(weight), device="cpu").to(dtype)
-            probe = copy.copy(module)
-            probe.__dict__["_parameters"] = {"weight": nn.Parameter(values)}
-            try:
-                found = type(module).forward(probe, x)
-            except Exception:  # whatever a class that is no norm says to such an input
-                return None
-            formulas = [f for f in formulas if _same(RMSNormFunction.apply(x, values, f), found)]
+    for dtype in _PROBED:
+        formulas = [formula for formula in formulas if _computes(module, formula, dtype, dtype)]
     return formulas[0] if formulas else None
 
 
-def _same(first: Tensor, second: Any) -> bool:
-    return isinstance(second, Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+def mixed_dtypes(module: nn.Module, formula: RMSFormula) -> frozenset[tuple[torch.dtype, torch.dtype]]:
+    """Dtypes of input and weight that differ, with which a norm of this formula follows it too.
+
+    T5's rounds to the weight's 16 bits, Llama's to the input's.
+    """
+    return frozenset(pair for pair in itertools.permutations(_DTYPES, 2) if _computes(module, formula, *pair))
+
+
+@torch.no_grad()
+def _computes(module: nn.Module, formula: RMSFormula, dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
+    """Whether a formula gives what a module does, to the bit."""
+    with _disable_current_modes():  # of an estimate, in which nothing has values
+        width = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
+        # the first rows are so small that it is the epsilon that decides
+        x = torch.linspace(-1, 1, 4 * width, device="cpu").sin_().view(4, -1).to(dtype)
+        x[:2] *= formula.epsilon**0.5
+        values = torch.linspace(0.4, 1.7, width, device="cpu").to(weight_dtype)
+        probe = copy.copy(module)
+        probe.__dict__["_parameters"] = {"weight": nn.Parameter(values)}
+        try:
+            found = type(module).forward(probe, x)
+        except Exception:  # whatever a class that is no norm says to such an input
+            return False
+        ours: Tensor = RMSNormFunction.apply(x, values, formula)
+        return isinstance(found, Tensor) and ours.dtype == found.dtype and torch.equal(ours, found)
 
 
 class _LeanNorm:
-    """Calls a norm by :class:`RMSNormFunction` where a gradient is recorded."""
+    """Calls a norm by :class:`RMSNormFunction` where a gradient is recorded.
 
-    def __init__(self, formula: RMSFormula) -> None:
-        self.formula = formula
+    Args:
+        formula: What the norm computes.
+        mixed: Dtypes of input and weight that differ, with which it does.
+    """
+
+    def __init__(self, formula: RMSFormula, mixed: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()) -> None:
+        self.formula, self.mixed = formula, mixed
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         weight = forward.__self__.weight  # type: ignore[attr-defined]
         if len(args) != 1 or kwargs or not _is_ordinary(args[0], weight):
+            return forward(*args, **kwargs)
+        dtypes = args[0].dtype, weight.dtype
+        if dtypes[0] != dtypes[1] and dtypes not in self.mixed:
             return forward(*args, **kwargs)
         return RMSNormFunction.apply(args[0], weight, self.formula)
 
@@ -151,7 +173,7 @@ def _is_ordinary(x: Any, weight: Tensor) -> bool:
         and type(x) in (Tensor, FakeTensor)
         and type(weight) in (Tensor, nn.Parameter, FakeTensor)
         and (x.requires_grad or weight.requires_grad)
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.dtype in _DTYPES
         and x.device == weight.device
         and x.shape[-1:] == weight.shape
         and x.numel() > 0
@@ -186,7 +208,7 @@ class LeanNorms:
         for module in model.modules():
             formula = rms_formula(module)
             if formula is not None:
-                wrap(module, _LeanNorm(formula))
+                wrap(module, _LeanNorm(formula, mixed_dtypes(module, formula)))
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`install`."""
