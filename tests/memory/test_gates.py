@@ -48,7 +48,14 @@ def changed(g: Tensor, u: Tensor) -> Tensor:
     return value * g + other * u
 
 
+def without_gradient(g: Tensor, u: Tensor) -> Tensor:
+    with torch.no_grad():
+        value = F.silu(g)
+    return value * u
+
+
 OTHERS: dict[str, Gated] = {
+    "computed without gradient": without_gradient,
     "used twice": used_twice,
     "used later": used_later,
     "changed in place": changed,
@@ -115,6 +122,17 @@ def test_an_activation_that_was_changed_since_is_not_computed_again() -> None:
     wanted, _ = run(change, torch.float32)
     found, _ = run(change, torch.float32, _Gates)
     assert same(found, wanted)
+
+
+def test_a_gate_that_was_changed_since_is_refused_as_by_torch() -> None:
+    for around in (nullcontext, _Gates):
+        gate, other = (tensor * 1 for tensor in inputs(torch.float32))
+        with around():
+            value = F.silu(gate)
+            gate.mul_(2)
+            product = value * other
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
 
 
 def test_checkpointing_inside_of_the_context_finds_in_backward_what_it_found_before() -> None:

@@ -55,6 +55,7 @@ class _Activated(NamedTuple):
     value: weakref.ref[Tensor]
     version: int
     gate: Tensor
+    gate_version: int
     activation: Activation
 
 
@@ -76,14 +77,16 @@ class _Gates(Watch):
             return func(*args) if product is None else product
         result = func(*args, **kwargs)
         if func in _ACTIVATIONS and len(args) == 1 and hooks_in_force() == self._hooks:
-            if _is_plain(args[0]) and args[0].requires_grad and not kwargs.pop("inplace", False):
-                again = functools.partial(func, **kwargs)
-                self._latest = _Activated(weakref.ref(result), result._version, args[0], again)
+            if _is_plain(args[0]) and result.requires_grad and not kwargs.pop("inplace", False):
+                gate, again = args[0], functools.partial(func, **kwargs)
+                self._latest = _Activated(weakref.ref(result), result._version, gate, gate._version, again)
         return result
 
     def _gated(self, latest: _Activated, first: Any, second: Any) -> Tensor | None:
         value = latest.value()
-        if value is None or not (first is value or second is value) or value._version != latest.version:
+        if value is None or not (first is value or second is value):
+            return None
+        if value._version != latest.version or latest.gate._version != latest.gate_version:
             return None
         other = second if first is value else first
         if not _is_plain(other) or not _is_like(other, value) or other is value:
