@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wasi_peft import WasiConfig, calibrate_wasi, fold_cores, plan_wasi, preprocess_wasi, wasi_summary
 from wasi_peft.forms import CoredLinear
+from wasi_peft.ranks.plan import LayerPlan, WasiPlan
 from wasi_peft.tuner.layer import wasi_layers
 from wasi_peft.updates.core import core_linear
 
@@ -143,6 +144,23 @@ def test_folded_cores_leave_two_factors(tmp_path: Path) -> None:
         assert torch.equal(loaded(**batch).logits, after)
     with pytest.raises(ValueError, match="WASI layers with an active adapter with cores, got none"):
         fold_cores(model)
+
+
+@pytest.mark.parametrize("forms", [("factors", "int8"), ("int8", "factors")])
+def test_folding_leaves_residuals_of_the_same_plan_alone(forms: tuple[str, str], tmp_path: Path) -> None:
+    def net() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    layers = tuple(LayerPlan(str(place), 8, 8, 3, None, 0.9, form) for place, form in enumerate(forms))
+    model = get_peft_model(net(), WasiConfig(plan=WasiPlan(layers, update="core"))).eval()
+    x = torch.randn(4, 8)
+    before = model(x)
+    fold_cores(model)
+    assert model.peft_config["default"].update == "factor"
+    torch.testing.assert_close(model(x), before)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(net(), str(tmp_path)).eval()(x), before)
 
 
 def test_merged_cores_are_not_folded() -> None:

@@ -47,7 +47,8 @@ def fold_cores(model: Any) -> None:
         raise ValueError(f"{merged}: the adapter is merged; call unmerge_adapter() first.")
     for layer in layers.values():
         assert layer.active_name is not None
-        layer.fold(layer.active_name)
+        if not layer.fold(layer.active_name):
+            continue  # its form in the plan, a residual, says how it is updated
         config = model.peft_config[layer.active_name]
         config.update, config.update_rank = layer.update.name, layer.update.side_rank or None
         config.frozen_dtype = layer.update.frozen_dtype
