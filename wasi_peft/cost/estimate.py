@@ -165,7 +165,7 @@ def estimate_wasi(
         True
     """
     with _simulated(model, config, batch) as run:
-        return run.estimate(_optimizer_factory(optimizer))
+        return run.estimate(optimizer_factory(optimizer))
 
 
 def estimate_peak(
@@ -179,7 +179,7 @@ def estimate_peak(
     with _simulated(model, config, batch) as run:
         if config is not None:
             gc.collect()  # cycles may hold what injection let go
-        return run.peak(_optimizer_factory(optimizer))
+        return run.peak(optimizer_factory(optimizer))
 
 
 def input_sizes(model: nn.Module, names: Collection[str], batch: Any) -> dict[str, tuple[int, ...]] | None:
@@ -200,7 +200,7 @@ def input_sizes(model: nn.Module, names: Collection[str], batch: Any) -> dict[st
         {'1': (3, 6)}
     """
     arguments = call_arguments(batch)
-    autocast = _active_autocast(model)
+    autocast = active_autocast(model)
     with isolated(autocast.device):
         run = _prepared(model, None, arguments, autocast)
         with watched_sizes(run.model, names) as sizes:
@@ -250,15 +250,15 @@ class PlannedPeaks:
 
     def __init__(self, model: nn.Module, *, batch: Any, optimizer: str | OptimizerFactory | None = "adamw") -> None:
         self._model, self._arguments = model, call_arguments(batch)
-        self._make_optimizer = _optimizer_factory(optimizer)
-        self._autocast = _active_autocast(model)
+        self._make_optimizer = optimizer_factory(optimizer)
+        self._autocast = active_autocast(model)
         self._run: _Run | None = None
 
     def __call__(self, config: WasiConfig) -> int:
         """Peak of a training step, in bytes."""
         with isolated(self._autocast.device):
             if self._run is None or not self._run.has_forms_of(config):
-                _check_config(self._model, config)
+                check_config(self._model, config)
                 self._run = None  # before there is another one
                 self._run = _prepared(self._model, config, self._arguments, self._autocast)
                 gc.collect()  # cycles may hold what injection let go
@@ -274,25 +274,25 @@ def _simulated(model: nn.Module, config: PeftConfig | WasiPlan | None, batch: An
     if isinstance(config, WasiPlan):
         config = WasiConfig(plan=config)
     if config is not None:
-        _check_config(model, config)
+        check_config(model, config)
     arguments = call_arguments(batch)
-    autocast = _active_autocast(model)
+    autocast = active_autocast(model)
     with isolated(autocast.device):
         run = _prepared(model, config, arguments, autocast)
         with _explained(run.model):
             yield run
 
 
-def _prepared(model: nn.Module, config: PeftConfig | None, arguments: Arguments, autocast: _Autocast) -> _Run:
+def _prepared(model: nn.Module, config: PeftConfig | None, arguments: Arguments, autocast: Autocast) -> _Run:
     simulation = Simulation()
     twin = simulation.without_memory(model)
     if config is not None:
         twin = _injected(simulation, twin, copy.deepcopy(config))
-    _decide_products(twin, autocast)
+    decide_products(twin, autocast)
     return _Run(simulation, twin, simulation.batch(arguments), autocast)
 
 
-def _decide_products(twin: nn.Module, autocast: _Autocast) -> None:
+def decide_products(twin: nn.Module, autocast: Autocast) -> None:
     """How layers multiply by int8 codes is measured on real tensors, as the model's own would be."""
     for module in twin.modules():
         if isinstance(module, Int8Residual):
@@ -313,7 +313,8 @@ def _explained(twin: nn.Module) -> Iterator[None]:
         raise _depends_on_values(error) from None
 
 
-def _base_of(model: nn.Module) -> nn.Module:
+def base_of(model: nn.Module) -> nn.Module:
+    """The model that adapters were put into."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -337,7 +338,8 @@ def _injected(simulation: Simulation, twin: nn.Module, config: PeftConfig) -> nn
         raise _depends_on_values(error) from None
 
 
-def _optimizer_factory(optimizer: str | OptimizerFactory | None) -> OptimizerFactory | None:
+def optimizer_factory(optimizer: str | OptimizerFactory | None) -> OptimizerFactory | None:
+    """What makes an optimizer, by its name too; raises a ValueError for another name."""
     if optimizer is None or (callable(optimizer) and not isinstance(optimizer, str)):
         return optimizer
     if optimizer not in OPTIMIZERS:
@@ -347,22 +349,26 @@ def _optimizer_factory(optimizer: str | OptimizerFactory | None) -> OptimizerFac
     return lambda model: make([parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
-def _check_config(model: nn.Module, config: PeftConfig) -> None:
+def check_config(model: nn.Module, config: PeftConfig) -> None:
+    """Raises a TypeError for what is no configuration, a ValueError for a model that has an adapter."""
     if not isinstance(config, PeftConfig):
         raise TypeError(f"config must be a PEFT configuration, a WasiPlan or None, got {type(config).__name__}.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("config must be None for a model that has an adapter already; it is estimated as it is.")
 
 
-class _Autocast(NamedTuple):
+class Autocast(NamedTuple):
+    """Settings of `torch.autocast`."""
+
     device: str
     dtype: torch.dtype
     enabled: bool
 
 
-def _active_autocast(model: nn.Module) -> _Autocast:
+def active_autocast(model: nn.Module) -> Autocast:
+    """Those in force where the model is."""
     device = next((parameter.device.type for parameter in model.parameters() if not parameter.is_meta), "cpu")
-    return _Autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+    return Autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
 # ---------------------------------------------------------------- steps
@@ -390,7 +396,7 @@ class _Run:
         simulation: Simulation,
         model: nn.Module,
         arguments: Arguments,
-        autocast: _Autocast,
+        autocast: Autocast,
     ) -> None:
         self.simulation, self.memory = simulation, simulation.memory
         self.model, self.arguments, self.autocast = model, arguments, autocast
@@ -399,12 +405,12 @@ class _Run:
     def forward(self) -> Any:
         with torch.autocast(self.autocast.device, self.autocast.dtype, self.autocast.enabled):
             try:
-                with call_explained(_base_of(self.model), self.arguments):
+                with call_explained(base_of(self.model), self.arguments):
                     output = self.model(*self.arguments.positional, **self.arguments.named)
             except RuntimeError as error:
                 if ".numpy()" not in str(error):
                     raise
-                raise ArrayError(READS_ARRAYS.format(model=type(_base_of(self.model)).__name__)) from None
+                raise ArrayError(READS_ARRAYS.format(model=type(base_of(self.model)).__name__)) from None
         torch.clear_autocast_cache()
         return output
 
@@ -422,7 +428,7 @@ class _Run:
         """The first step, one that meets what it made, and with compressed inputs one in which the bases move."""
         self.model.train()
         steps = [self.step(optimizer), self.step(optimizer)]
-        return steps + [self.step(optimizer)] if _age_bases(self.model) else steps
+        return steps + [self.step(optimizer)] if age_bases(self.model) else steps
 
     def peak(self, make_optimizer: OptimizerFactory | None) -> int:
         """The most at any moment of the first step or of one that meets what it made and moves the bases.
@@ -433,7 +439,7 @@ class _Run:
         self._last_optimizer = None if optimizer is None else weakref.ref(optimizer)
         self.model.train()
         first = self.step(optimizer)
-        _age_bases(self.model)
+        age_bases(self.model)
         return max(first.peak, self.step(optimizer).peak)
 
     def has_forms_of(self, config: WasiConfig) -> bool:
@@ -535,7 +541,7 @@ class _Run:
         return sum(map(_weight_bytes, layers)), inputs
 
 
-def _age_bases(model: nn.Module) -> bool:
+def age_bases(model: nn.Module) -> bool:
     """Makes all bases move in the next step; whether there are any."""
     compressions = _compressions(model)
     for state in compressions:

@@ -33,14 +33,14 @@ from .estimate import (
     CATEGORIES,
     MIB,
     NOTHING_TRAINS,
+    Autocast,
     OptimizerFactory,
-    _active_autocast,
-    _age_bases,
-    _Autocast,
-    _base_of,
-    _check_config,
-    _decide_products,
-    _optimizer_factory,
+    active_autocast,
+    age_bases,
+    base_of,
+    check_config,
+    decide_products,
+    optimizer_factory,
 )
 from .peak import profiler
 from .simulation import isolated
@@ -252,15 +252,15 @@ def profile_wasi(
     if isinstance(config, WasiPlan):
         config = WasiConfig(plan=config)
     if config is not None:
-        _check_config(model, config)
+        check_config(model, config)
     if not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds must be a whole number of at least 1, got {rounds!r}.")
     arguments = call_arguments(batch)
-    make_optimizer = _optimizer_factory(optimizer)
+    make_optimizer = optimizer_factory(optimizer)
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers(), *tensors_in(arguments))}
     if devices != {"cpu"}:
         raise ValueError(f"profile_wasi needs model and batch on the CPU, got {', '.join(sorted(devices))}.")
-    autocast = _active_autocast(model)
+    autocast = active_autocast(model)
     with isolated(autocast.device):
         twin = copy.deepcopy(model)
         twin.zero_grad(set_to_none=True)
@@ -268,7 +268,7 @@ def profile_wasi(
             twin = get_peft_model(twin, copy.deepcopy(config))
         if not any(parameter.requires_grad for parameter in twin.parameters()):
             raise ValueError(NOTHING_TRAINS)
-        _decide_products(twin, autocast)  # once a process, on operands of its own: no part of a step
+        decide_products(twin, autocast)  # once a process, on operands of its own: no part of a step
         made = None if make_optimizer is None else make_optimizer(twin)
         if made is not None and isinstance(optimizer, str):
             for group in made.param_groups:
@@ -290,7 +290,7 @@ class _Runner:
         self,
         model: nn.Module,
         arguments: Arguments,
-        autocast: _Autocast,
+        autocast: Autocast,
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
         self.model, self.autocast, self.optimizer = model, autocast, optimizer
@@ -325,7 +325,7 @@ class _Runner:
 
     def forward(self, batch: Arguments) -> Any:
         with torch.autocast(self.autocast.device, self.autocast.dtype, self.autocast.enabled):
-            with call_explained(_base_of(self.model), batch):
+            with call_explained(base_of(self.model), batch):
                 return self.model(*batch.positional, **batch.named)
 
     def profile(self, rounds: int) -> StepProfile:
@@ -377,14 +377,14 @@ class _Runner:
         gc.collect()
         snapshots = []
         with marked_modules(modules), profiler(profile_memory=True) as profile:
-            for age in (_rest_bases, _age_bases):
+            for age in (_rest_bases, age_bases):
                 age(self.model)
                 before = self.kept()
                 with one_round():
                     self.step(watch, look)
                 snapshots.append((before, self.kept(), frozenset(gradients), losses[-1]))
                 gradients.clear()
-                _age_bases(self.model)
+                age_bases(self.model)
                 # warms up, and makes new bases: the end of those from before the profile would not be seen
                 self.step(_unwatched)
         traces = read_memory(profile, [_all_blocks(before) for before, *_ in snapshots], kept)

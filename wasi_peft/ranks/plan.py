@@ -15,7 +15,7 @@ from ..forms.residual import RESIDUALS
 from ..memory.modes import MEMORY_MODES
 from ..updates import DEFAULT_UPDATE, RESIDUAL_UPDATE, UPDATES, Update, make_update
 from ..updates.costs import dense_elements
-from .spectrum import DENSE, FACTORS, Form, LayerSpectrum, _check_layer, _check_whole
+from .spectrum import DENSE, FACTORS, Form, LayerSpectrum, check_layer, check_whole
 
 FORMAT = 2
 FORMS = (FACTORS, *RESIDUALS, DENSE)
@@ -57,12 +57,12 @@ class LayerPlan:
     experts: int = 1
 
     def __post_init__(self) -> None:
-        _check_layer(self.name, self.out_features, self.in_features)
-        _check_whole(f"{self.name}: experts", self.experts)
+        check_layer(self.name, self.out_features, self.in_features)
+        check_whole(f"{self.name}: experts", self.experts)
         if self.form not in FORMS:
             raise ValueError(f"{self.name}: form must be one of {list(FORMS)}, got {self.form!r}.")
         if self.form != DENSE:
-            _check_whole(f"{self.name}: weight_rank", self.weight_rank, min(self.out_features, self.in_features))
+            check_whole(f"{self.name}: weight_rank", self.weight_rank, min(self.out_features, self.in_features))
         elif type(self.weight_rank) is not int or self.weight_rank != 0:
             raise ValueError(f"{self.name}: weight_rank of a dense layer must be 0, got {self.weight_rank!r}.")
         ranks = self.activation_ranks
@@ -76,7 +76,7 @@ class LayerPlan:
                 )
             for mode, rank in ranks.items():
                 largest = self.in_features if mode == "feature" else math.inf
-                _check_whole(f"{self.name}: activation_ranks[{mode!r}]", rank, largest)
+                check_whole(f"{self.name}: activation_ranks[{mode!r}]", rank, largest)
         kept = self.kept_energy
         if isinstance(kept, bool) or not isinstance(kept, (int, float)) or not 0 < kept <= 1:
             raise ValueError(f"{self.name}: kept_energy must be a number in (0, 1], got {kept!r}.")
@@ -130,7 +130,7 @@ class WasiPlan:
         if self.update not in (None, *UPDATES):
             raise ValueError(f"a plan's update must be one of {list(UPDATES)}, got {self.update!r}.")
         if self.update_rank is not None:
-            _check_whole("a plan's update_rank", self.update_rank)
+            check_whole("a plan's update_rank", self.update_rank)
         update = self.layer_update  # raises where it does not go together with frozen_dtype
         if (self.update_rank or 0) != (0 if self.update is None else update.side_rank):
             raise ValueError(
@@ -141,7 +141,7 @@ class WasiPlan:
             raise ValueError(
                 f"a plan's residual_update must train beside a residual, or be None, got {self.residual_update!r}."
             )
-        _check_whole("a plan's bytes_per_element", self.bytes_per_element)
+        check_whole("a plan's bytes_per_element", self.bytes_per_element)
         names = [layer.name for layer in self.layers]
         if not names:
             raise ValueError("a plan must have at least one layer, got none.")

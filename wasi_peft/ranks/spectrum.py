@@ -82,7 +82,7 @@ class LayerSpectrum:
     experts: int = 1
 
     def __post_init__(self) -> None:
-        _check_layer(self.name, self.out_features, self.in_features)
+        check_layer(self.name, self.out_features, self.in_features)
         sizes = {"weight_energies": min(self.out_features, self.in_features), "feature": self.in_features}
         for mode, energies in {"weight_energies": self.weight_energies, **self.gradient_energies}.items():
             if mode not in (*sizes, "token"):
@@ -245,14 +245,16 @@ def input_groups(spectra: Iterable[LayerSpectrum]) -> list[InputGroup]:
     return [InputGroup(tuple(group)) for group in groups.values()]
 
 
-def _check_layer(name: Any, out_features: Any, in_features: Any) -> None:
+def check_layer(name: Any, out_features: Any, in_features: Any) -> None:
+    """Raises a ValueError unless a layer has a name and sizes."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"a layer's name must be a string that is not empty, got {name!r}.")
-    _check_whole(f"{name}: out_features", out_features)
-    _check_whole(f"{name}: in_features", in_features)
+    check_whole(f"{name}: out_features", out_features)
+    check_whole(f"{name}: in_features", in_features)
 
 
-def _check_whole(what: str, value: Any, largest: float = math.inf) -> None:
+def check_whole(what: str, value: Any, largest: float = math.inf) -> None:
+    """Raises a ValueError unless a value is an integer from 1 to the largest."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
         bounds = "a positive integer" if largest == math.inf else f"an integer from 1 to {largest}"
         raise ValueError(f"{what} must be {bounds}, got {value!r}.")
