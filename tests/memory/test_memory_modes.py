@@ -606,7 +606,7 @@ def test_the_first_step_holds_no_more_than_others(case: str, mode: str, slice_to
         optimizer.zero_grad()
 
     first, second = (measure_peak_memory(step).peak_bytes for _ in range(2))
-    assert first < 1.1 * second  # two slices are tried out together
+    assert first < 1.1 * second  # a slice is tried out before
 
 
 @pytest.mark.parametrize("mode", MEMORY_MODES)
