@@ -149,7 +149,9 @@ def test_estimates_of_a_compressed_checkpoint_are_those_of_the_model(run: Any, t
         loaded,
         "causal-lm" if kind == "experts" else "image-classification",
     )
-    assert estimates == {"WASI K=2": estimate_wasi(loaded, adapter, batch=batch).to_dict()}
+    assert estimates["WASI K=2"] == estimate_wasi(loaded, adapter, batch=batch).to_dict()
+    assert estimates["compressed"] == estimate_wasi(loaded, batch=batch).to_dict()
+    assert estimates.keys() == {"compressed", "LoRA r=16", "WASI K=2"}
 
 
 def test_profiles_do_not_call_a_compressed_model_dense(run: Any) -> None:
@@ -215,11 +217,6 @@ BAD = {
         ("plan", "small", "--data", "x", "--weight-share", "0.5", "--batch-size", "2"),
         "small: a plan is made for a dense model, got a compressed checkpoint.",
     ),
-    "LoRA on a checkpoint": (
-        ("estimate", "small", "--batch-size", "2", "--lora", "2"),
-        "leave --dense and --lora out",
-    ),
-    "fine-tuning of a checkpoint": (("estimate", "small", "--batch-size", "2", "--dense"), "leave --dense and --lora"),
     "estimate of other bits": (
         ("estimate", "others", "--batch-size", "2"),
         "others: must be dense or compressed by wasi_peft, got weights stored by 'bitsandbytes'.",

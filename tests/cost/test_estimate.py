@@ -18,11 +18,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from wasi_peft import SubspaceSGD, WasiConfig, measure_peak_memory, preprocess_wasi
+from wasi_peft import SubspaceSGD, WasiConfig, compress, measure_peak_memory, preprocess_wasi
 from wasi_peft.cost.estimate import Estimate, estimate_peak, estimate_wasi
 from wasi_peft.forms import products
 from wasi_peft.forms.dense import dense_weight
 from wasi_peft.forms.residual import RESIDUALS
+from wasi_peft.hub.compressed import compressed_layers
 from wasi_peft.ranks.plan import LayerPlan, WasiPlan
 from wasi_peft.tuner.layer import WasiLayer
 from wasi_peft.updates import make_update
@@ -686,3 +687,14 @@ def test_shapes_that_depend_on_values() -> None:
 
     with pytest.raises(ValueError, match=r"depend on values .*Measure one with measure_peak_memory"):
         estimate_wasi(Picks(8, 2), batch=torch.zeros(4, 8))
+
+
+@pytest.mark.parametrize("config", [None, LoraConfig(r=2, target_modules="all-linear")], ids=["alone", "LoRA"])
+def test_compressed_layers_count_as_they_are_stored(config: Any) -> None:
+    model = compress(ARCHITECTURES["vit"].model(), WasiConfig(residual=None, weight_rank=3))
+    stored = sum(tensor.nbytes for _, layer in compressed_layers(model) for tensor in layer.stored().values())
+    estimate = estimate_wasi(model, config, batch=ARCHITECTURES["vit"].batch())
+    if config is None:
+        assert estimate.paper_inference_bytes == stored
+    else:
+        assert stored < estimate.paper_inference_bytes

@@ -120,18 +120,13 @@ def estimate(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"{arguments.model}: must be dense or compressed by wasi_peft, got weights stored by {method!r}."
         )
-    if method == METHOD and (arguments.dense or arguments.lora):
-        raise ValueError("of a compressed checkpoint WASI alone is estimated; leave --dense and --lora out.")
     model, task = load_model(arguments, weights=False)
     batch = dummy_batch(arguments, model, task)
 
     def estimate(config: PeftConfig | None) -> Estimate:
         return estimate_wasi(model, config, batch=batch, optimizer=arguments.optimizer)
 
-    configs = _variants(arguments, model, task)
-    if method == METHOD:
-        configs = {label: config for label, config in configs.items() if isinstance(config, WasiConfig)}
-    estimates = _for_each(configs, "Estimates", estimate)
+    estimates = _for_each(_variants(arguments, model, task), "Estimates", estimate)
     line, data = _compared(arguments, task, batch, model)
     data["estimates"] = {label: estimate.to_dict() for label, estimate in estimates.items()}
     show(arguments, f"{tables.estimates_table(estimates)}\n{line}", data)

@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..forms.compressed import Compressed
 from ..forms.residual import Int8Residual
 from ..models.calls import Arguments, call_arguments, call_explained, hooked, layer_input, tensors_in, training_loss
 from ..models.experts import packed_parameters, routed_rows
@@ -587,6 +588,8 @@ def _weight_bytes(layer: nn.Module) -> int:
     if isinstance(layer, WasiLayer):
         sizes = layer.out_features, layer.in_features, layer.form.weight_rank
         return layer.experts * layer.update.stored_bytes(*sizes, PAPER_ELEMENT_BYTES)
+    if isinstance(layer, Compressed):
+        return sum(tensor.nbytes for tensor in layer.stored().values())
     assert isinstance(layer.weight, Tensor)
     return PAPER_ELEMENT_BYTES * layer.weight.numel()
 
@@ -594,8 +597,8 @@ def _weight_bytes(layer: nn.Module) -> int:
 def _input_bytes(layer: nn.Module, x: Tensor) -> int:
     """What a layer keeps for the gradients of what trains of it, shared with other layers or not."""
     if not isinstance(layer, WasiLayer):
-        assert isinstance(layer.weight, Tensor)
-        return PAPER_ELEMENT_BYTES * x.numel() if layer.weight.requires_grad else 0
+        trains = any(parameter.requires_grad for name, parameter in layer.named_parameters() if name != "bias")
+        return PAPER_ELEMENT_BYTES * x.numel() if trains else 0
     form, update = layer.form, layer.update
     image = PAPER_ELEMENT_BYTES * x.shape[:-1].numel() * update.image_width(form)
     if update.reads_input is None or not form.part(update.reads_input).requires_grad:
