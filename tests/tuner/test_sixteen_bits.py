@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from models import ARCHITECTURES, Architecture
 from peft import PeftModel, get_peft_model
 
@@ -169,3 +170,54 @@ def test_without_autocast_of_adapters_nothing_is_raised() -> None:
     base = ARCHITECTURES["llama"].model().half()
     model = get_peft_model(base, WasiConfig(), autocast_adapter_dtype=False)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float16}
+
+
+@pytest.mark.parametrize("memory_mode", ["exact", "fast", "small"])
+@pytest.mark.parametrize("second", ["added", "loaded", "summed"])
+def test_a_model_trains_on_with_a_second_adapter(memory_mode: Any, second: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"weight_rank": 4, "memory_mode": memory_mode, "residual_product": "restored"}
+    model, batch = adapted("llama", torch.bfloat16, options).train(), batch_of(ARCHITECTURES["llama"], torch.bfloat16)
+    expected = model(**batch).loss
+    if second == "added":
+        model.add_adapter("other", WasiConfig(**options))
+    elif second == "loaded":
+        model.save_pretrained(tmp_path)
+        model.load_adapter(tmp_path, "other")
+        model.train()
+    else:
+        model.add_weighted_adapter(["default"], [1.0], "other", "cat")
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        loss = model(**batch).loss
+        loss.backward()
+        if name == "default":
+            assert torch.equal(loss, expected)
+    model.delete_adapter("other")
+    model(**batch).loss.backward()
+
+
+@pytest.mark.parametrize("memory_mode", ["exact", "small"])
+def test_vectors_of_a_block_itself(memory_mode: Any) -> None:
+    """BEiT's layer scales are parameters of its blocks, which run again in backward."""
+    torch.manual_seed(0)
+    config = tf.BeitConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
+    )
+    options: dict[str, Any] = {"weight_rank": 4, "residual_product": "restored", "memory_mode": memory_mode}
+    model = get_peft_model(tf.BeitForImageClassification(config).bfloat16(), WasiConfig(**options)).train()
+    batch = batch_of(ARCHITECTURES["vit"], torch.bfloat16)
+    batch["labels"] = batch["labels"] % 2
+    model(**batch).loss.backward()
+    scales = [parameter for name, parameter in model.named_parameters() if "lambda_" in name]
+    assert len(scales) == 4 and all(scale.dtype == scale.grad.dtype == torch.float32 for scale in scales)
+
+
+def test_one_layer_that_is_cast_leaves_the_norms() -> None:
+    model, batch = (
+        adapted("llama", torch.bfloat16, OPTIONS["residual"]).eval(),
+        batch_of(ARCHITECTURES["llama"], torch.bfloat16),
+    )
+    expected = model(**batch).loss
+    model.base_model.model.model.layers[0].mlp.down_proj.float()
+    torch.testing.assert_close(model(**batch).loss, expected, rtol=0.02, atol=0.02)
+    assert model.base_model.model.model.norm(torch.ones(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16

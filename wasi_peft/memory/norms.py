@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..linalg.low_bit import row_tiles
-from .wrapping import unwrap_all, wrap
+from .wrapping import OWN_COMPUTATION, unwrap_all, wrap
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what models call it
 _PROBED = (torch.float32, torch.bfloat16)
@@ -151,6 +151,8 @@ class _LeanNorm:
         formula: What the norm computes.
         mixed: Dtypes of input and weight that differ, with which it does.
     """
+
+    level = OWN_COMPUTATION
 
     def __init__(self, formula: RMSFormula, mixed: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()) -> None:
         self.formula, self.mixed = formula, mixed

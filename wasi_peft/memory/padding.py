@@ -6,6 +6,7 @@ on such rows either, they need neither be computed nor kept: the rows of real to
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -457,7 +458,7 @@ class _Unpadded:
             return forward(*args, **kwargs)
         others = tuple(
             value is not hidden and OTHER_TOKENS.match(name) is not None
-            for name, value in _names(block, args, kwargs)
+            for name, value in names
             for _ in tree_leaves(value)
         )
         call = _Grouped(forward, leaves, structure, others, layout)
@@ -474,9 +475,14 @@ class _Unpadded:
 
 def _names(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
     """A block's arguments by name; those whose place has none are called by nothing."""
-    names = list(inspect.signature(type(block).forward).parameters)[1:]
-    names += [""] * (len(args) - len(names))
+    names = _parameters(type(block)) if args else ()
+    names += ("",) * (len(args) - len(names))
     return [*zip(names, args, strict=False), *kwargs.items()]
+
+
+@functools.cache
+def _parameters(kind: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 @dataclass(frozen=True)

@@ -69,11 +69,29 @@ class Around:
         return self.run(self.inner, *args, **kwargs)
 
 
+OWN_COMPUTATION, OWN_PARAMETERS, WHOLE_CALLS = range(3)
+
+
 def wrap(module: nn.Module, run: Runner) -> None:
-    """Put a runner around the forward of a module, outside of those that are there; one of its class goes first."""
+    """Put a runner around the forward of a module, outside of those that are there; one of its class goes first.
+
+    Whatever the order, a runner that computes in the place of the module is inside of one that changes the module's
+    parameters for a call, and that inside of those that call it in parts, or again in backward: by its `level`,
+    :data:`WHOLE_CALLS` where it has none.
+    """
     unwrap(module, type(run))
     there = module.__dict__.get("forward")
-    module.__dict__["forward"] = Around(run, there if isinstance(there, Around) else Forward(module, there))
+    module.__dict__["forward"] = _around(run, there if isinstance(there, Around) else Forward(module, there))
+
+
+def _around(run: Runner, forward: Forward | Around) -> Around:
+    if isinstance(forward, Around) and _level(forward.run) > _level(run):
+        return Around(forward.run, _around(run, forward.inner))
+    return Around(run, forward)
+
+
+def _level(run: Runner) -> int:
+    return getattr(run, "level", WHOLE_CALLS)
 
 
 def unwrap(module: nn.Module, kind: type) -> None:

@@ -73,6 +73,7 @@ class WasiLayer(BaseTunerLayer):
         self.wasi_input: dict[str, InputCompression] = {}
         self.inputs = SharedInputs() if inputs is None else inputs
         self.vectors = AdapterVectors() if vectors is None else vectors
+        self.vectors.model_dtype.add(self._like.dtype)
         self.frozen_biases: set[str] = set()  # adapters whose bias does not train
         self.tells_divergence = False
         self.merged_adapters: list[str] = []
@@ -617,7 +618,7 @@ class Linear(nn.Module, WasiLayer):
         super()._apply(fn, recurse)
         before, self._like = self._like.dtype, fn(self._like)
         if self._like.dtype != before:
-            self.vectors.model_dtype.value = self._like.dtype
+            self.vectors.model_dtype.cast(before, self._like.dtype)
         for base in self._unmerged_base:
             base._apply(fn)
         return self

@@ -9,6 +9,7 @@ them, under the names that the model gives them; those of other adapters, and th
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..forms.compressed import Compressed
-from ..memory.wrapping import runner_of, unwrap, wrap
+from ..memory.wrapping import OWN_PARAMETERS, runner_of, unwrap, wrap
 
 # layers that hold matrices, tables or filters: never "vectors that cost nothing"
 _MATRIX_HOLDERS: tuple[type[nn.Module], ...] = (
@@ -84,13 +85,27 @@ def _is_vector(module: nn.Module, name: str, parameter: Tensor) -> bool:
 
 
 class ModelDtype:
-    """What dtype the layers of a model have been cast to since they were made.
+    """What the layers of a model have been cast to, all of them, since they were made."""
 
-    Attributes:
-        value: None as long as they have not been.
-    """
+    def __init__(self) -> None:
+        self._made: set[torch.dtype] = set()
+        self._layers: Counter[torch.dtype] = Counter()
 
-    value: torch.dtype | None = None
+    def add(self, dtype: torch.dtype) -> None:
+        """There is one more layer."""
+        self._made.add(dtype)
+        self._layers[dtype] += 1
+
+    def cast(self, before: torch.dtype, after: torch.dtype) -> None:
+        """A layer has been cast."""
+        self._layers[before] -= 1
+        self._layers[after] += 1
+
+    @property
+    def value(self) -> torch.dtype | None:
+        """The dtype; None as long as layers are as they were, or differ."""
+        now = {dtype for dtype, count in self._layers.items() if count > 0}
+        return next(iter(now)) if len(now) == 1 and now != self._made else None
 
 
 class Lowered:
@@ -102,6 +117,8 @@ class Lowered:
     Args:
         model_dtype: Of the model that the module is in.
     """
+
+    level = OWN_PARAMETERS
 
     def __init__(self, model_dtype: ModelDtype) -> None:
         self._model_dtype = model_dtype
@@ -131,9 +148,10 @@ class Lowered:
     def __call__(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         table = forward.__self__._parameters
         high = {name: table[name] for name in self._dtypes if getattr(table.get(name), "dtype", None) == torch.float32}
+        cast = self._model_dtype.value
         try:
             for name, vector in high.items():
-                table[name] = vector.to(self._model_dtype.value or self._dtypes[name])
+                table[name] = vector.to(cast or self._dtypes[name])
             return forward(*args, **kwargs)
         finally:
             table.update(high)
