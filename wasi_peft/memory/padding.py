@@ -475,14 +475,14 @@ class _Unpadded:
 
 def _names(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
     """A block's arguments by name; those whose place has none are called by nothing."""
-    names = _parameters(type(block)) if args else ()
+    names = _parameters(type(block).forward) if args else ()
     names += ("",) * (len(args) - len(names))
     return [*zip(names, args, strict=False), *kwargs.items()]
 
 
 @functools.cache
-def _parameters(kind: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 @dataclass(frozen=True)
