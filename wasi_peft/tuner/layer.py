@@ -254,11 +254,6 @@ class WasiLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._watch_steps()
 
-    def starts_like(self, source: str, adapter_name: str) -> None:
-        """Have a copy of an adapter meet its first batch as that one would."""
-        for known in (self._starts_fresh, self._fresh):
-            (known.add if source in known else known.discard)(adapter_name)
-
     def _form_of(self, update: Update, initial: InitialFactors, rank: int, products: ProductChoice) -> FactoredLinear:
         """The form that an adapter starts with."""
         form = update.form_of(initial, rank, self.dense_class, self._like)

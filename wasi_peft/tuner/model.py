@@ -337,8 +337,6 @@ class WasiModel(BaseTuner):
         if isinstance(target, WasiLayer):
             layer = target
             layer.update_layer(adapter_name, peft_config, name, rank, initial)
-            if source is not None:
-                layer.starts_like(source, adapter_name)
         else:
             options = (adapter_name, peft_config, name, rank, initial, self._inputs, self._vectors)
             if isinstance(target, ExpertStack):
