@@ -362,6 +362,9 @@ def test_tokenizers_come_along(run: Any, tmp_path: Path, owner: str | None) -> N
 
 def test_tokenizers_of_a_hub_id_come_along(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "snapshot")
+    template = tmp_path / "snapshot" / "additional_chat_templates" / "tool_use.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ messages }}")
     asked: list[str] = []
 
     def snapshot_download(name: str, **options: Any) -> str:
@@ -371,5 +374,6 @@ def test_tokenizers_of_a_hub_id_come_along(run: Any, tmp_path: Path, monkeypatch
     monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
     (tmp_path / "merged").mkdir()
     arguments = build_parser(cli.COMMANDS).parse_args(["merge", "factors", "--base", "some/base", "--output", "x"])
-    loading.copy_processors(arguments, tmp_path / "merged")
+    loading.bring_processors(arguments, tmp_path / "merged")
     assert asked == ["some/base"] and (tmp_path / "merged" / "tokenizer.json").is_file()
+    assert (tmp_path / "merged" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"

@@ -18,12 +18,9 @@ from wasi_peft.tuner.layer import wasi_layers
 VIT = ARCHITECTURES["vit"]
 
 
-def moved_adapters(names: tuple[str, ...] = ("default", "other"), **options: Any) -> Any:
-    """A model with adapters whose parameters are all at random, near where they started."""
-    model = get_peft_model(VIT.model(), WasiConfig(**{"modules_to_save": ["classifier"], "weight_rank": 3, **options}))
-    for name in names[1:]:
-        model.add_adapter(name, model.peft_config["default"])
-    for seed, name in enumerate(names):
+def move_at_random(model: Any) -> Any:
+    """Move all parameters of every adapter away from where they started; the first adapter is active then."""
+    for seed, name in enumerate(list(model.peft_config)):
         model.set_adapter(name)
         torch.manual_seed(seed)
         for parameter in model.parameters():
@@ -31,6 +28,14 @@ def moved_adapters(names: tuple[str, ...] = ("default", "other"), **options: Any
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.set_adapter("default")
     return model.eval()
+
+
+def moved_adapters(names: tuple[str, ...] = ("default", "other"), **options: Any) -> Any:
+    """A model with adapters whose parameters are all at random, near where they started."""
+    model = get_peft_model(VIT.model(), WasiConfig(**{"modules_to_save": ["classifier"], "weight_rank": 3, **options}))
+    for name in names[1:]:
+        model.add_adapter(name, model.peft_config["default"])
+    return move_at_random(model)
 
 
 def products(model: Any, adapter: str) -> dict[str, Tensor]:
@@ -174,14 +179,7 @@ def language_models(tokens: list[list[int]]) -> Any:
     model = get_peft_model(ARCHITECTURES["llama_tied"].model(), configs[0])
     for number, config in enumerate(configs[1:], 1):
         model.add_adapter(f"other{number}", config)
-    for seed, name in enumerate(list(model.peft_config)):
-        model.set_adapter(name)
-        torch.manual_seed(seed)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data.add_(0.1 * torch.randn_like(parameter))
-    model.set_adapter("default")
-    return model.eval()
+    return move_at_random(model)
 
 
 def test_trained_tokens_are_summed(tmp_path: Path) -> None:

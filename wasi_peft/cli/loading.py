@@ -7,8 +7,6 @@ import inspect
 import json
 import math
 import os
-import re
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +22,9 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..files.objects import read_object
 from ..forms.dense import weight_shape
+from ..hub.checkpoint import IN_FOLDERS
 from ..hub.compressed import METHOD
+from ..hub.settings import PROCESSOR_FILES, copy_processors
 from ..models.experts import conceal_experts, expose_experts
 from ..models.texts import ordinary_tokens
 from ..tuner.config import WasiConfig
@@ -343,25 +343,19 @@ def _sequence_length(arguments: argparse.Namespace, model: transformers.PreTrain
 
 # -------------------------------------------------------------------- tokenizers and processors
 
-_FILES = (".json", ".txt", ".model", ".jinja", ".spm", ".vocab", ".tiktoken")
 _MARKS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-# have the same endings
-_OTHERS = re.compile(r"config\.json|.*\.index\.json|adapter_.*|trainer_state\.json|.*_results\.json")
 
 
-def copy_processors(arguments: argparse.Namespace, folder: Path) -> None:
+def bring_processors(arguments: argparse.Namespace, folder: Path) -> None:
     """Files of tokenizer and processor of an adapter, or else of its base model, beside those of a model."""
     source = Path(arguments.model)
     if not any((source / name).is_file() for name in _MARKS):
         base = str(base_of(arguments))
-        patterns = [f"*{ending}" for ending in _FILES]
-        source = Path(
-            base if os.path.isdir(base) else snapshot_download(base, allow_patterns=patterns, ignore_patterns="*/*")
-        )
-    for path in sorted(source.iterdir()):
-        wanted = path.suffix in _FILES and not _OTHERS.fullmatch(path.name) and path.is_file()
-        if wanted and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+        patterns = [f"*{ending}" for ending in PROCESSOR_FILES]
+        if not os.path.isdir(base):
+            base = snapshot_download(base, allow_patterns=patterns, ignore_patterns=list(IN_FOLDERS))
+        source = Path(base)
+    copy_processors(source, folder)
 
 
 # -------------------------------------------------------------------- data

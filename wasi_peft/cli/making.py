@@ -24,9 +24,9 @@ from ..report import tables
 from ..tuner.config import AUTO, WasiConfig
 from .loading import (
     ADAPTER_CONFIG,
+    bring_processors,
     calibration_batches,
     check_model,
-    copy_processors,
     load_model,
     load_with_adapter,
 )
@@ -80,7 +80,7 @@ def merge(arguments: argparse.Namespace) -> None:
     merged: Any = model.base_model.merge_and_unload(dense=True) if arguments.dense else compress(model)
     with new_folder(arguments.output, arguments.overwrite) as scratch:
         merged.save_pretrained(scratch)
-        copy_processors(arguments, scratch)
+        bring_processors(arguments, scratch)
     show_folder(arguments, "a dense model" if arguments.dense else "a compressed model", {})
 
 

@@ -597,7 +597,7 @@ def _weight_bytes(layer: nn.Module) -> int:
 def _input_bytes(layer: nn.Module, x: Tensor) -> int:
     """What a layer keeps for the gradients of what trains of it, shared with other layers or not."""
     if not isinstance(layer, WasiLayer):
-        trains = any(parameter.requires_grad for name, parameter in layer.named_parameters() if name != "bias")
+        trains = any(part.requires_grad for name, part in layer.named_parameters() if not name.endswith("bias"))
         return PAPER_ELEMENT_BYTES * x.numel() if trains else 0
     form, update = layer.form, layer.update
     image = PAPER_ELEMENT_BYTES * x.shape[:-1].numel() * update.image_width(form)

@@ -25,8 +25,9 @@ from .conversion import FLOATS, Conversion, ConvertedTensor, StoredTensor
 logger = logging.getLogger(__name__)
 
 _OTHERS = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL"}
-_NOT_READ = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.tflite"]
-_NOT_READ += ["*/*[!a]", "*/*[!j]a"]  # of folders all but what ends in "ja": templates of chats, in .jinja files
+# what lies in folders, all but what ends in "ja": templates of chats, in .jinja files
+IN_FOLDERS = ("*/*[!a]", "*/*[!j]a")
+_NOT_READ = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.tflite", *IN_FOLDERS]
 _SHOWN = 5  # names of tensors in a message
 _CHECKSUM_BYTES = 2**20  # from either end of a file
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import CHAT_TEMPLATE_DIR, GENERATION_CONFIG_NAME
 
 from ..forms.compressing import from_stored, stack_from_stored
 from ..forms.dense import weight_shape
@@ -20,7 +21,9 @@ from ..models.experts import ExpertStack, conceal_experts, expose_experts
 from .cards import write_card
 from .compressed import quantization_config
 
-_COPIED = (".json", ".txt", ".model", ".jinja", ".spm", ".vocab", ".tiktoken")  # tokenizers and processors
+PROCESSOR_FILES = (".json", ".txt", ".model", ".jinja", ".spm", ".vocab", ".tiktoken")  # their endings
+# of other things that end so
+_OTHERS = re.compile(r"config\.json|.*\.index\.json|adapter_.*|trainer_state\.json|.*_results\.json")
 _LICENCES = ("license", "licence", "notice")
 
 
@@ -45,20 +48,23 @@ def write_settings(
     model.config.save_pretrained(result)
     if model.can_generate() and not os.path.isfile(os.path.join(dense, GENERATION_CONFIG_NAME)):
         model.generation_config.save_pretrained(result)
-    for name in sorted(os.listdir(dense)):
-        lowered = name.lower()
-        wanted = lowered.endswith(_COPIED) or lowered.startswith(_LICENCES)
-        own = name == CONFIG_NAME or lowered.endswith(".index.json") or lowered.startswith("adapter_")
-        if wanted and not own and os.path.isfile(os.path.join(dense, name)):
-            shutil.copyfile(os.path.join(dense, name), os.path.join(result, name))
-    for template in sorted(Path(dense, CHAT_TEMPLATE_DIR).glob("*.jinja")):
-        os.makedirs(os.path.join(result, CHAT_TEMPLATE_DIR), exist_ok=True)
-        shutil.copyfile(template, os.path.join(result, CHAT_TEMPLATE_DIR, template.name))
+    copy_processors(Path(dense), Path(result))
     expose_experts(model)
     for name, entry in layers.items():
         model.set_submodule(name, _without_numbers(StoredForm(**entry), targets[name], model.dtype))
     conceal_experts(model)
     write_card(model, result)
+
+
+def copy_processors(source: Path, target: Path) -> None:
+    """Copy files of tokenizers and processors, and licences, but for those that are there."""
+    templates = source.joinpath(CHAT_TEMPLATE_DIR).glob("*.jinja")
+    for path in sorted([*source.iterdir(), *templates]):
+        name, copy = path.name.lower(), target / path.relative_to(source)
+        wanted = name.endswith(PROCESSOR_FILES) and not _OTHERS.fullmatch(name)
+        if (wanted or name.startswith(_LICENCES)) and path.is_file() and not copy.exists():
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _without_numbers(stored: StoredForm, dense: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..models.position_wise import position_wise_modules
 from ..models.structure import blocks_of, hidden_states, without_cache
-from .meeting import FirstBatches, Meeting, attending, fresh_parts, meet_in_parts, waiting_parts
+from .meeting import FirstBatches, Meeting, attending, fresh_parts
 from .recording import records
 from .trials import lacks_memory, parts_agree, trial
 from .wrapping import unwrap_all, wrap
@@ -357,7 +357,11 @@ class _Chunks:
     """Calls an MLP once for every few tokens."""
 
     def __init__(self, rows: int) -> None:
-        self.rows = rows
+        self.rows, self._first_batches = rows, FirstBatches()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, of another model, starts anew."""
+        return _Chunks, (self.rows,)
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         mlp: nn.Module = forward.__self__  # type: ignore[attr-defined]
@@ -368,9 +372,7 @@ class _Chunks:
         if rows <= self.rows or _needs_whole_batches(mlp) or records(mlp):
             return forward(*args, **kwargs)
         chunks = hidden.reshape(1, rows, -1).split(self.rows, dim=1)
-        if waiting_parts(mlp):
-            with trial(mlp, hidden.device):
-                meet_in_parts(mlp, map(forward, chunks))
+        self._first_batches.meet(mlp, hidden.device, functools.partial(map, forward, chunks))
         if torch.is_grad_enabled():
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
         return torch.cat([forward(chunk) for chunk in chunks], dim=1).view(hidden.shape)
