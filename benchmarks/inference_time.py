@@ -1,6 +1,7 @@
 """Inference of the dense model, LoRA and both forms of WASI, in fp32, under autocast and with the model in bf16.
 
-The dense model is also that of merged LoRA. Factors come as they are, with slow layers dense again, and compiled.
+The dense model is also that of merged LoRA; "compressed" has weights in 8 bits and no adapter. Factors come as they
+are, with slow layers dense again, and compiled.
 
 DINOv2-small at 98 px with one image and with 64, and SmolLM2-135M reading 8 mails of 128 tokens and writing 16 tokens
 after one of them, with its cache of keys and values; 0.40 of the weights kept, factors from plain decompositions.
@@ -33,6 +34,7 @@ NEW_TOKENS = 16
 MODELS = {
     "dense": "full",
     "lora, not merged": "lora",
+    "compressed": "compressed",
     "residual": "residual exact",
     "residual dense": "residual dense exact",
     "wasi": "wasi exact",

@@ -89,9 +89,10 @@ def build(variant: str, workload: Workload) -> nn.Module:
     """Makes the model of a variant.
 
     Args:
-        variant: "full", "lora", "lora, checkpointing"; "residual [int4|dense|K|vocabulary] MODE", a frozen weight in 8
-            bits, in 4 or as it is, beside factors, of rank K, or with the vocabulary in 8 bits too; "wasi [UPDATE]
-            MODE", two factors in its place. Every update that can compress inputs does so.
+        variant: "full", "lora", "lora, checkpointing"; "compressed", weights in 8 bits without an adapter; "residual
+            [int4|dense|K|vocabulary] MODE", a frozen weight in 8 bits, in 4 or as it is, beside factors, of rank K,
+            or with the vocabulary in 8 bits too; "wasi [UPDATE] MODE", two factors in its place. Every update that
+            can compress inputs does so.
         workload: What it is made for.
 
     Raises:
@@ -99,8 +100,10 @@ def build(variant: str, workload: Workload) -> nn.Module:
     """
     form, *options, mode = variant.split() if " " in variant else (variant, "")
     dense = variant in ("full", "lora", CHECKPOINTED)
+    if variant == "compressed":
+        return wasi_peft.compress(workload.load())
     if not dense and (form not in ("residual", "wasi") or mode not in MEMORY_MODES or len(options) > 1):
-        choices = f"full, lora, {CHECKPOINTED!r}, residual ... MODE or wasi ... MODE"
+        choices = f"full, lora, {CHECKPOINTED!r}, compressed, residual ... MODE or wasi ... MODE"
         raise ValueError(f"a variant must be {choices}, got {variant!r}")
     model, saved = workload.load(), [workload.head] if workload.head else None
     if variant == "full":
