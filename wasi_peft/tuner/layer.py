@@ -573,6 +573,11 @@ class WasiLayer(BaseTunerLayer):
         assert self.active_name is not None
         self._sinks[self.active_name] = weakref.ref(sink)
 
+    @property
+    def fresh_adapters(self) -> frozenset[str]:
+        """Adapters with factors that have met no data; a batch in training mode gives them their coordinates."""
+        return frozenset(self._fresh)
+
     def product_gradient_sink(self, adapter_name: str) -> ProductGradientSink | None:
         """What :meth:`record_product_gradient` was given last, while it lives."""
         reference = self._sinks.get(adapter_name) if self._sinks else None

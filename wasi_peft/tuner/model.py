@@ -38,6 +38,7 @@ from .config import WasiConfig
 from .convolution import Convolution
 from .coverage import coverage
 from .experts import Experts, stack_energies, stack_factors, stored_factors
+from .first_batch import await_first_batch, forget_first_batch
 from .heads import FRESH_HEAD, UNMATCHED, check_trained_tokens, fresh_heads, unmatched_names
 from .inputs import SharedInputs
 from .layer import BASE, RELEASED, Linear, WasiLayer, wasi_layers
@@ -237,6 +238,7 @@ class WasiModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)  # PEFT does so too, but not after an interrupt
             raise
         guard_saving(model)
+        await_first_batch(model)
         del before  # which holds the dense weights
         hold_rounded(model, vocabulary)
         if config.uses_residuals and self._alone:
@@ -671,6 +673,7 @@ class WasiModel(BaseTuner):
         conceal_experts(model)
         pack_projections(model)
         allow_saving(model)
+        forget_first_batch(model)
         for finish in self.after_unloading:
             finish(model)
         self._vectors.lower()
