@@ -56,6 +56,7 @@ def test_local_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert model(pixels).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_record_of_the_demo_names_no_place_of_this_machine(
     model_folder: Path, split_images: Path, tmp_path: Path
 ) -> None:

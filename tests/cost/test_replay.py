@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import Architecture
+from models import ARCHITECTURES, Architecture
+from slow import partly_slow
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -178,6 +179,7 @@ def test_outputs_in_one_memory_of_their_own_have_no_recipe() -> None:
         recipes = Recipes(MODE)
 
 
+@pytest.mark.parametrize("architecture", partly_slow(ARCHITECTURES, "vit", "swin", "llama", "t5"), indirect=True)
 def test_whole_steps_are_the_same_without_recipes(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
     config = WasiConfig(weight_rank=5, activation_ranks=4, update="subspace")
     fast = estimate_wasi(architecture.model(), config, batch=architecture.batch(8))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import ARCHITECTURES, Batch, checkpoint_activations, input_options, wasi_model
 from peft import LoraConfig, get_peft_model
+from slow import partly_slow
 from torch import Tensor, nn
 
 from wasi_peft import SubspaceSGD, WasiConfig, measure_peak_memory
@@ -66,7 +67,7 @@ def measured_peak(model: nn.Module, batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("name", ["vit", "llama", "t5"])
+@pytest.mark.parametrize("name", partly_slow(["vit", "llama", "t5"], "vit", "t5"))
 def test_memory_is_what_is_measured(name: str, kind: str) -> None:
     profile, architecture = profiled(name, kind), ARCHITECTURES[name]
     config = CONFIGS[kind]()
@@ -354,7 +355,7 @@ def test_a_config_goes_into_the_copy() -> None:
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
-@pytest.mark.parametrize("last", [1, 4, 5, 6])
+@pytest.mark.parametrize("last", partly_slow([1, 4, 5, 6], 1, 5))
 def test_a_step_that_raises_changes_nothing(where: str, last: int) -> None:
     """In each kind of step: with memory traced, to warm up, timed, with time traced."""
     model, batch = model_in_use("factor"), VIT.batch(SAMPLES)

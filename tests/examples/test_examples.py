@@ -318,6 +318,7 @@ def test_fine_tune_compressed(run: Callable[..., str], language_model: Path, mai
     assert saved["base_model_name_or_path"] == str(folder)
 
 
+@pytest.mark.slow
 def test_plan_for_a_budget(run: Callable[..., str]) -> None:
     text = run("plan_for_a_budget", "--batch-size", "4", "--steps", "2")
     ((dense, budget),) = re.findall(r"full fine-tuning: (\S+) MiB, budget: (\S+) MiB", text)

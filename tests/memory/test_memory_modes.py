@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import transformers as tf
 from models import ARCHITECTURES, checkpoint_activations, wasi_model
 from peft import PeftModel, get_peft_model
+from slow import partly_slow
 from strategies import relative_error
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -235,7 +236,7 @@ def test_logits_that_are_used_in_the_default_mode_are_the_ordinary_ones(recwarn:
     assert not [one for one in recwarn if "computed in full" in str(one.message)]
 
 
-@pytest.mark.parametrize("mode", MEMORY_MODES)
+@pytest.mark.parametrize("mode", partly_slow(MEMORY_MODES, "small"))
 def test_memory_stays_flat_over_many_steps_of_changing_shape(mode: str) -> None:
     torch.manual_seed(0)
     options = {**LOW, "activation_ranks": 4, "activation_threshold": None, "activation_interval": 2}
@@ -506,7 +507,7 @@ def test_an_mlp_takes_half_of_a_slice_and_runs_no_more_often_than_without(monkey
 
 
 @pytest.mark.parametrize("mode", MEMORY_MODES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", partly_slow(CASES, "llama"))
 def test_fewer_tokens_at_once_change_no_gradient_and_take_no_more_memory(case: str, mode: str) -> None:
     make, batch = functools.partial(tiny_vit, intermediate_size=1024), images(16)
     if case == "llama":
@@ -585,7 +586,7 @@ def test_factors_meet_the_whole_first_batch_however_few_tokens_blocks_take(case:
 
 
 @pytest.mark.parametrize(("mode", "slice_tokens"), [("exact", 130), ("fast", None), ("small", None), ("small", 130)])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", partly_slow(CASES, "llama"))
 def test_the_first_step_holds_no_more_than_others(case: str, mode: str, slice_tokens: int | None) -> None:
     """Though blocks are tried out in it, and factors meet the batch."""
     make, make_batch = CASES[case]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -145,7 +146,10 @@ def test_other_modules_are_left_alone(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("groups", [WIDTH, WIDTH // 3])
 def test_a_norm_with_a_gate_keeps_its_own_forward_where_it_has_one(groups: int) -> None:
-    module = MambaRMSNormGated(WIDTH, group_size=groups)
+    grouped = "group_size" in inspect.signature(MambaRMSNormGated).parameters
+    if groups < WIDTH and not grouped:
+        pytest.skip(f"transformers {tf.__version__} has no groups in this norm")
+    module = MambaRMSNormGated(WIDTH, **({"group_size": groups} if grouped else {}))
     x, gate = normal(3, WIDTH, seed=1, dtype=torch.float32), normal(3, WIDTH, seed=2, dtype=torch.float32)
     before = module(x, gate), module(x)
     LeanNorms().install(module)

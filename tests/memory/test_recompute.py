@@ -21,6 +21,7 @@ import torch.utils.checkpoint as torch_checkpoint
 import transformers as tf
 from models import ARCHITECTURES, checkpoint_activations, input_options
 from peft import get_peft_model
+from slow import partly_slow
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -948,7 +949,7 @@ def test_peak_of_a_step(name: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "size"), SIZES)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", partly_slow(TINY, "llama"))
 def test_a_further_block_costs_its_input_only(name: str, kind: str, size: float) -> None:
     """And its gradients; a random state is 5 KB, which no torch operation allocates."""
     tokens = 4 * (257 if name == "vit" else 256)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as tf
 from models import ARCHITECTURES, Architecture, wasi_model
+from slow import partly_slow
 from strategies import relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -353,7 +354,7 @@ def test_fused_attention_with_large_scores_keeps_its_sums() -> None:
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("bf16", 0.65), ("int8", 0.5), ("int4", 0.43)])
-@pytest.mark.parametrize("build", [vit, llama])
+@pytest.mark.parametrize("build", partly_slow([vit, llama], llama))
 def test_peak_of_a_step_falls(kind: str, bound: float, build: Any) -> None:
     model, batch = build(64, layers=10)
     model.requires_grad_(False)

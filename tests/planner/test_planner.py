@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import ARCHITECTURES, FACTOR_UPDATES, Architecture, train
 from peft import get_peft_model
+from slow import partly_slow
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -456,9 +457,9 @@ def test_a_plan_is_for_the_step_that_will_run(memory_mode: Any) -> None:
     [
         ("llama", {"vocabulary": "int8"}),
         ("llama", {"trainable_token_indices": [1, 2]}),
-        ("llama", {"slice_tokens": 8}),
+        pytest.param("llama", {"slice_tokens": 8}, marks=pytest.mark.slow),
         ("vit", {"task_type": "SEQ_CLS"}),  # its head trains
-        ("vit", {"bias": "all", "train_vectors": True}),
+        pytest.param("vit", {"bias": "all", "train_vectors": True}, marks=pytest.mark.slow),
     ],
 )
 def test_what_a_plan_does_not_decide_counts_in_its_peak(name: str, options: Any) -> None:
@@ -530,8 +531,13 @@ def test_the_memory_mode_is_chosen_with_the_ranks() -> None:
 
 @pytest.mark.parametrize(
     ("update", "memory_mode", "optimizer"),
-    [(update, "exact", "adamw") for update in FACTOR_UPDATES]
-    + [("subspace", "exact", "cyclic"), ("low_rank", "fast", "adamw"), ("low_rank", "small", "adamw")],
+    partly_slow(
+        [(update, "exact", "adamw") for update in FACTOR_UPDATES]
+        + [("subspace", "exact", "cyclic"), ("low_rank", "fast", "adamw"), ("low_rank", "small", "adamw")],
+        ("frozen_basis", "exact", "adamw"),
+        ("subspace", "exact", "cyclic"),
+        ("low_rank", "fast", "adamw"),
+    ),
 )
 def test_peaks_of_several_plans_are_those_of_fresh_estimates(update: Any, memory_mode: Any, optimizer: str) -> None:
     class Cyclic(torch.optim.AdamW):

@@ -21,6 +21,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from probes import shared_inputs
+from slow import partly_slow
 from strategies import relative_error
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -473,7 +474,7 @@ def test_bfloat16_autocast(residual: str) -> None:
 
 
 @residuals
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", partly_slow(["eager", "aot_eager"], "eager"))
 @pytest.mark.parametrize("update", ["addition", "frozen_basis"])
 def test_compiled_training(residual: str, backend: str, update: str) -> None:
     plain, other = ready(VIT, residual=residual, update=update), ready(VIT, residual=residual, update=update)

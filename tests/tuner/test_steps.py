@@ -387,6 +387,7 @@ def test_threads_that_train_their_own_models_are_as_good_as_one_after_the_other(
     assert not all(map(torch.equal, alone[0], alone[1]))
 
 
+@pytest.mark.slow
 def test_threads_that_make_and_lose_models_while_another_one_trains() -> None:
     expected = trained(adapted(0), 0, "SGD")
     models = [adapted(0)]
