@@ -16,14 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from wasi_peft import measure_peak_memory
 from wasi_peft.forms import products
 from wasi_peft.forms.products import (
+    FEW_ROWS,
     OUTLIERS,
     PRODUCTS,
     IntegerProduct,
     ProductChoice,
     RestoredWeight,
+    WeightOnlyProduct,
     measured_seconds,
     tiles,
 )
+from wasi_peft.forms.residual import Int8Residual
 from wasi_peft.linalg import low_bit
 from wasi_peft.linalg.low_bit import quantize_rows
 from wasi_peft.linalg.timing import timed_in_one_thread
@@ -191,11 +194,88 @@ def test_tiles_cover_a_weight_and_hold_no_more_than_they_may(out_features: int, 
     assert all((stop - start) * in_features <= products.TILE_ELEMENTS or stop == start + 1 for start, stop in parts)
 
 
+# ---------------------------------------------------------------- few rows
+
+
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS])
+@pytest.mark.parametrize("sizes", [(4, 16), (24, 48), (100, 176)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_rows_are_multiplied_without_restoring(dtype: torch.dtype, sizes: tuple[int, int], rows: int) -> None:
+    codes, scale, dense = weight(*sizes)
+    x, dY = operands(sizes, dtype, rows)
+    assert WeightOnlyProduct.supports(codes, rows, dtype)
+    y, dX = WeightOnlyProduct.forward(x, codes, scale), WeightOnlyProduct.transposed(dY, codes, scale)
+    assert y.dtype == dX.dtype == dtype
+    # rows and sums of 8 bits, of which the row has none to lose in bfloat16
+    assert relative_error(y, x.double() @ dense.T) < 2**-8
+    assert relative_error(dX, dY.double() @ dense) < 2**-7
+    peak = measure_peak_memory(lambda: WeightOnlyProduct.forward(x, codes, scale))
+    assert peak.peak_bytes < 2 * rows * sum(sizes) + 14 * max(sizes[0], rows * sizes[0]) + 2**10
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "dtype"),
+    [
+        ((24, 40), 3, torch.float32),  # the kernel reads sixteen inputs at a time, past the end
+        ((22, 48), 3, torch.float32),
+        ((24, 48), FEW_ROWS + 1, torch.float32),
+        ((24, 48), 3, torch.float16),
+        ((24, 48), 3, torch.float64),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_cannot_do_is_restored(sizes: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+    codes, scale, dense = weight(*sizes)
+    x, _ = operands(sizes, dtype, rows)
+    assert not WeightOnlyProduct.supports(codes, rows, dtype)
+    y = WeightOnlyProduct.forward(x, codes, scale)
+    assert y.dtype == dtype and relative_error(y, x.double() @ dense.T) < 2**-7
+
+
+@pytest.mark.parametrize("offset", [1, 8, 24])
+def test_operands_may_lie_anywhere(offset: int) -> None:
+    """Codes that are mapped from a file do; the kernel would end the process."""
+    codes, scale, dense = weight(24, 48)
+    room = torch.empty(codes.numel() + offset, dtype=torch.int8)
+    moved = room[offset:].view(codes.shape).copy_(codes)
+    wide = torch.zeros(3 * 48 + offset, dtype=torch.bfloat16)
+    x = wide[offset:].view(3, 48).copy_(operands((24, 48), torch.bfloat16, 3)[0])
+    assert moved.data_ptr() % 64 and x.data_ptr() % 64
+    assert relative_error(WeightOnlyProduct.forward(x, moved, scale), x.double() @ dense.T) < 2**-8
+
+
+def test_codes_of_a_file_are_copied_once() -> None:
+    residual = Int8Residual(torch.nn.Linear(48, 24), ProductChoice("weight_only"))
+    room = torch.empty(residual.codes.numel() + 8, dtype=torch.int8)
+    mapped = residual.codes = room[8:].view(24, 48).copy_(residual.codes)
+    x = normal(20, 48, seed=1, dtype=torch.float32)
+    expected = residual(x)
+    assert residual.codes is mapped  # for many rows it stays
+    with torch.inference_mode():
+        found = residual(x[:3])
+    taken = residual.codes
+    assert relative_error(found, expected[:3]) < 2**-7 and torch.equal(taken, mapped) and taken.data_ptr() % 64 == 0
+    residual(x[:3].requires_grad_()).sum().backward()  # no tensor of inference mode, which autograd refuses
+    assert residual.codes is taken
+
+
+def test_a_compiler_gets_ordinary_operations() -> None:
+    residual = Int8Residual(torch.nn.Linear(48, 24), ProductChoice("weight_only"))
+    x = normal(3, 48, seed=1, dtype=torch.float32)
+    with torch.no_grad():
+        expected = residual(x)
+        compiled = torch.compile(residual, backend="eager", fullgraph=True)(x)
+        exported = torch.export.export(residual, (x,))
+    assert relative_error(compiled, expected) < 2**-7
+    assert "int8pack" not in str(exported.graph)
+    torch._dynamo.reset()
+
+
 # ---------------------------------------------------------------- the choice
 
 
 def test_an_unknown_product_is_refused() -> None:
-    with pytest.raises(ValueError, match="must be one of 'int8', 'restored', 'bfloat16', got 'fastest'"):
+    with pytest.raises(ValueError, match="must be one of 'int8', 'restored', 'bfloat16', 'weight_only', got 'fast"):
         ProductChoice("fastest")
 
 
@@ -229,7 +309,7 @@ def test_where_rows_are_many_the_gradient_of_the_input_counts(monkeypatch: pytes
     monkeypatch.setattr(products, "timed_in_one_thread", lambda task, device: costs.get(task.func.__qualname__, 1.0))
     measure = measured_seconds.__wrapped__  # not what this machine's processes remember
     device = torch.device("cpu")
-    assert measure(device, torch.bfloat16, True) == {"int8": 2.0, "restored": 1.0}
+    assert measure(device, torch.bfloat16, True) == {"int8": 2.0, "restored": 1.0, "weight_only": 1.0}
     assert measure(device, torch.bfloat16, False) == {"int8": 3.0, "restored": 4.0}
 
 
@@ -260,10 +340,12 @@ def test_what_others_do_meanwhile_is_not_counted() -> None:
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_what_is_asked_for_is_used_where_it_works(name: str) -> None:
-    codes, _, _ = weight(24, 40)
+    codes, _, _ = weight(24, 48)
     choice = ProductChoice(name)
-    assert choice.product(torch.zeros(3, 40), codes).name == name
-    assert choice.product(torch.zeros(3, 40, dtype=torch.float64), codes).name == "restored"
+    assert choice.product(torch.zeros(3, 48), codes).name == name
+    assert choice.product(torch.zeros(3, 48, dtype=torch.float64), codes).name == "restored"
+    expected = "restored" if name == "weight_only" else name
+    assert choice.product(torch.zeros(FEW_ROWS + 1, 48), codes).name == expected
 
 
 def test_nothing_is_measured_for_tensors_without_values(monkeypatch: pytest.MonkeyPatch) -> None:

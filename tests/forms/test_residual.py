@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from strategies import normal, relative_error
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from wasi_peft.forms import products, residual
-from wasi_peft.forms.products import ProductChoice
+from wasi_peft.forms.products import FEW_ROWS, ProductChoice
 from wasi_peft.forms.residual import RESIDUALS, ExactResidual, Int8Residual, Residual, ResidualLinear
 
 IN, OUT, RANK = 40, 24, 3
@@ -80,6 +81,36 @@ def test_forward_and_gradient_are_those_of_the_weight_that_is_kept(
         least = 0  # one input, or one output, is its own largest: no error of rounding
     assert least <= relative_error(y, x.double() @ weight.T) < most
     assert least <= relative_error(dX, dY.double() @ weight) < most
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+@kinds
+def test_without_gradients_few_rows_meet_factors_as_they_are_held(
+    kind: str, rows: int, dtype: torch.dtype, bias: bool
+) -> None:
+    """Factors in float32 beside a weight of 16 bits, as in a model that writes text: none is cast."""
+    form = form_beside(make(kind, dense(sizes=(24, 48), dtype=dtype)), torch.float32, bias)
+    with torch.no_grad():
+        for part in form.parameters():
+            part.copy_(normal(*part.shape, seed=7))
+    weight, x = form.residual.dense_weight().double() + form.L.double() @ form.R.double(), normal(rows, 48, seed=8)
+    expected = x.to(dtype).double() @ weight.T + (0 if form.bias is None else form.bias.double())
+    casts = []
+
+    class Casts(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cast = func is Tensor.to and args[1] != args[0].dtype
+            casts.extend(part for part in form.parameters() if cast and args[0] is part)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Casts():
+        y = form(x.to(dtype))
+    assert y.dtype == dtype and relative_error(y, expected) < EXACT[dtype]
+    assert len(casts) == (0 if rows <= FEW_ROWS or dtype == torch.float32 else 2 + bias)
+    with_gradients = form(x.to(dtype))
+    assert relative_error(y, with_gradients) < 2 * EXACT[dtype]
 
 
 @kinds

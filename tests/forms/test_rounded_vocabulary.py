@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from strategies import SEEDS, normal, relative_error
 from torch import Tensor, nn
 
+from wasi_peft import measure_peak_memory
 from wasi_peft.forms import vocabulary as forms
 from wasi_peft.forms.dense import StandIn, build_dense
-from wasi_peft.forms.products import PRODUCTS, ProductChoice
+from wasi_peft.forms.products import FEW_ROWS, PRODUCTS, ProductChoice
 from wasi_peft.forms.residual import Int8Residual
 from wasi_peft.forms.vocabulary import Vocabulary, VocabularyWeight, hold_rounded, restore_vocabulary
 from wasi_peft.linalg.low_bit import LARGEST_CODE
@@ -71,6 +72,18 @@ def test_rows_are_never_rounded_to_8_bits(asked: str | None, dtype: torch.dtype)
     in_8_bits = Int8Residual(build_dense(nn.Linear, made.dense_weight(torch.float32), None), ProductChoice("int8"))
     assert relative_error(in_8_bits.transposed_product(dY.float()), wanted) > 5e-3
     assert made.product(torch.ones(20, HIDDEN, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, FEW_ROWS, FEW_ROWS + 1])
+def test_one_token_reads_the_codes_as_they_are(rows: int, dtype: torch.dtype) -> None:
+    table = normal(52, 32, seed=6).to(dtype)
+    made = Vocabulary(build_dense(nn.Linear, table, None), ProductChoice("weight_only"))
+    x, out = normal(rows, 32, seed=7).to(dtype), torch.empty(rows, 52, dtype=dtype)
+    assert made.product(x, out=out) is out
+    assert relative_error(out, x.double() @ made.dense_weight(torch.float64).T) < 2**-7
+    peak = measure_peak_memory(lambda: made.product(x, out=out)).peak_bytes
+    assert peak < 52 * 32 or rows > 1  # no restored row, only products of this one
 
 
 def modules(tied: bool = True) -> nn.ModuleDict:

@@ -140,6 +140,11 @@ def _grouped_flops(first: Tensor, second: Tensor, *_: Any, **__: Any) -> int:
     return 2 * first.numel() * second.shape[-1]
 
 
+def _weight_only_flops(rows: Tensor, codes: Tensor, *_: Any, **__: Any) -> int:
+    """Two for each element of the rows and row of the codes."""
+    return 2 * rows.numel() * codes.shape[0]
+
+
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Tensors with values that an operation writes to."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | dict(kwargs)
@@ -156,6 +161,7 @@ _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     # torch's registry lacks products of integers and in place, and the attention kernel of the CPU
     aten._int_mm: flop_registry[aten.mm],
+    aten._weight_int8pack_mm: _weight_only_flops,
     aten._grouped_mm: _grouped_flops,
     aten.addmm_: flop_registry[aten.addmm],
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],

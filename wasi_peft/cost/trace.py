@@ -37,6 +37,7 @@ _PRODUCTS = {
     "mm",
     "addmm",
     "int_mm",
+    "weight_int8pack_mm",
     "bmm",
     "baddbmm",
     "addbmm",

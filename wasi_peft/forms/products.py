@@ -18,7 +18,7 @@ from ..linalg.timing import timed_in_one_thread
 TILE_ELEMENTS = 2**20  # of a weight that is restored a part at a time
 SAMPLE_SIDE, SAMPLE_RUNS = 1024, 8
 OUTLIERS = 8  # measured: with more, the error of the rows that are left hardly falls
-FEW_ROWS = 16  # torch._int_mm on CUDA needs more
+FEW_ROWS = 16  # torch._int_mm on CUDA needs more, and no kernel for few rows is fast with more
 
 Thin = tuple[Tensor, Tensor]
 
@@ -32,6 +32,7 @@ class Int8Product(ABC):
 
     name: ClassVar[str]
     rounds: ClassVar[bool] = False  # whether the forward product takes the rows in 8 bits
+    alignment: ClassVar[int] = 1  # bytes, of a multiple of which the address of codes should be
 
     @staticmethod
     @abstractmethod
@@ -208,6 +209,48 @@ class RestoredInBFloat16(RestoredWeight):
         return dtype == torch.float32
 
 
+class WeightOnlyProduct(RestoredInBFloat16):
+    """For few rows, as one token is: torch's kernel reads the codes once, and no restored weight exists.
+
+    Rows and their products with the codes have 8 bits each, sums and scales 24. Other operands are restored.
+    """
+
+    name: ClassVar[str] = "weight_only"
+    alignment: ClassVar[int] = 64
+
+    @staticmethod
+    def supports(codes: Tensor, rows: int, dtype: torch.dtype) -> bool:
+        """On a CPU, for up to 16 rows, of multiples of 16; not where a compiler or an exporter traces it."""
+        few = rows <= FEW_ROWS and dtype in (torch.float32, torch.bfloat16)
+        fits = codes.device.type in ("cpu", "meta") and codes.shape[0] % 4 == codes.shape[1] % 16 == 0
+        return few and fits and not torch.compiler.is_compiling()
+
+    @classmethod
+    def forward(
+        cls, x: Tensor, codes: Tensor, scale: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None
+    ) -> Tensor:
+        if not cls.supports(codes, len(x), x.dtype):
+            return super().forward(x, codes, scale, rounded, thin)
+        return add_thin(cls.with_codes(x, codes).mul(scale.t()).to(x.dtype), thin)
+
+    @classmethod
+    def with_codes(cls, x: Tensor, codes: Tensor) -> Tensor:
+        """`x codes^T`, (rows, out), in bfloat16, of operands that are supported."""
+        rows = aligned(x.detach().to(torch.bfloat16).contiguous(), cls.alignment)
+        return torch._weight_int8pack_mm(rows, aligned(codes, cls.alignment), rows.new_ones(len(codes)))
+
+
+def aligned(tensor: Tensor, alignment: int) -> Tensor:
+    """The same values at an address that is a multiple of some bytes, where kernels need that.
+
+    What is mapped from a file lies anywhere.
+    """
+    if type(tensor) is not Tensor or tensor.is_meta or tensor.data_ptr() % alignment == 0:
+        return tensor
+    with torch.inference_mode(False):  # also when it is kept for training
+        return tensor.clone()
+
+
 def scaled_codes(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`diag(scale) codes` in a dtype, computed in at least float32."""
     return (codes * scale.to(torch.promote_types(dtype, torch.float32))).to(dtype)
@@ -220,7 +263,7 @@ def tiles(out_features: int, in_features: int) -> list[tuple[int, int]]:
 
 
 PRODUCTS: dict[str, type[Int8Product]] = {
-    product.name: product for product in (IntegerProduct, RestoredWeight, RestoredInBFloat16)
+    product.name: product for product in (IntegerProduct, RestoredWeight, RestoredInBFloat16, WeightOnlyProduct)
 }
 
 

@@ -29,7 +29,18 @@ from ..linalg.low_bit import (
 )
 from .dense import FactoredWeight, build_dense, dense_bias, dense_weight, is_quantized, is_transposed
 from .factored import FactoredLinear, check_rank
-from .products import ProductChoice, Thin, add_thin, by_tiles, scaled_codes, tiles, transposed_by_tiles
+from .products import (
+    FEW_ROWS,
+    Int8Product,
+    ProductChoice,
+    Thin,
+    add_thin,
+    aligned,
+    by_tiles,
+    scaled_codes,
+    tiles,
+    transposed_by_tiles,
+)
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of tensors, by name
 
@@ -177,6 +188,8 @@ class Residual(nn.Module, ABC):
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x Q^T` with a gradient for x, in the dtype of x; (..., in) to (..., out)."""
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _product(x, self)
         y: Tensor = _Product.apply(x, self)
         return y
 
@@ -336,7 +349,15 @@ class Int8Residual(Residual):
         return self.products.product_of(rows, dtype, self.codes).rounds
 
     def product(self, x: Tensor, rounded: RoundedRows | None = None, thin: Thin | None = None) -> Tensor:
-        return self.products.product(x, self.codes).forward(x, self.codes, self.scale, rounded, thin)
+        product = self.products.product(x, self.codes)
+        return product.forward(x, self.codes_for(product), self.scale, rounded, thin)
+
+    def codes_for(self, product: type[Int8Product]) -> Tensor:
+        """The codes, at an address that a product can read; those of a file are copied once, the first time."""
+        codes = self.codes if product.alignment == 1 else aligned(self.codes, product.alignment)
+        if codes is not self.codes:
+            self.codes = codes
+        return codes
 
     def transposed_product(self, dY: Tensor) -> Tensor:
         return self.products.product(dY, self.codes).transposed(dY, self.codes, self.scale)
@@ -391,15 +412,19 @@ class Int4Residual(Residual):
 RESIDUALS: dict[str, type[Residual]] = {cls.name: cls for cls in (Int8Residual, Int4Residual, ExactResidual)}
 
 
+def _product(x: Tensor, residual: Residual) -> Tensor:
+    y = residual.product(x.reshape(-1, x.shape[-1]))
+    # no view of another tensor: models may add to what a layer answers, in place
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], residual.out_features))
+
+
 class _Product(torch.autograd.Function):
     """`x Q^T`, of which x alone has a gradient: nothing is kept for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Residual) -> Tensor:
         ctx.residual, ctx.shape = residual, x.shape
-        y = residual.product(x.reshape(-1, x.shape[-1]))
-        # no view of another tensor: models may add to what a layer answers, in place
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], residual.out_features))
+        return _product(x, residual)
 
     @staticmethod
     @once_differentiable
@@ -511,14 +536,24 @@ class ResidualLinear(FactoredLinear):
             x: Input.
             rounded: Its rows in 8 bits, where they are known already; of no use with gradients, nor to a compiler.
         """
-        outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # a view of a parameter claims to need a gradient even here, and a recomputed block would ask for it
-            outer, inner, rows = outer.detach(), inner.detach(), x.reshape(-1, self.in_features)
-            y = self.residual.product(rows, rounded, (rows @ inner.t(), outer))
-            y = y if bias is None else y.add_(bias)
-            return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], self.out_features))  # no view: see _Product
+            return self._without_gradients(x, rounded)
+        outer, inner, bias = self.cast(x.dtype, *self.factors(), self.bias)
         return self.residual.multiply(x) + F.linear(F.linear(x, inner), outer, bias)
+
+    def _without_gradients(self, x: Tensor, rounded: RoundedRows | None) -> Tensor:
+        rows, parts = x.reshape(-1, self.in_features), self.factors()
+        few = len(rows) <= FEW_ROWS  # then to cast the factors takes longer than to multiply by them as they are
+        dtype = torch.promote_types(x.dtype, parts[0].dtype) if few else x.dtype
+        outer, inner, bias = self.cast(dtype, *parts, self.bias)
+        # a view of a parameter claims to need a gradient even here, and a recomputed block would ask for it
+        thin = rows.to(dtype) @ inner.detach().t(), outer.detach()
+        if dtype == x.dtype:
+            y = self.residual.product(rows, rounded, thin)
+        else:
+            y = add_thin(self.residual.product(rows, rounded).to(dtype), thin)
+        y = y if bias is None else y.add_(bias)
+        return torch.ops.aten._unsafe_view(y.to(x.dtype), (*x.shape[:-1], self.out_features))  # no view: see _product
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, residual={self.residual.name}"

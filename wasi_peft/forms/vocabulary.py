@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..linalg.low_bit import TILE, RoundedRows
 from .dense import LOST, METADATA, StandIn, build_dense, refuse_in_place
-from .products import ProductChoice, Thin, add_thin
+from .products import ProductChoice, Thin, WeightOnlyProduct, add_thin
 from .residual import Int8Residual
 
 VOCABULARIES = ("int8",)
@@ -56,6 +56,10 @@ class Vocabulary(Int8Residual):
         """As :meth:`Residual.product`, in `out` if there is one, (rows, V) in the dtype of x."""
         y = x.new_empty(len(x), self.out_features) if out is None else out
         dtype, scale = self._compute_dtype(x), self.scale.t()
+        product = self.products.restored(x, self.codes)
+        if issubclass(product, WeightOnlyProduct):
+            torch.mul(product.with_codes(x, self.codes_for(product)), scale, out=y)
+            return add_thin(y, thin)
         rows = x.to(dtype)
         for part in self._parts(len(x)):
             if dtype == torch.float16:  # whose range a product with codes would leave

@@ -78,8 +78,9 @@ class WasiConfig(PeftConfig):
             beside a residual.
         residual_product (`Optional[str]`):
             How products with an int8 weight or factor are computed: 'int8' (rows are rounded on the way), 'restored'
-            (it is restored in the dtype of the rows, a tile at a time: exact) or 'bfloat16'; by default what is
-            fastest on this machine, measured.
+            (it is restored in the dtype of the rows, a tile at a time: exact), 'bfloat16' (the same in that dtype) or,
+            for up to 16 rows on a CPU, 'weight_only' (codes are read as they are, rows in bfloat16); by default what
+            is fastest on this machine, measured for few and for many rows.
         vocabulary (`Optional[str]`):
             In what a language model's token embedding, and the head, tied to it or not, are held: 'int8', one scale a
             token, frozen; by default as they are. In small language models they are half of all weights. Training and
@@ -203,7 +204,7 @@ class WasiConfig(PeftConfig):
     )
     residual_product: str | None = field(
         default=None,
-        metadata={"help": "How int8 products are computed: 'int8', 'restored', 'bfloat16'; None: fastest."},
+        metadata={"help": "How int8 products are computed, by name; None: what is fastest on this machine."},
     )
     vocabulary: str | None = field(
         default=None,
