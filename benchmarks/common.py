@@ -1,5 +1,6 @@
 """What the demo and the benchmarks share: the machine's description, result files, fair timing, whole-step memory."""
 
+import contextlib
 import copy
 import importlib.metadata
 import json
@@ -161,9 +162,12 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Bat
 
 @torch.inference_mode()
 def inference(model: nn.Module, batch: Batch, bf16: bool = False) -> None:
-    """Runs one forward pass without labels and without anything kept for a backward pass; under autocast if asked."""
+    """Runs one forward pass without labels and without anything kept for a backward pass.
+
+    Under autocast if asked, or where the caller is.
+    """
     model.eval()
-    with autocast(batch, bf16):
+    with autocast(batch, True) if bf16 else contextlib.nullcontext():
         model(**{name: value for name, value in batch.items() if name != "labels"})
 
 

@@ -83,10 +83,10 @@ def chosen_runs(entries: Entries, group: str, scores: Scores) -> list[dict[str, 
     return [entry for entry in runs_of(entries, group) if rates_of(entry) == rates]
 
 
-def mean_and_spread(values: list[float], sign: str = "") -> str:
+def mean_and_spread(values: list[float], sign: str = "", digits: int = 4) -> str:
     """Formats a mean, with the sample standard deviation if there are several values."""
-    mean = f"{statistics.mean(values):{sign}.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def comparison(entries: Entries, asked: Iterable[Settings], scores: Scores, columns: tuple[str, ...] = ()) -> str:

@@ -11,7 +11,7 @@ SmolLM2-135M, 40 steps of 8 mails of 128 tokens.
 Wall time is split into import, load (model and data), prepare (calibration, repair, injection, optimizer), train and
 save. The peak is that of the process (resident set) until the adapter is saved, above that of a process which only
 imports the same packages. Quality is measured afterwards, in the same process. The time that importing wasi_peft takes
-is not counted for the methods without it. Ratios are to LoRA in float32, round by round. Results:
+is not counted for the methods without it. Ratios are to LoRA in the same precision, round by round. Results:
 docs/benchmarks/whole_job.json, rounds that are finished are skipped. Run it on an idle machine::
 
     python benchmarks/whole_job.py --models dinov2 smollm2 --rounds 3
@@ -23,6 +23,7 @@ docs/benchmarks/whole_job.json, rounds that are finished are skipped. Run it on 
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -202,7 +203,7 @@ def settings_of(args: argparse.Namespace, model: str, method: str, dtype: str, r
 
 
 def summary(entries: dict[str, Any], jobs: list[dict[str, Any]]) -> str:
-    """Formats medians over the rounds: seconds, peak above idle, and both relative to LoRA in the same round."""
+    """Formats medians over the rounds: seconds, peak above idle, both relative to LoRA in the same precision."""
     titles = [
         "model, method",
         "rounds",
@@ -219,8 +220,8 @@ def summary(entries: dict[str, Any], jobs: list[dict[str, Any]]) -> str:
         if job["method"] == IDLE or found is None:
             continue
         twins = {
-            name: entries.get(key_of({**job, "method": name, "dtype": "float32", "repair_steps": None}))
-            for name in (LORA, CHECKPOINTED, IDLE)
+            name: entries.get(key_of({**job, "method": name, "dtype": dtype, "repair_steps": None}))
+            for name, dtype in ((LORA, job["dtype"]), (CHECKPOINTED, job["dtype"]), (IDLE, "float32"))
         }
         idle = twins[IDLE]["peak_bytes"] if twins[IDLE] else 0
         row = {name: found[name] for name in ("wall_seconds", *(f"{part}_seconds" for part in PARTS))}
@@ -235,7 +236,9 @@ def summary(entries: dict[str, Any], jobs: list[dict[str, Any]]) -> str:
     for name, found in rows.items():
         medians = {column: statistics.median(row[column] for row in found) for column in found[0]}
         digits = {**dict.fromkeys(("wall", LORA, CHECKPOINTED), 2), "quality": 4, "peak": 0}
-        cells = [f"{value:.{digits.get(column, 1)}f}" for column, value in medians.items()]
+        cells = [
+            "-" if math.isnan(value) else f"{value:.{digits.get(column, 1)}f}" for column, value in medians.items()
+        ]
         lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -124,6 +124,21 @@ def tiny_workload(tiny_llama: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
     return "tiny"
 
 
+@pytest.mark.parametrize("run", ["inference", "prefill"])
+def test_what_runs_under_autocast_sees_it(run: str) -> None:
+    module = importlib.import_module("inference_time")
+    seen = []
+
+    class Probe(torch.nn.Module):
+        def forward(self, **_: Any) -> None:
+            seen.append(torch.is_autocast_enabled("cpu"))
+
+    batch = {"input_ids": torch.zeros(1, 1)}
+    module.under_autocast(getattr(module, run), Probe(), batch)
+    getattr(module, run)(Probe(), batch)
+    assert seen == [True, False]
+
+
 @pytest.mark.slow
 def test_steps_and_bounds(tiny_workload: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module, results = importlib.import_module("steps"), tmp_path / "steps.json"
