@@ -37,7 +37,7 @@ import wasi_peft
 from common import RESULTS_FOLDER, environment, read_json, write_json
 from initial_factors import TASKS
 from wasi_peft.forms import products
-from wasi_peft.forms.products import PRODUCTS, IntegerProduct, ProductChoice
+from wasi_peft.forms.products import PRODUCTS, IntegerProduct, ProductChoice, WeightOnlyProduct
 from wasi_peft.forms.residual import RESIDUALS, Residual
 from wasi_peft.linalg.coordinates import addition_basis
 from wasi_peft.linalg.low_bit import LARGEST_CODE, quantize_rows
@@ -197,7 +197,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*head")
-    assert {product for _, product in WAYS.values()} - {None} == set(PRODUCTS)
+    # the product of few rows rounds them as "bfloat16" does
+    assert {product for _, product in WAYS.values()} - {None} == set(PRODUCTS) - {WeightOnlyProduct.name}
     content = read_json(args.results)
     for model in args.models:
         caught = list(catch(WORKLOADS[model].load(), batch_of(model)).items())[: args.layers]

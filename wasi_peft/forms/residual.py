@@ -543,7 +543,8 @@ class ResidualLinear(FactoredLinear):
 
     def _without_gradients(self, x: Tensor, rounded: RoundedRows | None) -> Tensor:
         rows, parts = x.reshape(-1, self.in_features), self.factors()
-        few = len(rows) <= FEW_ROWS  # then to cast the factors takes longer than to multiply by them as they are
+        # to cast the factors takes longer than to multiply few rows by them as they are; autocast would cast again
+        few = len(rows) <= FEW_ROWS and not torch.is_autocast_enabled(x.device.type)
         dtype = torch.promote_types(x.dtype, parts[0].dtype) if few else x.dtype
         outer, inner, bias = self.cast(dtype, *parts, self.bias)
         # a view of a parameter claims to need a gradient even here, and a recomputed block would ask for it
