@@ -376,7 +376,10 @@ def test_the_form_that_is_asked_for(options: dict[str, Any], residual: str | Non
         ),
         ({"base_weight": "keep"}, "base_weight is for factors .* got base_weight='keep' with residual='int8'."),
         ({"residual": "exact", "base_weight": "cpu"}, "base_weight is for factors .* got base_weight='cpu' with"),
-        ({"residual_product": "float8"}, "residual_product must be one of 'int8', 'restored', 'bfloat16', None, got"),
+        (
+            {"residual_product": "float8"},
+            "must be one of 'int8', 'restored', 'bfloat16', 'weight_only', None, got 'float8'",
+        ),
         ({"weight_rank": 0}, "weight_rank must be a positive integer, got 0."),
         ({"update": "frozen_basis", "activation_ranks": 4}, "activation_ranks compresses inputs, and update='frozen"),
     ],
