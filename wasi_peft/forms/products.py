@@ -90,8 +90,9 @@ class IntegerProduct(Int8Product):
         if columns is not None:  # at once with the thin product: it is the pass over y that costs
             assert values is not None
             weight = (codes.index_select(1, columns) * scale).to(x.dtype)
-            h, L = (values[:, :0], weight[:, :0]) if thin is None else thin
-            thin = torch.cat([h, values], 1), torch.cat([L, weight], 1)
+            if thin is not None:
+                values, weight = torch.cat([thin[0], values], 1), torch.cat([thin[1], weight], 1)
+            thin = values, weight
         return add_thin(y, thin)
 
     @staticmethod
@@ -108,10 +109,12 @@ def _scaled_product(
     **Shape**
         - rows: (rows, n), int8; other: (n, m), int8; row_scale: (rows, 1); column_scale: (1, m); returns (rows, m)
     """
-    y = row_scale.new_empty(len(rows), other.shape[1], dtype=dtype)
-    if dtype == torch.float32:
-        return _into(y, rows, other, row_scale, column_scale)
-    tiles = row_tiles(len(y), y.shape[1], y.device)
+    size = len(rows), other.shape[1]
+    tiles = row_tiles(*size, rows.device)
+    if dtype == torch.float32 or len(tiles) == 1:
+        y = row_scale.new_empty(size, dtype=torch.float32)
+        return _into(y, rows, other, row_scale, column_scale).to(dtype)
+    y = row_scale.new_empty(size, dtype=dtype)
     work = y.new_empty(tiles[0].stop if tiles else 0, y.shape[1], dtype=torch.float32)
     for part in tiles:
         y[part] = _into(work[: part.stop - part.start], rows[part], other, row_scale[part], column_scale)

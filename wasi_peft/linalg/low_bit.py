@@ -67,25 +67,38 @@ def quantize_rows(x: Tensor, outliers: int = 0, factor: Tensor | None = None) ->
     """
     x = x.detach()  # codes have no gradient, and an exported program runs this where autograd records
     dtype = torch.promote_types(x.dtype, torch.float32)  # 16 bits hold no more digits than the code
-    codes = x.new_empty(x.shape, dtype=torch.int8)
-    scale = x.new_empty(len(x), 1, dtype=dtype)
     columns = values = None
     outliers = min(outliers, x.shape[1] // 8)
     if outliers and len(x):
         columns = largest_magnitude(x, 0).topk(outliers).indices
         values = x.index_select(1, columns)
     tiles = row_tiles(len(x), x.shape[1], x.device)
+    if len(tiles) == 1:
+        part = x.to(dtype, copy=True)
+        scale = _scale_of(part, columns, factor)
+        return RoundedRows(_codes_of(part, scale).to(torch.int8), scale, columns, values)
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty(len(x), 1, dtype=dtype)
     work = x.new_empty(tiles[0].stop if tiles else 0, x.shape[1], dtype=dtype)
     for rows in tiles:
         part = work[: rows.stop - rows.start].copy_(x[rows])
-        if factor is not None:
-            part.mul_(factor)
-        if columns is not None:
-            part.index_fill_(1, columns, 0)
-        largest = largest_magnitude(part, -1).unsqueeze_(-1).div_(LARGEST_CODE)
-        scale[rows] = largest
-        codes[rows] = part.div_(largest.clamp_min_(torch.finfo(dtype).tiny)).round_()
+        scale[rows] = own = _scale_of(part, columns, factor)
+        codes[rows] = _codes_of(part, own)
     return RoundedRows(codes, scale, columns, values)
+
+
+def _scale_of(part: Tensor, columns: Tensor | None, factor: Tensor | None) -> Tensor:
+    """Scales of rows, which are multiplied by a factor, and some of their columns emptied, in place."""
+    if factor is not None:
+        part.mul_(factor)
+    if columns is not None:
+        part.index_fill_(1, columns, 0)
+    return largest_magnitude(part, -1).unsqueeze_(-1).div_(LARGEST_CODE)
+
+
+def _codes_of(part: Tensor, scale: Tensor) -> Tensor:
+    """Whole numbers for rows, in place."""
+    return part.div_(scale.clamp_min(torch.finfo(part.dtype).tiny)).round_()
 
 
 def transposed_times_rows(h: Tensor, rows: RoundedRows) -> Tensor:
