@@ -219,6 +219,7 @@ def test_few_rows_are_multiplied_without_restoring(dtype: torch.dtype, sizes: tu
         ((24, 40), 3, torch.float32),  # the kernel reads sixteen inputs at a time, past the end
         ((22, 48), 3, torch.float32),
         ((24, 48), FEW_ROWS + 1, torch.float32),
+        ((24, 48), 0, torch.bfloat16),
         ((24, 48), 3, torch.float16),
         ((24, 48), 3, torch.float64),
     ],
@@ -229,7 +230,41 @@ def test_what_the_kernel_cannot_do_is_restored(sizes: tuple[int, int], rows: int
     x, _ = operands(sizes, dtype, rows)
     assert not WeightOnlyProduct.supports(codes, rows, dtype)
     y = WeightOnlyProduct.forward(x, codes, scale)
-    assert y.dtype == dtype and relative_error(y, x.double() @ dense.T) < 2**-7
+    assert y.dtype == dtype and y.shape == (rows, sizes[0]) and relative_error(y, x.double() @ dense.T) < 2**-7
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("sizes", [(64, 1), (1, 48), (3, 48)], ids=str)
+def test_rows_may_have_any_strides(name: str, sizes: tuple[int, int]) -> None:
+    codes, scale, dense = weight(sizes[1], sizes[1])
+    x = normal(sizes[1], sizes[0], seed=1, dtype=torch.float32).t()
+    for found, expected in (
+        (PRODUCTS[name].forward(x, codes, scale), x.double() @ dense.T),
+        (PRODUCTS[name].transposed(x, codes, scale), x.double() @ dense),
+        (PRODUCTS[name].forward(x[:0], codes, scale), x.new_zeros(0, sizes[1])),
+    ):
+        assert relative_error(found, expected) < 0.02
+    assert quantize_rows(x).codes.is_contiguous()
+
+
+def test_a_traced_layer_reads_rows_wherever_they_lie() -> None:
+    """A trace would remember that those it was made with lay well."""
+    residual = Int8Residual(torch.nn.Linear(48, 24), ProductChoice("weight_only"))
+    wide = torch.randn(3 * 48 + 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        traced = torch.jit.trace(residual, wide[: 3 * 48].view(3, 48))
+        x = wide[8:].view(3, 48)
+        assert relative_error(traced(x), residual(x)) < 2**-6
+
+
+def test_tensors_of_other_classes_have_addresses_too() -> None:
+    class Named(Tensor):
+        pass
+
+    codes, scale, dense = weight(24, 48)
+    wide = normal(3 * 48 + 8, seed=1).to(torch.bfloat16)
+    x = wide[8:].view(3, 48).as_subclass(Named)
+    assert relative_error(WeightOnlyProduct.forward(x, codes, scale).double(), x.double() @ dense.T) < 2**-8
 
 
 @pytest.mark.parametrize("offset", [1, 8, 24])

@@ -116,6 +116,13 @@ def test_without_gradients_few_rows_meet_factors_as_they_are_held(
             assert relative_error(form(x.to(dtype)), expected) < EXACT[dtype]
 
 
+@rounded_kinds
+def test_shapes_are_known_without_values(kind: str) -> None:
+    form = form_beside(make(kind)).to("meta")
+    with torch.no_grad():
+        assert form(torch.empty(2, 3, IN, device="meta")).shape == (2, 3, OUT)
+
+
 @kinds
 @layouts
 def test_the_layer_answers_as_the_dense_one_but_for_its_bits(kind: str, dense_class: type[nn.Module]) -> None:

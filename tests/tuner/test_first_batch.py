@@ -13,6 +13,7 @@ import torch
 from models import ARCHITECTURES
 from strategies import relative_error
 from torch._dynamo.testing import CompileCounter
+from transformers import DynamicCache
 
 from wasi_peft import WasiConfig
 from wasi_peft.tuner.first_batch import FirstBatch
@@ -79,6 +80,44 @@ def test_the_first_batch_is_one_to_train_on() -> None:
     assert all(torch.equal(parameter, before[name]) for name, parameter in trained(model).items())
 
 
+def test_inference_with_a_fresh_model_has_no_break() -> None:
+    model, batch = adapted(VIT).eval(), VIT.batch()
+    with torch.no_grad():
+        torch.compile(model, backend="eager", fullgraph=True)(**batch)
+    assert len(watches(model)) == 1
+
+
+def test_after_a_compiled_step_nothing_is_left_where_the_model_trains_without_a_compiler() -> None:
+    model, batch = adapted(VIT), VIT.batch()
+    torch.compile(model, backend="eager")(**batch).loss.backward()
+    (watch,) = watches(model)
+    assert watch.over
+    torch.compile(model, backend="eager", fullgraph=True)(**batch).loss.backward()
+    model(**batch)
+    assert not watches(model)
+
+
+def test_disabled_factors_go_on_waiting() -> None:
+    model, batch = adapted(VIT), VIT.batch()
+    with model.disable_adapter():
+        model(**batch)
+        torch.compile(model, backend="eager")(**batch)
+    (watch,) = watches(model)
+    assert not watch.over and all(layer.fresh_adapters for _, layer in wasi_layers(model))
+
+
+def test_an_adapter_that_becomes_active_waits_for_a_batch_of_its_own() -> None:
+    model, batch = adapted(VIT), VIT.batch()
+    model.add_adapter("second", WasiConfig(weight_rank=4))
+    model(**batch)
+    assert not watches(model)
+    model.set_adapter("second")
+    counter = CompileCounter()
+    torch.compile(model, backend=counter)(**batch).loss.backward()
+    assert counter.frame_count == 1
+    assert not any(layer.fresh_adapters for _, layer in wasi_layers(model))
+
+
 def test_a_model_that_was_loaded_for_inference_is_watched_too() -> None:
     model = peft.get_peft_model(LLAMA.model().eval(), WasiConfig(weight_rank=4))
     assert len(watches(model)) == 1
@@ -99,10 +138,19 @@ def test_no_random_number_is_drawn_for_it() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_cache_is_not_filled_twice() -> None:
+@pytest.mark.parametrize("where", ["by position", "past_key_values", "cache_params", "nested"])
+def test_a_cache_is_not_filled_twice(where: str) -> None:
     model, batch = adapted(LLAMA), LLAMA.batch()
+    cache, args = DynamicCache(), (batch.pop("input_ids"),)
+    if where == "by position":
+        args = (*args, None, None, cache)
+    elif where != "nested":
+        batch[where] = cache
+    else:
+        batch["inputs"] = {"states": [cache]}
     (watch,) = watches(model)
-    watch._meet(model.base_model.model, (), {**batch, "past_key_values": object()})
+    watch._meet(model.base_model.model, args, batch)
+    assert not watch.over and cache.get_seq_length() == 0
     assert all(layer.fresh_adapters for _, layer in wasi_layers(model))
 
 

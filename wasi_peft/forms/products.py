@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
 
 from ..linalg.low_bit import RoundedRows, quantize_rows, row_tiles
 from ..linalg.timing import timed_in_one_thread
@@ -223,10 +223,10 @@ class WeightOnlyProduct(RestoredInBFloat16):
 
     @staticmethod
     def supports(codes: Tensor, rows: int, dtype: torch.dtype) -> bool:
-        """On a CPU, for up to 16 rows, of multiples of 16; not where a compiler or an exporter traces it."""
-        few = rows <= FEW_ROWS and dtype in (torch.float32, torch.bfloat16)
-        fits = codes.device.type in ("cpu", "meta") and codes.shape[0] % 4 == codes.shape[1] % 16 == 0
-        return few and fits and not torch.compiler.is_compiling()
+        """On a CPU, for 1 to 16 rows, multiples of 16 inputs and of 4 outputs; not where it is traced."""
+        few = 0 < rows <= FEW_ROWS and dtype in (torch.float32, torch.bfloat16)
+        fits = codes.shape[0] % 4 == 0 and codes.shape[1] % 16 == 0 and codes.device.type in ("cpu", "meta")
+        return few and fits and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
     @classmethod
     def forward(
@@ -248,7 +248,7 @@ def aligned(tensor: Tensor, alignment: int) -> Tensor:
 
     What is mapped from a file lies anywhere.
     """
-    if type(tensor) is not Tensor or tensor.is_meta or tensor.data_ptr() % alignment == 0:
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.data_ptr() % alignment == 0:
         return tensor
     with torch.inference_mode(False):  # also when it is kept for training
         return tensor.clone()

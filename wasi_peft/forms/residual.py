@@ -188,7 +188,7 @@ class Residual(nn.Module, ABC):
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x Q^T` with a gradient for x, in the dtype of x; (..., in) to (..., out)."""
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _transformed():
             return _product(x, self)
         y: Tensor = _Product.apply(x, self)
         return y
@@ -353,7 +353,10 @@ class Int8Residual(Residual):
         return product.forward(x, self.codes_for(product), self.scale, rounded, thin)
 
     def codes_for(self, product: type[Int8Product]) -> Tensor:
-        """The codes, at an address that a product can read; those of a file are copied once, the first time."""
+        """The codes, at an address that a product can read; those of a file are copied once, the first time.
+
+        Those of an expert (:meth:`rows`) each time, which is less than to restore them.
+        """
         codes = self.codes if product.alignment == 1 else aligned(self.codes, product.alignment)
         if codes is not self.codes:
             self.codes = codes
@@ -410,6 +413,11 @@ class Int4Residual(Residual):
 
 
 RESIDUALS: dict[str, type[Residual]] = {cls.name: cls for cls in (Int8Residual, Int4Residual, ExactResidual)}
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func is at work, which must see what has a derivative of its own."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _product(x: Tensor, residual: Residual) -> Tensor:
@@ -544,7 +552,7 @@ class ResidualLinear(FactoredLinear):
     def _without_gradients(self, x: Tensor, rounded: RoundedRows | None) -> Tensor:
         rows, parts = x.reshape(-1, self.in_features), self.factors()
         # to cast the factors takes longer than to multiply few rows by them as they are; autocast would cast again
-        few = len(rows) <= FEW_ROWS and not torch.is_autocast_enabled(x.device.type)
+        few = len(rows) <= FEW_ROWS and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
         dtype = torch.promote_types(x.dtype, parts[0].dtype) if few else x.dtype
         outer, inner, bias = self.cast(dtype, *parts, self.bias)
         # a view of a parameter claims to need a gradient even here, and a recomputed block would ask for it

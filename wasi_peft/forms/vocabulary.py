@@ -55,11 +55,11 @@ class Vocabulary(Int8Residual):
     ) -> Tensor:
         """As :meth:`Residual.product`, in `out` if there is one, (rows, V) in the dtype of x."""
         y = x.new_empty(len(x), self.out_features) if out is None else out
-        dtype, scale = self._compute_dtype(x), self.scale.t()
-        product = self.products.restored(x, self.codes)
+        product, scale = self.products.restored(x, self.codes), self.scale.t()
         if issubclass(product, WeightOnlyProduct):
             torch.mul(product.with_codes(x, self.codes_for(product)), scale, out=y)
             return add_thin(y, thin)
+        dtype = product.compute or x.dtype
         rows = x.to(dtype)
         for part in self._parts(len(x)):
             if dtype == torch.float16:  # whose range a product with codes would leave

@@ -74,7 +74,7 @@ def quantize_rows(x: Tensor, outliers: int = 0, factor: Tensor | None = None) ->
         values = x.index_select(1, columns)
     tiles = row_tiles(len(x), x.shape[1], x.device)
     if len(tiles) == 1:
-        part = x.to(dtype, copy=True)
+        part = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
         scale = _scale_of(part, columns, factor)
         return RoundedRows(_codes_of(part, scale).to(torch.int8), scale, columns, values)
     codes = x.new_empty(x.shape, dtype=torch.int8)

@@ -7,12 +7,14 @@ forward pass of their own, and the only break is where the model begins.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..memory.meeting import waiting_parts
 from ..memory.trials import trial
 from .layer import wasi_layers
 
@@ -22,10 +24,13 @@ class FirstBatch:
 
     Args:
         model: With fresh layers.
+
+    Attributes:
+        over: Whether a batch was met before a compiled call; layers that it did not reach meet another by themselves.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._waiting = _waiting(model)
+        self.over = False
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
             model.register_forward_hook(self.after),
@@ -33,21 +38,23 @@ class FirstBatch:
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Have the layers meet the batch now, where the call is to be compiled."""
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and model.training and not self.over:
             self._meet(model, args, kwargs)
 
     def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Remove the hooks where layers have met the batch by themselves."""
-        if not torch.compiler.is_compiling() and _waiting(model) < self._waiting:
-            self.remove()
+        """Remove the hooks where no layer waits any more."""
+        if model.training and not torch.compiler.is_compiling():
+            layers = [layer for _, layer in wasi_layers(model)]
+            if not any(layer.active_name in layer.fresh_adapters for layer in layers):  # disabled ones go on waiting
+                self.remove()
 
     @torch.compiler.disable
     def _meet(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not model.training or not self._waiting or kwargs.get("past_key_values") is not None:
+        if not waiting_parts(model) or not _is_plain((args, kwargs)):
             return
         with torch.no_grad(), trial(model, next(model.parameters()).device):
             model.forward(*args, **kwargs)
-        self._waiting = 0  # layers that it did not reach meet another batch by themselves
+        self.over = True
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -56,9 +63,9 @@ class FirstBatch:
 
 
 def await_first_batch(model: nn.Module) -> None:
-    """Watch for the first batch of a model, where a layer of it waits for one."""
+    """Watch for the first batch of a model, where an adapter of it has fresh factors."""
     forget_first_batch(model)
-    if _waiting(model):
+    if any(layer.fresh_adapters for _, layer in wasi_layers(model)):
         FirstBatch(model)
 
 
@@ -70,6 +77,10 @@ def forget_first_batch(model: nn.Module) -> None:
             watch.remove()
 
 
-def _waiting(model: nn.Module) -> int:
-    """How many pairs of factors have met no data."""
-    return sum(len(layer.fresh_adapters) for _, layer in wasi_layers(model))
+def _is_plain(arguments: Any) -> bool:
+    """Whether a model can be called twice with them: a cache would be filled twice."""
+    if isinstance(arguments, Mapping):
+        return all(map(_is_plain, arguments.values()))
+    if isinstance(arguments, (tuple, list)):
+        return all(map(_is_plain, arguments))
+    return arguments is None or isinstance(arguments, (Tensor, int, float, str))

@@ -233,6 +233,7 @@ class WasiModel(BaseTuner):
             self._release(model, config)
         except BaseException:
             before.restore()
+            await_first_batch(model)  # of those that are left
             loading.clear()
             loading.update(loading_before)
             self.peft_config.pop(adapter_name, None)  # PEFT does so too, but not after an interrupt
@@ -495,6 +496,7 @@ class WasiModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)  # in which layers activate them
         for name in self.active_adapters:
             self._vectors.require_grad(name, not inference_mode)
+        await_first_batch(self.model)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Have adapters train or not, whether they are active or not."""
