@@ -14,7 +14,7 @@ TORCH ?= torch
 SLOW ?= not slow
 PYTEST_FLAGS ?= -n logical --maxprocesses 4 --dist worksteal
 DEMO_FLAGS ?=
-BENCHMARKS ?= $(filter-out %/local_copies.py %/layer_overhead.py %/overhead_probe.py,$(sort $(shell grep -l __main__ benchmarks/*.py)))
+BENCHMARKS ?= $(filter-out %/local_copies.py %/layer_overhead.py %/overhead_probe.py %/tables.py,$(sort $(shell grep -l __main__ benchmarks/*.py)))
 BENCHMARK_FLAGS ?=
 
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.10
@@ -98,6 +98,7 @@ benchmark: $(READY)  ## run the benchmarks: hours; results go to docs/benchmarks
 	    echo "$(BIN)/python $$script $(BENCHMARK_FLAGS)"; \
 	    $(BIN)/python $$script $(BENCHMARK_FLAGS) || exit 1; \
 	done
+	$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove caches and build products
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .models
