@@ -185,7 +185,10 @@ def export(place: Place) -> Callable[[], Checks]:
     text = command(place, "export", place.path / "factors", "--output", folder, "--overwrite", *options)
 
     def verify() -> Checks:
-        return {"stored over dense": size_of(folder) / size_of(place.dense_folder), "said": text.strip()}
+        return {
+            "stored over dense": size_of(folder) / size_of(place.dense_folder),
+            "said": text.strip().replace(str(place.path), place.path.name),
+        }
 
     return verify
 
