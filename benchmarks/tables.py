@@ -17,7 +17,7 @@ import inference_time
 import steps
 import whole_job
 from common import RESULTS_FOLDER, read_json
-from runs import chosen_runs, group_of, mean_and_spread, runs_of
+from runs import DTYPES, chosen_runs, group_of, mean_and_spread, runs_of
 from workloads import MIB
 
 MARKED = re.compile(r"(?<=^<!-- table: )([\w ]+)( -->\n)((?:\n?\|.*\n)*)", flags=re.MULTILINE)
@@ -45,18 +45,18 @@ def step_table(file: str, workload: str) -> str:
     return steps.table(load(file)[workload]["results"]) + "\n"
 
 
-def job_table(model: str, heap: str | None, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> str:
+def job_table(model: str, heap: str | None) -> str:
     """Whole jobs of a model in a heap, in rows of a method each."""
     entries = load("whole_job")
     jobs = [entry["settings"] for entry in entries.values()]
-    jobs = [job for job in jobs if (job["model"], job.get("heap")) == (model, heap) and job["dtype"] in dtypes]
-    jobs.sort(key=lambda job: (dtypes.index(job["dtype"]), [*whole_job.METHODS, whole_job.IDLE].index(job["method"])))
+    jobs = [job for job in jobs if (job["model"], job.get("heap")) == (model, heap)]
+    jobs.sort(key=lambda job: (DTYPES.index(job["dtype"]), [*whole_job.METHODS, whole_job.IDLE].index(job["method"])))
     return whole_job.summary(entries, jobs) + "\n"
 
 
-def inference_table(cases: tuple[str, ...] = tuple(inference_time.CASES)) -> str:
+def inference_table() -> str:
     """Milliseconds of every variant and case, and how many times as fast as the dense model in float32."""
-    content = load("inference_time")
+    content, cases = load("inference_time"), list(inference_time.CASES)
     names = dict.fromkeys(name for case in cases for name in content[case]["results"])
     rows = [["", *cases]]
     for name in names:
@@ -185,10 +185,12 @@ def jobs_table() -> str:
             ]
             (idle,) = (entry["peak_bytes"] for entry in own if entry["settings"]["method"] == whole_job.IDLE)
             found = {e["settings"]["dtype"]: e for e in own if e["settings"]["method"] == method}
-            pair = [found[dtype] for dtype in ("float32", "bfloat16") if dtype in found]
-            for cell in (lambda e: e["wall_seconds"], lambda e, idle=idle: (e["peak_bytes"] - idle) / MIB):
-                numbers = [f"{cell(entry):.0f}" for entry in pair]
-                cells.append(" ".join([*numbers[:1], *(f"({number})" for number in numbers[1:])]))
+            pair = [found[dtype] for dtype in DTYPES if dtype in found]
+            for numbers in (
+                [entry["wall_seconds"] for entry in pair],
+                [(entry["peak_bytes"] - idle) / MIB for entry in pair],
+            ):
+                cells.append(" (".join(f"{number:.0f}" for number in numbers) + ")" * (len(numbers) > 1))
         rows.append(cells)
     return markdown(rows)
 

@@ -118,6 +118,18 @@ def test_an_adapter_that_becomes_active_waits_for_a_batch_of_its_own() -> None:
     assert not any(layer.fresh_adapters for _, layer in wasi_layers(model))
 
 
+def test_one_that_is_not_active_is_not_waited_for() -> None:
+    model, batch = adapted(VIT), VIT.batch()
+    model(**batch)
+    model.add_adapter("second", WasiConfig(weight_rank=4))
+    assert not watches(model)
+    model.set_adapter("second")
+    assert len(watches(model)) == 1
+    model.set_adapter("default")
+    assert not watches(model)
+    torch.compile(model, backend="eager", fullgraph=True)(**batch)
+
+
 def test_a_model_that_was_loaded_for_inference_is_watched_too() -> None:
     model = peft.get_peft_model(LLAMA.model().eval(), WasiConfig(weight_rank=4))
     assert len(watches(model)) == 1

@@ -43,10 +43,8 @@ class FirstBatch:
 
     def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Remove the hooks where no layer waits any more."""
-        if model.training and not torch.compiler.is_compiling():
-            layers = [layer for _, layer in wasi_layers(model)]
-            if not any(layer.active_name in layer.fresh_adapters for layer in layers):  # disabled ones go on waiting
-                self.remove()
+        if model.training and not torch.compiler.is_compiling() and not _is_fresh(model):
+            self.remove()
 
     @torch.compiler.disable
     def _meet(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -63,9 +61,9 @@ class FirstBatch:
 
 
 def await_first_batch(model: nn.Module) -> None:
-    """Watch for the first batch of a model, where an adapter of it has fresh factors."""
+    """Watch for the first batch of a model, where its active adapter has fresh factors."""
     forget_first_batch(model)
-    if any(layer.fresh_adapters for _, layer in wasi_layers(model)):
+    if _is_fresh(model):
         FirstBatch(model)
 
 
@@ -75,6 +73,11 @@ def forget_first_batch(model: nn.Module) -> None:
         watch = getattr(hook, "__self__", None)
         if isinstance(watch, FirstBatch):
             watch.remove()
+
+
+def _is_fresh(model: nn.Module) -> bool:
+    """Whether the active adapter has factors that have met no data; those of a disabled one go on waiting."""
+    return any(layer.active_name in layer.fresh_adapters for _, layer in wasi_layers(model))
 
 
 def _is_plain(arguments: Any) -> bool:
